@@ -1,0 +1,2977 @@
+#!/usr/bin/env python3
+"""taskfarm: hands out the numbered tasks of a run to loosely coupled workers.
+
+    python3 taskfarm.py --db runs.sqlite
+
+One file, the Python standard library, one SQLite file for the state. It answers the REST API of
+the Flask and PostgreSQL "taskfarm" (Hagdorn and Gourmelen 2023), so that the published client
+`taskfarm-worker` works against it unchanged.
+
+Words
+    run       N tasks, numbered 0 to N-1, under one uuid
+    task      one number of a run; it has a status and a percentage
+    worker    a process that claims tasks; it registers with a uuid of its own making
+    claim     to be given the waiting task with the lowest number
+    report    to tell how far a task is, or that it is done
+    restart   to let tasks of a run wait again
+    user      somebody with a password; every user may do everything
+    token     a signed text that stands for a user until it expires or the password changes
+
+States of a task
+                  claim              report done
+      (waiting) --------> computing ------------> done
+          ^                   |                     |
+          +-------------------+---------------------+
+            report waiting, restart
+
+    A report may also set any state from any other; a restart lets tasks wait again: all of them
+    (at 0 percent), or those that are not done at 100 percent (which keep their percentage).
+
+Endpoints (JSON in, JSON out; a login everywhere but where it says open)
+    GET    /                              open  what this is, as HTML
+    GET    /livez                         open  200 while the server answers; ?nonce= proves which farm it is
+    GET    /readyz                        open  200 when work can be written down, else 503
+    GET    /api/token                     a token for the user who asks
+    POST   /api/run                       a new run of numTasks tasks
+    GET    /api/runs                      all runs, in order of creation, as {"data": [...]}
+    GET    /api/runs/<run>                one run, or ?info= one of its figures
+    DELETE /api/runs/<run>                the run and its tasks are gone
+    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one
+    POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
+    GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
+    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both
+    POST   /api/worker                    register a worker: uuid, hostname, pid
+    GET    /api/users                     admin  names of the users
+    POST   /api/users                     admin  a new user, with a password hash
+    PUT    /api/users/<user>              admin  another password hash; ends the user's tokens
+    DELETE /api/users/<user>              admin  the user is gone, with every token
+
+    "admin" is whoever can read the lock file beside the database: the verbs of this file.
+
+Errors common to all (RFC 9457 problem details), judged in this order
+    400 malformed request    401 no login             411 chunked body       400 not a JSON object,
+    414 request line         404 unknown path         413 body too large         unknown field,
+    431 header fields        405 wrong method         415 not declared JSON      wrong type, range
+    A disk that cannot take a write: 503. A fault of the server: 500 with an id that is in its log.
+
+Promises
+    1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
+    2. A task is given to exactly one worker; the lowest waiting number comes first.
+    3. numWaiting + numComputing + numDone + numFailed = numTasks, always.
+    4. percentDone is the exact mean of percentCompleted over all tasks.
+    5. A refused request has changed nothing; reading never writes.
+    6. A run costs the same to create whatever its size, and ids are never used again.
+    7. A restart or a deletion happens wholly or not at all, as clients see it.
+
+Contents
+    LIMITS AND ERRORS   constants with units; what can go wrong, by status
+    STORE               all that is written down; the only section that speaks SQL
+    LOGIN               password hashes, signed tokens, remembered logins
+    HTTP                requests and replies on sockets; knows no run and no task
+    API                 one function for each endpoint
+    PAGES               what a person sees in a browser
+    CLIENT              this file's own verbs talk to a server with it
+    COMMAND LINE        verbs, options, start and end of the server
+"""
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("taskfarm needs Python 3.9 or newer and this is %d.%d: clusters keep newer ones in /usr/bin as python3.11 "
+             "or python3.9, or behind 'module load python' (see 'module avail python')." % sys.version_info[:2])
+
+import argparse
+import base64
+import contextlib
+import errno
+import fcntl
+import functools
+import getpass
+import hashlib
+import hmac
+import html
+import http.client
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import selectors
+import signal
+import socket
+import socketserver
+import sqlite3
+import stat
+import struct
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.parse
+import uuid
+from collections import deque
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("taskfarm")
+
+
+# ---------------------------------------------------------------- LIMITS AND ERRORS
+# Constants with their units, and what can go wrong. Knows nothing of what stands below.
+
+MAX_TASKS = 2 ** 31 - 1             # tasks in a run
+MAX_PID = 2 ** 31 - 1
+FULL = 100 * 10 ** 6                # 100 percent in millionths of a percent: integers, so that sums are exact
+
+LINE_LIMIT = 16 * 1024              # bytes of a request line or header line
+HEAD_LIMIT = 32 * 1024              # bytes of a request before its body
+FIELD_LIMIT = 100                   # header fields
+BODY_LIMIT = 64 * 1024              # bytes of a body
+BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in all buffers together, beyond which reading pauses
+REQUEST_S = 30.0                    # from first byte to whole request; to a first byte; for a reader to take something
+DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
+BATCH_LIMIT = 1000                  # operations in one transaction
+SWEEP_S = 0.02                      # a slice of a large restart or deletion, between two batches
+RETRY_S = 1.0                       # a sweep that met a full disk is tried again so much later
+LOGIN_MEMORY_S = 300.0              # a verified login is remembered so long
+REFUSAL_MEMORY_S = 10.0             # and a refused one
+TOKEN_DAYS = 365.0                  # the published client fetches one token and lives with it
+
+
+class FarmError(Exception):
+    """What a client is told: a status and a sentence that says what was asked and what would do."""
+    status = 500
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+
+class BadRequest(FarmError):
+    """400: malformed, or not what the contract asks for."""
+    status = 400
+
+
+class Unauthorized(FarmError):
+    """401: no login, or none that holds; never says which half was wrong."""
+    status = 401
+    headers = (("WWW-Authenticate", 'Basic realm="taskfarm", charset="UTF-8"'),)
+
+    def __init__(self) -> None:
+        super().__init__("log in with a user and password, or with a token from GET /api/token that is still valid")
+
+
+class Forbidden(FarmError):
+    """403: logged in, but this is not for users."""
+    status = 403
+
+
+class NotFound(FarmError):
+    """404: no such path, run, task, worker, user or figure."""
+    status = 404
+
+
+class MethodNotAllowed(FarmError):
+    """405: the path is there, the method is not; Allow names those that are."""
+    status = 405
+
+    def __init__(self, method: str, allowed: Sequence[str]) -> None:
+        super().__init__("this path does not take %s, only %s" % (method, ", ".join(allowed)))
+        self.headers = (("Allow", ", ".join(allowed)),)
+
+
+class RequestTimeout(FarmError):
+    """408: the request was not whole in time."""
+    status = 408
+
+
+class Conflict(FarmError):
+    """409: true of something else already."""
+    status = 409
+
+
+class LengthRequired(FarmError):
+    """411: a chunked body."""
+    status = 411
+
+
+class TooLarge(FarmError):
+    """413: the body."""
+    status = 413
+
+
+class UriTooLong(FarmError):
+    """414: the request line."""
+    status = 414
+
+
+class UnsupportedMediaType(FarmError):
+    """415: a body that is not declared application/json."""
+    status = 415
+
+
+class ExpectationFailed(FarmError):
+    """417: an Expect other than 100-continue."""
+    status = 417
+
+
+class HeadTooLarge(FarmError):
+    """431: a header line, all of them, or their number."""
+    status = 431
+
+
+class Unavailable(FarmError):
+    """503: not now, through no fault of the client; nothing was changed."""
+    status = 503
+
+
+class VersionNotSupported(FarmError):
+    """505: another HTTP than 1.x."""
+    status = 505
+
+
+class Refusal(Exception):
+    """A start that is refused, or a verb that cannot do its work: one sentence for a person, exit status 1."""
+
+
+class Now(NamedTuple):
+    """The time, as it is handed to whoever needs it."""
+    utc: float      # seconds since 1970, for what is stored and shown
+    tick: float     # seconds of a monotonic clock, for what runs out
+
+
+def system_clock() -> Now:
+    """The real time. Tests hand in clocks of their own."""
+    return Now(time.time(), time.monotonic())
+
+
+# ---------------------------------------------------------------- STORE
+# All that is written down. The only section that speaks SQL.
+#
+# One process owns the file, one connection is open on it, one thread (the writer) uses it. What
+# can be done is a plain function (sql, now, ...) marked @operation; calling it only names it. The
+# writer runs all operations that are waiting in one transaction, and answers after COMMIT.
+
+WAITING, COMPUTING, DONE, FAILED = range(4)
+STATUS = ("waiting", "computing", "done", "failed")
+
+APPLICATION_ID = 0x7461736B         # "task", in the header of the file
+
+# Append only; PRAGMA user_version counts the scripts that were applied. With a new column, also
+# change: class Run or Task and the statements that fill them, the check(), the view `tasks`, the
+# upgrade test, and run_json or task_json in the API section.
+SCHEMA = ["""
+CREATE TABLE farm (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    identity TEXT NOT NULL,                     -- names this farm to clients
+    signing_key BLOB NOT NULL,                  -- signs tokens
+    proof_key BLOB NOT NULL,                    -- proves to clients that this is the farm they know
+    next_task_id INTEGER NOT NULL               -- ids below are taken, for ever
+);
+CREATE TABLE user (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,       -- a name that comes again is another user
+    name TEXT NOT NULL UNIQUE,
+    password TEXT NOT NULL,                     -- algorithm, parameters, salt and hash
+    generation INTEGER NOT NULL DEFAULT 1,      -- rises with each new password; tokens carry it
+    created REAL NOT NULL
+);
+CREATE TABLE worker (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uuid TEXT NOT NULL UNIQUE,
+    hostname TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    created REAL NOT NULL
+);
+-- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs neither the
+-- run nor its number. Tasks that nothing has happened to are no rows: they are the interval from
+-- head to head_end - 1 and the intervals of table untouched, all of which lie above it.
+CREATE TABLE run (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uuid TEXT NOT NULL UNIQUE,
+    first_id INTEGER NOT NULL,
+    num_tasks INTEGER NOT NULL CHECK (num_tasks BETWEEN 1 AND 2147483647),
+    created REAL NOT NULL,
+    num_waiting INTEGER NOT NULL CHECK (num_waiting >= 0),      -- touched or not
+    num_computing INTEGER NOT NULL CHECK (num_computing >= 0),
+    num_done INTEGER NOT NULL CHECK (num_done >= 0),
+    num_failed INTEGER NOT NULL CHECK (num_failed >= 0),
+    num_untouched INTEGER NOT NULL CHECK (num_untouched BETWEEN 0 AND num_waiting),
+    num_complete INTEGER NOT NULL CHECK (num_complete BETWEEN 0 AND num_done),  -- done, and at 100 percent
+    millionths INTEGER NOT NULL CHECK (millionths >= 0),        -- sum over the tasks, of a percent
+    head INTEGER NOT NULL,
+    head_end INTEGER NOT NULL CHECK (head_end >= head),
+    sweep TEXT CHECK (sweep IN ('restart', 'restart all', 'delete')),  -- begun, its rows are to follow
+    CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
+);
+CREATE TABLE untouched (
+    last INTEGER PRIMARY KEY,                   -- keyed by the end: claims take from the start, in place
+    first INTEGER NOT NULL CHECK (first <= last)
+);
+CREATE TABLE task (
+    id INTEGER PRIMARY KEY,
+    status INTEGER NOT NULL CHECK (status BETWEEN 0 AND 3),     -- waiting, computing, done, failed
+    millionths INTEGER NOT NULL CHECK (millionths BETWEEN 0 AND 100000000),
+    worker INTEGER                              -- who claimed it last
+);
+CREATE INDEX task_waiting ON task (status) WHERE status = 0;
+CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
+-- For people who look into the file.
+CREATE VIEW tasks AS
+    SELECT run.uuid AS run, task.id - run.first_id AS task,
+        CASE task.status WHEN 0 THEN 'waiting' WHEN 1 THEN 'computing' WHEN 2 THEN 'done' ELSE 'failed' END AS status,
+        task.millionths / 1e6 AS percent, worker.hostname, worker.pid
+    FROM run
+    JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
+    LEFT JOIN worker ON worker.id = task.worker
+    WHERE run.sweep IS NOT 'delete';
+"""]
+
+
+class Task(NamedTuple):
+    """A task as operations show it."""
+    id: int
+    number: int
+    status: int             # WAILTING ... FAILED
+    millionths: int         # of a percent, 0 to FULL
+
+
+class User(NamedTuple):
+    """Somebody with a password."""
+    id: int
+    name: str
+    password: str           # the stored hash, see LOGIN
+    generation: int
+
+
+class Worker(NamedTuple):
+    """A registered worker."""
+    id: int
+    uuid: str
+    hostname: str
+    pid: int
+
+
+class Run:
+    """A run in the writer's memory: its row, changed here first and written before COMMIT.
+
+    Many tasks of one run change in one batch; its row is then written once.
+    """
+    __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
+                 "millionths", "head", "head_end", "sweep")
+
+    COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
+        num_untouched, num_complete, millionths, head, head_end, sweep"""
+
+    def __init__(self, row: Tuple[Any, ...]) -> None:
+        (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
+         self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep) = row
+        self.counts = [waiting, computing, done, failed]
+
+    def snapshot(self) -> "Run":
+        """A copy that later operations do not change."""
+        return Run((self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1]))
+
+    @property
+    def end_id(self) -> int:
+        """The id after the last task's."""
+        return self.first_id + self.num_tasks
+
+    def saved(self) -> Tuple[Any, ...]:
+        """What SAVE_RUN takes."""
+        return (*self.counts, self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end,
+                self.sweep, self.id)
+
+
+SAVE_RUN = """
+    UPDATE run
+    SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
+        millionths = ?, head = ?, head_end = ?, sweep = ?
+    WHERE id = ?"""
+
+
+class Parked(Exception):
+    """The run is being restarted: this operation is tried again when that has ended."""
+
+
+class Operation:
+    """One call of a store operation, named but not yet run.
+
+    *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
+    the writer after COMMIT with the result, or with the exception that the operation ended in.
+    """
+    __slots__ = ("function", "args", "reads", "show", "extra", "long", "done")
+
+    def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
+        self.function = function
+        self.args = args
+        self.reads = reads
+        self.show: Optional[Callable[..., Any]] = None
+        self.extra: Tuple[Any, ...] = ()
+        self.long = False
+        self.done: Optional[Callable[["Operation", Any], None]] = None
+
+    def shown_as(self, show: Callable[..., Any], *extra: Any, long: bool = False) -> "Operation":
+        """Say how the result becomes a reply; *long* when that may take long and wants a thread of its own."""
+        self.show = show
+        self.extra = extra
+        self.long = long
+        return self
+
+
+def operation(function: Optional[Callable[..., Any]] = None, reads: bool = False) -> Any:
+    """Mark a function (sql, now, ...) as an operation; *reads* when it never writes."""
+    if function is None:
+        return functools.partial(operation, reads=reads)
+
+    @functools.wraps(function)
+    def name_it(*args: Any) -> Operation:
+        return Operation(function, args, reads)
+    return name_it
+
+
+class Ledger:
+    """What operations get as `sql`: the open transaction, and what the writer remembers of the file.
+
+    Memory is a copy of rows: it is dropped whenever a transaction is rolled back.
+    """
+    REMEMBERED = 20000      # rows of a kind, then all of them are looked up again
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.execute = connection.execute
+        self.runs: Dict[str, Run] = {}
+        self.workers: Dict[str, Worker] = {}
+        self.changed: Dict[int, Run] = {}
+        self.begun: List[Run] = []              # restarts and deletions of this transaction
+        self.effects: List[Callable[[], None]] = []
+        self.users: Dict[str, User] = {}        # replaced, never changed, so that any thread may read it
+
+    def one(self, query: str, *values: Any) -> Any:
+        """The first row of a query, or None."""
+        return self.execute(query, values).fetchone()
+
+    def all(self, query: str, *values: Any) -> List[Any]:
+        """All rows of a query."""
+        return self.execute(query, values).fetchall()
+
+    def after_commit(self, effect: Callable[[], None]) -> None:
+        """Have something changed in memory once the transaction is on the disk, and not otherwise."""
+        self.effects.append(effect)
+
+    def begin_sweep(self, run: Run, kind: str) -> None:
+        """Mark a run whose rows are to follow; what reads the file from here on sees the mark."""
+        run.sweep = kind
+        self.changed[run.id] = run
+        self.begun.append(run)
+        self.flush()
+
+    def learn_users(self) -> None:
+        """Have the users read again into memory, once the transaction is on the disk."""
+        users = {name: User(number, name, password, generation) for number, name, password, generation in self.all(
+            "SELECT id, name, password, generation FROM user ORDER BY id")}
+
+        def replace() -> None:
+            self.users = users
+        self.after_commit(replace)
+
+    def flush(self) -> None:
+        """Write the runs that have changed."""
+        for run in self.changed.values():
+            self.execute(SAVE_RUN, run.saved())
+        self.changed.clear()
+
+    def forget(self) -> None:
+        """Drop all memory: the transaction was rolled back."""
+        self.runs.clear()
+        self.workers.clear()
+        self.changed.clear()
+        self.begun.clear()
+        self.effects.clear()
+
+    def settle(self) -> None:
+        """The transaction is on the disk: let its effects take place."""
+        for effect in self.effects:
+            effect()
+        self.effects.clear()
+        for memory in (self.runs, self.workers):
+            if len(memory) > self.REMEMBERED:
+                memory.clear()
+
+
+def find_run(sql: Ledger, run_uuid: str) -> Run:
+    """The run of that uuid. Raises NotFound; Parked while it is being restarted."""
+    run = sql.runs.get(run_uuid)
+    if run is None:
+        row = sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE uuid = ? AND sweep IS NOT 'delete'", run_uuid)
+        if row is None:
+            raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
+        run = sql.runs[run_uuid] = Run(row)
+    if run.sweep:
+        raise Parked(run_uuid)
+    return run
+
+
+def find_task(sql: Ledger, run: Run, number: int) -> Tuple[Task, bool]:
+    """Task *number* of a run and whether it has a row. Raises NotFound when out of range."""
+    if not 0 <= number < run.num_tasks:
+        raise NotFound("run %s has %d tasks (0 to %d), not %s"
+                       % (run.uuid, run.num_tasks, run.num_tasks - 1, shortened(str(number))))
+    task_id = run.first_id + number
+    row = sql.one("SELECT status, millionths FROM task WHERE id = ?", task_id)
+    if row is None:
+        return Task(task_id, number, WAITING, 0), False
+    return Task(task_id, number, *row), True
+
+
+def find_worker(sql: Ledger, worker_uuid: str) -> Worker:
+    """The worker of that uuid. Raises NotFound."""
+    worker = sql.workers.get(worker_uuid)
+    if worker is None:
+        row = sql.one("SELECT id, uuid, hostname, pid FROM worker WHERE uuid = ?", worker_uuid)
+        if row is None:
+            raise NotFound("there is no worker %s: POST /api/worker registers one" % worker_uuid)
+        worker = sql.workers[worker_uuid] = Worker(*row)
+    return worker
+
+
+def shortened(text: str) -> str:
+    """Something a client sent, fit for a sentence."""
+    return text if len(text) <= 64 else text[:61] + "..."
+
+
+@operation
+def create_run(sql: Ledger, now: Now, run_uuid: str, num_tasks: int) -> Run:
+    """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out."""
+    (first_id,) = sql.one("SELECT next_task_id FROM farm")
+    if first_id + num_tasks > 2 ** 53:
+        raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
+    sql.execute("UPDATE farm SET next_task_id = ?", (first_id + num_tasks,))
+    row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
+           first_id, first_id + num_tasks, None)
+    cursor = sql.execute("""
+        INSERT INTO run (uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
+            num_untouched, num_complete, millionths, head, head_end, sweep)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", row)
+    run = sql.runs[run_uuid] = Run((cursor.lastrowid,) + row)
+    return run.snapshot()
+
+
+@operation(reads=True)
+def list_runs(sql: Ledger, now: Now) -> List[Run]:
+    """All runs in order of creation, as they are at this moment."""
+    sql.flush()
+    return [Run(row) for row in sql.all(
+        "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT 'delete' ORDER BY id")]
+
+
+@operation(reads=True)
+def read_run(sql: Ledger, now: Now, run_uuid: str) -> Run:
+    """One run. Raises NotFound."""
+    return find_run(sql, run_uuid).snapshot()
+
+
+@operation
+def delete_run(sql: Ledger, now: Now, run_uuid: str) -> None:
+    """The run is gone at once; its rows follow in slices. Raises NotFound."""
+    sql.begin_sweep(find_run(sql, run_uuid), "delete")
+    del sql.runs[run_uuid]
+
+
+@operation
+def restart_run(sql: Ledger, now: Now, run_uuid: str, everything: bool) -> None:
+    """Tasks wait again: all at 0 percent, or those not done at 100 percent, which keep theirs. Raises NotFound.
+
+    The run's figures change at once and its rows follow in slices; requests for the run wait meanwhile.
+    """
+    run = find_run(sql, run_uuid)
+    if everything:
+        run.counts = [run.num_tasks, 0, 0, 0]
+        run.num_complete = run.millionths = 0
+    else:
+        run.counts = [run.num_tasks - run.num_complete, 0, run.num_complete, 0]
+    sql.begin_sweep(run, "restart all" if everything else "restart")
+
+
+@operation
+def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str) -> Optional[Task]:
+    """Give the lowest waiting task to the worker; None when none waits. Raises NotFound for worker and run."""
+    worker = find_worker(sql, worker_uuid)
+    run = find_run(sql, run_uuid)
+    if not run.counts[WAITING]:
+        return None
+    sql.changed[run.id] = run
+    run.counts[WAITING] -= 1
+    run.counts[COMPUTING] += 1
+    row = None
+    if run.counts[WAITING] >= run.num_untouched:      # some task that waits has a row
+        row = sql.one(LOWEST_WAITING, run.first_id, run.head if run.num_untouched else run.end_id)
+    if row is not None:
+        task_id, millionths = row
+        sql.execute("UPDATE task SET status = 1, worker = ? WHERE id = ?", (worker.id, task_id))
+    else:
+        task_id, millionths = run.head, 0
+        touch(sql, run, task_id)
+        sql.execute("INSERT INTO task (id, status, millionths, worker) VALUES (?, 1, 0, ?)", (task_id, worker.id))
+    return Task(task_id, task_id - run.first_id, COMPUTING, millionths)
+
+
+# Without the hint the planner takes the primary key, and walks over every task that is done.
+LOWEST_WAITING = """
+    SELECT id, millionths
+    FROM task INDEXED BY task_waiting
+    WHERE status = 0 AND id >= ? AND id < ?
+    ORDER BY id
+    LIMIT 1"""
+
+
+def touch(sql: Ledger, run: Run, task_id: int) -> None:
+    """Take one task out of the run's untouched intervals; the caller gives it a row."""
+    run.num_untouched -= 1
+    if task_id == run.head:
+        run.head += 1
+    elif task_id < run.head_end:
+        if task_id + 1 < run.head_end:
+            sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (run.head_end - 1, task_id + 1))
+        run.head_end = task_id
+    else:
+        last, first = sql.one("SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMIT 1", task_id)
+        if task_id < last:
+            sql.execute("UPDATE untouched SET first = ? WHERE last = ?", (task_id + 1, last))
+        else:
+            sql.execute("DELETE FROM untouched WHERE last = ?", (last,))
+        if first < task_id:
+            sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (task_id - 1, first))
+    if run.head == run.head_end and run.num_untouched:
+        last, first = sql.one("SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMIT 1", run.head)
+        sql.execute("DELETE FROM untouched WHERE last = ?", (last,))
+        run.head, run.head_end = first, last + 1
+
+
+@operation(reads=True)
+def read_task(sql: Ledger, now: Now, run_uuid: str, number: int) -> Task:
+    """One task. Raises NotFound for the run and the number."""
+    return find_task(sql, find_run(sql, run_uuid), number)[0]
+
+
+@operation
+def report(sql: Ledger, now: Now, run_uuid: str, number: int, status: Optional[int], millionths: Optional[int]) -> None:
+    """Set what is named of a task: its status, its percentage; done alone means 100 percent. Raises NotFound."""
+    run = find_run(sql, run_uuid)
+    before, has_row = find_task(sql, run, number)
+    if millionths is None:
+        millionths = FULL if status == DONE else before.millionths
+    if status is None:
+        status = before.status
+    sql.changed[run.id] = run
+    run.counts[before.status] -= 1
+    run.counts[status] += 1
+    run.millionths += millionths - before.millionths
+    run.num_complete += ((status == DONE and millionths == FULL)
+                         - (before.status == DONE and before.millionths == FULL))
+    if has_row:
+        sql.execute("UPDATE task SET status = ?, millionths = ? WHERE id = ?", (status, millionths, before.id))
+    else:
+        touch(sql, run, before.id)
+        sql.execute("INSERT INTO task (id, status, millionths) VALUES (?, ?, ?)", (before.id, status, millionths))
+
+
+@operation
+def register_worker(sql: Ledger, now: Now, worker_uuid: str, hostname: str, pid: int) -> Worker:
+    """A new worker, or the same one again. Raises Conflict when the uuid is another's."""
+    try:
+        worker = find_worker(sql, worker_uuid)
+    except NotFound:
+        cursor = sql.execute("INSERT INTO worker (uuid, hostname, pid, created) VALUES (?, ?, ?, ?)",
+                             (worker_uuid, hostname, pid, now.utc))
+        worker = sql.workers[worker_uuid] = Worker(int(cursor.lastrowid), worker_uuid, hostname, pid)  # type: ignore
+    if (worker.hostname, worker.pid) != (hostname, pid):
+        raise Conflict("worker %s is process %d on %s: a new worker needs a uuid of its own"
+                       % (worker_uuid, worker.pid, shortened(worker.hostname)))
+    return worker
+
+
+@operation
+def add_user(sql: Ledger, now: Now, name: str, password: str) -> User:
+    """A new user with a stored password hash. Raises Conflict when the name is taken."""
+    if sql.one("SELECT 1 FROM user WHERE name = ?", name):
+        raise Conflict("there is a user %s already: 'user passwd %s' sets another password" % (name, name))
+    sql.execute("INSERT INTO user (name, password, created) VALUES (?, ?, ?)", (name, password, now.utc))
+    sql.learn_users()
+    return find_user(sql, name)
+
+
+@operation
+def set_password(sql: Ledger, now: Now, name: str, password: str) -> User:
+    """Another password hash; every token the user had is void. Raises NotFound."""
+    find_user(sql, name)
+    sql.execute("UPDATE user SET password = ?, generation = generation + 1 WHERE name = ?", (password, name))
+    sql.learn_users()
+    return find_user(sql, name)
+
+
+@operation
+def remove_user(sql: Ledger, now: Now, name: str) -> None:
+    """The user is gone, with every token. Raises NotFound."""
+    find_user(sql, name)
+    sql.execute("DELETE FROM user WHERE name = ?", (name,))
+    sql.learn_users()
+
+
+@operation(reads=True)
+def list_users(sql: Ledger, now: Now) -> List[User]:
+    """All users, the oldest first."""
+    return [User(*row) for row in sql.all("SELECT id, name, password, generation FROM user ORDER BY id")]
+
+
+def find_user(sql: Ledger, name: str) -> User:
+    """The user of that name. Raises NotFound."""
+    row = sql.one("SELECT id, name, password, generation FROM user WHERE name = ?", name)
+    if row is None:
+        raise NotFound("there is no user %s: 'user list' shows them" % shortened(name))
+    return User(*row)
+
+
+@operation
+def probe(sql: Ledger, now: Now) -> None:
+    """Write something that changes nothing: whether the disk takes it shows at COMMIT."""
+    sql.execute("UPDATE farm SET identity = identity")
+
+
+# What a sweep does to the tasks with ids from ? to ?.
+SWEEP_TASKS = {
+    "restart": """
+        UPDATE task SET status = 0
+        WHERE id BETWEEN ? AND ? AND (status <> 2 OR millionths < 100000000)""",
+    "restart all": "UPDATE task SET status = 0, millionths = 0 WHERE id BETWEEN ? AND ?",
+    "delete": "DELETE FROM task WHERE id BETWEEN ? AND ?",
+}
+
+
+class Sweep:
+    """The rows of a restarted or deleted run follow, a slice at a time.
+
+    The mark in the run's row is written with the run's new figures; it is taken off in the
+    transaction of the last slice. A sweep may begin anew after a crash: a slice done twice is
+    done once. The place reached is memory only.
+    """
+    SLICE = 500         # rows between two looks at the clock
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.reached = run.first_id
+
+    def step(self, sql: Ledger) -> bool:
+        """Do one slice; True when it was the last."""
+        run = self.run
+        kind = str(run.sweep)
+        if self.reached < run.end_id:
+            row = sql.one("SELECT id FROM task WHERE id >= ? AND id < ? ORDER BY id LIMIT 1 OFFSET ?",
+                          self.reached, run.end_id, self.SLICE - 1)
+            last = row[0] if row else run.end_id - 1
+            sql.execute(SWEEP_TASKS[kind], (self.reached, last))
+            self.reached = last + 1
+            return False
+        if kind == "delete":
+            gone = sql.execute("""
+                DELETE FROM untouched
+                WHERE last IN (SELECT last FROM untouched WHERE last >= ? AND last < ? LIMIT ?)""",
+                               (run.first_id, run.end_id, self.SLICE))
+            if gone.rowcount == self.SLICE:
+                return False
+            sql.execute("DELETE FROM run WHERE id = ?", (run.id,))
+        else:
+            run.sweep = None
+            sql.changed[run.id] = sql.runs[run.uuid] = run
+        return True
+
+
+def unfulfilled(sql: Ledger) -> List[str]:
+    """Recount the file's promises: a sentence for each one that does not hold."""
+    sql.flush()
+    wrong = []
+    taken = 0
+    (next_id,) = sql.one("SELECT next_task_id FROM farm")
+    for row in sql.all("SELECT " + Run.COLUMNS + " FROM run ORDER BY first_id"):
+        run = Run(row)
+        if run.first_id < taken or run.end_id > next_id:
+            wrong.append("run %s: its task ids are another run's" % run.uuid)
+        taken = run.end_id
+        if not run.sweep:
+            wrong += ["run %s: %s" % (run.uuid, sentence) for sentence in recount(sql, run)]
+    (lost,) = sql.one("""
+        SELECT count(*) FROM task
+        WHERE NOT EXISTS (
+            SELECT 1 FROM run WHERE first_id =
+                (SELECT max(first_id) FROM run WHERE first_id <= task.id) AND task.id < first_id + num_tasks)""")
+    if lost:
+        wrong.append("%d tasks belong to no run" % lost)
+    return wrong + [row[0] for row in sql.all("PRAGMA integrity_check(20)") if row[0] != "ok"]
+
+
+def recount(sql: Ledger, run: Run) -> Iterator[str]:
+    """What is wrong in the figures of one run."""
+    counts, complete, millionths = [0, 0, 0, 0], 0, 0
+    for status, number, full, total in sql.all("""
+            SELECT status, count(*), sum(millionths = 100000000), sum(millionths)
+            FROM task WHERE id >= ? AND id < ? GROUP BY status""", run.first_id, run.end_id):
+        counts[status] = number
+        millionths += total
+        complete += full if status == DONE else 0
+    touched = sum(counts)
+    spans = [(run.head, run.head_end)] if run.head < run.head_end else []
+    spans += [(first, last + 1) for last, first in sql.all(
+        "SELECT last, first FROM untouched WHERE last >= ? AND last < ? ORDER BY last", run.first_id, run.end_id)]
+    untouched = sum(end - first for first, end in spans)
+    counts[WAITING] += untouched
+    if counts != run.counts:
+        yield "counts %s tasks waiting, computing, done and failed, and has %s" % (run.counts, counts)
+    if untouched != run.num_untouched or touched + untouched != run.num_tasks:
+        yield "has %d touched and %d untouched tasks of %d" % (touched, untouched, run.num_tasks)
+    if (complete, millionths) != (run.num_complete, run.millionths):
+        yield "sums up to %d complete tasks and %d millionths, and has %d and %d" % (
+            run.num_complete, run.millionths, complete, millionths)
+    if run.num_untouched and run.head == run.head_end:
+        yield "has untouched tasks but none at hand"
+    for (first, end), (following, _) in zip(spans, spans[1:] + [(run.end_id, 0)]):
+        if not run.first_id <= first < end <= following:
+            yield "the untouched tasks from id %d on overlap" % first
+        if sql.one("SELECT 1 FROM task WHERE id >= ? AND id < ? LIMIT 1", first, end):
+            yield "tasks from id %d on are both touched and untouched" % first
+
+
+@operation(reads=True)
+def check(sql: Ledger, now: Now) -> List[str]:
+    """What is wrong with the file, a sentence each; nothing when all promises hold."""
+    return unfulfilled(sql)
+
+
+def disk_trouble(error: BaseException) -> Optional[str]:
+    """A sentence when an error of SQLite means that the disk does not take a write, else None.
+
+    Codes: https://www.sqlite.org/rescode.html. A quota (EDQUOT) and a file size limit (EFBIG) come
+    as SQLITE_FULL or SQLITE_IOERR. Python 3.9 and 3.10 give the text alone.
+    """
+    text = str(error)
+    if isinstance(error, sqlite3.OperationalError) and any(part in text for part in (
+            "is full", "disk I/O error", "readonly database", "unable to open database", "out of memory")):
+        return "nothing was changed: the server's disk does not take a write just now (%s)" % text
+    return None
+
+
+class Store:
+    """The file, and the one connection to it.
+
+    *path*: the database file, made when it is not there. *clock*: gives a Now.
+    Until `start` the methods are for one thread; from then on others use `submit` and `call`.
+    Raises Refusal when the file is not ours to open; nothing has been touched then.
+    """
+    def __init__(self, path: str, clock: Callable[[], Now] = system_clock) -> None:
+        self.path = path
+        self.clock = clock
+        self.trouble: Optional[str] = None              # why the last write failed; None when it did not
+        self.due: List[Operation] = []                  # were parked, and come first in the next batch
+        self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
+        self.queue: "queue.SimpleQueue[Optional[Operation]]" = queue.SimpleQueue()
+        self.writer: Optional[threading.Thread] = None
+        refuse_foreign(path)
+        if not os.path.exists(path):
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            prepare(self.connection)
+            self.sql = Ledger(self.connection)
+            self.identity, self.signing_key, self.proof_key = self.sql.one(
+                "SELECT identity, signing_key, proof_key FROM farm")
+            self.sql.learn_users()
+            self.sql.settle()
+            self.sweeps = self._unfinished()
+        except sqlite3.Error as error:
+            self.connection.close()
+            raise Refusal("%s cannot be opened: %s" % (path, error))
+
+    @property
+    def users(self) -> Dict[str, User]:
+        """Users by name, as they are on the disk; for any thread."""
+        return self.sql.users
+
+    def _unfinished(self) -> List["Sweep"]:
+        return [Sweep(Run(row)) for row in self.sql.all(
+            "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id")]
+
+    def submit(self, named: Operation) -> None:
+        """Hand an operation to the writer; its `done` is called after COMMIT. For any thread."""
+        self.queue.put(named)
+
+    def call(self, named: Operation) -> Any:
+        """Have one operation run, wait for its result and return it. Raises what it raises."""
+        if self.writer is None:
+            ended = self.apply([named])
+            while not ended:
+                ended = self.apply([])
+            outcome = ended[0][1]
+        else:
+            answers: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+            named.done = lambda _, outcome: answers.put(outcome)
+            self.submit(named)
+            outcome = answers.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def start(self) -> None:
+        """Start the writer thread."""
+        self.writer = threading.Thread(target=self._write, name="writer", daemon=True)
+        self.writer.start()
+
+    def _write(self) -> None:
+        while True:
+            batch = self._waiting()
+            stopping = bool(batch) and batch[-1] is None
+            for named, outcome in self.apply(batch[:-1] if stopping else batch):    # type: ignore[arg-type]
+                if named.done:
+                    named.done(named, outcome)
+            if stopping:
+                return
+
+    def _waiting(self) -> List[Optional[Operation]]:
+        """All that wait for the writer, at least one unless something is due without a request."""
+        wait_s = 0.0 if self.due else None if not self.sweeps else RETRY_S if self.trouble else 0.0
+        batch: List[Optional[Operation]] = []
+        try:
+            batch.append(self.queue.get(timeout=wait_s))
+            while len(batch) < BATCH_LIMIT:
+                batch.append(self.queue.get_nowait())
+        except queue.Empty:
+            pass
+        return batch
+
+    def close(self) -> None:
+        """Run what was submitted, end the writer and close the file."""
+        if self.writer is not None:
+            self.queue.put(None)
+            self.writer.join()
+            self.writer = None
+        self.connection.close()
+
+    def apply(self, batch: List[Operation]) -> List[Tuple[Operation, Any]]:
+        """Run operations in one transaction; gives (operation, outcome) for those that have ended, all on the disk.
+
+        A disk that does not take the writes: they end in Unavailable, and the reads are run all
+        the same. Another error: everything is rolled back and run again one by one, so that only
+        its cause suffers.
+        """
+        batch, self.due = self.due + batch, []
+        try:
+            return self._transact(batch)
+        except Exception as error:
+            trouble = disk_trouble(error)
+            if trouble is None:
+                if len(batch) > 1:
+                    return [ended for named in batch for ended in self.apply([named])]
+                return [(named, error) for named in batch]
+        if trouble != self.trouble:
+            log.error("%s; reading goes on, and writing resumes by itself", trouble)
+        self.trouble = trouble
+        reads = [named for named in batch if named.reads]
+        refused: List[Tuple[Operation, Any]] = [(named, Unavailable(trouble)) for named in batch if not named.reads]
+        return refused + (self._transact(reads, writing=False) if reads else [])
+
+    def _transact(self, batch: List[Operation], writing: bool = True) -> List[Tuple[Operation, Any]]:
+        sql, now, changes = self.sql, self.clock(), self.connection.total_changes
+        ended: List[Tuple[Operation, Any]] = []
+        parked: List[Tuple[str, Operation]] = []
+        sql.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
+        try:
+            for named in batch:
+                try:
+                    ended.append((named, named.function(sql, now, *named.args)))
+                except FarmError as refusal:
+                    ended.append((named, refusal))
+                except Parked as wait:
+                    parked.append((wait.args[0], named))
+            if writing:
+                self.sweeps += [Sweep(run) for run in sql.begun]
+                if self.sweeps:
+                    self._sweep()
+                sql.flush()
+            sql.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:      # a full disk has ended it already
+                sql.execute("ROLLBACK")
+            sql.forget()
+            self.sweeps = self._unfinished()
+            raise
+        sql.settle()
+        if self.trouble and self.connection.total_changes != changes:
+            self.trouble = None
+            log.error("the disk takes writes again")
+        if parked or self.parked:
+            self._unpark(parked)
+        return ended
+
+    def _sweep(self) -> None:
+        """Take slices of what is to follow, for SWEEP_S at most."""
+        end = self.clock().tick + SWEEP_S
+        while self.sweeps:
+            if self.sweeps[0].step(self.sql):
+                del self.sweeps[0]
+            if self.clock().tick >= end:
+                return
+
+    def _unpark(self, parked: List[Tuple[str, Operation]]) -> None:
+        """Sort those that wait for a run: due when its sweep has ended, parked until then."""
+        swept = {sweep.run.uuid for sweep in self.sweeps}
+        waiting = self.parked + parked
+        self.parked = [(run_uuid, named) for run_uuid, named in waiting if run_uuid in swept]
+        self.due += [named for run_uuid, named in waiting if run_uuid not in swept]
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """Settings of the connection, and the schema brought up to date in one transaction.
+
+    EXCLUSIVE comes before the first access, so that WAL needs no shared memory, which network
+    file systems do not have (https://www.sqlite.org/wal.html#noshm).
+    """
+    for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL",
+                    "temp_store = MEMORY", "cache_size = -32000"):
+        connection.execute("PRAGMA " + setting)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == len(SCHEMA):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    for script in SCHEMA[version:]:
+        for statement in statements(script):
+            connection.execute(statement)
+    if version == 0:
+        connection.execute("PRAGMA application_id = %d" % APPLICATION_ID)
+        connection.execute(
+            "INSERT INTO farm (id, identity, signing_key, proof_key, next_task_id) VALUES (1, ?, ?, ?, 1)",
+            (secrets.token_hex(16), secrets.token_bytes(32), secrets.token_bytes(32)))
+    connection.execute("PRAGMA user_version = %d" % len(SCHEMA))
+    connection.execute("COMMIT")
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: executescript would commit before the first."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def refuse_foreign(path: str) -> None:
+    """Raise Refusal for a file that this program must not open; touches nothing.
+
+    Reads the 100 bytes that begin an SQLite file (https://www.sqlite.org/fileformat2.html#the_database_header),
+    from the write-ahead log where a newer copy of them lies there.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+            size = file.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+    if size and (size < 512 or not head.startswith(b"SQLite format 3\0")):
+        raise Refusal("%s is not an SQLite file: --db wants a file that taskfarm made, or a name that is free" % path)
+    newest = page_one_of_wal(path + "-wal") or head
+    if not newest:
+        return
+    page_size = struct.unpack(">H", newest[16:18])[0]
+    pages, schema_cookie, version, application = (struct.unpack(">I", newest[at:at + 4])[0] for at in (28, 40, 60, 68))
+    if application != APPLICATION_ID and schema_cookie:
+        raise Refusal("%s belongs to another program: --db wants a file that taskfarm made, or a name that is free"
+                      % path)
+    if version > len(SCHEMA):
+        raise Refusal("%s was written by a newer taskfarm (its schema is %d, this program's %d): use that one"
+                      % (path, version, len(SCHEMA)))
+    if newest is head and size < pages * (65536 if page_size == 1 else page_size):
+        raise Refusal("%s is cut off: it has %d bytes and should have %d pages; restore it from a backup"
+                      % (path, size, pages))
+
+
+def page_one_of_wal(path: str) -> bytes:
+    """The newest first page that a write-ahead log has committed, or nothing.
+
+    Frames of the present log carry the salts of its header (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
+    """
+    newest = candidate = b""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+            page_size = struct.unpack(">I", head[8:12])[0] if len(head) == 32 else 0
+            while page_size:
+                frame = file.read(24)
+                if len(frame) < 24 or frame[8:16] != head[16:24]:
+                    break
+                number, committed = struct.unpack(">II", frame[:8])
+                page = file.read(100)
+                file.seek(page_size - len(page), os.SEEK_CUR)
+                candidate = page if number == 1 else candidate
+                newest = candidate if committed else newest
+    except OSError:
+        pass
+    return newest
+
+
+class Lock:
+    """The locked file beside the database: who serves it, and a secret for those who may read it.
+
+    *path*: the database. Raises Refusal when another process holds it, or when the file system has
+    no locks that work.
+    """
+    def __init__(self, path: str) -> None:
+        self.path = lock_path(path)
+        try:
+            self.file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise Refusal("%s cannot be made: %s" % (self.path, error.strerror))
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.file)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise Refusal("%s is in use: %s" % (path, described(read_holder(path))))
+            raise Refusal("the file system of %s has no locks that work (%s), and without them two servers could "
+                          "ruin the file: put it on another (on Lustre, one mounted with -o flock)"
+                          % (path, error.strerror))
+
+    def write(self, holder: Dict[str, Any]) -> None:
+        """Tell others who holds the file."""
+        content = json.dumps(holder).encode()
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, content, 0)
+
+    def close(self) -> None:
+        """Let go. The file stays: to remove it would let two processes lock two files of one name."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.file, 0)
+        os.close(self.file)
+
+
+def lock_path(path: str) -> str:
+    """Where the lock of a database lies, whichever of its names is used."""
+    return os.path.realpath(path) + ".lock"
+
+
+def read_holder(path: str) -> Dict[str, Any]:
+    """What the holder of a database's lock wrote: host, pid, url, admin_url, secret; empty when nothing is there."""
+    try:
+        with open(lock_path(path), encoding="utf-8") as file:
+            holder = json.load(file)
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def described(holder: Dict[str, Any]) -> str:
+    """A holder in words."""
+    if not holder:
+        return "another process holds it, and does not say which"
+    return "process %s on %s serves it at %s" % (holder.get("pid"), holder.get("host"), holder.get("url"))
+
+
+# ---------------------------------------------------------------- LOGIN
+# Password hashes, signed tokens, and who a request comes from. Knows no SQL and no sockets.
+
+TOKEN_MARK = "tf1."
+SCRYPT = {"n": 2 ** 14, "r": 8, "p": 1}     # 16 MiB and some 50 ms
+PBKDF2_ROUNDS = 600000
+
+
+class Login(NamedTuple):
+    """Who asks."""
+    user: Optional[User]        # None: a local verb that has read the lock file
+    expires: float              # seconds since 1970, of the token that was shown; 0: never, or a password
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return self.user.name if self.user else "-"
+
+
+class Later(Exception):
+    """An answer takes work that may take long.
+
+    Call *work* in a thread of its own, once for all that want *key*, and ask again.
+    """
+
+    def __init__(self, key: bytes, work: Callable[[], None]) -> None:
+        super().__init__()
+        self.key = key
+        self.work = work
+
+
+def normal(text: str) -> str:
+    """A name or password as it is compared: NFC, as RFC 8265 wants it."""
+    return unicodedata.normalize("NFC", text)
+
+
+def check_name(name: str) -> str:
+    """A user name that will do, normalized. Raises BadRequest."""
+    name = normal(name)
+    if not 1 <= len(name) <= 64 or not name.isprintable() or name != name.strip() or ":" in name or "/" in name:
+        raise BadRequest("a user name has 1 to 64 printable characters, no colon, no slash and no space at its ends")
+    if name.startswith(TOKEN_MARK):
+        raise BadRequest("a user name cannot begin with %s: tokens do" % TOKEN_MARK)
+    return name
+
+
+def hash_password(password: str, algorithm: str = "scrypt") -> str:
+    """A password as it is stored: algorithm, parameters, salt and hash, with $ between.
+
+    scrypt (RFC 7914), or PBKDF2 (RFC 8018) where the system's OpenSSL lacks or forbids it.
+    """
+    salt = secrets.token_bytes(16)
+    if algorithm == "scrypt":
+        try:
+            found = scrypt(password, salt, **SCRYPT)
+            return "$".join(["scrypt", "%(n)d,%(r)d,%(p)d" % SCRYPT, salt.hex(), found.hex()])
+        except (AttributeError, ValueError):
+            pass
+    return "$".join(["pbkdf2", str(PBKDF2_ROUNDS), salt.hex(), pbkdf2(password, salt, PBKDF2_ROUNDS).hex()])
+
+
+def scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+    """32 bytes. Raises AttributeError or ValueError where OpenSSL has no scrypt."""
+    return hashlib.scrypt(normal(password).encode(), salt=salt, n=n, r=r, p=p, maxmem=64 * 2 ** 20, dklen=32)
+
+
+def pbkdf2(password: str, salt: bytes, rounds: int) -> bytes:
+    """32 bytes."""
+    return hashlib.pbkdf2_hmac("sha256", normal(password).encode(), salt, rounds)
+
+
+def verify_password(password: str, stored: str) -> bool:
+    """Whether a password is the one that was stored; takes the same time for any."""
+    algorithm, parameters, salt, wanted = stored.split("$")
+    if algorithm == "scrypt":
+        n, r, p = map(int, parameters.split(","))
+        found = scrypt(password, bytes.fromhex(salt), n, r, p)
+    else:
+        found = pbkdf2(password, bytes.fromhex(salt), int(parameters))
+    return hmac.compare_digest(found.hex(), wanted)
+
+
+def make_token(key: bytes, user: User, expires: float) -> str:
+    """A token: tf1.USER.GENERATION.EXPIRY.SIGNATURE, the last HMAC-SHA-256 (RFC 2104) over what stands before it.
+
+    *expires*: seconds since 1970; 0 lasts until the password changes.
+    """
+    body = "%s%d.%d.%d" % (TOKEN_MARK, user.id, user.generation, math.ceil(expires))
+    return body + "." + signature(key, body)
+
+
+def signature(key: bytes, text: str) -> str:
+    """HMAC-SHA-256 of a text, as 43 URL-safe characters."""
+    return base64.urlsafe_b64encode(hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256")).decode()[:43]
+
+
+def read_token(key: bytes, token: str) -> Tuple[int, int, float]:
+    """User id, generation and expiry of a token. Raises Unauthorized when the signature is not ours."""
+    body, _, signed = token.rpartition(".")
+    if not hmac.compare_digest(signature(key, body).encode(), signed.encode("utf-8", "surrogatepass")):
+        raise Unauthorized()
+    user_id, generation, expires = body[len(TOKEN_MARK):].split(".")
+    return int(user_id), int(generation), float(expires)
+
+
+def read_authorization(header: bytes) -> Tuple[str, Optional[str]]:
+    """(token, None) or (user, password) of an Authorization field (RFC 7617, RFC 6750). Raises Unauthorized.
+
+    UTF-8, and where it is not, Latin-1, which `requests` sends. A token may come as the user name.
+    """
+    scheme, _, value = header.partition(b" ")
+    try:
+        if scheme.lower() == b"bearer":
+            return value.strip().decode("ascii"), None
+        if scheme.lower() != b"basic":
+            raise Unauthorized()
+        pair = base64.b64decode(value.strip(), validate=True)
+    except ValueError:
+        raise Unauthorized()
+    try:
+        text = pair.decode()
+    except UnicodeDecodeError:
+        text = pair.decode("latin-1")
+    user, colon, password = text.partition(":")
+    if not colon:
+        raise Unauthorized()
+    return (user, None) if user.startswith(TOKEN_MARK) else (user, password)
+
+
+class Logins:
+    """Tells who a request comes from, and remembers it for some minutes.
+
+    *users*: gives the users by name. *key*: signs tokens. *clock*: gives a Now. *secret*: what the
+    local verbs show. What is remembered is found by an HMAC of the header under a key of this
+    process, so that no password is kept; it is forgotten when the users change.
+    """
+    REMEMBERED = 20000
+
+    def __init__(self, users: Callable[[], Dict[str, User]], key: bytes, clock: Callable[[], Now], secret: str) -> None:
+        self.users = users
+        self.key = key
+        self.clock = clock
+        self.secret = secret.encode()
+        self.memory_key = secrets.token_bytes(32)
+        self.memory: Dict[bytes, Tuple[Optional[Login], float]] = {}    # login or refusal, and until which tick
+        self.known = users()                                            # the users that the memory speaks of
+        self.nobody = hash_password(secrets.token_hex(16))              # costs what a real user's costs
+
+    def who(self, header: bytes) -> Login:
+        """Who sent this Authorization field. Raises Unauthorized, or Later when a password has to be hashed."""
+        if self.users() is not self.known:
+            self.known, self.memory = self.users(), {}
+        now = self.clock()
+        key = hmac.digest(self.memory_key, header, "sha256")
+        login, until = self.memory.get(key, (None, 0.0))
+        if until <= now.tick:
+            login = self._verify(header, key, now)
+        if login is None or 0 < login.expires <= now.utc:
+            raise Unauthorized()
+        return login
+
+    def _verify(self, header: bytes, key: bytes, now: Now) -> Login:
+        name, password = read_authorization(header)
+        if password is not None:
+            raise Later(key, functools.partial(self._verify_password, key, name, password))
+        if hmac.compare_digest(name.encode("utf-8", "surrogatepass"), self.secret):
+            return Login(None, 0.0)
+        user_id, generation, expires = read_token(self.key, name)
+        for user in self.known.values():
+            if (user.id, user.generation) == (user_id, generation):
+                return self._remember(key, Login(user, expires), now.tick + LOGIN_MEMORY_S)
+        raise Unauthorized()
+
+    def _verify_password(self, key: bytes, name: str, password: str) -> None:
+        user = self.known.get(normal(name))
+        tick = self.clock().tick
+        try:
+            right = verify_password(password, user.password if user else self.nobody)
+        except ValueError:      # this OpenSSL refuses what made the hash
+            self._remember(key, None, tick + REFUSAL_MEMORY_S)
+            raise
+        if user is not None and right:
+            if self.users().get(user.name) == user:
+                self._remember(key, Login(user, 0.0), tick + LOGIN_MEMORY_S)
+        else:
+            self._remember(key, None, tick + REFUSAL_MEMORY_S)
+
+    def _remember(self, key: bytes, login: Any, until: float) -> Any:
+        if len(self.memory) >= self.REMEMBERED:
+            self.memory = {}
+        self.memory[key] = login, until
+        return login
+
+
+# ---------------------------------------------------------------- HTTP
+# Requests and replies on sockets (RFC 9110, RFC 9112). Knows no run and no task.
+#
+# One thread (the I/O thread) owns the selector: it accepts, reads, cuts and parses. A handler does
+# not wait: it gives a reply, or names a store operation, whose result the writer shows and sends.
+# While a connection is `busy` (a request of it is in work elsewhere) only that other thread writes
+# to it, and the I/O thread does not parse, unregister or close it.
+
+OPEN, USER, ADMIN = "open", "user", "admin"     # who may ask
+
+
+class Reply:
+    """What is sent back: a status, and a body of some type or none."""
+    __slots__ = ("status", "body", "content_type", "headers")
+
+    def __init__(self, status: int, body: bytes = b"", content_type: str = "application/json",
+                 headers: Sequence[Tuple[str, str]] = ()) -> None:
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.headers = headers
+
+
+encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def json_reply(status: int, content: Any) -> Reply:
+    """A reply with a JSON body."""
+    return Reply(status, encode_json(content).encode())
+
+
+def problem(error: FarmError) -> Reply:
+    """An error as problem details (RFC 9457)."""
+    title = HTTPStatus(error.status).phrase
+    body = encode_json({"title": title, "status": error.status, "detail": str(error)}).encode()
+    return Reply(error.status, body, "application/problem+json", error.headers)
+
+
+STATUS_LINES = {status.value: "HTTP/1.1 %d %s\r\n" % (status.value, status.phrase) for status in HTTPStatus}
+
+
+@functools.lru_cache(maxsize=2)
+def date_field(second: int) -> str:
+    """The Date field (RFC 9110, 6.6.1), made once a second."""
+    return "Date: " + formatdate(second, usegmt=True) + "\r\n"
+
+
+def render(reply: Reply, keep: bool, bodiless: bool) -> bytes:
+    """The bytes of a reply: one piece, since two writes met Nagle and delayed ACK at 44 ms a request."""
+    head = STATUS_LINES[reply.status] + date_field(int(time.time()))
+    if reply.status != 204:
+        head += "Content-Type: %s\r\nContent-Length: %d\r\n" % (reply.content_type, len(reply.body))
+    for name, value in reply.headers:
+        head += "%s: %s\r\n" % (name, value)
+    if not keep:
+        head += "Connection: close\r\n"
+    head += "\r\n"
+    return head.encode() if bodiless or reply.status == 204 else head.encode() + reply.body
+
+
+class Field:
+    """One value that a body or query may name; children say which values will do.
+
+    *refusal*: the error that another value ends in.
+    """
+    expected = ""
+
+    def __init__(self, required: bool = True, refusal: Type[FarmError] = BadRequest) -> None:
+        self.required = required
+        self.refusal = refusal
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as handlers want it. Raises the refusal."""
+        raise NotImplementedError
+
+    def wrong(self, name: str, value: Any) -> FarmError:
+        """The error for a value that will not do."""
+        return self.refusal("%s must be %s, not %s" % (name, self.expected, shortened(json.dumps(value))))
+
+
+class Integer(Field):
+    """A JSON integer; true and 1.0 are none."""
+
+    def __init__(self, low: int, high: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.low, self.high = low, high
+        self.expected = "an integer from %d to %d" % (low, high)
+
+    def check(self, name: str, value: Any) -> int:
+        """The integer."""
+        if type(value) is not int or not self.low <= value <= self.high:
+            raise self.wrong(name, value)
+        return value
+
+
+class Percent(Field):
+    """A JSON number from 0 to 100, taken in millionths and rounded down below 100."""
+    expected = "a number from 0 to 100"
+
+    def check(self, name: str, value: Any) -> int:
+        """Millionths: the most whose float is not above the value, so that 33.3 comes back as 33.3."""
+        if type(value) not in (int, float) or not 0 <= value <= 100:
+            raise self.wrong(name, value)
+        millionths = round(value * 1000000)
+        return millionths - (millionths / 1000000 > value)
+
+
+class Text(Field):
+    """A string of printable characters, or one that a pattern matches."""
+
+    def __init__(self, longest: int, pattern: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.longest = longest
+        self.pattern = re.compile(pattern) if pattern else None
+        self.expected = "a string of 1 to %d %s" % (
+            longest, "characters of " + pattern.rstrip("+") if pattern else "printable characters")
+
+    def check(self, name: str, value: Any) -> str:
+        """The string."""
+        if not isinstance(value, str) or not 1 <= len(value) <= self.longest or not (
+                self.pattern.fullmatch(value) if self.pattern else value.isprintable()):
+            raise self.wrong(name, value)
+        return value
+
+
+class Choice(Field):
+    """One of a few words; handlers get what it stands for."""
+
+    def __init__(self, choices: Dict[str, Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.choices = choices
+        self.expected = "one of " + ", ".join(repr(choice) if choice else "nothing" for choice in choices)
+
+    def check(self, name: str, value: Any) -> Any:
+        """What the word stands for."""
+        if not isinstance(value, str) or value not in self.choices:
+            raise self.wrong(name, value)
+        return self.choices[value]
+
+
+class Route:
+    """A line of the API's table: method, path, who may ask, what the body and the query may name."""
+    __slots__ = ("method", "path", "handler", "access", "body", "query")
+
+    def __init__(self, method: str, path: str, handler: Callable[..., Any], access: str,
+                 body: Optional[Dict[str, Field]], query: Dict[str, Field]) -> None:
+        self.method = method
+        self.path = path
+        self.handler = handler
+        self.access = access
+        self.body = body or {}
+        self.query = query
+
+
+class Routes:
+    """The API's table. Routing, validation and documentation come from it."""
+
+    def __init__(self) -> None:
+        self.table: List[Route] = []
+        self.tree: Dict[Optional[str], Any] = {}      # segment, or "*" for any, to the rest; None to the routes by method
+
+    def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
+              query: Optional[Dict[str, Field]] = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: the function answers this method and path, whose <names> are its arguments after the request."""
+        def enter(handler: Callable[..., Any]) -> Callable[..., Any]:
+            self.add(Route(method, path, handler, access, body, query or {}))
+            return handler
+        return enter
+
+    def add(self, route: Route) -> None:
+        """Enter a line."""
+        self.table.append(route)
+        node = self.tree
+        for segment in route.path[1:].split("/"):
+            node = node.setdefault("*" if segment.startswith("<") else segment, {})
+        node.setdefault(None, {})[route.method] = route
+
+    def find(self, path: str) -> Tuple[Dict[str, Route], List[str]]:
+        """The routes of a path by method, none when it is unknown, and its variable segments."""
+        node: Any = self.tree
+        variables = []
+        for segment in path[1:].split("/"):
+            branch = node.get(segment)
+            if branch is None and "*" in node and segment:
+                branch = node["*"]
+                variables.append(urllib.parse.unquote(segment, errors="replace"))
+            if branch is None:
+                return {}, []
+            node = branch
+        return node.get(None, {}), variables
+
+    def copy(self) -> "Routes":
+        """Another table with the same lines, to add to."""
+        other = Routes()
+        for route in self.table:
+            other.add(route)
+        return other
+
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
+FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+SINGLE = frozenset((b"host", b"content-length", b"content-type", b"authorization", b"transfer-encoding"))
+
+
+class Request:
+    """One request, its head parsed; handlers read *farm*, *login*, *fields*, *query* and nothing else."""
+    __slots__ = ("method", "target", "minor", "headers", "length", "keep", "began", "route", "variables",
+                 "farm", "login", "fields", "query", "admitted")
+    variables: List[str]
+    farm: Any
+    fields: Dict[str, Any]
+    query: Dict[str, Any]
+
+    def __init__(self, head: bytes) -> None:
+        """Parse a head, without the empty line at its end. Raises FarmError (RFC 9112, sections 2 to 6)."""
+        lines = head.split(b"\r\n")
+        match = REQUEST_LINE.fullmatch(lines[0])
+        if match is None or len(lines[0]) > LINE_LIMIT:
+            raise malformed_line(lines[0])
+        method, target, major, minor = match.groups()
+        self.method = method.decode()
+        self.target = target.decode()
+        self.minor = int(minor)
+        self.began = time.monotonic()
+        self.route: Optional[Route] = None
+        self.login: Optional[Login] = None
+        self.admitted = False
+        if major != b"1":
+            raise VersionNotSupported("HTTP/%s is not spoken here, only HTTP/1.1" % major.decode())
+        self.headers = headers = self._headers(lines)
+        self.length = self._length(headers)
+        if b"host" not in headers and self.minor:
+            raise BadRequest("a request of HTTP/1.1 has a Host field")
+        connection = headers.get(b"connection", b"").lower()
+        self.keep = b"close" not in connection and (self.minor > 0 or b"keep-alive" in connection)
+
+    @staticmethod
+    def _headers(lines: List[bytes]) -> Dict[bytes, bytes]:
+        if len(lines) > FIELD_LIMIT + 1:
+            raise HeadTooLarge("a request has at most %d header fields" % FIELD_LIMIT)
+        headers: Dict[bytes, bytes] = {}
+        match_field = FIELD_LINE.fullmatch
+        for line in lines[1:]:
+            match = match_field(line)
+            if match is None:
+                raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT) if len(line) > LINE_LIMIT else (
+                    BadRequest("this header line is malformed: %s" % shortened(ascii(line)[2:-1])))
+            name, value = match.groups()
+            name = name.lower()
+            if name in headers:
+                if name in SINGLE:
+                    raise BadRequest("the header field %s comes twice" % name.decode())
+                value = headers[name] + b", " + value
+            headers[name] = value.rstrip(b" \t")
+        if max(map(len, lines)) > LINE_LIMIT:
+            raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT)
+        return headers
+
+    @staticmethod
+    def _length(headers: Dict[bytes, bytes]) -> int:
+        value = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers:
+            if b"content-length" in headers:
+                raise BadRequest("a request has a Content-Length or a Transfer-Encoding, not both")
+            return -1
+        if not value.isdigit():
+            raise BadRequest("Content-Length must be a number of bytes")
+        return int(value) if len(value) < 20 else 10 ** 20
+
+    @property
+    def path(self) -> str:
+        """The target without its query, and without scheme and host where it has them (RFC 9112, 3.2.2)."""
+        path = self.target.partition("?")[0]
+        if not path.startswith("/"):
+            scheme, mark, rest = path.partition("://")
+            path = "/" + rest.partition("/")[2] if mark and scheme.lower() in ("http", "https") else path
+        return path
+
+
+def malformed_line(line: bytes) -> FarmError:
+    """The error for a request line that is none."""
+    if len(line) > LINE_LIMIT:
+        return UriTooLong("a request line has at most %d bytes" % LINE_LIMIT)
+    return BadRequest("this is not a request line of HTTP/1.1: %s" % shortened(ascii(line)[2:-1]))
+
+
+def cut_head(inbox: Any) -> Tuple[Optional[bytes], int]:
+    """The head that a buffer begins with and how many bytes it takes; None when more must come. Raises FarmError.
+
+    What can never become a request (TLS, lines ended by a bare LF, too much of anything) is
+    refused as soon as it shows, not when its time is over.
+    """
+    start = 0
+    while inbox.startswith(b"\r\n", start):     # RFC 9112, 2.2: empty lines before a request are ignored
+        start += 2
+    end = inbox.find(b"\r\n\r\n", start, HEAD_LIMIT + start + 4)
+    if end >= 0:
+        return bytes(inbox[start:end]), end + 4
+    if inbox[start:start + 1] in (b"\x16", b"\x80"):
+        raise BadRequest("this port speaks plain HTTP, not TLS: use http:// in the address")
+    first, mark, rest = bytes(inbox[start:start + HEAD_LIMIT + 4]).partition(b"\r\n")
+    if len(first) > LINE_LIMIT or b"\n" in first or first and not re.match(TOKEN, first):
+        raise malformed_line(first.partition(b"\n")[0] if b"\n" in first else first)
+    if len(inbox) - start >= HEAD_LIMIT:
+        raise HeadTooLarge("a request has at most %d bytes before its body" % HEAD_LIMIT)
+    if max(map(len, rest.split(b"\r\n"))) > LINE_LIMIT:
+        raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT)
+    if b"\n" in rest.replace(b"\r\n", b""):
+        raise BadRequest("lines end with CR LF, not with LF alone")
+    return None, start
+
+
+def no_constant(text: str) -> None:
+    """Python reads NaN and Infinity as numbers; JSON has none (RFC 8259, section 6)."""
+    raise ValueError("%s is not JSON" % text)
+
+
+decode_json = json.JSONDecoder(parse_constant=no_constant).decode
+
+
+def read_body(route: Route, body: bytes) -> Dict[str, Any]:
+    """The fields of a JSON body, each checked. Raises BadRequest, naming the field and what was expected."""
+    if not body and not any(field.required for field in route.body.values()):
+        return {}
+    try:
+        content = decode_json(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not UTF-8")
+    except RecursionError:
+        raise BadRequest("the body is nested too deep")
+    except ValueError as error:
+        raise BadRequest("the body is not JSON: %s" % shortened(str(error)) if body else
+                         "this request needs a JSON object with %s" % ", ".join(route.body))
+    if not isinstance(content, dict):
+        raise BadRequest("the body must be a JSON object")
+    return checked(route.body, content, "field")
+
+
+def read_query(route: Route, target: str) -> Dict[str, Any]:
+    """The parameters of a query, each checked. Raises FarmError."""
+    query = target.partition("?")[2]
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=20)
+    except ValueError:
+        raise BadRequest("the query cannot be read: it is NAME=VALUE&..., percent-encoded UTF-8")
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise BadRequest("a query parameter comes twice")
+    return checked(route.query, content, "query parameter")
+
+
+def checked(fields: Dict[str, Field], content: Dict[str, Any], kind: str) -> Dict[str, Any]:
+    """What was sent, each value checked. Raises for what is unknown, missing or wrong."""
+    result = {}
+    for name, value in content.items():
+        field = fields.get(name)
+        if field is None:
+            raise BadRequest("unknown %s %s: %s" % (kind, shortened(ascii(name)[1:-1]), (
+                "known here: " + ", ".join(fields) if fields else "none is taken here")))
+        result[name] = field.check(name, value)
+    for name, field in fields.items():
+        if field.required and name not in result:
+            raise BadRequest("the %s %s is missing: %s" % (kind, name, field.expected))
+    return result
+
+
+# Phases of a connection; all but the first have a deadline. MOVED: another deadline begins, whatever the phase.
+IDLE, NEW, ARRIVING, ANSWERING, CLOSING, MOVED = range(6)
+
+
+class Connection:
+    """A client's connection: bytes that came, a request in work, bytes that are to go."""
+    __slots__ = ("server", "sock", "peer", "inbox", "outbox", "request", "skip", "busy", "ending", "eof", "gone",
+                 "shut", "spoken", "phase", "watching", "held", "last")
+
+    def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
+        self.server = server
+        self.sock = sock
+        self.peer = peer
+        self.inbox: Any = b""           # bytes, or a bytearray while a request arrives in pieces
+        self.outbox = b""               # what the client has not taken yet
+        self.request: Optional[Request] = None
+        self.skip = 0                   # bytes to come of a body that nobody wants
+        self.busy = False               # a request is in work elsewhere
+        self.ending = False             # the last answer was given
+        self.eof = False                # the client has sent all it will
+        self.gone = False               # the client is not there any more
+        self.shut = False               # we have said that we will send no more
+        self.spoken = False
+        self.phase = IDLE
+        self.watching = 0               # what the selector waits for
+        self.held = 0                   # bytes of buffers, as counted by the server
+        self.last = time.monotonic()    # when it spoke last
+
+    def send(self, reply: Reply) -> None:
+        """Answer the request in work; for the thread that has it. The rest of an answer waits for the client."""
+        request = self.request
+        keep = request is not None and request.keep and not self.ending and not self.server.stopping
+        data = render(reply, keep, request is not None and request.method == "HEAD")
+        if not keep:
+            self.ending = True
+        try:
+            sent = self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.gone = True
+            sent = len(data)
+        if sent < len(data):
+            self.outbox = data[sent:]
+        if self.server.access is not None:
+            self.server.note_access(self, reply)
+        self.request = None
+
+    def deliver(self, named: Operation, outcome: Any) -> None:
+        """Show the outcome of an operation and send it; called by the writer, whom nothing here may stop."""
+        if named.long and not isinstance(outcome, BaseException):
+            named.long = False
+            self.server.slow.put(lambda: self.deliver(named, outcome))
+            return
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            reply = named.show(outcome, *named.extra)   # type: ignore[misc]
+        except Exception as error:
+            reply = failure(error)
+        self.send(reply)
+        self.busy = False       # from here on the I/O thread has it; it looks at `busy` after it has changed the rest
+        if self.inbox or self.outbox or self.ending or self.eof or self.gone:
+            self.server.post(self.resume)
+
+    def resume(self) -> None:
+        """In the I/O thread: go on where another thread has left off."""
+        if not self.busy and self in self.server.connections:
+            self.server.advance(self)
+            self.server.settle(self)
+
+    def receive(self) -> None:
+        """Read what has come."""
+        try:
+            data = self.sock.recv(65536)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.gone = True
+            return
+        if not data:
+            self.eof = True
+        elif self.ending:
+            pass        # it may still be writing what we do not want; closing at once would reset our answer away
+        elif self.inbox:
+            if isinstance(self.inbox, bytes):
+                self.inbox = bytearray(self.inbox)
+            self.inbox += data
+        else:
+            self.inbox = data
+
+    def take(self, count: int) -> bytes:
+        """Take bytes from the buffer."""
+        data = bytes(self.inbox[:count])
+        self.inbox = self.inbox[count:] if count < len(self.inbox) else b""
+        return data
+
+    def flush(self) -> None:
+        """Send what the client did not take before."""
+        try:
+            sent = self.sock.send(self.outbox)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.gone = True
+            return
+        self.outbox = self.outbox[sent:]
+        self.phase = MOVED
+
+
+def failure(error: BaseException) -> Reply:
+    """The reply to an error: its own status, or 500 with an id that stands in the log beside the traceback."""
+    if isinstance(error, FarmError):
+        return problem(error)
+    fault = secrets.token_hex(4)
+    log.error("fault %s: %s", fault, "".join(traceback.format_exception(type(error), error, error.__traceback__)))
+    return problem(FarmError("the server made an error; its log has more under %s" % fault))
+
+
+class Server(ThreadingHTTPServer):
+    """The HTTP server. `serve_forever` is the I/O thread.
+
+    *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
+    Login for an Authorization field, its `submit` takes an Operation. *access*: a file that gets a
+    line for each request, or None. Raises OSError when the address cannot be had.
+    """
+    request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
+    allow_reuse_address = True
+    SLOW_THREADS = 2                    # password hashes at once; large replies
+
+    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, access: Any = None) -> None:
+        self.farm = farm
+        self.routes = routes
+        self.access = access
+        self.clock: Callable[[], Now] = farm.clock
+        self.selector: selectors.BaseSelector = selectors.DefaultSelector()
+        self.connections: Set[Connection] = set()
+        self.deadlines: Dict[Connection, float] = {}    # tick by connection; all wait equally long, so in order
+        self.buffered = 0
+        self.paused: List[Connection] = []
+        self.posted: "deque[Callable[[], None]]" = deque()
+        self.woken = False
+        self.stopping = False
+        self.stop_by = math.inf
+        self.listening = True           # the selector watches the listener
+        self.full_at = 0                # so many connections when no descriptor was left; 0: there are some
+        self.later: Dict[bytes, List[Connection]] = {}
+        self.slow: "queue.SimpleQueue[Optional[Callable[[], None]]]" = queue.SimpleQueue()
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(self.wake_write, False)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, None)     # type: ignore[arg-type]
+        self.socket.setblocking(False)
+        # Accepted sockets inherit these, which saves four system calls each.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, seconds in (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+        self.threads = [threading.Thread(target=self._work_slowly, name="slow", daemon=True)
+                        for _ in range(self.SLOW_THREADS)]
+        for thread in self.threads:
+            thread.start()
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of the host's name that hangs on a node without DNS."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]    # type: ignore[assignment]
+
+    def serve_forever(self, poll_interval: float = 3600.0) -> None:
+        """Serve until `stop`; wakes only when there is something to do."""
+        self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        self.selector.register(self.wake_read, selectors.EVENT_READ, self._wake)
+        while not self._ended():
+            for key, mask in self.selector.select(self._wait_s(poll_interval)):
+                if isinstance(key.data, Connection):
+                    self._serve(key.data, mask)
+                else:
+                    key.data()
+            if self.deadlines:
+                self._expire()
+        for connection in list(self.connections):
+            self.close_connection(connection)
+        for _ in self.threads:
+            self.slow.put(None)
+
+    def _serve(self, connection: Connection, mask: int) -> None:
+        if not connection.watching:
+            return      # closed since the selector looked
+        if mask & selectors.EVENT_WRITE:
+            connection.flush()
+        if mask & selectors.EVENT_READ:
+            connection.receive()
+        if not connection.busy:
+            self.advance(connection)
+        self.settle(connection)
+
+    def _wait_s(self, longest: float) -> float:
+        now = self.clock().tick
+        first = next(iter(self.deadlines.values()), math.inf)
+        if self.stopping:
+            longest = 0.05
+        return max(0.0, min(longest, first - now))
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_read, 4096)
+        self.woken = False
+        while self.posted:
+            self.posted.popleft()()
+
+    def post(self, what: Callable[[], None]) -> None:
+        """Have the I/O thread do something. For any thread, and for signal handlers."""
+        self.posted.append(what)
+        if not self.woken:
+            self.woken = True
+            with contextlib.suppress(BlockingIOError):
+                os.write(self.wake_write, b"\0")
+
+    def stop(self) -> None:
+        """Stop accepting, send the answers in hand, then let `serve_forever` return. For any thread and signal."""
+        self.post(self._begin_stop)
+
+    def _begin_stop(self) -> None:
+        if self.stopping:
+            return
+        self.stopping = True
+        self.stop_by = self.clock().tick + DRAIN_S
+        self._listen(False)
+        self.socket.close()
+        for connection in list(self.connections):
+            self.settle(connection)
+
+    def _listen(self, listening: bool) -> None:
+        """Watch the listener or not. At the descriptor limit to watch it would be to spin."""
+        if listening and not self.listening:
+            self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        elif self.listening and not listening:
+            self.selector.unregister(self.socket)
+        self.listening = listening
+
+    def _ended(self) -> bool:
+        return self.stopping and (self.clock().tick >= self.stop_by or not any(
+            connection.busy or connection.outbox for connection in self.connections))
+
+    def server_close(self) -> None:
+        """Give back all descriptors, once `serve_forever` has returned."""
+        super().server_close()
+        self.selector.close()
+        os.close(self.wake_read)
+        os.close(self.wake_write)
+
+    def accept(self) -> None:
+        """Take all connections that wait."""
+        while self.listening:
+            try:
+                sock, address = self.socket.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._make_room(error)
+                continue    # another error: the client has given up while it waited
+            sock.setblocking(False)
+            connection = Connection(self, sock, address[0])
+            self.connections.add(connection)
+            self.settle(connection)
+
+    def _make_room(self, error: OSError) -> None:
+        """At the descriptor limit: close those that were silent the longest; else do not watch the listener."""
+        if not self.full_at:
+            self.full_at = len(self.connections)
+            log.warning("no descriptor is left (%s) at %d connections: the longest idle are closed first; "
+                        "raise 'ulimit -n' to keep them", error.strerror, self.full_at)
+        silent = sorted((c for c in self.connections if not (c.busy or c.outbox or c.inbox)), key=lambda c: c.last)
+        for connection in silent[:1 + len(silent) // 64]:
+            self.close_connection(connection)
+        if not silent:
+            self._listen(False)
+
+    def close_connection(self, connection: Connection) -> None:
+        """Close and forget. Not while it is busy: another thread may be about to write, and descriptors come again."""
+        if connection.watching:
+            self.selector.unregister(connection.sock)
+            connection.watching = 0
+        self.deadlines.pop(connection, None)
+        self.buffered -= connection.held
+        connection.held = 0
+        self.connections.discard(connection)
+        connection.sock.close()
+        if not self.stopping:
+            self._listen(True)
+        if len(self.connections) < self.full_at * 3 // 4:
+            self.full_at = 0
+            log.warning("descriptors are free again")
+
+    def settle(self, connection: Connection) -> None:
+        """Bring selector, deadline and the sum of buffers in line with the state that a connection is in."""
+        c = connection
+        if (c.spoken and c.watching == selectors.EVENT_READ and (c.busy or c.request is None) and not (
+                c.inbox or c.outbox or c.held or c.phase or c.skip or c.ending or c.eof or c.gone or self.stopping)):
+            return      # the common case: between two requests, or one in work
+        held = len(c.inbox) + len(c.outbox)
+        self.buffered += held - c.held
+        c.held = held
+        waiting = not (c.busy or c.outbox)
+        if waiting and (c.gone or c.eof or self.stopping and not c.ending):
+            self.close_connection(c)
+            return
+        if waiting and c.ending and not c.shut:
+            c.shut = True
+            with contextlib.suppress(OSError):
+                c.sock.shutdown(socket.SHUT_WR)
+        phase = (ANSWERING if c.outbox else IDLE if c.busy else CLOSING if c.ending else NEW if not c.spoken
+                 and not c.inbox else ARRIVING if c.inbox or c.request or c.skip else IDLE)
+        if phase != c.phase:
+            c.phase = phase
+            self.deadlines.pop(c, None)
+            if phase != IDLE:
+                self.deadlines[c] = self.clock().tick + REQUEST_S
+        self._watch(c)
+        if self.paused and self.buffered < BUFFER_LIMIT // 2:
+            paused, self.paused = self.paused, []
+            for other in paused:
+                if other in self.connections:
+                    self._watch(other)
+
+    def _watch(self, c: Connection) -> None:
+        reading = not (c.eof or c.gone) and len(c.inbox) <= BODY_LIMIT + HEAD_LIMIT
+        if reading and c.inbox and self.buffered > BUFFER_LIMIT:
+            reading = False
+            self.paused.append(c)
+        watching = (selectors.EVENT_READ if reading else 0) | (
+            selectors.EVENT_WRITE if c.outbox and not c.busy and not c.gone else 0)
+        if watching == c.watching:
+            return
+        if not watching:
+            self.selector.unregister(c.sock)
+        elif not c.watching:
+            self.selector.register(c.sock, watching, c)
+        else:
+            self.selector.modify(c.sock, watching, c)
+        c.watching = watching
+
+    def _expire(self) -> None:
+        now = self.clock().tick
+        while self.deadlines:
+            connection, deadline = next(iter(self.deadlines.items()))
+            if deadline > now:
+                return
+            del self.deadlines[connection]
+            if connection.phase == ARRIVING:
+                connection.ending = True
+                connection.send(problem(RequestTimeout(
+                    "the request was not whole %d s after its first byte" % REQUEST_S)))
+            self.close_connection(connection)
+
+    def advance(self, connection: Connection) -> None:
+        """Take requests from what has been read, one after the other, until bytes or an answer are missing."""
+        c = connection
+        while not (c.busy or c.ending or c.outbox):
+            if c.skip:
+                c.skip -= len(c.take(c.skip))
+            if c.skip or not c.inbox and c.request is None:
+                return
+            try:
+                if not self._advance_one(c):
+                    return
+            except Exception as error:
+                self._refuse(c, error)
+
+    def _advance_one(self, c: Connection) -> bool:
+        """One request's next step; False when more bytes must come."""
+        request = c.request
+        if request is None:
+            head, taken = cut_head(c.inbox)
+            if head is None:
+                return False
+            c.take(taken)
+            c.spoken = True
+            request = c.request = Request(head)
+        if not request.admitted:
+            try:
+                self._admit(request)
+            except Later as later:
+                self._await(c, later)
+                return True
+        if len(c.inbox) < request.length:
+            if b"expect" in request.headers and not c.inbox:
+                del request.headers[b"expect"]
+                with contextlib.suppress(OSError):      # a client that is gone shows when it is read
+                    c.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return False
+        body = c.take(request.length) if request.length else b""
+        request.length = 0      # a body that was read need not be skipped when it is refused
+        self._answer(c, request, body)
+        return True
+
+    def _admit(self, request: Request) -> None:
+        """Judge the head, in the contract's order. Raises FarmError or Later."""
+        by_method, request.variables = self.routes.find(request.path)
+        route = by_method.get("GET" if request.method == "HEAD" else request.method)
+        if route is None or route.access != OPEN:
+            authorization = request.headers.get(b"authorization")
+            if authorization is None:
+                raise Unauthorized()
+            request.login = self.farm.who(authorization)
+        if route is None:
+            if not by_method:
+                raise NotFound("there is nothing at %s: GET / says what there is" % shortened(request.path))
+            raise MethodNotAllowed(request.method, sorted([*by_method, *(["HEAD"] if "GET" in by_method else [])]))
+        if route.access == ADMIN and request.login and request.login.user:
+            raise Forbidden("this is for 'taskfarm.py user' on the server's own machine")
+        request.route = route
+        if request.length < 0:
+            raise LengthRequired("a body must come with a Content-Length, not chunked")
+        if request.length > BODY_LIMIT:
+            raise TooLarge("a body has at most %d bytes here" % BODY_LIMIT)
+        if request.length and route.method != "GET":
+            content_type = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if content_type != b"application/json":
+                raise UnsupportedMediaType("a body must be declared 'Content-Type: application/json'")
+        if request.headers.get(b"expect", b"100-continue").lower() != b"100-continue":
+            raise ExpectationFailed("of Expect, only 100-continue is known")
+        request.admitted = True
+
+    def _await(self, c: Connection, later: Later) -> None:
+        """Park a connection until work that takes long has been done, once for all who wait for it."""
+        c.busy = True
+        waiting = self.later.setdefault(later.key, [])
+        waiting.append(c)
+        if len(waiting) == 1:
+            self.slow.put(lambda: self._work_for(later))
+
+    def _work_for(self, later: Later) -> None:
+        try:
+            later.work()
+        finally:
+            self.post(lambda: self._resume_all(self.later.pop(later.key)))
+
+    def _resume_all(self, waiting: List[Connection]) -> None:
+        for connection in waiting:
+            connection.busy = False
+            connection.resume()
+
+    def _work_slowly(self) -> None:
+        for work in iter(self.slow.get, None):
+            try:
+                work()
+            except Exception as error:
+                failure(error)
+
+    def _answer(self, c: Connection, request: Request, body: bytes) -> None:
+        route = request.route
+        assert route is not None
+        c.last = request.began
+        request.farm = self.farm
+        if self.stopping:
+            raise Unavailable("the server is stopping")
+        request.fields = read_body(route, body) if route.method != "GET" else {}
+        request.query = read_query(route, request.target) if "?" in request.target else {}
+        answer = route.handler(request, *request.variables)
+        if isinstance(answer, Operation):
+            c.busy = True
+            answer.done = c.deliver
+            self.farm.submit(answer)
+        else:
+            c.send(answer)
+            c.phase = c.phase and MOVED
+
+    def _refuse(self, c: Connection, error: Exception) -> None:
+        """Answer with an error; where the end of the request cannot be told, the connection ends with it."""
+        request = c.request
+        if request is None or not 0 <= request.length <= BODY_LIMIT or b"expect" in request.headers:
+            c.ending = True
+            c.inbox = b""
+        else:
+            c.skip = request.length
+        c.spoken = True
+        c.send(failure(error))
+        c.phase = c.phase and MOVED
+
+    def note_access(self, c: Connection, reply: Reply) -> None:
+        """A line for the access log: who asked for what, the status, the bytes and the seconds it took."""
+        request = c.request
+        line = '%s %s [%s] "%s" %d %d %.6f\n' % (
+            c.peer, request.login.name if request and request.login else "-",
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "%s %s" % (request.method, request.target) if request else "-", reply.status, len(reply.body),
+            time.monotonic() - request.began if request else 0.0)
+        with contextlib.suppress(OSError):      # a log that cannot be written must not stop the farm
+            self.access.write(line)
+            self.access.flush()
+
+
+# ---------------------------------------------------------------- API
+# One function for each endpoint: take the fields, name one store operation, say how its result is shown.
+
+ROUTES = Routes()
+route = ROUTES.route
+
+
+class Farm:
+    """What handlers work with: the store, who may log in, the clock and the settings.
+
+    *token_days*: how long a new token lasts. *secret*: what local verbs show to log in.
+    """
+    def __init__(self, store: Store, secret: str, token_days: float = TOKEN_DAYS) -> None:
+        self.store = store
+        self.clock = store.clock
+        self.token_days = token_days
+        self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret)
+        self.who = self.logins.who
+        self.submit = store.submit
+
+    def token(self, user: User, expires: float) -> str:
+        """A token of this farm for a user; *expires* as in make_token."""
+        return make_token(self.store.signing_key, user, expires)
+
+    def proof(self, nonce: str) -> str:
+        """What only this farm can answer to a nonce; clients that have the access file can tell."""
+        return signature(self.store.proof_key.hex().encode(), "taskfarm proof " + nonce)
+
+
+def run_json(run: Run) -> Dict[str, Any]:
+    """A run as clients see it."""
+    waiting, computing, done, failed = run.counts
+    return {"id": run.id, "uuid": run.uuid, "numTasks": run.num_tasks, "percentDone": percent_done(run),
+            "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed}
+
+
+def percent_done(run: Run) -> float:
+    """The mean of percentCompleted over all tasks; two exact integers are divided once."""
+    return run.millionths / (run.num_tasks * 1000000)
+
+
+def task_json(task: Task) -> Dict[str, Any]:
+    """A task as clients see it."""
+    return {"id": task.id, "task": task.number, "status": STATUS[task.status],
+            "percentCompleted": task.millionths / 1000000}
+
+
+def show_run(run: Run, status: int, info: Optional[str] = None) -> Reply:
+    """A run, or one of its figures."""
+    shown = run_json(run)
+    return json_reply(status, {info: shown[info]} if info else shown)
+
+
+def show_task(task: Optional[Task], status: int, info: Optional[str] = None) -> Reply:
+    """A task, or one of its figures; nothing when there is none."""
+    if task is None:
+        return Reply(204)
+    shown = task_json(task)
+    if info:
+        shown = {info: shown["percentCompleted" if info == "percentDone" else info]}
+    return json_reply(status, shown)
+
+
+def show_nothing(result: Any) -> Reply:
+    """It is done, and there is nothing to say."""
+    return Reply(204)
+
+
+def task_number(text: str) -> int:
+    """The number of a task in a path: ASCII digits. Raises NotFound."""
+    if not (text.isascii() and text.isdigit()):
+        raise NotFound("a task is named by its number in ASCII digits, not by %s" % shortened(ascii(text)))
+    return int(text[-400:]) if len(text) < 400 else 10 ** 20
+
+
+def choices(*words: str) -> Dict[str, Any]:
+    """Words that stand for themselves, and the empty one for none."""
+    return dict({"": None}, **{word: word for word in words})
+
+
+UUID = Text(64, "[A-Za-z0-9._-]+")
+
+
+@route("GET", "/", access=OPEN)
+def front(req: Request) -> Reply:
+    """Say what this is.
+
+    200: HTML with name, version and where to go
+    """
+    return Reply(200, front_page(req.login is not None).encode(), "text/html; charset=utf-8")
+
+
+@route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False)})
+def alive(req: Request) -> Reply:
+    """Tell a supervisor that the server answers, and a client that this is the farm it knows.
+
+    200: {"status": "alive"}, with a nonce also {"proof": HMAC of the nonce under the farm's proof key}
+    """
+    nonce = req.query.get("nonce")
+    return json_reply(200, {"status": "alive", "proof": req.farm.proof(nonce)} if nonce else {"status": "alive"})
+
+
+@route("GET", "/readyz", access=OPEN)
+def ready(req: Request) -> Operation:
+    """Tell a supervisor whether work can be written down.
+
+    200: {"status": "ready"}
+    errors: 503 the disk does not take a write, or the server is stopping
+    """
+    return probe(req.farm.store).shown_as(lambda _: json_reply(200, {"status": "ready"}))
+
+
+@route("GET", "/api/token")
+def give_token(req: Request) -> Reply:
+    """A token for the user who asks; one that was got with a token lasts no longer than that.
+
+    200: {"token"}
+    """
+    login = req.login
+    if login is None or login.user is None:
+        raise Forbidden("a token stands for a user: ask for it as one")
+    days = req.farm.token_days
+    expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
+    return json_reply(200, {"token": req.farm.token(login.user, expires)})
+
+
+@route("POST", "/api/run", body={"numTasks": Integer(1, MAX_TASKS)})
+def new_run(req: Request) -> Operation:
+    """Make a run.
+
+    201: the run
+    """
+    return create_run(uuid.uuid4().hex, req.fields["numTasks"]).shown_as(show_run, 201)
+
+
+@route("GET", "/api/runs")
+def all_runs(req: Request) -> Operation:
+    """All runs in order of creation.
+
+    200: {"data": [run, ...]}
+    """
+    return list_runs().shown_as(lambda runs: json_reply(200, {"data": [run_json(run) for run in runs]}), long=True)
+
+
+@route("GET", "/api/runs/<run>", query={"info": Choice(
+    choices("percentDone", "numWaiting", "numDone", "numComputing"), required=False, refusal=NotFound)})
+def run_info(req: Request, run: str) -> Operation:
+    """One run, or with ?info= one of its figures.
+
+    200: the run, or {info: value}
+    errors: 404 no such run, or another info
+    """
+    return read_run(run).shown_as(show_run, 200, req.query.get("info"))
+
+
+@route("DELETE", "/api/runs/<run>")
+def drop_run(req: Request, run: str) -> Operation:
+    """Delete a run and its tasks.
+
+    204: it is gone
+    errors: 404 no such run
+    """
+    return delete_run(run).shown_as(show_nothing)
+
+
+@route("POST", "/api/runs/<run>/restart", query={"all": Choice(
+    {"True": True, "False": False}, required=False, refusal=NotFound)})
+def begin_again(req: Request, run: str) -> Operation:
+    """Let tasks wait again: those not done at 100 percent, or with ?all=True every one, at 0 percent.
+
+    204: they wait
+    errors: 404 no such run, or another value of all
+    """
+    return restart_run(run, req.query.get("all", False)).shown_as(show_nothing)
+
+
+@route("POST", "/api/runs/<run>/task", body={"worker_uuid": UUID})
+def claim_task(req: Request, run: str) -> Operation:
+    """Hand out the lowest waiting task.
+
+    201: the task, now computing
+    204: nothing is waiting at this moment
+    errors: 400 worker_uuid missing, 404 no such worker or run
+    """
+    return claim(run, req.fields["worker_uuid"]).shown_as(show_task, 201)
+
+
+@route("GET", "/api/runs/<run>/tasks/<task>", query={"info": Choice(
+    choices("status", "percentDone", "percentCompleted"), required=False, refusal=NotFound)})
+def task_info(req: Request, run: str, task: str) -> Operation:
+    """One task, or with ?info= one of its figures.
+
+    200: the task, or {info: value}
+    errors: 404 no such run, number out of range, or another info
+    """
+    return read_task(run, task_number(task)).shown_as(show_task, 200, req.query.get("info"))
+
+
+@route("PUT", "/api/runs/<run>/tasks/<task>", body={
+    "percentCompleted": Percent(required=False),
+    "status": Choice({"waiting": WAITING, "computing": COMPUTING, "done": DONE}, required=False)})
+def report_task(req: Request, run: str, task: str) -> Operation:
+    """Report the state of a task.
+
+    204: noted
+    errors: 400 bad or empty body, 404 no such run, number out of range
+    """
+    if not req.fields:
+        raise BadRequest("a report names percentCompleted, status or both")
+    return report(run, task_number(task), req.fields.get("status"),
+                  req.fields.get("percentCompleted")).shown_as(show_nothing)
+
+
+@route("POST", "/api/worker", body={"uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID)})
+def new_worker(req: Request) -> Operation:
+    """Register a worker; the same one again is the same.
+
+    201: {"uuid", "id"}
+    errors: 409 the uuid belongs to another hostname or pid
+    """
+    return register_worker(req.fields["uuid"], req.fields["hostname"], req.fields["pid"]).shown_as(
+        lambda worker: json_reply(201, {"uuid": worker.uuid, "id": worker.id}))
+
+
+@route("GET", "/api/users", access=ADMIN)
+def all_users(req: Request) -> Operation:
+    """The names of the users.
+
+    200: {"data": [name, ...]}
+    """
+    return list_users().shown_as(lambda users: json_reply(200, {"data": [user.name for user in users]}))
+
+
+PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}")
+
+
+@route("POST", "/api/users", access=ADMIN, body={"name": Text(64), "password": PASSWORD})
+def new_user(req: Request) -> Operation:
+    """Add a user; the password comes hashed, so that the server need not do it.
+
+    201: {"token", "farm"}: a token that lasts until the password changes, and the farm's identity
+    errors: 400 a name that will not do, 409 the name is taken
+    """
+    return add_user(check_name(req.fields["name"]), req.fields["password"]).shown_as(show_user_token, 201, req.farm)
+
+
+@route("PUT", "/api/users/<user>", access=ADMIN, body={"password": PASSWORD})
+def change_password(req: Request, user: str) -> Operation:
+    """Set another password; every token the user had is void.
+
+    200: {"token", "farm"} as for a new user
+    errors: 404 no such user
+    """
+    return set_password(normal(user), req.fields["password"]).shown_as(show_user_token, 200, req.farm)
+
+
+def show_user_token(user: User, status: int, farm: Farm) -> Reply:
+    """A token that lasts until the password changes, for the access file of this farm."""
+    return json_reply(status, {"token": farm.token(user, 0), "farm": farm.store.identity})
+
+
+@route("DELETE", "/api/users/<user>", access=ADMIN)
+def drop_user(req: Request, user: str) -> Operation:
+    """Remove a user and every token.
+
+    204: gone
+    errors: 404 no such user
+    """
+    return remove_user(normal(user)).shown_as(show_nothing)
+
+
+# ---------------------------------------------------------------- PAGES
+# What a person sees in a browser. Every value goes through html.escape.
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } td { padding: .15em 1.2em .15em 0; vertical-align: top; }
+code, pre { background: #8882; padding: .1em .3em; border-radius: .2em; } pre { padding: .6em; overflow: auto; }
+:root { color-scheme: light dark; }"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page."""
+    return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>%s</title>"
+            "<meta name=\"viewport\" content=\"width=device-width\"><style>%s</style></head>\n<body>%s</body></html>\n"
+            % (html.escape(title), STYLE, body))
+
+
+def front_page(known: bool) -> str:
+    """What this is, its version, and where to go: the table of the API."""
+    rows = "".join("<tr><td><code>%s</code></td><td><code>%s</code></td><td>%s</td></tr>\n" % (
+        html.escape(line.method), html.escape(line.path), html.escape((line.handler.__doc__ or "").split("\n")[0]))
+        for line in ROUTES.table if line.access != ADMIN)
+    return page("taskfarm", """
+<h1>taskfarm %s</h1>
+<p>This server hands out the numbered tasks of a run to workers over HTTP and remembers the state of each.</p>
+<table>
+%s</table>
+<p>JSON in, JSON out. All but the first three want a login: <code>curl -u USER:PASSWORD %s/api/runs</code>.</p>
+""" % (html.escape(__version__), rows, "http://HOST:PORT"))
+
+
+# ---------------------------------------------------------------- CLIENT
+# How this file's own verbs talk to a server. Knows the contract, and nothing of the sections above but the errors.
+
+CLIENT_TIMEOUT_S = 10.0
+
+
+def ask(url: str, method: str, path: str, body: Optional[Dict[str, Any]] = None, token: str = "",
+        timeout_s: float = CLIENT_TIMEOUT_S) -> Any:
+    """Send one request and return the JSON of the answer, None for 204.
+
+    Raises FarmError with the server's own sentence, OSError when it cannot be reached.
+    """
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
+    try:
+        headers = {"Authorization": "Bearer " + token} if token else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        content = response.read()
+    except http.client.HTTPException as error:
+        raise OSError("%s does not answer as a taskfarm (%s)" % (url, error))
+    finally:
+        connection.close()
+    if response.status == 204:
+        return None
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        raise OSError("%s does not answer as a taskfarm" % url)
+    if response.status >= 400:
+        refused = FarmError(answer.get("detail", response.reason))
+        refused.status = response.status
+        raise refused
+    return answer
+
+
+def still_answers(access: Dict[str, Any]) -> bool:
+    """Whether the farm of an access file answers at its URL: it proves by an HMAC that it is the one."""
+    nonce = secrets.token_hex(16)
+    try:
+        answer = ask(str(access["url"]), "GET", "/livez?nonce=" + nonce, timeout_s=2.0)
+        wanted = signature(str(access["proof"]).encode(), "taskfarm proof " + nonce)
+        return hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
+    except (OSError, KeyError, ValueError, AttributeError, FarmError):
+        return False
+
+
+def access_path(environ: Dict[str, str]) -> str:
+    """Where the access file lies: $TASKFARM_ACCESS, else in $XDG_CONFIG_HOME, else in ~/.config."""
+    base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
+
+
+def read_access(path: str) -> Dict[str, Any]:
+    """The access file: url, user, token, farm, proof; empty when there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            access = json.load(file)
+        return access if isinstance(access, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_access(path: str, access: Dict[str, Any]) -> None:
+    """Write the access file, 0600, whole or not at all. Raises OSError."""
+    os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+    part = "%s.%d.part" % (path, os.getpid())
+    with os.fdopen(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(access, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------- COMMAND LINE
+# Verbs, options, start and end of the server.
+
+def own_access_path(environ: Dict[str, str], identity: str, db: str) -> str:
+    """Where this farm writes its access file: beside that of another farm that still answers."""
+    path = access_path(environ)
+    access = read_access(path)
+    if access.get("farm") in (None, identity) or not still_answers(access):
+        return path
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
+    return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
+
+
+def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
+    """Write the access file, with a token of *user* that lasts until the password changes."""
+    environ = dict(os.environ)
+    path = own_access_path(environ, farm.store.identity, db)
+    try:
+        write_access(path, {"url": url, "user": user.name, "token": farm.token(user, 0),
+                            "farm": farm.store.identity, "proof": farm.store.proof_key.hex()})
+    except OSError as error:
+        log.warning("the access file %s cannot be written (%s): clients need TASKFARM_URL and a login, or set "
+                    "XDG_CONFIG_HOME to a folder that can be written", path, error.strerror)
+        return
+    if path != access_path(environ):
+        log.warning("another farm answers at the address in %s, so this one's access file is %s: "
+                    "choose it with export TASKFARM_ACCESS=%s", access_path(environ), path, path)
+
+
+def starter() -> str:
+    """A user name after whoever started the server."""
+    with contextlib.suppress(Exception):    # getpass asks the environment, then the password database; neither may know
+        return check_name(re.sub(r"[:/]", "_", getpass.getuser()))
+    return "farmer"
+
+
+def first_user(store: Store) -> User:
+    """Make the first user, and show the password to a person, once."""
+    name, password = starter(), secrets.token_urlsafe(12)
+    user: User = store.call(add_user(name, hash_password(password)))
+    if sys.stdout.isatty():
+        print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
+    return user
+
+
+def notify(state: str) -> None:
+    """Tell systemd our state: one datagram to $NOTIFY_SOCKET (sd_notify(3)), where there is one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), contextlib.closing(
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many connections as the system lets us have: login nodes give 1024 unless asked."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def warn_if_open(path: str) -> None:
+    """Warn of files that others may read: they hold password hashes, signing keys and secrets."""
+    for name in (path, path + "-wal", lock_path(path)):
+        with contextlib.suppress(OSError):
+            mode = stat.S_IMODE(os.stat(name).st_mode)
+            if mode & 0o077:
+                log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
+
+
+def url_of(host: str, port: int) -> str:
+    """An http URL of a host, which may be an IPv6 address."""
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
+def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
+    """The host that clients are told, and the one that local verbs use."""
+    everywhere = host in ("", "0.0.0.0", "::")
+    local = ("::1" if ":" in host else "127.0.0.1") if everywhere else host
+    return advertise or (socket.gethostname() if everywhere else host), local
+
+
+class Service:
+    """A server in the making: lock, address, store and users, in the order in which each is refused.
+
+    Raises Refusal, with everything let go again.
+    """
+    def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
+                 access_log: Any = None, clock: Callable[[], Now] = system_clock) -> None:
+        with contextlib.ExitStack() as undo:
+            secret = secrets.token_urlsafe(32)
+            self.lock = Lock(db)
+            undo.callback(self.lock.close)
+            self.store = Store(db, clock)
+            undo.callback(self.store.close)
+            self.farm = Farm(self.store, secret, token_days)
+            try:
+                self.server = Server((host, port), self.farm, ROUTES, access_log)
+            except OSError as error:
+                raise Refusal(address_refused(host, port, error))
+            undo.callback(self.server.server_close)
+            shown, local = reachable_as(host, advertise)
+            self.url = url_of(shown, self.server.server_port)
+            self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
+                             "admin_url": url_of(local, self.server.server_port), "secret": secret})
+            try:
+                self.store.start()
+            except RuntimeError:
+                raise Refusal("the system gives this user no more threads (ulimit -u): end some processes first")
+            undo.pop_all()
+
+    def serve(self) -> None:
+        """Serve until `stop`, then let everything go."""
+        try:
+            self.server.serve_forever()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Have `serve` return, once the answers in hand are sent. For any thread and signal."""
+        self.server.stop()
+
+    def close(self) -> None:
+        """Write what is in hand and let go of file, address and lock."""
+        self.server.server_close()
+        self.store.close()
+        self.lock.close()
+
+
+def address_refused(host: str, port: int, error: OSError) -> str:
+    """Why the server cannot listen, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return ("port %d is in use on this machine, perhaps by somebody else's server: --port 0 picks one that is "
+                "free, and the access file tells your workers which" % port)
+    if error.errno == errno.EACCES:
+        return "port %d is for the system's own services: choose one above 1023" % port
+    return "cannot listen on %s port %d: %s (--host wants an address of this machine, or 0.0.0.0 for all)" % (
+        host, port, error.strerror or error)
+
+
+def cmd_serve(args: argparse.Namespace) -> int:
+    """serve a farm from one file (what happens when no verb is given)
+
+    The file is made when it is not there, and the first user with it. Every start writes the access
+    file (~/.config/taskfarm/access.json), which tells clients and workers address and login.
+
+    examples:
+      python3 taskfarm.py --db runs.sqlite                   for programs on this machine
+      python3 taskfarm.py --db runs.sqlite --host 0.0.0.0    for the whole cluster
+      python3 taskfarm.py --db runs.sqlite --port 0          on any free port
+    """
+    logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
+    raise_descriptor_limit()
+    access_log = open_access_log(args.access_log)
+    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
+    warn_if_open(args.db)
+    users = service.store.users
+    user = users.get(starter()) or next(iter(users.values()), None) or first_user(service.store)
+    publish_access(service.farm, user, service.url, args.db)
+    print("taskfarm %s serves %s at %s" % (__version__, args.db, service.url), flush=True)
+    notify("READY=1\nSTATUS=serving %s at %s" % (args.db, service.url))
+    service.serve()
+    notify("STOPPING=1")
+    return 0
+
+
+def open_access_log(name: str) -> Any:
+    """The access log: a file that is appended to, - for the standard output, nothing for none. Raises Refusal."""
+    if name in ("", "-"):
+        return sys.stdout if name else None
+    try:
+        return open(name, "a", encoding="utf-8")
+    except OSError as error:
+        raise Refusal("the access log %s cannot be opened: %s" % (name, error.strerror))
+
+
+class Local:
+    """The farm in a file, for local verbs: through the server that serves it, or directly when none does."""
+
+    def __init__(self, db: str) -> None:
+        if not os.path.exists(db):
+            raise Refusal("there is no %s: 'taskfarm.py --db %s' makes it and serves it" % (db, db))
+        self.db = db
+
+    def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
+        """Have a request answered, or an operation run. Raises Refusal with the reason."""
+        try:
+            lock = Lock(self.db)
+        except Refusal as held:
+            return self._ask_server(held, method, path, body)
+        try:
+            store = Store(self.db)
+            try:
+                return store.call(named)
+            finally:
+                store.close()
+        finally:
+            lock.close()
+
+    def _ask_server(self, held: Refusal, method: str, path: str, body: Optional[Dict[str, Any]]) -> Any:
+        holder = read_holder(self.db)
+        if "secret" not in holder:
+            raise held
+        if holder.get("host") != socket.gethostname():
+            raise Refusal("%s: run this on %s" % (held, holder.get("host")))
+        try:
+            return ask(holder["admin_url"], method, path, body, holder["secret"])
+        except OSError as error:
+            raise Refusal("%s, but it does not answer: %s" % (held, error))
+
+
+def new_password(name: str) -> str:
+    """A password from the terminal, twice, or one line of standard input; never an argument, where `ps` shows it."""
+    if not sys.stdin.isatty():
+        password = sys.stdin.readline().rstrip("\n")
+    else:
+        password = getpass.getpass("password for %s: " % name)
+        if getpass.getpass("once more: ") != password:
+            raise Refusal("the two are not the same: nothing was changed")
+    if not password:
+        raise Refusal("an empty password will not do: nothing was changed")
+    return password
+
+
+def cmd_user_add(args: argparse.Namespace) -> int:
+    """add a user; the password comes from the terminal, or as one line of standard input
+
+    example:
+      python3 taskfarm.py user add alice --db runs.sqlite
+    """
+    local, name = Local(args.db), check_name(args.name)
+    password = hash_password(new_password(name))
+    local.ask("POST", "/api/users", add_user(name, password), {"name": name, "password": password})
+    print("user %s is added" % name)
+    return 0
+
+
+def cmd_user_list(args: argparse.Namespace) -> int:
+    """list the users, a line each
+
+    example:
+      python3 taskfarm.py user list --db runs.sqlite
+    """
+    answer = Local(args.db).ask("GET", "/api/users", list_users())
+    for name in answer["data"] if isinstance(answer, dict) else [user.name for user in answer]:
+        print(name)
+    return 0
+
+
+def cmd_user_passwd(args: argparse.Namespace) -> int:
+    """set another password; every token the user had is void
+
+    example:
+      python3 taskfarm.py user passwd alice --db runs.sqlite
+    """
+    local, name = Local(args.db), normal(args.name)
+    password = hash_password(new_password(name))
+    answer = local.ask("PUT", "/api/users/" + urllib.parse.quote(name, safe=""), set_password(name, password),
+                       {"password": password})
+    path = access_path(dict(os.environ))
+    access = read_access(path)
+    if isinstance(answer, dict) and access.get("user") == name and access.get("farm") == answer.get("farm"):
+        write_access(path, dict(access, token=answer["token"]))
+    print("user %s has another password" % name)
+    return 0
+
+
+def cmd_user_remove(args: argparse.Namespace) -> int:
+    """remove a user; every token the user had is void
+
+    example:
+      python3 taskfarm.py user remove alice --db runs.sqlite
+    """
+    name = normal(args.name)
+    Local(args.db).ask("DELETE", "/api/users/" + urllib.parse.quote(name, safe=""), remove_user(name))
+    print("user %s is removed" % name)
+    return 0
+
+
+def fallback(parser: argparse.ArgumentParser, option: str, variable: str, default: Any, text: str,
+             kind: Callable[[str], Any] = str) -> None:
+    """An option that falls back to an environment variable."""
+    parser.add_argument(option, type=kind, default=os.environ.get(variable, default),
+                        metavar=option.strip("-").upper().replace("-", "_"), help="%s (%s)" % (text, variable))
+
+
+def port_number(text: str) -> int:
+    """A port, 0 to 65535. Raises ValueError."""
+    if not 0 <= int(text) <= 65535:
+        raise ValueError(text)
+    return int(text)
+
+
+def number_of_days(text: str) -> float:
+    """Days, 0 or more. Raises ValueError."""
+    if not 0 <= float(text) <= 36500:
+        raise ValueError(text)
+    return float(text)
+
+
+def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """A verb; the docstring of its command is its help."""
+    first, _, rest = (command.__doc__ or "").partition("\n")
+    text = "\n".join(line[4:] if line.startswith("    ") else line for line in rest.splitlines())
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=first, description=first + "\n" + text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(command=command)
+    fallback(parser, "--db", "TASKFARM_DB", None, "the farm's file")
+    return parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.",
+        epilog="start here:  python3 taskfarm.py --db runs.sqlite\n'taskfarm.py VERB --help' tells more of each verb.")
+    parser.add_argument("--version", action="version", version="taskfarm " + __version__)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    serve = add_verb(verbs, "serve", cmd_serve)
+    fallback(serve, "--host", "TASKFARM_HOST", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
+             "127.0.0.1, this machine alone")
+    fallback(serve, "--port", "TASKFARM_PORT", "5000", "the port to listen on; 0 picks one; by default 5000",
+             port_number)
+    fallback(serve, "--advertise", "TASKFARM_ADVERTISE", "", "the host name that clients are told, where it is not the "
+             "one to listen on")
+    fallback(serve, "--access-log", "TASKFARM_ACCESS_LOG", "", "a file that gets a line for each request; - for the "
+             "standard output")
+    fallback(serve, "--token-days", "TASKFARM_TOKEN_DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
+             "password changes; by default 365", number_of_days)
+    user = verbs.add_parser("user", help="add, list, change and remove users")
+    users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
+    add_verb(users, "list", cmd_user_list)
+    for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
+        add_verb(users, name, command).add_argument("name", metavar="NAME")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, "serve")
+    parser = make_parser()
+    args = parser.parse_args(words)
+    if not args.db:
+        parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
+    try:
+        return int(args.command(args))
+    except (Refusal, FarmError) as error:
+        print("taskfarm: %s" % error, file=sys.stderr)
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:     # the reader of our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
