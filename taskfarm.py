@@ -104,6 +104,7 @@ import socketserver
 import sqlite3
 import stat
 import struct
+import tempfile
 import threading
 import time
 import traceback
@@ -268,7 +269,8 @@ CREATE TABLE farm (
     identity TEXT NOT NULL,                     -- names this farm to clients
     signing_key BLOB NOT NULL,                  -- signs tokens
     proof_key BLOB NOT NULL,                    -- proves to clients that this is the farm they know
-    next_task_id INTEGER NOT NULL               -- ids below are taken, for ever
+    next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
+    probes INTEGER NOT NULL DEFAULT 0           -- rises to see whether the disk takes writes again
 );
 CREATE TABLE user (
     id INTEGER PRIMARY KEY AUTOINCREMENT,       -- a name that comes again is another user
@@ -445,6 +447,7 @@ class Ledger:
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
         self.effects: List[Callable[[], None]] = []
+        self.trouble: Optional[str] = None      # why the last write failed; None when it did not
         self.users: Dict[str, User] = {}        # replaced, never changed, so that any thread may read it
 
     def one(self, query: str, *values: Any) -> Any:
@@ -734,8 +737,9 @@ def find_user(sql: Ledger, name: str) -> User:
 
 @operation
 def probe(sql: Ledger, now: Now) -> None:
-    """Write something that changes nothing: whether the disk takes it shows at COMMIT."""
-    sql.execute("UPDATE farm SET identity = identity")
+    """After a write that failed, write something that means nothing: whether the disk takes it shows at COMMIT."""
+    if sql.trouble:
+        sql.execute("UPDATE farm SET probes = probes + 1")
 
 
 # What a sweep does to the tasks with ids from ? to ?.
@@ -869,7 +873,6 @@ class Store:
     def __init__(self, path: str, clock: Callable[[], Now] = system_clock) -> None:
         self.path = path
         self.clock = clock
-        self.trouble: Optional[str] = None              # why the last write failed; None when it did not
         self.due: List[Operation] = []                  # were parked, and come first in the next batch
         self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
         self.queue: "queue.SimpleQueue[Optional[Operation]]" = queue.SimpleQueue()
@@ -936,7 +939,7 @@ class Store:
 
     def _waiting(self) -> List[Optional[Operation]]:
         """All that wait for the writer, at least one unless something is due without a request."""
-        wait_s = 0.0 if self.due else None if not self.sweeps else RETRY_S if self.trouble else 0.0
+        wait_s = 0.0 if self.due else None if not self.sweeps else RETRY_S if self.sql.trouble else 0.0
         batch: List[Optional[Operation]] = []
         try:
             batch.append(self.queue.get(timeout=wait_s))
@@ -970,9 +973,9 @@ class Store:
                 if len(batch) > 1:
                     return [ended for named in batch for ended in self.apply([named])]
                 return [(named, error) for named in batch]
-        if trouble != self.trouble:
+        if trouble != self.sql.trouble:
             log.error("%s; reading goes on, and writing resumes by itself", trouble)
-        self.trouble = trouble
+        self.sql.trouble = trouble
         reads = [named for named in batch if named.reads]
         refused: List[Tuple[Operation, Any]] = [(named, Unavailable(trouble)) for named in batch if not named.reads]
         return refused + (self._transact(reads, writing=False) if reads else [])
@@ -992,6 +995,7 @@ class Store:
                     parked.append((wait.args[0], named))
             if writing:
                 self.sweeps += [Sweep(run) for run in sql.begun]
+                sql.begun.clear()
                 if self.sweeps:
                     self._sweep()
                 sql.flush()
@@ -1003,8 +1007,8 @@ class Store:
             self.sweeps = self._unfinished()
             raise
         sql.settle()
-        if self.trouble and self.connection.total_changes != changes:
-            self.trouble = None
+        if sql.trouble and self.connection.total_changes != changes:
+            sql.trouble = None
             log.error("the disk takes writes again")
         if parked or self.parked:
             self._unpark(parked)
@@ -1076,6 +1080,8 @@ def refuse_foreign(path: str) -> None:
         return
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+    if not os.access(path, os.W_OK):
+        raise Refusal("%s cannot be written: its mode and owner, or a file system mounted read-only, forbid it" % path)
     if size and (size < 512 or not head.startswith(b"SQLite format 3\0")):
         raise Refusal("%s is not an SQLite file: --db wants a file that taskfarm made, or a name that is free" % path)
     newest = page_one_of_wal(path + "-wal") or head
@@ -1127,7 +1133,8 @@ class Lock:
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
         try:
-            self.file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+            # Never through a link: root may keep the users of a service that could have laid one to any file.
+            self.file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise Refusal("%s cannot be made: %s" % (self.path, error.strerror))
         try:
@@ -1159,7 +1166,7 @@ def lock_path(path: str) -> str:
 
 
 def read_holder(path: str) -> Dict[str, Any]:
-    """What the holder of a database's lock wrote: host, pid, url, admin_url, secret; empty when nothing is there."""
+    """What the holder of a database's lock wrote: host, pid, url, admin_url, secret, proof; empty when nothing is there."""
     try:
         with open(lock_path(path), encoding="utf-8") as file:
             holder = json.load(file)
@@ -1528,7 +1535,7 @@ class Routes:
 
     def __init__(self) -> None:
         self.table: List[Route] = []
-        self.tree: Dict[Optional[str], Any] = {}      # segment, or "*" for any, to the rest; None to the routes by method
+        self.tree: Dict[Optional[str], Any] = {}    # segment, or "*" for any, to the rest; None to routes by method
 
     def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
               query: Optional[Dict[str, Field]] = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -1985,6 +1992,7 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Give back all descriptors, once `serve_forever` has returned."""
         super().server_close()
+        self.woken = True       # a signal that comes now must not write to a descriptor that is another's by then
         self.selector.close()
         os.close(self.wake_read)
         os.close(self.wake_write)
@@ -2248,6 +2256,7 @@ class Farm:
         self.store = store
         self.clock = store.clock
         self.token_days = token_days
+        self.renewed: Callable[[User], None] = lambda _: None       # told of a user with a new password
         self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret)
         self.who = self.logins.who
         self.submit = store.submit
@@ -2341,7 +2350,7 @@ def ready(req: Request) -> Operation:
     200: {"status": "ready"}
     errors: 503 the disk does not take a write, or the server is stopping
     """
-    return probe(req.farm.store).shown_as(lambda _: json_reply(200, {"status": "ready"}))
+    return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
 @route("GET", "/api/token")
@@ -2472,25 +2481,27 @@ PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}")
 def new_user(req: Request) -> Operation:
     """Add a user; the password comes hashed, so that the server need not do it.
 
-    201: {"token", "farm"}: a token that lasts until the password changes, and the farm's identity
+    201: {"name"}
     errors: 400 a name that will not do, 409 the name is taken
     """
-    return add_user(check_name(req.fields["name"]), req.fields["password"]).shown_as(show_user_token, 201, req.farm)
+    return add_user(check_name(req.fields["name"]), req.fields["password"]).shown_as(
+        lambda user: json_reply(201, {"name": user.name}))
+
+
+def show_renewed(user: User, farm: "Farm") -> Reply:
+    """A user has another password; whoever wrote an access file for the user writes it again."""
+    farm.renewed(user)
+    return Reply(204)
 
 
 @route("PUT", "/api/users/<user>", access=ADMIN, body={"password": PASSWORD})
 def change_password(req: Request, user: str) -> Operation:
     """Set another password; every token the user had is void.
 
-    200: {"token", "farm"} as for a new user
+    204: it is set
     errors: 404 no such user
     """
-    return set_password(normal(user), req.fields["password"]).shown_as(show_user_token, 200, req.farm)
-
-
-def show_user_token(user: User, status: int, farm: Farm) -> Reply:
-    """A token that lasts until the password changes, for the access file of this farm."""
-    return json_reply(status, {"token": farm.token(user, 0), "farm": farm.store.identity})
+    return set_password(normal(user), req.fields["password"]).shown_as(show_renewed, req.farm, long=True)
 
 
 @route("DELETE", "/api/users/<user>", access=ADMIN)
@@ -2602,8 +2613,8 @@ def read_access(path: str) -> Dict[str, Any]:
 def write_access(path: str, access: Dict[str, Any]) -> None:
     """Write the access file, 0600, whole or not at all. Raises OSError."""
     os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-    part = "%s.%d.part" % (path, os.getpid())
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+    descriptor, part = tempfile.mkstemp(dir=os.path.dirname(path) or ".")      # 0600, and of a name nobody can foresee
+    with os.fdopen(descriptor, "w") as file:
         json.dump(access, file, indent=1)
         file.write("\n")
         file.flush()
@@ -2716,7 +2727,8 @@ class Service:
             shown, local = reachable_as(host, advertise)
             self.url = url_of(shown, self.server.server_port)
             self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
-                             "admin_url": url_of(local, self.server.server_port), "secret": secret})
+                             "admin_url": url_of(local, self.server.server_port), "secret": secret,
+                             "proof": self.store.proof_key.hex()})
             try:
                 self.store.start()
             except RuntimeError:
@@ -2767,17 +2779,22 @@ def cmd_serve(args: argparse.Namespace) -> int:
     raise_descriptor_limit()
     access_log = open_access_log(args.access_log)
     service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log)
+
+    def stop(*_: Any) -> None:
+        notify("STOPPING=1")
+        service.stop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.stop())
+        signal.signal(number, stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
     warn_if_open(args.db)
     users = service.store.users
     user = users.get(starter()) or next(iter(users.values()), None) or first_user(service.store)
     publish_access(service.farm, user, service.url, args.db)
+    service.farm.renewed = lambda renewed: (
+        publish_access(service.farm, renewed, service.url, args.db) if renewed.id == user.id else None)
     print("taskfarm %s serves %s at %s" % (__version__, args.db, service.url), flush=True)
     notify("READY=1\nSTATUS=serving %s at %s" % (args.db, service.url))
     service.serve()
-    notify("STOPPING=1")
     return 0
 
 
@@ -2795,8 +2812,12 @@ class Local:
     """The farm in a file, for local verbs: through the server that serves it, or directly when none does."""
 
     def __init__(self, db: str) -> None:
-        if not os.path.exists(db):
+        try:
+            os.stat(db)
+        except FileNotFoundError:
             raise Refusal("there is no %s: 'taskfarm.py --db %s' makes it and serves it" % (db, db))
+        except OSError as error:
+            raise Refusal("%s cannot be read: %s" % (db, error.strerror))
         self.db = db
 
     def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
@@ -2818,8 +2839,8 @@ class Local:
         holder = read_holder(self.db)
         if "secret" not in holder:
             raise held
-        if holder.get("host") != socket.gethostname():
-            raise Refusal("%s: run this on %s" % (held, holder.get("host")))
+        if not still_answers(dict(holder, url=holder["admin_url"])):
+            raise Refusal("%s, but it does not answer here: run this on %s" % (held, holder.get("host")))
         try:
             return ask(holder["admin_url"], method, path, body, holder["secret"])
         except OSError as error:
@@ -2872,12 +2893,8 @@ def cmd_user_passwd(args: argparse.Namespace) -> int:
     """
     local, name = Local(args.db), normal(args.name)
     password = hash_password(new_password(name))
-    answer = local.ask("PUT", "/api/users/" + urllib.parse.quote(name, safe=""), set_password(name, password),
-                       {"password": password})
-    path = access_path(dict(os.environ))
-    access = read_access(path)
-    if isinstance(answer, dict) and access.get("user") == name and access.get("farm") == answer.get("farm"):
-        write_access(path, dict(access, token=answer["token"]))
+    local.ask("PUT", "/api/users/" + urllib.parse.quote(name, safe=""), set_password(name, password),
+              {"password": password})
     print("user %s has another password" % name)
     return 0
 
@@ -2902,16 +2919,16 @@ def fallback(parser: argparse.ArgumentParser, option: str, variable: str, defaul
 
 
 def port_number(text: str) -> int:
-    """A port, 0 to 65535. Raises ValueError."""
-    if not 0 <= int(text) <= 65535:
-        raise ValueError(text)
+    """A port, 0 to 65535. Raises ArgumentTypeError."""
+    if not text.isdigit() or not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535, not %r" % text)
     return int(text)
 
 
 def number_of_days(text: str) -> float:
-    """Days, 0 or more. Raises ValueError."""
-    if not 0 <= float(text) <= 36500:
-        raise ValueError(text)
+    """Days, 0 to 36500. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or float(text) > 36500:
+        raise argparse.ArgumentTypeError("days are a number from 0 to 36500, not %r" % text)
     return float(text)
 
 

@@ -1,0 +1,1610 @@
+"""Tests of taskfarm.py, in its order. Run them with the command in README.md, or `pytest` where the extra `test` is.
+
+    Helpers             a farm on port 0 in a temporary directory, one line to call it, a plain model of it
+    Contract            documentation, layers and the standard-library rule hold
+    Store               the model against the store (hypothesis), large runs in slices, files that are refused
+    Login               passwords, tokens, what is remembered and what is revoked
+    HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
+    API                 the model against the live server (hypothesis), many at once, the published client
+    Crash               kill -9 under load, a disk that is full, descriptors that run out
+    Command line        start, stop, users, access file, README as printed
+
+No test sleeps, asks for rights or looks at a clock to judge. `QUICK=1` in the environment leaves out what needs the
+published client and lowers the number of examples; the oldest and newest Python run that part.
+"""
+import ast
+import base64
+import contextlib
+import decimal
+import http.client
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+import taskfarm
+from taskfarm import Farm, FarmError, Now, Operation, Refusal, Service, Store, User
+
+MODULE = Path(taskfarm.__file__)
+HERE = MODULE.parent
+QUICK = bool(os.environ.get("QUICK"))
+Answer = Tuple[int, Any]
+
+
+# ---------------------------------------------------------------- HELPERS
+
+class FakeClock:
+    """A clock that stands still, or moves by *step_s* whenever it is looked at."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.utc = 1.7e9
+        self.tick = 1000.0
+        self.step_s = step_s
+
+    def __call__(self) -> Now:
+        self.pass_time(self.step_s)
+        return Now(self.utc, self.tick)
+
+    def pass_time(self, seconds: float) -> None:
+        self.utc += seconds
+        self.tick += seconds
+
+
+class Direct:
+    """A farm without sockets: requests go through the route table to the store, one at a time."""
+
+    def __init__(self, path: str, clock: Callable[[], Now]) -> None:
+        self.path, self.clock = path, clock
+        self.start()
+
+    def start(self) -> None:
+        self.store = Store(self.path, self.clock)
+        self.farm = Farm(self.store, "the secret")
+
+    def restart_server(self) -> None:
+        self.store.close()
+        self.start()
+
+    def ask(self, method: str, path: str, body: Any = None) -> Answer:
+        request = taskfarm.Request.__new__(taskfarm.Request)
+        request.farm = self.farm
+        try:
+            by_method, request.variables = taskfarm.ROUTES.find(path.partition("?")[0])
+            route = by_method[method]
+            text = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+            request.fields, request.query = taskfarm.read_body(route, text), taskfarm.read_query(route, path)
+            answer = route.handler(request, *request.variables)
+            if isinstance(answer, Operation):
+                assert answer.show
+                answer = answer.show(self.store.call(answer), *answer.extra)
+        except FarmError as error:
+            return error.status, None
+        return answer.status, json.loads(answer.body) if answer.body else None
+
+    def wrong(self) -> List[str]:
+        return list(self.store.call(taskfarm.check()))
+
+    def close(self) -> None:
+        assert self.wrong() == []
+        self.store.close()
+
+
+class Caller:
+    """Who calls a server on a port with a token."""
+    port: int
+    token: str
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+
+    def ask(self, method: str, path: str, body: Any = None) -> Answer:
+        """One request on this thread's connection, with a token."""
+        if not hasattr(self.local, "connection"):
+            self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        headers = {"Authorization": basic(self.token, "")}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            body = body if isinstance(body, bytes) else json.dumps(body)
+        self.local.connection.request(method, path, body, headers)
+        response = self.local.connection.getresponse()
+        content = response.read()
+        return response.status, json.loads(content) if content and "json" in response.headers["Content-Type"] else None
+
+    def raw(self, data: bytes, ended: bool = False) -> "Raw":
+        return Raw(self.port, data, ended)
+
+
+class Live(Caller):
+    """A farm that is served on port 0 from a thread, with a user ada whose password is "enchantress"."""
+    PASSWORD = "enchantress"
+
+    def __init__(self, path: str, clock: Callable[[], Now] = taskfarm.system_clock) -> None:
+        super().__init__()
+        self.path, self.clock = path, clock
+        self.start()
+
+    def start(self) -> None:
+        self.service = Service(self.path, "127.0.0.1", 0, clock=self.clock)
+        self.port = self.service.server.server_port
+        self.url = self.service.url
+        if "ada" not in self.service.store.users:
+            self.service.store.call(taskfarm.add_user("ada", ADAS_HASH))
+        self.token = self.service.farm.token(self.user("ada"), 0)
+        self.thread = threading.Thread(target=self.service.serve)
+        self.thread.start()
+
+    def user(self, name: str) -> User:
+        return self.service.store.users[name]
+
+    def stop(self) -> None:
+        self.service.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+    def restart_server(self) -> None:
+        self.stop()
+        self.local = threading.local()
+        self.start()
+
+    def close(self) -> None:
+        self.stop()
+        store = Store(self.path)
+        assert store.call(taskfarm.check()) == []
+        store.close()
+
+    def wrong(self) -> List[str]:
+        return list(self.service.store.call(taskfarm.check()))
+
+
+class Raw:
+    """A socket that has sent some bytes."""
+
+    def __init__(self, port: int, data: bytes, ended: bool = False) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        if data:
+            self.sock.sendall(data)
+        if ended:
+            self.sock.shutdown(socket.SHUT_WR)
+        self.file = self.sock.makefile("rb")
+
+    def answer(self, head_only: bool = False) -> Tuple[int, Dict[str, str], bytes]:
+        """Status, headers and body of the next answer; status 0 when the connection has ended."""
+        line = self.file.readline()
+        if not line:
+            return 0, {}, b""
+        headers = {}
+        for field in iter(self.file.readline, b"\r\n"):
+            name, _, value = field.decode().partition(": ")
+            headers[name.lower()] = value.rstrip()
+        length = 0 if head_only else int(headers.get("content-length", 0))
+        return int(line.split()[1]), headers, self.file.read(length)
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+
+def basic(user: str, password: str, encoding: str = "utf-8") -> str:
+    return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode(encoding)).decode()
+
+
+def request_bytes(method: str, path: str, body: bytes = b"", **headers: Any) -> bytes:
+    """A request as bytes; header names have _ for -."""
+    lines = ["%s %s HTTP/1.1" % (method, path), "Host: farm"]
+    lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
+    if body:
+        lines += ["Content-Length: %d" % len(body), "Content-Type: application/json"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def wait_until(what: Callable[[], Any], limit_s: float = 20.0) -> Any:
+    """Ask again until something true comes; shows what came last."""
+    end = time.monotonic() + limit_s
+    while True:
+        seen = what()
+        if seen:
+            return seen
+        assert time.monotonic() < end, "still %r" % (seen,)
+        threading.Event().wait(0.01)
+
+
+def in_threads(number: int, work: Callable[[int], Any]) -> List[Any]:
+    """What *work* gives for each of so many threads at once; the first error is raised."""
+    results: List[Any] = [None] * number
+    errors: List[BaseException] = []
+    barrier = threading.Barrier(number)
+
+    def run(index: int) -> None:
+        try:
+            barrier.wait(20)
+            results[index] = work(index)
+        except BaseException as error:
+            errors.append(error)
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Everything that is written to a home directory goes to a temporary one."""
+    folder = str(tmp_path_factory.mktemp("home"))
+    kept = {name: os.environ.pop(name, None) for name in list(os.environ)
+            if name.startswith(("TASKFARM_", "XDG_"))}
+    kept["HOME"] = os.environ.get("HOME")
+    os.environ["HOME"] = folder
+    yield
+    os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Direct]:
+    direct = Direct(str(tmp_path / "farm.sqlite"), FakeClock())
+    yield direct
+    direct.close()
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Iterator[Live]:
+    live = Live(str(tmp_path / "farm.sqlite"))
+    yield live
+    live.close()
+
+
+ADAS_HASH = taskfarm.hash_password(Live.PASSWORD)
+
+
+# The model: a farm in plain dicts, against which the store and the live server are held.
+
+class Model:
+    """What the contract says a farm does, without a thought for speed."""
+
+    def __init__(self) -> None:
+        self.runs: Dict[str, Dict[str, Any]] = {}       # by uuid, in order of creation
+        self.workers: Dict[str, Tuple[str, int]] = {}
+        self.task_ids: Dict[int, Tuple[str, int]] = {}
+
+    def created(self, run: Dict[str, Any]) -> None:
+        assert run["uuid"] not in self.runs
+        assert re.fullmatch("[0-9a-f]{32}", run["uuid"])
+        self.runs[run["uuid"]] = {"id": run["id"], "n": run["numTasks"], "tasks": {}, "ids": {}}
+
+    def task(self, run: str, number: int) -> List[Any]:
+        return list(self.runs[run]["tasks"].get(number, ["waiting", 0]))
+
+    def run_json(self, run: str) -> Dict[str, Any]:
+        entry = self.runs[run]
+        states = [self.task(run, number) for number in entry["tasks"]]
+        counts = {state: sum(1 for status, _ in states if status == state)
+                  for state in ("waiting", "computing", "done", "failed")}
+        counts["waiting"] += entry["n"] - len(states)
+        return {"id": entry["id"], "uuid": run, "numTasks": entry["n"],
+                "percentDone": sum(millionths for _, millionths in states) / (entry["n"] * 1000000),
+                "numWaiting": counts["waiting"], "numComputing": counts["computing"],
+                "numDone": counts["done"], "numFailed": counts["failed"]}
+
+    def task_json(self, run: str, number: int) -> Dict[str, Any]:
+        status, millionths = self.task(run, number)
+        return {"task": number, "status": status, "percentCompleted": millionths / 1000000}
+
+    def claim(self, run: str, worker: str) -> Answer:
+        if worker not in self.workers or run not in self.runs:
+            return 404, None
+        entry = self.runs[run]
+        for number in range(entry["n"]):
+            status, millionths = self.task(run, number)
+            if status == "waiting":
+                entry["tasks"][number] = ["computing", millionths]
+                return 201, self.task_json(run, number)
+        return 204, None
+
+    def report(self, run: str, number: int, body: Dict[str, Any]) -> Answer:
+        if run not in self.runs or not 0 <= number < self.runs[run]["n"]:
+            return 404, None
+        status, millionths = self.task(run, number)
+        if body.get("status") == "done":
+            millionths = 100000000
+        if "percentCompleted" in body:
+            exact = decimal.Decimal(repr(body["percentCompleted"])) * 1000000
+            millionths = int(exact.to_integral_value(decimal.ROUND_FLOOR))
+        self.runs[run]["tasks"][number] = [body.get("status", status), millionths]
+        return 204, None
+
+    def restart(self, run: str, everything: bool) -> Answer:
+        if run not in self.runs:
+            return 404, None
+        for task in self.runs[run]["tasks"].values():
+            if everything:
+                task[:] = ["waiting", 0]
+            elif task != ["done", 100000000]:
+                task[0] = "waiting"
+        return 204, None
+
+    def register(self, worker: str, hostname: str, pid: int) -> int:
+        return 201 if self.workers.setdefault(worker, (hostname, pid)) == (hostname, pid) else 409
+
+    def delete(self, run: str) -> Answer:
+        return (204, None) if self.runs.pop(run, None) else (404, None)
+
+
+BAD_NUMBERS = [-1, 0, "abc", "10", 1.5, True, None, 2 ** 31, 10 ** 30, [], {}]
+BAD_PERCENTS = [-0.001, 100.001, "50", True, None, b'{"percentCompleted": NaN}', b'{"percentCompleted": Infinity}',
+                b'{"percentCompleted": 1e999}', 10 ** 400]
+BAD_BODIES = [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b"\xef\xbb\xbf{}", b"[" * 60000,
+              b'{"a":' * 9000 + b"1" + b"}" * 9000, b'{"unknown": 1}', b'{"worker_uuid": "\\ud800"}', b"9" * 60000]
+percents = st.one_of(st.integers(0, 100), st.floats(0, 100), st.sampled_from([33.3, 99.9999999, 1e-7, 0.1, 100.0]))
+
+
+class Machine(RuleBasedStateMachine):
+    """Drives a farm and the model alike, and compares every answer."""
+    farm: Any
+    runs = Bundle("runs")
+    workers = Bundle("workers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+        self.folder = tempfile.mkdtemp()
+        self.open(os.path.join(self.folder, "farm.sqlite"))
+
+    def open(self, path: str) -> None:
+        raise NotImplementedError
+
+    def teardown(self) -> None:
+        self.farm.close()
+        shutil.rmtree(self.folder)
+
+    def task_path(self, run: str, number: int) -> str:
+        return "/api/runs/%s/tasks/%d" % (run, number)
+
+    @rule(target=runs, n=st.one_of(st.integers(1, 6), st.sampled_from([1000, 2 ** 31 - 1])))
+    def create(self, n: int) -> str:
+        status, run = self.farm.ask("POST", "/api/run", {"numTasks": n})
+        assert status == 201
+        self.model.created(run)
+        assert run == self.model.run_json(run["uuid"])
+        return str(run["uuid"])
+
+    @rule(target=workers, name=st.sampled_from(["a", "b", "c-1._", "D" * 64]), pid=st.integers(0, 1))
+    def register(self, name: str, pid: int) -> str:
+        status, answer = self.farm.ask("POST", "/api/worker", {"uuid": name, "hostname": "n1", "pid": pid})
+        assert status == self.model.register(name, "n1", pid)
+        return name
+
+    @initialize(target=workers)
+    def first_worker(self) -> str:
+        return str(self.register("first", 7))
+
+    @rule(run=runs, worker=st.one_of(workers, st.just("nobody")))
+    def claim(self, run: str, worker: str) -> None:
+        status, task = self.farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": worker})
+        expected = self.model.claim(run, worker)
+        self.compare_task(run, (status, task), expected)
+
+    @rule(run=runs, number=st.integers(0, 8))
+    def read(self, run: str, number: int) -> None:
+        entry = self.model.runs.get(run)
+        expected = (200, self.model.task_json(run, number)) if entry and number < entry["n"] else (404, None)
+        self.compare_task(run, self.farm.ask("GET", self.task_path(run, number)), expected)
+
+    def compare_task(self, run: str, answer: Answer, expected: Answer) -> None:
+        status, task = answer
+        assert status == expected[0]
+        if expected[1] is not None:
+            owner = self.model.task_ids.setdefault(task.pop("id"), (run, task["task"]))
+            assert owner == (run, task["task"]), "an id was used twice"
+            assert task == expected[1]
+
+    @rule(run=runs, number=st.one_of(st.integers(0, 6), st.sampled_from([999, 2 ** 31 - 2])),
+          percent=st.none() | percents, status=st.sampled_from([None, "waiting", "computing", "done"]))
+    def report(self, run: str, number: int, percent: Optional[float], status: Optional[str]) -> None:
+        body = {name: value for name, value in (("percentCompleted", percent), ("status", status)) if value is not None}
+        got = self.farm.ask("PUT", self.task_path(run, number), body)[0]
+        assert got == (self.model.report(run, number, body)[0] if body else 400)
+
+    @rule(run=runs, word=st.sampled_from(["", "?all=True", "?all=False"]))
+    def restart(self, run: str, word: str) -> None:
+        got = self.farm.ask("POST", "/api/runs/%s/restart%s" % (run, word))[0]
+        assert got == self.model.restart(run, word == "?all=True")[0]
+
+    @rule(run=consumes(runs))
+    def delete(self, run: str) -> None:
+        assert self.farm.ask("DELETE", "/api/runs/" + run)[0] == self.model.delete(run)[0]
+        assert self.farm.ask("DELETE", "/api/runs/" + run)[0] == 404
+
+    @rule(run=runs, info=st.sampled_from(["percentDone", "numWaiting", "numDone", "numComputing", ""]))
+    def read_run(self, run: str, info: str) -> None:
+        status, answer = self.farm.ask("GET", "/api/runs/%s?info=%s" % (run, info))
+        if run not in self.model.runs:
+            assert status == 404
+        else:
+            shown = self.model.run_json(run)
+            assert (status, answer) == (200, {info: shown[info]} if info else shown)
+
+    @rule(run=runs, data=st.data())
+    def bad_input(self, run: str, data: st.DataObject) -> None:
+        method, path, body = data.draw(st.one_of(
+            st.tuples(st.just("POST"), st.just("/api/run"), st.sampled_from([{"numTasks": n} for n in BAD_NUMBERS])),
+            st.tuples(st.just("POST"), st.just("/api/runs/%s/task" % run), st.sampled_from(BAD_BODIES)),
+            st.tuples(st.just("PUT"), st.just(self.task_path(run, 0)), st.sampled_from(
+                [p if isinstance(p, bytes) else {"percentCompleted": p} for p in BAD_PERCENTS]
+                + [{"status": s} for s in ("Done", "failed", "", 1, None)] + [{}]))))
+        assert self.farm.ask(method, path, body)[0] == 400
+
+    @rule()
+    def server_restarts(self) -> None:
+        self.farm.restart_server()
+
+    @invariant()
+    def figures_agree(self) -> None:
+        status, answer = self.farm.ask("GET", "/api/runs")
+        assert (status, answer["data"]) == (200, [self.model.run_json(run) for run in self.model.runs])
+        for run in answer["data"]:
+            parts = run["numWaiting"] + run["numComputing"] + run["numDone"] + run["numFailed"]
+            assert parts == run["numTasks"]
+
+    @invariant()
+    def promises_hold(self) -> None:
+        assert self.farm.wrong() == []
+
+
+machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+
+
+# ---------------------------------------------------------------- CONTRACT
+
+SOURCE = MODULE.read_text()
+TREE = ast.parse(SOURCE)
+
+
+def sections() -> Dict[str, Tuple[int, int]]:
+    """First and last line of each section, by its banner."""
+    lines = SOURCE.splitlines()
+    starts = [(line[67:].strip(), number) for number, line in enumerate(lines, 1) if line.startswith("# " + "-" * 64)]
+    ends = [start - 1 for _, start in starts[1:]] + [len(lines)]
+    return {name: (start, end) for (name, start), end in zip(starts, ends)}
+
+
+def section_of(node: ast.AST) -> str:
+    return next((name for name, (first, last) in sections().items() if first <= node.lineno <= last),  # type: ignore
+                "CONTRACT")
+
+
+def test_sections_stand_in_the_order_of_the_contents() -> None:
+    contents = (taskfarm.__doc__ or "").partition("\nContents\n")[2]
+    assert re.findall(r"^    ([A-Z][A-Z ]+[A-Z]) {2,}", contents, re.M) == list(sections())
+
+
+def test_the_docstring_names_every_endpoint_and_no_other() -> None:
+    named = re.findall(r"^    (GET|POST|PUT|DELETE) +(/\S*) +(open|admin|)", taskfarm.__doc__ or "", re.M)
+    assert named == [(route.method, route.path, "" if route.access == "user" else route.access)
+                     for route in taskfarm.ROUTES.table]
+
+
+def test_the_module_imports_the_standard_library_alone() -> None:
+    imported = {name.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import)
+                for name in node.names}
+    imported |= {str(node.module).split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    known = getattr(sys, "stdlib_module_names", None)      # 3.10
+    if known is None:
+        known = {path.stem for path in Path(os.__file__).parent.iterdir()} | set(sys.builtin_module_names)
+        known |= {path.name.split(".")[0] for path in (Path(os.__file__).parent / "lib-dynload").iterdir()}
+    assert imported <= set(known)
+    assert re.search(r"^dependencies = \[\]$", (HERE / "pyproject.toml").read_text(), re.M)
+
+
+def test_only_the_store_speaks_sql() -> None:
+    words = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE FROM|CREATE|PRAGMA|BEGIN|COMMIT|ROLLBACK)\b")
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and words.match(node.value):
+            assert section_of(node) == "STORE", node.value
+
+
+@pytest.mark.parametrize("name, allowed", [
+    ("sqlite3", {"STORE"}), ("selectors", {"HTTP"}), ("socketserver", {"HTTP"}), ("argparse", {"COMMAND LINE"}),
+    ("socket", {"HTTP", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
+    ("ROUTES", {"API", "PAGES", "COMMAND LINE"}),
+    ("Request", {"HTTP", "API"}), ("Store", {"STORE", "API", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
+])
+def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
+    used = {section_of(node) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == name}
+    assert used and used <= allowed
+
+
+def test_every_public_function_and_class_says_what_it_gives() -> None:
+    bare = [node.name for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert set(bare) <= {"name_it", "enter", "replace", "stop"}      # the inner halves of decorators, effects, signals
+
+
+def test_the_readme_names_every_route_and_verb() -> None:
+    readme = (HERE / "README.md").read_text()
+    for route in taskfarm.ROUTES.table:
+        if route.access != taskfarm.ADMIN:
+            path = route.path.replace("<run>", "RUN").replace("<task>", "N")
+            assert "| `%s %s`" % (route.method, path) in readme, path
+    for verb in ("serve", "user add", "user list", "user passwd", "user remove"):
+        assert "taskfarm.py %s" % verb in readme or "`%s" % verb in readme, verb
+
+
+def test_python_3_6_gets_one_sentence() -> None:
+    head = SOURCE[:SOURCE.index("import argparse")]
+    patched = head.replace("< (3, 9)", "< (99, 0)")
+    done = subprocess.run([sys.executable, "-c", patched], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs Python 3.9" in done.stderr
+
+
+# ---------------------------------------------------------------- STORE
+
+class StoreMachine(Machine):
+    """The model against the store, with a clock that moves on at each look, so that sweeps take several slices."""
+
+    def open(self, path: str) -> None:
+        self.slice, taskfarm.Sweep.SLICE = taskfarm.Sweep.SLICE, 2
+        self.farm = Direct(path, FakeClock(step_s=taskfarm.SWEEP_S * 0.6))
+
+    def teardown(self) -> None:
+        taskfarm.Sweep.SLICE = self.slice
+        super().teardown()
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(   # type: ignore[attr-defined]
+    max_examples=15 if QUICK else 40, stateful_step_count=40, **machine_settings)   # type: ignore[arg-type]
+
+
+def make_run(farm: Any, n: int) -> str:
+    status, run = farm.ask("POST", "/api/run", {"numTasks": n})
+    assert status == 201
+    farm.ask("POST", "/api/worker", {"uuid": "w", "hostname": "node1", "pid": 1})
+    return str(run["uuid"])
+
+
+def claim(farm: Any, run: str) -> Answer:
+    status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})
+    return status, task and task["task"]
+
+
+def report(farm: Any, run: str, number: int, **body: Any) -> int:
+    return int(farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), body)[0])
+
+
+def figures(farm: Any, run: str) -> Tuple[int, int, int, float]:
+    shown = farm.ask("GET", "/api/runs/" + run)[1]
+    return shown["numWaiting"], shown["numComputing"], shown["numDone"], shown["percentDone"]
+
+
+def test_a_task_that_was_read_or_written_first_does_not_disturb_claims(store: Direct) -> None:
+    run = make_run(store, 4)
+    assert store.ask("GET", "/api/runs/%s/tasks/2" % run)[0] == 200
+    assert report(store, run, 1, status="done") == 204
+    assert [claim(store, run) for _ in range(4)] == [(201, 0), (201, 2), (201, 3), (204, None)]
+
+
+def test_reading_writes_nothing(store: Direct) -> None:
+    run = make_run(store, 4)
+    before = store.store.connection.total_changes
+    for path in ("/api/runs", "/api/runs/" + run, "/api/runs/%s/tasks/3" % run):
+        assert store.ask("GET", path)[0] == 200
+    assert store.store.connection.total_changes == before
+
+
+def test_a_task_at_100_percent_whose_worker_died_comes_back(store: Direct) -> None:
+    run = make_run(store, 1)
+    claim(store, run)
+    report(store, run, 0, percentCompleted=100)
+    assert store.ask("POST", "/api/runs/%s/restart" % run)[0] == 204
+    assert store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]["percentCompleted"] == 100.0
+    assert claim(store, run) == (201, 0)
+
+
+def test_the_mean_stays_exact_after_many_updates(store: Direct) -> None:
+    run, dice = make_run(store, 3), random.Random(1)
+    for _ in range(2000):
+        report(store, run, dice.randrange(3), percentCompleted=dice.random() * 100)
+    for number in range(3):
+        report(store, run, number, percentCompleted=33.3)
+    assert figures(store, run)[3] == 33.3
+
+
+def test_task_ids_are_never_used_again(store: Direct) -> None:
+    first = make_run(store, 3)
+    seen = {store.ask("GET", "/api/runs/%s/tasks/%d" % (first, n))[1]["id"] for n in range(3)}
+    store.ask("DELETE", "/api/runs/" + first)
+    store.restart_server()
+    second = make_run(store, 3)
+    assert seen.isdisjoint({store.ask("GET", "/api/runs/%s/tasks/%d" % (second, n))[1]["id"] for n in range(3)})
+
+
+def test_requests_for_a_run_wait_while_it_is_swept_and_others_do_not(tmp_path: Path) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))    # each slice uses up its time
+    run, other = make_run(direct, 3000), make_run(direct, 10)
+    for number in range(3000):
+        report(direct, run, number, status="done")
+    store = direct.store
+    read, claim_other = taskfarm.read_run(run), taskfarm.claim(other, "w")
+    ended = store.apply([taskfarm.restart_run(run, True), read, claim_other])
+    assert [named.function.__name__ for named, _ in ended] == ["restart_run", "claim"]
+    assert store.call(taskfarm.list_runs())[0].counts == [3000, 0, 0, 0], "the figures change at once"
+    rounds = 0
+    while not ended or ended[0][0] is not read:
+        ended = store.apply([])
+        rounds += 1
+    assert rounds >= 3000 // taskfarm.Sweep.SLICE and ended[0][1].counts == [3000, 0, 0, 0]
+    direct.close()
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/restart?all=True"), ("POST", "/restart"), ("DELETE", "")])
+def test_a_sweep_that_a_crash_cut_short_is_ended_at_the_next_start(tmp_path: Path, method: str, path: str) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
+    run = make_run(direct, 1200)
+    for number in range(0, 1200, 2):
+        report(direct, run, number, status="computing", percentCompleted=50)
+    assert direct.ask(method, "/api/runs/" + run + path)[0] == 204
+    assert direct.store.sweeps, "some rows are still to follow"
+    direct.restart_server()
+    if method == "DELETE":
+        assert direct.ask("GET", "/api/runs/" + run)[0] == 404
+    else:
+        assert figures(direct, run) == (1200, 0, 0, 0.0 if "all" in path else 25.0)
+        assert [claim(direct, run)[1] for _ in range(1200)] == list(range(1200))
+    while direct.store.sweeps:
+        direct.store.apply([])
+    if method == "DELETE":
+        assert direct.store.sql.one("SELECT (SELECT count(*) FROM task), (SELECT count(*) FROM untouched)") == (0, 0)
+    direct.close()
+
+
+def test_an_operation_that_fails_unexpectedly_takes_no_other_with_it(store: Direct) -> None:
+    run = make_run(store, 5)
+
+    @taskfarm.operation
+    def broken(sql: Any, now: Now) -> None:
+        sql.execute("UPDATE run SET millionths = 7")
+        raise ZeroDivisionError
+
+    batch = [taskfarm.claim(run, "w"), broken(), taskfarm.claim(run, "w")]
+    outcomes = [outcome for _, outcome in store.store.apply(batch)]
+    assert [outcomes[0].number, type(outcomes[1]), outcomes[2].number] == [0, ZeroDivisionError, 1]
+    assert figures(store, run) == (3, 2, 0, 0.0)
+
+
+def test_hot_statements_search_by_key_and_never_scan(store: Direct) -> None:
+    run = make_run(store, 50)
+    seen: List[str] = []
+    store.store.connection.set_trace_callback(seen.append)
+    for _ in range(3):
+        claim(store, run)
+    report(store, run, 0, status="done")
+    report(store, run, 30, percentCompleted=5)
+    report(store, run, 1, status="waiting")
+    claim(store, run)
+    store.ask("GET", "/api/runs/" + run)
+    store.ask("GET", "/api/runs/%s/tasks/1" % run)
+    store.ask("POST", "/api/worker", {"uuid": "w2", "hostname": "node1", "pid": 1})
+    store.restart_server()
+    store.store.connection.set_trace_callback(seen.append)
+    claim(store, run)
+    store.store.connection.set_trace_callback(None)
+    plans: Dict[str, List[str]] = {}
+    for statement in seen:
+        if re.match(r"\s*(SELECT|UPDATE|DELETE)", statement):
+            plans[statement] = [row[3] for row in store.store.connection.execute("EXPLAIN QUERY PLAN " + statement)]
+    assert len(plans) > 8
+    assert not [plan for plan in plans.items() if any("SCAN" in step or "TEMP B-TREE" in step for step in plan[1])]
+
+
+def refused(path: Path) -> str:
+    before = path.read_bytes()
+    with pytest.raises(Refusal) as refusal:
+        Store(str(path))
+    assert path.read_bytes() == before and "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_files_of_others_are_refused_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"not a database" * 100)
+    assert "not an SQLite file" in refused(path)
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(str(path))) as other:
+        other.execute("CREATE TABLE mine (x)")
+    assert "another program" in refused(path)
+
+
+def test_a_file_of_a_newer_version_is_refused_also_when_only_its_log_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    store = Store(str(path))
+    store.connection.execute("PRAGMA user_version = %d" % (len(taskfarm.SCHEMA) + 1))
+    copy = tmp_path / "copy"
+    shutil.copy(str(path), str(copy))
+    shutil.copy(str(path) + "-wal", str(copy) + "-wal")
+    store.connection.close()
+    assert struct.unpack(">I", copy.read_bytes()[60:64])[0] != len(taskfarm.SCHEMA) + 1 or not copy.stat().st_size
+    assert "newer taskfarm" in refused(copy)
+    assert "newer taskfarm" in refused(path)
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    Store(str(path)).close()
+    path.write_bytes(path.read_bytes()[:-4096])
+    assert "cut off" in refused(path)
+
+
+def test_check_finds_what_is_wrong(store: Direct) -> None:
+    run = make_run(store, 5)
+    claim(store, run)
+    execute = store.store.connection.execute
+    for breaking, mending, sentence in [
+            ("UPDATE task SET millionths = 7", "UPDATE task SET millionths = 0", "millionths"),
+            ("UPDATE task SET status = 0", "UPDATE task SET status = 1", "waiting, computing"),
+            ("UPDATE run SET head = head + 1", "UPDATE run SET head = head - 1", "untouched"),
+            ("UPDATE task SET id = 900", "UPDATE task SET id = 1", "belong to no run")]:
+        execute(breaking)
+        assert any(sentence in wrong for wrong in store.wrong()), sentence
+        execute(mending)
+    assert store.wrong() == []
+
+
+# ---------------------------------------------------------------- LOGIN
+
+def get_with(farm: Caller, authorization: Optional[str], path: str = "/api/token") -> Tuple[int, Dict[str, str], bytes]:
+    headers = {"Connection": "close"}
+    if authorization is not None:
+        headers["Authorization"] = authorization
+    raw = farm.raw(request_bytes("GET", path, **headers))
+    answer = raw.answer()
+    raw.close()
+    return answer
+
+
+def token_of(farm: Live, authorization: str) -> str:
+    status, _, body = get_with(farm, authorization)
+    assert status == 200
+    return str(json.loads(body)["token"])
+
+
+def test_all_kinds_of_login(farm: Live) -> None:
+    token = token_of(farm, basic("ada", Live.PASSWORD))
+    assert token.startswith("tf1.")
+    for header in (basic(token, ""), basic(token, "anything"), "Bearer " + token, "bearer " + token,
+                   basic("ada", Live.PASSWORD).replace("Basic", "bASIC")):
+        assert get_with(farm, header)[0] == 200, header
+
+
+def test_logins_that_are_refused_alike(farm: Live) -> None:
+    token = token_of(farm, basic("ada", Live.PASSWORD))
+    other = taskfarm.make_token(b"x" * 32, farm.user("ada"), 0)
+    bodies = set()
+    for header in (None, "", "Basic", "Basic !!!", "Basic " + base64.b64encode(b"nocolon").decode(), "Digest x",
+                   basic("ada", "wrong"), basic("nobody", Live.PASSWORD), basic("", ""), "Bearer", "Bearer x",
+                   "Bearer tf1.", "Bearer tf1.1.1.0.", "Bearer " + token[:-1], "Bearer " + token + "A",
+                   "Bearer " + token.replace("tf1.1", "tf1.2"), "Bearer " + other, basic(other, "")):
+        status, headers, body = get_with(farm, header)
+        assert status == 401, header
+        assert headers["www-authenticate"] == 'Basic realm="taskfarm", charset="UTF-8"'
+        bodies.add(body)
+    assert len(bodies) == 1, "never says which half was wrong"
+
+
+def test_names_and_passwords_that_are_not_ascii(farm: Live) -> None:
+    farm.service.store.call(taskfarm.add_user("jürgen", taskfarm.hash_password("grüße")))
+    for encoding in ("utf-8", "latin-1"):
+        assert get_with(farm, basic("jürgen", "grüße", encoding))[0] == 200
+    decomposed = "ju\u0308rgen"
+    assert get_with(farm, basic(decomposed, "gru\u0308ße"))[0] == 200
+    assert get_with(farm, basic("jürgen", "grusse"))[0] == 401
+
+
+def test_tokens_expire_and_beget_none_that_last_longer(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    token = token_of(live, basic("ada", Live.PASSWORD))
+    clock.pass_time(100 * 86400)
+    second = token_of(live, "Bearer " + token)
+    clock.pass_time(266 * 86400)
+    assert [get_with(live, "Bearer " + each)[0] for each in (token, second)] == [401, 401]
+    assert get_with(live, basic("ada", Live.PASSWORD))[0] == 200
+    live.close()
+
+
+def test_a_new_password_or_a_removal_ends_every_token_and_remembered_login(farm: Live) -> None:
+    store, password = farm.service.store, basic("ada", Live.PASSWORD)
+    token = "Bearer " + token_of(farm, password)
+    store.call(taskfarm.set_password("ada", taskfarm.hash_password("another")))
+    assert [get_with(farm, each)[0] for each in (token, password)] == [401, 401]
+    token = "Bearer " + token_of(farm, basic("ada", "another"))
+    store.call(taskfarm.remove_user("ada"))
+    store.call(taskfarm.add_user("ada", taskfarm.hash_password("another")))
+    assert get_with(farm, token)[0] == 401, "a user who is added again is a new one"
+    assert get_with(farm, basic("ada", "another"))[0] == 200
+
+
+def test_a_thousand_logins_with_one_password_cost_one_hash(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = []
+    verify = taskfarm.verify_password
+    monkeypatch.setattr(taskfarm, "verify_password", lambda *args: hashes.append(1) or verify(*args))   # type: ignore
+    raws = [farm.raw(request_bytes("GET", "/api/token", Authorization=basic("ada", Live.PASSWORD))) for _ in range(300)]
+    assert {raw.answer()[0] for raw in raws} == {200}
+    assert {get_with(farm, basic("ada", "wrong"))[0] for _ in range(20)} == {401}
+    assert len(hashes) == 2
+    for raw in raws:
+        raw.close()
+
+
+def test_an_unknown_user_costs_a_hash_like_a_wrong_password(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: List[str] = []
+    verify = taskfarm.verify_password
+    monkeypatch.setattr(taskfarm, "verify_password", lambda p, s: stored.append(s) or verify(p, s))     # type: ignore
+    assert get_with(farm, basic("nobody", "x"))[0] == get_with(farm, basic("ada", "x"))[0] == 401
+    assert [text.rsplit("$", 2)[0] for text in stored] == [ADAS_HASH.rsplit("$", 2)[0]] * 2
+
+
+def test_passwords_are_not_kept_in_memory(farm: Live) -> None:
+    assert get_with(farm, basic("ada", Live.PASSWORD))[0] == 200
+    logins = farm.service.farm.logins
+    assert len(logins.memory) == 1 and Live.PASSWORD not in repr(logins.memory)
+    assert base64.b64encode(b"ada:" + Live.PASSWORD.encode()) not in next(iter(logins.memory))
+
+
+@pytest.mark.parametrize("algorithm", ["scrypt", "pbkdf2"])
+def test_a_hash_says_how_it_was_made(algorithm: str) -> None:
+    stored = taskfarm.hash_password("secret", algorithm)
+    assert stored.startswith(algorithm + "$") and "secret" not in stored
+    assert taskfarm.verify_password("secret", stored) and not taskfarm.verify_password("Secret", stored)
+
+
+def test_the_lock_is_not_opened_through_a_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "f.lock").symlink_to(victim)
+    with pytest.raises(Refusal):
+        taskfarm.Lock(str(tmp_path / "f"))
+    assert victim.read_text() == "precious"
+
+
+def test_where_openssl_refuses_scrypt_pbkdf2_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> bytes:
+        raise ValueError("disabled for FIPS")
+    monkeypatch.setattr(taskfarm.hashlib, "scrypt", refuse)
+    stored = taskfarm.hash_password("secret")
+    assert stored.startswith("pbkdf2$600000$") and taskfarm.verify_password("secret", stored)
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "tf1.x", "a/b", " a", "a\n", "x" * 65, "\ud800"])
+def test_user_names_that_will_not_do(name: str) -> None:
+    with pytest.raises(taskfarm.BadRequest):
+        taskfarm.check_name(name)
+
+
+# ---------------------------------------------------------------- HTTP
+
+RUN_BODY = b'{"numTasks": 3}'
+REFUSALS = [
+    # what, the request ({auth} is replaced), the status
+    ("no login", request_bytes("GET", "/api/runs"), 401),
+    ("no login comes before an unknown path", request_bytes("GET", "/nothing"), 401),
+    ("no login comes before a wrong method", request_bytes("POST", "/livez"), 401),
+    ("no login comes before the body", b"POST /api/run HTTP/1.1\r\nHost: f\r\nContent-Length: 99999999\r\n\r\n", 401),
+    ("unknown path", request_bytes("GET", "/api/nothing", Authorization="{auth}"), 404),
+    ("a path below a path", request_bytes("GET", "/api/runs/x/y/z", Authorization="{auth}"), 404),
+    ("an empty segment", request_bytes("GET", "/api/runs/", Authorization="{auth}"), 404),
+    ("unknown run", request_bytes("GET", "/api/runs/none", Authorization="{auth}"), 404),
+    ("wrong method", request_bytes("PUT", "/api/run", Authorization="{auth}"), 405),
+    ("unknown method", request_bytes("BREW", "/api/run", Authorization="{auth}"), 405),
+    ("admin's path", request_bytes("GET", "/api/users", Authorization="{auth}"), 403),
+    ("chunked", request_bytes("POST", "/api/run", Authorization="{auth}", Transfer_Encoding="chunked"), 411),
+    ("length and coding", request_bytes("POST", "/api/run", RUN_BODY, Authorization="{auth}",
+                                        Transfer_Encoding="chunked"), 400),
+    ("body too large", request_bytes("POST", "/api/run", b"x" * 65537, Authorization="{auth}"), 413),
+    ("huge length", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Length="9" * 30), 413),
+    ("two lengths", request_bytes("POST", "/api/run", RUN_BODY, Authorization="{auth}", Content_Length="15"), 400),
+    ("negative length", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Length="-1"), 400),
+    ("length that is none", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Length="0x5"), 400),
+    ("no content type", b"POST /api/run HTTP/1.1\r\nHost: f\r\nAuthorization: {auth}\r\nContent-Length: 15\r\n\r\n"
+     + RUN_BODY, 415),
+    ("another content type", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Type="text/plain",
+                                           Content_Length="15") + RUN_BODY, 415),
+    ("no body", request_bytes("POST", "/api/run", Authorization="{auth}"), 400),
+    ("a field where none is taken", request_bytes("DELETE", "/api/runs/x", b'{"all": true}', Authorization="{auth}"),
+     400),
+    ("no Host", b"GET /livez HTTP/1.1\r\n\r\n", 400),
+    ("two Hosts", request_bytes("GET", "/livez", Host="again"), 400),
+    ("a space before the colon", request_bytes("GET", "/livez", X__="1").replace(b"X--:", b"X :"), 400),
+    ("a folded line", b"GET /livez HTTP/1.1\r\nHost: f\r\n folded\r\n\r\n", 400),
+    ("a bare LF", b"GET /livez HTTP/1.1\nHost: f\n\n", 400),
+    ("a NUL in a header", b"GET /livez HTTP/1.1\r\nHost: f\r\nX: a\0b\r\n\r\n", 400),
+    ("a bare CR in a header", b"GET /livez HTTP/1.1\r\nHost: f\r\nX: a\rb\r\n\r\n", 400),
+    ("no version", b"GET /livez\r\n\r\n", 400),
+    ("another version", b"GET /livez HTTP/2.0\r\n\r\n", 505),
+    ("bytes that are not ASCII", b"GET /liv\xe9z HTTP/1.1\r\nHost: f\r\n\r\n", 400),
+    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    ("noise", b"\x00\xff\x17", 400),
+    ("a long request line", b"GET /" + b"x" * 17000, 414),
+    ("a long request line, whole", request_bytes("GET", "/" + "x" * 17000), 414),
+    ("a long header line", request_bytes("GET", "/livez", X="x" * 17000), 431),
+    ("a long head", request_bytes("GET", "/livez", **dict.fromkeys(["X%d" % n for n in range(40)], "x" * 1000)), 431),
+    ("many fields", request_bytes("GET", "/livez", **{"X%d" % n: "x" for n in range(101)}), 431),
+    ("another expectation", request_bytes("POST", "/api/run", Authorization="{auth}", Expect="more"), 417),
+    ("a query that comes twice", request_bytes("GET", "/api/runs/x?info=&info=", Authorization="{auth}"), 400),
+    ("an unknown query", request_bytes("GET", "/api/runs?x=1", Authorization="{auth}"), 400),
+    ("a query that is not UTF-8", request_bytes("GET", "/api/runs/x?info=%ff", Authorization="{auth}"), 400),
+]
+
+
+@pytest.fixture(scope="module")
+def shared_farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A live farm for tests that change nothing."""
+    live = Live(str(tmp_path_factory.mktemp("farm") / "farm.sqlite"))
+    yield live
+    assert live.ask("GET", "/api/runs") == (200, {"data": []}), "something that was refused has changed something"
+    live.close()
+
+
+@pytest.mark.parametrize("data, status", [pytest.param(data, status, id=what) for what, data, status in REFUSALS])
+def test_refused(shared_farm: Live, data: bytes, status: int) -> None:
+    raw = shared_farm.raw(data.replace(b"{auth}", basic(shared_farm.token, "").encode()))
+    got, headers, body = raw.answer()
+    assert (got, headers["content-type"]) == (status, "application/problem+json")
+    content = json.loads(body)
+    assert content["status"] == status and content["title"] and len(content["detail"]) > 10
+    if got == 405:
+        assert headers["allow"] == "POST"
+    raw.close()
+
+
+def exchange(farm: Live, data: bytes, ended: bool = False) -> List[int]:
+    """The statuses of all answers until the connection ends."""
+    raw = farm.raw(data.replace(b"{auth}", basic(farm.token, "").encode()), ended)
+    statuses: List[int] = []
+    while True:
+        status = raw.answer()[0]
+        if not status:
+            raw.close()
+            return statuses
+        statuses.append(status)
+
+
+CLOSE = request_bytes("GET", "/livez", Connection="close")
+
+
+@pytest.mark.parametrize("first, statuses", [
+    pytest.param(request_bytes("POST", "/api/run", b"{}"), [401, 200], id="a refused body is skipped"),
+    pytest.param(request_bytes("PUT", "/nothing", b"{}" * 999, Authorization="{auth}"), [404, 200], id="404"),
+    pytest.param(request_bytes("POST", "/api/run", b"[" * 60000, Authorization="{auth}"), [400, 200], id="400"),
+    pytest.param(request_bytes("POST", "/api/run", Authorization="{auth}", Transfer_Encoding="chunked"), [411],
+                 id="where the request ends cannot be told"),
+    pytest.param(b"\r\n\r\n" + request_bytes("GET", "/readyz"), [200, 200], id="empty lines before a request"),
+    pytest.param(request_bytes("GET", "http://elsewhere/readyz?"), [200, 200], id="an absolute target"),
+    pytest.param(request_bytes("GET", "/api/%72uns", Authorization="{auth}"), [404, 200], id="fixed words as they are"),
+    pytest.param(request_bytes("GET", "/readyz", Connection="close"), [200], id="close is respected"),
+    pytest.param(b"GET /readyz HTTP/1.0\r\n\r\n", [200], id="HTTP/1.0 closes"),
+    pytest.param(b"GET /readyz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", [200, 200], id="unless asked"),
+    pytest.param(request_bytes("GET", "/readyz") * 50, [200] * 51, id="pipelined"),
+])
+def test_what_follows_on_the_connection(shared_farm: Live, first: bytes, statuses: List[int]) -> None:
+    assert exchange(shared_farm, first + CLOSE) == statuses
+
+
+def test_pipelined_claims_are_answered_in_order(farm: Live) -> None:
+    run = make_run(farm, 100)
+    one = request_bytes("POST", "/api/runs/%s/task" % run, b'{"worker_uuid": "w"}', Authorization=basic(farm.token, ""))
+    raw = farm.raw(one * 101)
+    assert [json.loads(raw.answer()[2])["task"] for _ in range(100)] == list(range(100))
+    assert raw.answer()[0] == 204
+    raw.close()
+
+
+def test_a_request_may_come_byte_by_byte(shared_farm: Live) -> None:
+    raw = shared_farm.raw(b"")
+    for byte in request_bytes("GET", "/api/runs", Authorization=basic(shared_farm.token, "")):
+        raw.sock.sendall(bytes([byte]))
+    assert raw.answer()[0] == 200
+    raw.close()
+
+
+def test_a_client_that_ends_its_half_is_answered(shared_farm: Live) -> None:
+    assert exchange(shared_farm, request_bytes("GET", "/readyz") * 3, ended=True) == [200, 200, 200]
+    assert exchange(shared_farm, b"GET /re", ended=True) == []
+
+
+def test_expect_100_continue(farm: Live) -> None:
+    raw = farm.raw(request_bytes("POST", "/api/run", Authorization=basic(farm.token, ""), Expect="100-continue",
+                                 Content_Length="15", Content_Type="application/json"))
+    assert raw.answer()[0] == 100
+    raw.sock.sendall(RUN_BODY)
+    assert raw.answer()[0] == 201
+    raw.close()
+
+
+def test_head_answers_like_get_without_the_body(shared_farm: Live) -> None:
+    raw = shared_farm.raw(request_bytes("HEAD", "/") + CLOSE)
+    status, headers, _ = raw.answer(head_only=True)
+    assert status == 200 and int(headers["content-length"]) > 100
+    assert raw.answer()[0] == 200
+    raw.close()
+
+
+def test_the_front_page_says_what_this_is(shared_farm: Live) -> None:
+    raw = shared_farm.raw(request_bytes("GET", "/"))
+    status, headers, body = raw.answer()
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert taskfarm.__version__.encode() in body and b"/api/runs" in body
+    raw.close()
+
+
+def test_a_server_answers_while_hundreds_are_silent_or_trickle(farm: Live) -> None:
+    silent = [farm.raw(b"GET /livez HT" if n % 2 else b"") for n in range(300)]
+    assert farm.ask("GET", "/api/runs")[0] == 200
+    assert len(farm.service.server.connections) >= 300
+    for raw in silent:
+        raw.close()
+    wait_until(lambda: len(farm.service.server.connections) <= 1)
+
+
+def test_silence_and_slowness_end_after_their_time(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    server = live.service.server
+    silent, slow, spoken = live.raw(b""), live.raw(b"GET /livez"), live.raw(request_bytes("GET", "/livez"))
+    assert spoken.answer()[0] == 200
+    wait_until(lambda: len(server.deadlines) == 2 and len(server.connections) == 3)
+    clock.pass_time(taskfarm.REQUEST_S + 1)
+    server.post(lambda: None)
+    assert silent.answer()[0] == 0 and slow.answer()[0] == 408
+    spoken.sock.sendall(request_bytes("GET", "/livez"))
+    assert spoken.answer()[0] == 200, "one that has spoken is kept"
+    for raw in (silent, slow, spoken):
+        raw.close()
+    live.close()
+
+
+def test_resets_disturb_nobody(farm: Live) -> None:
+    run = make_run(farm, 5000)
+    one = request_bytes("POST", "/api/runs/%s/task" % run, b'{"worker_uuid": "w"}', Authorization=basic(farm.token, ""))
+    for part in (one[:40], one, one * 20, one * 20 + one[:50]):
+        for _ in range(5):
+            raw = farm.raw(part)
+            raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raw.close()     # sends a reset
+    assert farm.ask("GET", "/api/runs/" + run)[0] == 200
+    wait_until(lambda: len(farm.service.server.connections) == 1)
+    assert farm.service.server.buffered == 0
+
+
+def test_a_client_that_never_reads_is_not_waited_for(farm: Live) -> None:
+    for _ in range(300):
+        farm.ask("POST", "/api/run", {"numTasks": 1})
+    deaf = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, "")) * 400)
+    wait_until(lambda: any(c.outbox for c in list(farm.service.server.connections)))
+    assert farm.ask("GET", "/api/runs")[0] == 200
+    assert farm.service.server.buffered < 2 * 2 ** 20
+    assert [deaf.answer()[0] for _ in range(400)] == [200] * 400, "and gets all its answers when it reads at last"
+    deaf.close()
+
+
+def test_a_reader_that_is_slow_but_reads_keeps_its_connection(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    for _ in range(300):
+        live.ask("POST", "/api/run", {"numTasks": 1})
+    slow = live.raw(request_bytes("GET", "/api/runs", Authorization=basic(live.token, "")) * 200)
+    for _ in range(199):
+        clock.pass_time(taskfarm.REQUEST_S / 3)
+        assert slow.answer()[0] == 200
+    slow.close()
+    live.close()
+
+
+def test_sockets_are_set_for_small_answers_and_long_silence(farm: Live) -> None:
+    farm.ask("GET", "/api/runs")
+    (connection,) = farm.service.server.connections
+    assert connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_an_error_of_the_server_has_an_id_and_no_traceback(farm: Live, caplog: pytest.LogCaptureFixture,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "run_json", lambda _: 1 / 0)
+    status, problem = farm.ask("POST", "/api/run", {"numTasks": 1})
+    fault = problem["detail"].split()[-1]
+    assert status == 500 and "Zero" not in str(problem) and fault in caplog.text and "ZeroDivisionError" in caplog.text
+    monkeypatch.undo()
+    assert farm.ask("GET", "/api/runs")[0] == 200
+
+
+def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> None:
+    log = io.StringIO()
+    service = Service(str(tmp_path / "f"), "127.0.0.1", 0, access_log=log)
+    thread = threading.Thread(target=service.serve)
+    thread.start()
+    raw = Raw(service.server.server_port, request_bytes("GET", "/livez") + request_bytes("GET", "/api/runs"))
+    assert [raw.answer()[0] for _ in range(2)] == [200, 401]
+    raw.close()
+    service.stop()
+    thread.join()
+    lines = log.getvalue().splitlines()
+    assert [line.split('"')[1:3][0] for line in lines] == ["GET /livez", "GET /api/runs"]
+    assert re.fullmatch(r'127\.0\.0\.1 - \[[0-9T:Z-]+\] "GET /livez" 200 18 [0-9.]+', lines[0])
+
+
+# ---------------------------------------------------------------- API
+
+class LiveMachine(Machine):
+    """The same machine through HTTP."""
+
+    def open(self, path: str) -> None:
+        self.farm = Live(path)
+
+
+TestLiveMachine = LiveMachine.TestCase
+TestLiveMachine.settings = settings(    # type: ignore[attr-defined]
+    max_examples=5 if QUICK else 12, stateful_step_count=30, **machine_settings)    # type: ignore[arg-type]
+
+
+def test_every_task_is_claimed_exactly_once_by_processes(farm: Live) -> None:
+    run = make_run(farm, 600)
+    script = """
+import http.client, json, sys
+port, run, token = sys.argv[1:]
+connection = http.client.HTTPConnection("127.0.0.1", int(port))
+while True:
+    connection.request("POST", "/api/runs/%s/task" % run, '{"worker_uuid": "w"}',
+                       {"Authorization": "Bearer " + token, "Content-Type": "application/json"})
+    response = connection.getresponse()
+    content = response.read()
+    if response.status == 204:
+        break
+    print(json.loads(content)["task"])
+"""
+    workers = [subprocess.Popen([sys.executable, "-c", script, str(farm.port), run, farm.token],
+                                stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    taken = [int(number) for worker in workers for number in worker.communicate()[0].split()]
+    assert sorted(taken) == list(range(600))
+
+
+Call = Tuple[float, float, Tuple[Any, ...], Any]       # sent, answered, the call, its answer
+
+
+def fits_some_order(history: List[Call], run: str, fresh: Callable[[], Model]) -> bool:
+    """Whether calls with their times (sent, answered, call, answer) have an order that time and the model allow."""
+    def play(order: Tuple[int, ...]) -> Tuple[Model, bool]:
+        model, right = fresh(), True
+        for index in order:
+            _, _, (name, *args), answer = history[index]
+            right = getattr(model, name)(run, *args) == answer
+        return model, right
+
+    seen = set()
+    stack: List[Tuple[int, ...]] = [()]
+    while stack:
+        order = stack.pop()
+        if len(order) == len(history):
+            return True
+        left = [index for index in range(len(history)) if index not in order]
+        horizon = min(history[index][1] for index in left)
+        for index in left:
+            if history[index][0] <= horizon:
+                model, right = play((*order, index))
+                key = (frozenset((*order, index)), str(model.runs))
+                if right and key not in seen:
+                    seen.add(key)
+                    stack.append((*order, index))
+    return False
+
+
+def test_histories_of_concurrent_calls_fit_an_order(farm: Live) -> None:
+    for seed in range(3 if QUICK else 10):
+        run = make_run(farm, 4)
+        entry = farm.ask("GET", "/api/runs/" + run)[1]
+
+        def work(index: int, run: str = run, seed: int = seed) -> List[Call]:
+            dice = random.Random(100 * seed + index)
+            calls: List[Call] = []
+            for _ in range(5):
+                kind, number = dice.choice(["claim", "report", "read", "restart"]), dice.randrange(4)
+                sent = time.monotonic()
+                call: Tuple[Any, ...]
+                if kind == "claim":
+                    call = ("claim", "w")
+                    status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})
+                    answer = status, task and {k: v for k, v in task.items() if k != "id"}
+                elif kind == "report":
+                    call = ("report", number, {"status": "done"})
+                    answer = farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), {"status": "done"})
+                elif kind == "restart":
+                    call = ("restart", True)
+                    answer = farm.ask("POST", "/api/runs/%s/restart?all=True" % run)
+                else:
+                    call = ("run_json",)
+                    answer = farm.ask("GET", "/api/runs/" + run)[1]
+                calls.append((sent, time.monotonic(), call, answer))
+            return calls
+
+        history = [call for calls in in_threads(4, work) for call in calls]
+
+        def fresh(run: str = run, entry: Dict[str, Any] = entry) -> Model:
+            model = Model()
+            model.created(entry)
+            model.register("w", "node1", 1)
+            return model
+        assert fits_some_order(history, run, fresh)
+        wrong_history = [(sent, got, call, (204, None) if call[0] == "claim" and answer[0] == 201 else answer)
+                         for sent, got, call, answer in history]
+        if wrong_history != history:
+            assert not fits_some_order(wrong_history, run, fresh), "the check can fail"
+
+
+PUBLISHED_WORKER = """
+import sys
+from taskfarm_worker import TaskFarmWorker
+worker = TaskFarmWorker("ada", sys.argv[1], sys.argv[3], url_base=sys.argv[2])
+for task in worker.tasks:
+    print(task)
+    for step in range(1, 11):
+        worker.update(step * 10)
+    worker.done()
+"""
+
+if not QUICK:
+    import taskfarm_worker  # type: ignore[import-untyped]
+
+    def published_run(farm: Live, **options: Any) -> Any:
+        return taskfarm_worker.TaskFarm("ada", Live.PASSWORD, url_base=farm.url + "/api/", **options)
+
+    def test_the_published_client_unchanged_with_8_processes(farm: Live) -> None:
+        run = published_run(farm, numTasks=64)
+        listed = taskfarm_worker.tfRuns("ada", Live.PASSWORD, url_base=farm.url + "/api/")
+        assert [entry["uuid"] for entry in listed] == [run.uuid]
+        assert (run.numWaiting, run.percentDone, run.info("")["numTasks"]) == (64, 0, 64)
+        command = [sys.executable, "-c", PUBLISHED_WORKER, Live.PASSWORD, farm.url + "/api/", run.uuid]
+        workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                   for _ in range(8)]
+        outputs = [worker.communicate() for worker in workers]
+        assert [error for _, error in outputs if error] == []
+        assert sorted(int(task) for output, _ in outputs for task in output.split()) == list(range(64))
+        assert (run.numDone, run.numComputing, run.percentDone) == (64, 0, 100)
+        assert run.getTaskInfo(3, "status") == "done" and run.getTaskInfo(3, "percentCompleted") == 100
+        run.restart(everything=True)
+        assert (run.numWaiting, run.percentDone) == (64, 0)
+
+    def test_the_published_command_line(farm: Live) -> None:
+        def manage(*words: str) -> str:
+            done = subprocess.run([sys.executable, "-m", "taskfarm_worker.manage", "-u", "ada", "-p", Live.PASSWORD,
+                                   "-b", farm.url + "/api/", *words], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.strip()
+        run = published_run(farm, numTasks=3)
+        run.setTaskInfo(0, "status", "done")
+        run.setTaskInfo(1, "status", "computing")
+        assert manage("-l") == "1 %s 3" % run.uuid
+        assert manage("-i", run.uuid) == "1 %s 3 (1,1,1) %s" % (run.uuid, 100 / 3)
+        assert manage("-r", run.uuid) == "" and manage("-i", run.uuid).startswith("1 %s 3 (2,0,1)" % run.uuid)
+        assert manage("-R", run.uuid) == "" and manage("-i", run.uuid) == "1 %s 3 (3,0,0) 0.0" % run.uuid
+        assert manage("-d", run.uuid) == "" and manage("-l") == ""
+
+
+# ---------------------------------------------------------------- CRASH
+
+class Process(Caller):
+    """A server as a process of its own, from the command line; its user's token comes from the access file."""
+
+    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None) -> None:
+        super().__init__()
+        self.home = tempfile.mkdtemp()
+        environ = dict(os.environ, HOME=self.home, PYTHONFAULTHANDLER="1")
+        self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", "0", *words], text=True,
+                                        stdout=subprocess.PIPE, stderr=self.errors, env=environ, preexec_fn=prepare)
+        assert self.process.stdout
+        self.line = self.process.stdout.readline()
+        assert self.line, self.log()
+        self.port = int(self.line.rsplit(":", 1)[1])
+        self.token = json.loads(Path(self.home, ".config/taskfarm/access.json").read_text())["token"]
+
+    def log(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        try:
+            status = self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)    # has it write where each thread is
+            self.process.wait()
+            raise AssertionError("it does not end: " + self.log())
+        assert self.process.stdout
+        self.process.stdout.close()
+        self.errors.close()
+        shutil.rmtree(self.home)
+        return status
+
+
+def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    db = str(tmp_path / "f")
+    claimed: List[int] = []
+    done: List[int] = []
+    run = ""
+    dice = random.Random(2)
+    for _ in range(2 if QUICK else 5):
+        server = Process(db)
+        run = run or make_run(server, 10 ** 6)
+        enough = threading.Event()
+        goal = len(done) + dice.randrange(20, 400)
+
+        def work(index: int, server: Process = server, run: str = run, enough: threading.Event = enough,
+                 goal: int = goal) -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    status, number = claim(server, run)
+                    assert status == 201
+                    claimed.append(number)
+                    assert report(server, run, number, status="done") == 204
+                    done.append(number)
+                    if len(done) > goal:
+                        enough.set()
+
+        loads = threading.Thread(target=in_threads, args=(16, work))
+        loads.start()
+        assert enough.wait(20)
+        server.end(signal.SIGKILL)
+        loads.join()
+        store = Store(db)
+        assert store.call(taskfarm.check()) == []
+        states = dict(store.connection.execute("SELECT id - 1, status FROM task"))
+        assert len(set(claimed)) == len(claimed), "given twice"
+        assert all(states[number] in (taskfarm.COMPUTING, taskfarm.DONE) for number in claimed)
+        assert all(states[number] == taskfarm.DONE for number in done)
+        store.close()
+
+
+def test_sigterm_under_load_sends_what_is_in_hand_and_ends_with_0(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    run = make_run(server, 10 ** 6)
+    claimed: List[int] = []
+
+    def work(index: int) -> None:
+        with contextlib.suppress(ConnectionError, http.client.RemoteDisconnected):
+            while True:
+                status, number = claim(server, run)
+                if status == 503:
+                    return
+                claimed.append(number)
+
+    loads = threading.Thread(target=in_threads, args=(8, work))
+    loads.start()
+    wait_until(lambda: len(claimed) > 200)
+    assert server.end(signal.SIGTERM) == 0
+    loads.join()
+    store = Store(str(tmp_path / "f"))
+    (touched,) = store.connection.execute("SELECT count(*) FROM task").fetchone()
+    assert sorted(claimed) == list(range(touched)), "each claim that was done was also answered"
+    assert store.call(taskfarm.check()) == []
+    store.close()
+
+
+def test_a_full_disk_refuses_writes_answers_reads_and_recovers(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    run, dice = make_run(server, 10 ** 6), random.Random(3)
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    assert resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (300000, limits[1])) == limits
+    done = []
+    while True:
+        number = dice.randrange(10 ** 6)
+        status, problem = server.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), {"status": "done"})
+        if status != 204:
+            break
+        done.append(number)
+    assert status == 503 and "disk" in problem["detail"]
+    assert figures(server, run)[2] == len(set(done))
+    while server.ask("GET", "/readyz")[0] == 200:       # one page may still have fitted
+        report(server, run, 5, status="done")
+    assert server.ask("GET", "/livez")[0] == 200
+    assert report(server, run, 5, status="done") == 503
+    number_done = figures(server, run)[2]
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+    assert server.ask("GET", "/readyz")[0] == 200
+    assert report(server, run, 6, status="done") == 204
+    assert figures(server, run)[2] == number_done + (6 not in done)
+    log = server.log()
+    assert 1 <= log.count("resumes by itself") == log.count("takes writes again") < 10
+    assert server.end(signal.SIGTERM) == 0
+    with contextlib.closing(Store(str(tmp_path / "f"))) as store:
+        assert store.call(taskfarm.check()) == []
+
+
+def test_out_of_descriptors_the_longest_idle_go_and_new_ones_are_served(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"), prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    raws = []
+    for _ in range(150):
+        raws.append(Raw(server.port, request_bytes("GET", "/livez")))
+        assert raws[-1].answer()[0] == 200
+    raws[-1].sock.sendall(request_bytes("GET", "/livez"))
+    assert raws[-1].answer()[0] == 200
+    assert raws[0].answer()[0] == 0, "the longest idle was closed"
+    assert server.log().count("no descriptor is left") == 1
+    for raw in raws:
+        raw.close()
+    assert server.end(signal.SIGTERM) == 0
+
+
+# ---------------------------------------------------------------- COMMAND LINE
+
+def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
+                          env=dict(os.environ, **environ), timeout=60)
+
+
+def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        server = Process(str(tmp_path / "f"))
+    finally:
+        os.umask(old)
+    assert re.fullmatch(r"taskfarm [0-9.]+ serves \S+ at http://127\.0\.0\.1:[0-9]+\n", server.line)
+    access = Path(server.home, ".config/taskfarm/access.json")
+    content = json.loads(access.read_text())
+    assert set(content) == {"url", "user", "token", "farm", "proof"}
+    assert content["url"] == server.line.split()[-1]
+    assert server.ask("GET", "/api/runs")[0] == 200
+    assert taskfarm.still_answers(content) and not taskfarm.still_answers(dict(content, proof="00"))
+    for path in [access, *(tmp_path / name for name in ("f", "f-wal", "f.lock"))]:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert "password" not in server.log() + server.line, "it is shown on a terminal only"
+    assert server.end(signal.SIGINT) == 0
+
+
+def test_a_second_server_on_the_same_file_or_port_gets_one_sentence(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    for words, sentence in (((str(tmp_path / "f"), "0"), "process %d on" % server.process.pid),
+                            ((str(tmp_path / "g"), str(server.port)), "--port 0")):
+        done = run_verb("--db", words[0], "--port", words[1])
+        assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and sentence in done.stderr
+    assert server.ask("GET", "/api/runs")[0] == 200
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_second_farm_leaves_the_access_file_of_one_that_answers(farm: Live, tmp_path: Path) -> None:
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path)
+    try:
+        taskfarm.publish_access(farm.service.farm, farm.user("ada"), farm.url, farm.path)
+        first = (tmp_path / "taskfarm/access.json").read_text()
+        other = Live(str(tmp_path / "other.sqlite"))
+        taskfarm.publish_access(other.service.farm, other.user("ada"), other.url, other.path)
+        assert (tmp_path / "taskfarm/access.json").read_text() == first
+        (beside,) = (tmp_path / "taskfarm").glob("access-other-*.json")
+        assert json.loads(beside.read_text())["url"] == other.url
+        farm.stop()
+        taskfarm.publish_access(other.service.farm, other.user("ada"), other.url, other.path)
+        assert json.loads((tmp_path / "taskfarm/access.json").read_text())["url"] == other.url
+        other.close()
+        farm.start()
+    finally:
+        del os.environ["XDG_CONFIG_HOME"]
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_users_are_kept_by_verbs_with_and_without_a_server(tmp_path: Path, running: bool) -> None:
+    db = str(tmp_path / "f")
+    if running:
+        server = Process(db)
+    else:
+        Store(db).close()
+
+    def user(*words: str, stdin: str = "") -> Tuple[int, List[str], str]:
+        done = run_verb("user", *words, "--db", db, stdin=stdin)
+        return done.returncode, done.stdout.split(), done.stderr
+
+    first = user("list")[1]
+    assert user("add", "jürgen", stdin="secret\n")[0] == 0
+    assert user("add", "jürgen", stdin="secret\n")[2].count("already") == 1
+    assert user("list")[1] == [*first, "jürgen"]
+    for wrong in ("a:b", "tf1.x"):
+        assert user("add", wrong, stdin="x\n")[0] == 1
+    assert user("add", "empty", stdin="\n")[0] == 1
+    if running:
+        header = basic("jürgen", "secret")
+        assert get_with(server, header)[0] == 200
+        assert user("passwd", "jürgen", stdin="other\n")[0] == 0
+        assert get_with(server, header)[0] == 401
+        assert get_with(server, basic("jürgen", "other"))[0] == 200
+    assert user("passwd", "nobody", stdin="x\n")[:2] == (1, [])
+    assert user("remove", "jürgen")[0] == 0
+    assert user("list")[1] == first
+    assert user("remove", "jürgen")[0] == 1
+    if running:
+        assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_path: Path) -> None:
+    db = str(tmp_path / "f")
+    server = Process(db)
+    name = run_verb("user", "list", "--db", db).stdout.strip()
+    old = server.token
+    assert run_verb("user", "passwd", name, "--db", db, stdin="new\n").returncode == 0
+    assert server.ask("GET", "/api/runs")[0] == 401
+    server.token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
+    assert server.token != old and server.ask("GET", "/api/runs")[0] == 200
+    assert run_verb("user", "remove", name, "--db", db).returncode == 0
+    assert server.ask("GET", "/api/runs")[0] == 401
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("words, status, sentence", [
+    (["--db", "/nowhere/at/all/f"], 1, "cannot be made"),
+    (["--db", "{dir}"], 1, "cannot be read"),
+    (["--db", "{dir}/text"], 1, "not an SQLite file"),
+    (["--db", "{dir}/f", "--host", "no.such.address.invalid", "--port", "0"], 1, "--host wants"),
+    (["--db", "{dir}/f", "--port", "99999"], 2, "--port"),
+    (["--db", "{dir}/f", "--access-log", "{dir}/no/log"], 1, "access log"),
+    ([], 2, "--db runs.sqlite"),
+    (["harvest"], 2, "invalid choice"),
+    (["user", "list", "--db", "{dir}/missing"], 1, "there is no"),
+])
+def test_a_wrong_start_gets_a_sentence(tmp_path: Path, words: List[str], status: int, sentence: str) -> None:
+    (tmp_path / "text").write_text("some text\n" * 200)
+    done = run_verb(*(word.replace("{dir}", str(tmp_path)) for word in words))
+    assert done.returncode == status and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_verb_has_a_help_with_an_example() -> None:
+    for words in (["serve"], ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"]):
+        done = run_verb(*words, "--help")
+        assert done.returncode == 0 and "python3 taskfarm.py" in done.stdout, words
+    assert run_verb("--version").stdout == "taskfarm %s\n" % taskfarm.__version__
+
+
+def test_systemd_is_told_when_the_server_is_ready(tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(20)
+        os.environ["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        try:
+            server = Process(str(tmp_path / "f"))
+        finally:
+            del os.environ["NOTIFY_SOCKET"]
+        assert sock.recv(1000).startswith(b"READY=1\n")
+        assert server.end(signal.SIGTERM) == 0
+        assert sock.recv(1000) == b"STOPPING=1"
+
+
+def test_the_first_commands_of_the_readme_run_as_printed(tmp_path: Path) -> None:
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```sh tour\n(.*?)```", text, re.S)
+    assert blocks
+    shutil.copy(str(MODULE), str(tmp_path))
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = "set -e\ntrap 'kill $!' EXIT\n" + "".join(blocks).replace("5000", port).replace("python3", sys.executable)
+    done = subprocess.run(["bash", "-c", script], cwd=str(tmp_path), capture_output=True, text=True, timeout=100,
+                          env=dict(os.environ, HOME=str(tmp_path), TASKFARM_PORT=port))
+    assert done.returncode == 0, done.stderr
+    assert '"numDone":3' in done.stdout and '"percentDone":100.0' in done.stdout
