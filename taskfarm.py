@@ -1166,7 +1166,7 @@ def lock_path(path: str) -> str:
 
 
 def read_holder(path: str) -> Dict[str, Any]:
-    """What the holder of a database's lock wrote: host, pid, url, admin_url, secret, proof; empty when nothing is there."""
+    """What the holder of a lock wrote: host, pid, url, admin_url, secret, proof; empty when nothing is there."""
     try:
         with open(lock_path(path), encoding="utf-8") as file:
             holder = json.load(file)

@@ -208,7 +208,7 @@ def basic(user: str, password: str, encoding: str = "utf-8") -> str:
     return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode(encoding)).decode()
 
 
-def request_bytes(method: str, path: str, body: bytes = b"", **headers: Any) -> bytes:
+def request_bytes(method: str, path: str, body: Any = b"", **headers: str) -> bytes:
     """A request as bytes; header names have _ for -."""
     lines = ["%s %s HTTP/1.1" % (method, path), "Host: farm"]
     lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
@@ -574,7 +574,7 @@ class StoreMachine(Machine):
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(   # type: ignore[attr-defined]
+TestStoreMachine.settings = settings(
     max_examples=15 if QUICK else 40, stateful_step_count=40, **machine_settings)   # type: ignore[arg-type]
 
 
@@ -1164,7 +1164,7 @@ class LiveMachine(Machine):
 
 
 TestLiveMachine = LiveMachine.TestCase
-TestLiveMachine.settings = settings(    # type: ignore[attr-defined]
+TestLiveMachine.settings = settings(
     max_examples=5 if QUICK else 12, stateful_step_count=30, **machine_settings)    # type: ignore[arg-type]
 
 
