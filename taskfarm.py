@@ -45,6 +45,8 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     POST   /api/users                     admin  a new user, with a password hash
     PUT    /api/users/<user>              admin  another password hash; ends the user's tokens
     DELETE /api/users/<user>              admin  the user is gone, with every token
+    POST   /api/backup                    admin  begin a consistent copy of the file
+    GET    /api/backup                    admin  how far the copy is
 
     "admin" is whoever can read the lock file beside the database: the verbs of this file.
 
@@ -71,6 +73,7 @@ Contents
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
     CLIENT              this file's own verbs talk to a server with it
+    BENCH               how many workers this machine can feed
     COMMAND LINE        verbs, options, start and end of the server
 """
 import sys
@@ -80,6 +83,7 @@ if sys.version_info < (3, 9):
              "or python3.9, or behind 'module load python' (see 'module avail python')." % sys.version_info[:2])
 
 import argparse
+import array
 import base64
 import contextlib
 import errno
@@ -94,9 +98,13 @@ import json
 import logging
 import math
 import os
+import pickle
 import queue
+import random
 import re
+import resource
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -135,6 +143,7 @@ FIELD_LIMIT = 100                   # header fields
 BODY_LIMIT = 64 * 1024              # bytes of a body
 BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in all buffers together, beyond which reading pauses
 REQUEST_S = 30.0                    # from first byte to whole request; to a first byte; for a reader to take something
+ACCEPT_S = 0.25                     # a new connection is left alone so long, also at the descriptor limit
 DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
 BATCH_LIMIT = 1000                  # operations in one transaction
 SWEEP_S = 0.02                      # a slice of a large restart or deletion, between two batches
@@ -393,6 +402,24 @@ SAVE_RUN = """
     WHERE id = ?"""
 
 
+class Copy:
+    """A copy of the file in the making; *total* pages, 0 until it has begun. *ended* says how, "" until it has."""
+    STEP = 64           # pages between two batches
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.copied = 0
+        self.total = 0
+        self.begun = False
+        self.ended = ""
+
+    DONE = "done"
+
+
+class Stopped(Exception):
+    """The server stops: what was begun is given up."""
+
+
 class Parked(Exception):
     """The run is being restarted: this operation is tried again when that has ended."""
 
@@ -448,6 +475,7 @@ class Ledger:
         self.begun: List[Run] = []              # restarts and deletions of this transaction
         self.effects: List[Callable[[], None]] = []
         self.trouble: Optional[str] = None      # why the last write failed; None when it did not
+        self.copy: Optional[Copy] = None        # the newest one
         self.users: Dict[str, User] = {}        # replaced, never changed, so that any thread may read it
 
     def one(self, query: str, *values: Any) -> Any:
@@ -494,6 +522,7 @@ class Ledger:
 
     def settle(self) -> None:
         """The transaction is on the disk: let its effects take place."""
+        self.begun.clear()
         for effect in self.effects:
             effect()
         self.effects.clear()
@@ -502,15 +531,15 @@ class Ledger:
                 memory.clear()
 
 
-def find_run(sql: Ledger, run_uuid: str) -> Run:
-    """The run of that uuid. Raises NotFound; Parked while it is being restarted."""
+def find_run(sql: Ledger, run_uuid: str, reading: bool = False) -> Run:
+    """The run of that uuid. Raises NotFound; unless for reading, Parked while it is being restarted."""
     run = sql.runs.get(run_uuid)
     if run is None:
         row = sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE uuid = ? AND sweep IS NOT 'delete'", run_uuid)
         if row is None:
             raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
         run = sql.runs[run_uuid] = Run(row)
-    if run.sweep:
+    if run.sweep and not reading:
         raise Parked(run_uuid)
     return run
 
@@ -524,7 +553,12 @@ def find_task(sql: Ledger, run: Run, number: int) -> Tuple[Task, bool]:
     row = sql.one("SELECT status, millionths FROM task WHERE id = ?", task_id)
     if row is None:
         return Task(task_id, number, WAITING, 0), False
-    return Task(task_id, number, *row), True
+    status, millionths = row
+    if run.sweep == "restart all":          # what the sweep makes, or has made, of the row
+        status, millionths = WAITING, 0
+    elif run.sweep and (status, millionths) != (DONE, FULL):
+        status = WAITING
+    return Task(task_id, number, status, millionths), True
 
 
 def find_worker(sql: Ledger, worker_uuid: str) -> Worker:
@@ -561,17 +595,16 @@ def create_run(sql: Ledger, now: Now, run_uuid: str, num_tasks: int) -> Run:
 
 
 @operation(reads=True)
-def list_runs(sql: Ledger, now: Now) -> List[Run]:
-    """All runs in order of creation, as they are at this moment."""
+def list_runs(sql: Ledger, now: Now) -> List[Tuple[Any, ...]]:
+    """All runs in order of creation, as rows that class Run takes: the writer does no more work than it must."""
     sql.flush()
-    return [Run(row) for row in sql.all(
-        "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT 'delete' ORDER BY id")]
+    return sql.all("SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT 'delete' ORDER BY id")
 
 
 @operation(reads=True)
 def read_run(sql: Ledger, now: Now, run_uuid: str) -> Run:
     """One run. Raises NotFound."""
-    return find_run(sql, run_uuid).snapshot()
+    return find_run(sql, run_uuid, reading=True).snapshot()
 
 
 @operation
@@ -585,7 +618,7 @@ def delete_run(sql: Ledger, now: Now, run_uuid: str) -> None:
 def restart_run(sql: Ledger, now: Now, run_uuid: str, everything: bool) -> None:
     """Tasks wait again: all at 0 percent, or those not done at 100 percent, which keep theirs. Raises NotFound.
 
-    The run's figures change at once and its rows follow in slices; requests for the run wait meanwhile.
+    The run's figures change at once and its rows follow in slices; what changes the run waits meanwhile.
     """
     run = find_run(sql, run_uuid)
     if everything:
@@ -654,7 +687,7 @@ def touch(sql: Ledger, run: Run, task_id: int) -> None:
 @operation(reads=True)
 def read_task(sql: Ledger, now: Now, run_uuid: str, number: int) -> Task:
     """One task. Raises NotFound for the run and the number."""
-    return find_task(sql, find_run(sql, run_uuid), number)[0]
+    return find_task(sql, find_run(sql, run_uuid, reading=True), number)[0]
 
 
 @operation
@@ -742,6 +775,24 @@ def probe(sql: Ledger, now: Now) -> None:
         sql.execute("UPDATE farm SET probes = probes + 1")
 
 
+@operation
+def begin_copy(sql: Ledger, now: Now, path: str) -> None:
+    """Have the writer copy the file, in steps between its batches. Raises Conflict when it does so already."""
+    if sql.copy is not None and not sql.copy.ended:
+        raise Conflict("a copy is in the making already, to %s" % sql.copy.path)
+    if os.path.exists(path):
+        raise Conflict("%s is there already: name a file that is not" % path)
+    sql.copy = Copy(path)
+
+
+@operation(reads=True)
+def read_copy(sql: Ledger, now: Now) -> Copy:
+    """How far the newest copy is. Raises NotFound when there is none."""
+    if sql.copy is None:
+        raise NotFound("no copy was begun since this server started")
+    return sql.copy
+
+
 # What a sweep does to the tasks with ids from ? to ?.
 SWEEP_TASKS = {
     "restart": """
@@ -763,12 +814,18 @@ class Sweep:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.reached = run.first_id
+        self.kind = str(run.sweep)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin, or begin anew when the transaction was rolled back."""
+        self.run.sweep = self.kind
+        self.reached = self.run.first_id
 
     def step(self, sql: Ledger) -> bool:
         """Do one slice; True when it was the last."""
         run = self.run
-        kind = str(run.sweep)
+        kind = self.kind
         if self.reached < run.end_id:
             row = sql.one("SELECT id FROM task WHERE id >= ? AND id < ? ORDER BY id LIMIT 1 OFFSET ?",
                           self.reached, run.end_id, self.SLICE - 1)
@@ -871,36 +928,36 @@ class Store:
     Raises Refusal when the file is not ours to open; nothing has been touched then.
     """
     def __init__(self, path: str, clock: Callable[[], Now] = system_clock) -> None:
-        self.path = path
+        self.path = path = os.path.realpath(path)       # SQLite keeps the log beside the file, not beside a link to it
         self.clock = clock
         self.due: List[Operation] = []                  # were parked, and come first in the next batch
         self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
+        self.refused: List[Tuple[Operation, Any]] = []  # waited in vain
+        self.sweep_again = 0.0                          # the tick of the next try, after one that failed
         self.queue: "queue.SimpleQueue[Optional[Operation]]" = queue.SimpleQueue()
+        self.stopping = False
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
         if not os.path.exists(path):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            prepare(self.connection)
+            prepare(self.connection, path)
             self.sql = Ledger(self.connection)
             self.identity, self.signing_key, self.proof_key = self.sql.one(
                 "SELECT identity, signing_key, proof_key FROM farm")
             self.sql.learn_users()
             self.sql.settle()
-            self.sweeps = self._unfinished()
-        except sqlite3.Error as error:
+            self.sweeps = [Sweep(Run(row)) for row in self.sql.all(
+                "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id")]
+        except (sqlite3.Error, Refusal) as error:
             self.connection.close()
-            raise Refusal("%s cannot be opened: %s" % (path, error))
+            raise Refusal(str(error) if isinstance(error, Refusal) else "%s cannot be opened: %s" % (path, error))
 
     @property
     def users(self) -> Dict[str, User]:
         """Users by name, as they are on the disk; for any thread."""
         return self.sql.users
-
-    def _unfinished(self) -> List["Sweep"]:
-        return [Sweep(Run(row)) for row in self.sql.all(
-            "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id")]
 
     def submit(self, named: Operation) -> None:
         """Hand an operation to the writer; its `done` is called after COMMIT. For any thread."""
@@ -911,6 +968,7 @@ class Store:
         if self.writer is None:
             ended = self.apply([named])
             while not ended:
+                self.sweep()
                 ended = self.apply([])
             outcome = ended[0][1]
         else:
@@ -928,26 +986,70 @@ class Store:
         self.writer.start()
 
     def _write(self) -> None:
-        while True:
-            batch = self._waiting()
-            stopping = bool(batch) and batch[-1] is None
-            for named, outcome in self.apply(batch[:-1] if stopping else batch):    # type: ignore[arg-type]
+        while not self.stopping:
+            self._round(None)
+            if self.sql.copy and not self.sql.copy.begun:
+                self.copy(self.sql.copy, lambda: self._round(0.0))
+
+    def _round(self, patience_s: Optional[float]) -> None:
+        """Run one batch, and answer."""
+        batch = self._waiting(patience_s)
+        if batch and batch[-1] is None:
+            self.stopping = True
+            batch.pop()
+        for named, outcome in self.apply(batch):    # type: ignore[arg-type]
+            try:
                 if named.done:
                     named.done(named, outcome)
-            if stopping:
-                return
+            except Exception:       # whoever is told may fail, and the writer must not end with it
+                log.exception("an answer could not be given")
+        if self.sweeps and self.clock().tick >= self.sweep_again:
+            self.sweep()
 
-    def _waiting(self) -> List[Optional[Operation]]:
-        """All that wait for the writer, at least one unless something is due without a request."""
-        wait_s = 0.0 if self.due else None if not self.sweeps else RETRY_S if self.sql.trouble else 0.0
+    def _waiting(self, patience_s: Optional[float]) -> List[Optional[Operation]]:
+        """All that wait for the writer, at least one unless something is due without a request, or patience ends."""
+        if self.due or self.refused:
+            patience_s = 0.0
+        elif self.sweeps:
+            patience_s = max(0.0, self.sweep_again - self.clock().tick)
         batch: List[Optional[Operation]] = []
         try:
-            batch.append(self.queue.get(timeout=wait_s))
+            batch.append(self.queue.get(timeout=patience_s))
             while len(batch) < BATCH_LIMIT:
                 batch.append(self.queue.get_nowait())
         except queue.Empty:
             pass
         return batch
+
+    def copy(self, copy: Copy, between: Callable[[], None]) -> None:
+        """Make a consistent copy of the file in steps, calling *between* after each; a part of one is removed.
+
+        What changes meanwhile goes into the copy too (https://www.sqlite.org/backup.html: the same
+        connection writes), so it is the file as it is when the copy ends.
+        """
+        copy.begun = True
+        part = copy.path + ".part"
+
+        def step(status: int, remaining: int, total: int) -> None:
+            copy.copied, copy.total = total - remaining, total
+            between()
+            if self.stopping:
+                raise Stopped("the server was stopped meanwhile")
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+            with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
+                target.execute("PRAGMA synchronous = OFF")      # one fsync at the end
+                target.execute("PRAGMA journal_mode = OFF")
+                self.connection.backup(target, pages=Copy.STEP, progress=step)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.rename(part, copy.path)
+            copy.ended = Copy.DONE
+        except (OSError, sqlite3.Error, Stopped) as error:
+            with contextlib.suppress(OSError):
+                if not isinstance(error, FileExistsError):
+                    os.remove(part)
+            copy.ended = "%s was not made: %s" % (copy.path, error)
 
     def close(self) -> None:
         """Run what was submitted, end the writer and close the file."""
@@ -965,27 +1067,34 @@ class Store:
         its cause suffers.
         """
         batch, self.due = self.due + batch, []
+        refused, self.refused = self.refused, []
         try:
-            return self._transact(batch)
+            return refused + self._transact(batch)
         except Exception as error:
             trouble = disk_trouble(error)
             if trouble is None:
                 if len(batch) > 1:
-                    return [ended for named in batch for ended in self.apply([named])]
-                return [(named, error) for named in batch]
-        if trouble != self.sql.trouble:
+                    return refused + [ended for named in batch for ended in self.apply([named])]
+                return refused + [(named, error) for named in batch]
+        self._note_trouble(trouble)
+        reads = [named for named in batch if named.reads]
+        refused += [(named, Unavailable(trouble)) for named in batch if not named.reads]
+        try:
+            return refused + (self._transact(reads, "BEGIN") if reads else [])
+        except Exception as error:      # a disk that cannot be read either
+            failed: Exception = Unavailable(trouble) if disk_trouble(error) else error
+            return refused + [(named, failed) for named in reads]
+
+    def _note_trouble(self, trouble: str) -> None:
+        """Say once that the disk takes no writes; whoever waits for a sweep need not wait for the disk."""
+        if not self.sql.trouble:
             log.error("%s; reading goes on, and writing resumes by itself", trouble)
         self.sql.trouble = trouble
-        reads = [named for named in batch if named.reads]
-        refused: List[Tuple[Operation, Any]] = [(named, Unavailable(trouble)) for named in batch if not named.reads]
-        return refused + (self._transact(reads, writing=False) if reads else [])
 
-    def _transact(self, batch: List[Operation], writing: bool = True) -> List[Tuple[Operation, Any]]:
-        sql, now, changes = self.sql, self.clock(), self.connection.total_changes
+    def _transact(self, batch: List[Operation], begin: str = "BEGIN IMMEDIATE") -> List[Tuple[Operation, Any]]:
         ended: List[Tuple[Operation, Any]] = []
         parked: List[Tuple[str, Operation]] = []
-        sql.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
-        try:
+        with self._transaction(begin) as (sql, now):
             for named in batch:
                 try:
                     ended.append((named, named.function(sql, now, *named.args)))
@@ -993,45 +1102,69 @@ class Store:
                     ended.append((named, refusal))
                 except Parked as wait:
                     parked.append((wait.args[0], named))
-            if writing:
-                self.sweeps += [Sweep(run) for run in sql.begun]
-                sql.begun.clear()
-                if self.sweeps:
-                    self._sweep()
-                sql.flush()
+        self.parked += parked
+        if self.parked:
+            self._unpark()
+        return ended
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[Tuple[Ledger, Now]]:
+        """BEGIN to COMMIT; what changed in memory takes place after it, or is dropped with the transaction."""
+        sql, changes, sweeps = self.sql, self.connection.total_changes, list(self.sweeps)
+        sql.execute(begin)
+        try:
+            yield sql, self.clock()
+            sql.flush()
             sql.execute("COMMIT")
         except BaseException:
+            sql.forget()
+            self.sweeps = sweeps
+            for sweep in sweeps:
+                sweep.begin()
             if self.connection.in_transaction:      # a full disk has ended it already
                 sql.execute("ROLLBACK")
-            sql.forget()
-            self.sweeps = self._unfinished()
             raise
+        self.sweeps += [Sweep(run) for run in sql.begun]
         sql.settle()
         if sql.trouble and self.connection.total_changes != changes:
             sql.trouble = None
             log.error("the disk takes writes again")
-        if parked or self.parked:
-            self._unpark(parked)
-        return ended
 
-    def _sweep(self) -> None:
-        """Take slices of what is to follow, for SWEEP_S at most."""
-        end = self.clock().tick + SWEEP_S
-        while self.sweeps:
-            if self.sweeps[0].step(self.sql):
-                del self.sweeps[0]
-            if self.clock().tick >= end:
-                return
+    def sweep(self) -> None:
+        """Take slices of what is to follow, for SWEEP_S at most, in a transaction of their own."""
+        try:
+            with self._transaction("BEGIN IMMEDIATE") as (sql, now):
+                while self.sweeps:
+                    if self.sweeps[0].step(sql):
+                        del self.sweeps[0]
+                    if self.clock().tick >= now.tick + SWEEP_S:
+                        break
+        except Exception as error:
+            self.sweep_again = self.clock().tick + RETRY_S
+            trouble = disk_trouble(error)
+            if trouble:
+                self._note_trouble(trouble)
+            else:
+                log.exception("the rows of a restart or a deletion cannot be changed; tried again every %d s: "
+                              "stop the server and run 'check'", RETRY_S)
+        if self.parked:
+            self._unpark()
 
-    def _unpark(self, parked: List[Tuple[str, Operation]]) -> None:
-        """Sort those that wait for a run: due when its sweep has ended, parked until then."""
+    def _unpark(self) -> None:
+        """Sort those that wait for a run: due when its sweep has ended, or cannot go on; parked until then."""
         swept = {sweep.run.uuid for sweep in self.sweeps}
-        waiting = self.parked + parked
-        self.parked = [(run_uuid, named) for run_uuid, named in waiting if run_uuid in swept]
-        self.due += [named for run_uuid, named in waiting if run_uuid not in swept]
+        waiting, self.parked = self.parked, []
+        for run_uuid, named in waiting:
+            if run_uuid not in swept:
+                self.due.append(named)
+            elif self.clock().tick < self.sweep_again:
+                self.refused.append((named, Unavailable(self.sql.trouble or "this run is being restarted, and its "
+                                                        "tasks cannot be changed: the server's log says why")))
+            else:
+                self.parked.append((run_uuid, named))
 
 
-def prepare(connection: sqlite3.Connection) -> None:
+def prepare(connection: sqlite3.Connection, path: str) -> None:
     """Settings of the connection, and the schema brought up to date in one transaction.
 
     EXCLUSIVE comes before the first access, so that WAL needs no shared memory, which network
@@ -1040,6 +1173,10 @@ def prepare(connection: sqlite3.Connection) -> None:
     for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL",
                     "temp_store = MEMORY", "cache_size = -32000"):
         connection.execute("PRAGMA " + setting)
+    (wrong,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if wrong != "ok":
+        raise Refusal("%s is damaged (%s): restore it from a backup, or save what can be read by sqlite3 .recover"
+                      % (path, wrong.replace("\n", " ")))
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == len(SCHEMA):
         return
@@ -1072,6 +1209,8 @@ def refuse_foreign(path: str) -> None:
     Reads the 100 bytes that begin an SQLite file (https://www.sqlite.org/fileformat2.html#the_database_header),
     from the write-ahead log where a newer copy of them lies there.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Refusal("%s is not a file: --db wants a file that taskfarm made, or a name that is free" % path)
     try:
         with open(path, "rb") as file:
             head = file.read(100)
@@ -1108,11 +1247,12 @@ def page_one_of_wal(path: str) -> bytes:
     newest = candidate = b""
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(32)
             page_size = struct.unpack(">I", head[8:12])[0] if len(head) == 32 else 0
             while page_size:
                 frame = file.read(24)
-                if len(frame) < 24 or frame[8:16] != head[16:24]:
+                if frame[8:16] != head[16:24] or file.tell() + page_size > size:     # of an earlier log, or torn
                     break
                 number, committed = struct.unpack(">II", frame[:8])
                 page = file.read(100)
@@ -1166,7 +1306,7 @@ def lock_path(path: str) -> str:
 
 
 def read_holder(path: str) -> Dict[str, Any]:
-    """What the holder of a lock wrote: host, pid, url, admin_url, secret, proof; empty when nothing is there."""
+    """What the holder wrote: host, pid, url, admin_url, secret, proof; empty when there is none."""
     try:
         with open(lock_path(path), encoding="utf-8") as file:
             holder = json.load(file)
@@ -1311,6 +1451,9 @@ def read_authorization(header: bytes) -> Tuple[str, Optional[str]]:
     return (user, None) if user.startswith(TOKEN_MARK) else (user, password)
 
 
+Memory = Dict[bytes, Tuple[Optional[Login], float]]     # login or refusal, and until which tick
+
+
 class Logins:
     """Tells who a request comes from, and remembers it for some minutes.
 
@@ -1326,7 +1469,7 @@ class Logins:
         self.clock = clock
         self.secret = secret.encode()
         self.memory_key = secrets.token_bytes(32)
-        self.memory: Dict[bytes, Tuple[Optional[Login], float]] = {}    # login or refusal, and until which tick
+        self.memory: Memory = {}
         self.known = users()                                            # the users that the memory speaks of
         self.nobody = hash_password(secrets.token_hex(16))              # costs what a real user's costs
 
@@ -1346,34 +1489,33 @@ class Logins:
     def _verify(self, header: bytes, key: bytes, now: Now) -> Login:
         name, password = read_authorization(header)
         if password is not None:
-            raise Later(key, functools.partial(self._verify_password, key, name, password))
+            raise Later(key, functools.partial(self._verify_password, self.known, self.memory, key, name, password))
         if hmac.compare_digest(name.encode("utf-8", "surrogatepass"), self.secret):
             return Login(None, 0.0)
         user_id, generation, expires = read_token(self.key, name)
         for user in self.known.values():
             if (user.id, user.generation) == (user_id, generation):
-                return self._remember(key, Login(user, expires), now.tick + LOGIN_MEMORY_S)
+                login = Login(user, expires)
+                self._remember(self.memory, key, login, now.tick + LOGIN_MEMORY_S)
+                return login
         raise Unauthorized()
 
-    def _verify_password(self, key: bytes, name: str, password: str) -> None:
-        user = self.known.get(normal(name))
-        tick = self.clock().tick
+    def _verify_password(self, known: Dict[str, User], memory: Memory, key: bytes, name: str, password: str) -> None:
+        """Hash, and remember what comes of it, in the memory of the users it was judged by."""
+        user = known.get(normal(name))
+        right = False
         try:
             right = verify_password(password, user.password if user else self.nobody)
-        except ValueError:      # this OpenSSL refuses what made the hash
-            self._remember(key, None, tick + REFUSAL_MEMORY_S)
-            raise
-        if user is not None and right:
-            if self.users().get(user.name) == user:
-                self._remember(key, Login(user, 0.0), tick + LOGIN_MEMORY_S)
-        else:
-            self._remember(key, None, tick + REFUSAL_MEMORY_S)
+        finally:        # a hash that cannot be made is a refusal too, or it would be tried again at once, and for ever
+            if user is not None and right:
+                self._remember(memory, key, Login(user, 0.0), self.clock().tick + LOGIN_MEMORY_S)
+            else:
+                self._remember(memory, key, None, self.clock().tick + REFUSAL_MEMORY_S)
 
-    def _remember(self, key: bytes, login: Any, until: float) -> Any:
-        if len(self.memory) >= self.REMEMBERED:
-            self.memory = {}
-        self.memory[key] = login, until
-        return login
+    def _remember(self, memory: Memory, key: bytes, login: Optional[Login], until: float) -> None:
+        if len(memory) >= self.REMEMBERED:
+            memory.clear()
+        memory[key] = login, until
 
 
 # ---------------------------------------------------------------- HTTP
@@ -1423,15 +1565,18 @@ def date_field(second: int) -> str:
     return "Date: " + formatdate(second, usegmt=True) + "\r\n"
 
 
-def render(reply: Reply, keep: bool, bodiless: bool) -> bytes:
-    """The bytes of a reply: one piece, since two writes met Nagle and delayed ACK at 44 ms a request."""
+def render(reply: Reply, keep: Optional[bool], bodiless: bool) -> bytes:
+    """The bytes of a reply: one piece, since two writes met Nagle and delayed ACK at 44 ms a request.
+
+    *keep*: what is said of the connection; None where nothing need be said.
+    """
     head = STATUS_LINES[reply.status] + date_field(int(time.time()))
     if reply.status != 204:
         head += "Content-Type: %s\r\nContent-Length: %d\r\n" % (reply.content_type, len(reply.body))
     for name, value in reply.headers:
         head += "%s: %s\r\n" % (name, value)
-    if not keep:
-        head += "Connection: close\r\n"
+    if keep is not None:
+        head += "Connection: keep-alive\r\n" if keep else "Connection: close\r\n"
     head += "\r\n"
     return head.encode() if bodiless or reply.status == 204 else head.encode() + reply.body
 
@@ -1453,7 +1598,8 @@ class Field:
 
     def wrong(self, name: str, value: Any) -> FarmError:
         """The error for a value that will not do."""
-        return self.refusal("%s must be %s, not %s" % (name, self.expected, shortened(json.dumps(value))))
+        shown = "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
+        return self.refusal("%s must be %s, not %s" % (name, self.expected, shortened(shown)))
 
 
 class Integer(Field):
@@ -1535,7 +1681,7 @@ class Routes:
 
     def __init__(self) -> None:
         self.table: List[Route] = []
-        self.tree: Dict[Optional[str], Any] = {}    # segment, or "*" for any, to the rest; None to routes by method
+        self.tree: Dict[Optional[str], Any] = {}    # segment, or "/" for any, to the rest; None to routes by method
 
     def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
               query: Optional[Dict[str, Field]] = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -1550,7 +1696,7 @@ class Routes:
         self.table.append(route)
         node = self.tree
         for segment in route.path[1:].split("/"):
-            node = node.setdefault("*" if segment.startswith("<") else segment, {})
+            node = node.setdefault("/" if segment.startswith("<") else segment, {})
         node.setdefault(None, {})[route.method] = route
 
     def find(self, path: str) -> Tuple[Dict[str, Route], List[str]]:
@@ -1559,8 +1705,8 @@ class Routes:
         variables = []
         for segment in path[1:].split("/"):
             branch = node.get(segment)
-            if branch is None and "*" in node and segment:
-                branch = node["*"]
+            if branch is None and "/" in node and segment:
+                branch = node["/"]
                 variables.append(urllib.parse.unquote(segment, errors="replace"))
             if branch is None:
                 return {}, []
@@ -1577,7 +1723,7 @@ class Routes:
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
 SINGLE = frozenset((b"host", b"content-length", b"content-type", b"authorization", b"transfer-encoding"))
 
 
@@ -1604,6 +1750,8 @@ class Request:
         self.route: Optional[Route] = None
         self.login: Optional[Login] = None
         self.admitted = False
+        if not (target.startswith(b"/") or re.match(rb"(?i)https?://", target) or method + target == b"OPTIONS*"):
+            raise BadRequest("the target of a request is a path that begins with /, or a whole http:// address")
         if major != b"1":
             raise VersionNotSupported("HTTP/%s is not spoken here, only HTTP/1.1" % major.decode())
         self.headers = headers = self._headers(lines)
@@ -1629,8 +1777,8 @@ class Request:
             if name in headers:
                 if name in SINGLE:
                     raise BadRequest("the header field %s comes twice" % name.decode())
-                value = headers[name] + b", " + value
-            headers[name] = value.rstrip(b" \t")
+                value = headers[name] + b", " + value.strip(b" \t")
+            headers[name] = value.strip(b" \t")
         if max(map(len, lines)) > LINE_LIMIT:
             raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT)
         return headers
@@ -1651,8 +1799,8 @@ class Request:
         """The target without its query, and without scheme and host where it has them (RFC 9112, 3.2.2)."""
         path = self.target.partition("?")[0]
         if not path.startswith("/"):
-            scheme, mark, rest = path.partition("://")
-            path = "/" + rest.partition("/")[2] if mark and scheme.lower() in ("http", "https") else path
+            _, mark, rest = path.partition("://")
+            path = "/" + rest.partition("/")[2] if mark else path
         return path
 
 
@@ -1664,7 +1812,7 @@ def malformed_line(line: bytes) -> FarmError:
 
 
 def cut_head(inbox: Any) -> Tuple[Optional[bytes], int]:
-    """The head that a buffer begins with and how many bytes it takes; None when more must come. Raises FarmError.
+    """The head that a buffer begins with, None when more must come; and the bytes that are done with. Raises FarmError.
 
     What can never become a request (TLS, lines ended by a bare LF, too much of anything) is
     refused as soon as it shows, not when its time is over.
@@ -1675,6 +1823,8 @@ def cut_head(inbox: Any) -> Tuple[Optional[bytes], int]:
     end = inbox.find(b"\r\n\r\n", start, HEAD_LIMIT + start + 4)
     if end >= 0:
         return bytes(inbox[start:end]), end + 4
+    if inbox[start:] == b"\r":
+        return None, start
     if inbox[start:start + 1] in (b"\x16", b"\x80"):
         raise BadRequest("this port speaks plain HTTP, not TLS: use http:// in the address")
     first, mark, rest = bytes(inbox[start:start + HEAD_LIMIT + 4]).partition(b"\r\n")
@@ -1757,7 +1907,7 @@ class Connection:
         self.sock = sock
         self.peer = peer
         self.inbox: Any = b""           # bytes, or a bytearray while a request arrives in pieces
-        self.outbox = b""               # what the client has not taken yet
+        self.outbox: Any = b""          # what the client has not taken yet
         self.request: Optional[Request] = None
         self.skip = 0                   # bytes to come of a body that nobody wants
         self.busy = False               # a request is in work elsewhere
@@ -1775,7 +1925,8 @@ class Connection:
         """Answer the request in work; for the thread that has it. The rest of an answer waits for the client."""
         request = self.request
         keep = request is not None and request.keep and not self.ending and not self.server.stopping
-        data = render(reply, keep, request is not None and request.method == "HEAD")
+        said = None if keep and request and request.minor else keep
+        data = render(reply, said, request is not None and request.method == "HEAD")
         if not keep:
             self.ending = True
         try:
@@ -1786,16 +1937,15 @@ class Connection:
             self.gone = True
             sent = len(data)
         if sent < len(data):
-            self.outbox = data[sent:]
+            self.outbox = memoryview(data)[sent:]
         if self.server.access is not None:
             self.server.note_access(self, reply)
         self.request = None
 
     def deliver(self, named: Operation, outcome: Any) -> None:
         """Show the outcome of an operation and send it; called by the writer, whom nothing here may stop."""
-        if named.long and not isinstance(outcome, BaseException):
-            named.long = False
-            self.server.slow.put(lambda: self.deliver(named, outcome))
+        if named.long and not isinstance(outcome, BaseException) and not threading.current_thread().name == "slow":
+            self.server.replies.put(lambda: self.deliver(named, outcome))
             return
         try:
             if isinstance(outcome, BaseException):
@@ -1805,6 +1955,8 @@ class Connection:
             reply = failure(error)
         self.send(reply)
         self.busy = False       # from here on the I/O thread has it; it looks at `busy` after it has changed the rest
+        if named.long:
+            self.server.post(self.server.next_long)
         if self.inbox or self.outbox or self.ending or self.eof or self.gone:
             self.server.post(self.resume)
 
@@ -1862,6 +2014,9 @@ def failure(error: BaseException) -> Reply:
     return problem(FarmError("the server made an error; its log has more under %s" % fault))
 
 
+Works = Any     # a SimpleQueue of functions to call, ended by None; Python 3.9's class takes no parameters
+
+
 class Server(ThreadingHTTPServer):
     """The HTTP server. `serve_forever` is the I/O thread.
 
@@ -1871,7 +2026,6 @@ class Server(ThreadingHTTPServer):
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
-    SLOW_THREADS = 2                    # password hashes at once; large replies
 
     def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, access: Any = None) -> None:
         self.farm = farm
@@ -1888,9 +2042,13 @@ class Server(ThreadingHTTPServer):
         self.stopping = False
         self.stop_by = math.inf
         self.listening = True           # the selector watches the listener
+        self.listen_again = 0.0         # the tick from which it may, when it does not
         self.full_at = 0                # so many connections when no descriptor was left; 0: there are some
         self.later: Dict[bytes, List[Connection]] = {}
-        self.slow: "queue.SimpleQueue[Optional[Callable[[], None]]]" = queue.SimpleQueue()
+        self.hashes: Works = queue.SimpleQueue()        # of passwords: two threads
+        self.replies: Works = queue.SimpleQueue()       # that are large: one thread, and one of them at a time
+        self.long: "deque[Tuple[Connection, Operation]]" = deque()      # wait for their turn
+        self.long_busy = False
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
@@ -1903,10 +2061,11 @@ class Server(ThreadingHTTPServer):
         for name, seconds in (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
                 self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
-        self.threads = [threading.Thread(target=self._work_slowly, name="slow", daemon=True)
-                        for _ in range(self.SLOW_THREADS)]
-        for thread in self.threads:
-            thread.start()
+
+    def start_threads(self) -> None:
+        """Start what may take long: all threads are there before the first request, so none is refused later."""
+        for work in (self.hashes, self.hashes, self.replies):
+            threading.Thread(target=self._work_slowly, args=(work,), name="slow", daemon=True).start()
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that hangs on a node without DNS."""
@@ -1917,6 +2076,9 @@ class Server(ThreadingHTTPServer):
         """Serve until `stop`; wakes only when there is something to do."""
         self.selector.register(self.socket, selectors.EVENT_READ, self.accept)
         self.selector.register(self.wake_read, selectors.EVENT_READ, self._wake)
+        if threading.current_thread() is threading.main_thread():
+            # A signal that comes just before the wait for events, or to another thread, must end the wait too.
+            signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         while not self._ended():
             for key, mask in self.selector.select(self._wait_s(poll_interval)):
                 if isinstance(key.data, Connection):
@@ -1925,10 +2087,25 @@ class Server(ThreadingHTTPServer):
                     key.data()
             if self.deadlines:
                 self._expire()
+            if self.buffered < BUFFER_LIMIT // 2 and (self.paused or self.long):
+                self._go_on()
+            if not self.listening and self.clock().tick >= self.listen_again and not self.stopping:
+                self._listen(True)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
         for connection in list(self.connections):
             self.close_connection(connection)
-        for _ in self.threads:
-            self.slow.put(None)
+        for work in (self.hashes, self.hashes, self.replies):
+            work.put(None)
+
+    def _go_on(self) -> None:
+        """There is room in the buffers again: read on, with the time of a request begun anew."""
+        paused, self.paused = self.paused, []
+        for connection in paused:
+            if connection in self.connections:
+                connection.phase = MOVED
+                self.settle(connection)
+        self._start_long()
 
     def _serve(self, connection: Connection, mask: int) -> None:
         if not connection.watching:
@@ -1944,6 +2121,8 @@ class Server(ThreadingHTTPServer):
     def _wait_s(self, longest: float) -> float:
         now = self.clock().tick
         first = next(iter(self.deadlines.values()), math.inf)
+        if not self.listening:
+            first = min(first, self.listen_again)
         if self.stopping:
             longest = 0.05
         return max(0.0, min(longest, first - now))
@@ -2007,6 +2186,7 @@ class Server(ThreadingHTTPServer):
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._make_room(error)
+                    return
                 continue    # another error: the client has given up while it waited
             sock.setblocking(False)
             connection = Connection(self, sock, address[0])
@@ -2015,15 +2195,20 @@ class Server(ThreadingHTTPServer):
 
     def _make_room(self, error: OSError) -> None:
         """At the descriptor limit: close those that were silent the longest; else do not watch the listener."""
+        if not select.select([self.socket], [], [], 0)[0]:
+            return      # nobody waits: accept takes a descriptor before it looks
         if not self.full_at:
             self.full_at = len(self.connections)
             log.warning("no descriptor is left (%s) at %d connections: the longest idle are closed first; "
                         "raise 'ulimit -n' to keep them", error.strerror, self.full_at)
-        silent = sorted((c for c in self.connections if not (c.busy or c.outbox or c.inbox)), key=lambda c: c.last)
+        now = time.monotonic()
+        silent = sorted((c for c in self.connections if not (c.busy or c.outbox or c.inbox or c.request or c.skip)
+                         and (c.spoken or now - c.last > ACCEPT_S)), key=lambda c: c.last)
         for connection in silent[:1 + len(silent) // 64]:
             self.close_connection(connection)
         if not silent:
             self._listen(False)
+            self.listen_again = self.clock().tick + ACCEPT_S
 
     def close_connection(self, connection: Connection) -> None:
         """Close and forget. Not while it is busy: another thread may be about to write, and descriptors come again."""
@@ -2047,6 +2232,8 @@ class Server(ThreadingHTTPServer):
         if (c.spoken and c.watching == selectors.EVENT_READ and (c.busy or c.request is None) and not (
                 c.inbox or c.outbox or c.held or c.phase or c.skip or c.ending or c.eof or c.gone or self.stopping)):
             return      # the common case: between two requests, or one in work
+        if c.gone and not c.busy:
+            c.inbox = c.outbox = b""
         held = len(c.inbox) + len(c.outbox)
         self.buffered += held - c.held
         c.held = held
@@ -2066,11 +2253,6 @@ class Server(ThreadingHTTPServer):
             if phase != IDLE:
                 self.deadlines[c] = self.clock().tick + REQUEST_S
         self._watch(c)
-        if self.paused and self.buffered < BUFFER_LIMIT // 2:
-            paused, self.paused = self.paused, []
-            for other in paused:
-                if other in self.connections:
-                    self._watch(other)
 
     def _watch(self, c: Connection) -> None:
         reading = not (c.eof or c.gone) and len(c.inbox) <= BODY_LIMIT + HEAD_LIMIT
@@ -2096,11 +2278,13 @@ class Server(ThreadingHTTPServer):
             if deadline > now:
                 return
             del self.deadlines[connection]
-            if connection.phase == ARRIVING:
+            if connection.phase == ARRIVING and not connection.skip:
                 connection.ending = True
-                connection.send(problem(RequestTimeout(
-                    "the request was not whole %d s after its first byte" % REQUEST_S)))
-            self.close_connection(connection)
+                self._refuse(connection, RequestTimeout(
+                    "the request was not whole %d s after its first byte" % REQUEST_S))
+                self.settle(connection)
+            else:
+                self.close_connection(connection)
 
     def advance(self, connection: Connection) -> None:
         """Take requests from what has been read, one after the other, until bytes or an answer are missing."""
@@ -2121,11 +2305,13 @@ class Server(ThreadingHTTPServer):
         request = c.request
         if request is None:
             head, taken = cut_head(c.inbox)
+            if taken:
+                c.take(taken)
             if head is None:
                 return False
-            c.take(taken)
             c.spoken = True
             request = c.request = Request(head)
+            c.last = request.began
         if not request.admitted:
             try:
                 self._admit(request)
@@ -2177,7 +2363,7 @@ class Server(ThreadingHTTPServer):
         waiting = self.later.setdefault(later.key, [])
         waiting.append(c)
         if len(waiting) == 1:
-            self.slow.put(lambda: self._work_for(later))
+            self.hashes.put(lambda: self._work_for(later))
 
     def _work_for(self, later: Later) -> None:
         try:
@@ -2190,8 +2376,8 @@ class Server(ThreadingHTTPServer):
             connection.busy = False
             connection.resume()
 
-    def _work_slowly(self) -> None:
-        for work in iter(self.slow.get, None):
+    def _work_slowly(self, works: Works) -> None:
+        for work in iter(works.get, None):
             try:
                 work()
             except Exception as error:
@@ -2200,7 +2386,6 @@ class Server(ThreadingHTTPServer):
     def _answer(self, c: Connection, request: Request, body: bytes) -> None:
         route = request.route
         assert route is not None
-        c.last = request.began
         request.farm = self.farm
         if self.stopping:
             raise Unavailable("the server is stopping")
@@ -2210,10 +2395,30 @@ class Server(ThreadingHTTPServer):
         if isinstance(answer, Operation):
             c.busy = True
             answer.done = c.deliver
-            self.farm.submit(answer)
+            if answer.long:
+                self.long.append((c, answer))
+                self._start_long()
+            else:
+                self.farm.submit(answer)
         else:
             c.send(answer)
             c.phase = c.phase and MOVED
+
+    def _start_long(self) -> None:
+        """Have one large reply in work at a time, and none while what clients have not read fills the buffers."""
+        while self.long and not self.long_busy and self.buffered < BUFFER_LIMIT // 2:
+            connection, named = self.long.popleft()
+            if connection.gone:
+                connection.busy = False
+                self.settle(connection)
+            else:
+                self.long_busy = True
+                self.farm.submit(named)
+
+    def next_long(self) -> None:
+        """A large reply has been given."""
+        self.long_busy = False
+        self._start_long()
 
     def _refuse(self, c: Connection, error: Exception) -> None:
         """Answer with an error; where the end of the request cannot be told, the connection ends with it."""
@@ -2235,7 +2440,7 @@ class Server(ThreadingHTTPServer):
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "%s %s" % (request.method, request.target) if request else "-", reply.status, len(reply.body),
             time.monotonic() - request.began if request else 0.0)
-        with contextlib.suppress(OSError):      # a log that cannot be written must not stop the farm
+        with contextlib.suppress(OSError, ValueError):      # a log that cannot be written must not stop the farm
             self.access.write(line)
             self.access.flush()
 
@@ -2376,13 +2581,18 @@ def new_run(req: Request) -> Operation:
     return create_run(uuid.uuid4().hex, req.fields["numTasks"]).shown_as(show_run, 201)
 
 
+def show_runs(rows: List[Tuple[Any, ...]]) -> Reply:
+    """All runs; encoded one by one, since one call for all would hold up every other thread."""
+    return Reply(200, b'{"data":[' + b",".join(encode_json(run_json(Run(row))).encode() for row in rows) + b"]}")
+
+
 @route("GET", "/api/runs")
 def all_runs(req: Request) -> Operation:
     """All runs in order of creation.
 
     200: {"data": [run, ...]}
     """
-    return list_runs().shown_as(lambda runs: json_reply(200, {"data": [run_json(run) for run in runs]}), long=True)
+    return list_runs().shown_as(show_runs, long=True)
 
 
 @route("GET", "/api/runs/<run>", query={"info": Choice(
@@ -2514,6 +2724,26 @@ def drop_user(req: Request, user: str) -> Operation:
     return remove_user(normal(user)).shown_as(show_nothing)
 
 
+@route("POST", "/api/backup", access=ADMIN, body={"path": Text(4096)})
+def new_backup(req: Request) -> Operation:
+    """Begin a consistent copy of the file.
+
+    202: it has begun
+    errors: 409 the path is there already, or another copy is in the making
+    """
+    return begin_copy(req.fields["path"]).shown_as(lambda _: json_reply(202, {}))
+
+
+@route("GET", "/api/backup", access=ADMIN)
+def backup_progress(req: Request) -> Operation:
+    """How far the newest copy is.
+
+    200: {"path", "copied", "total", "ended"}: pages, and how it ended, "" until it has
+    """
+    return read_copy().shown_as(lambda copy: json_reply(200, {
+        "path": copy.path, "copied": copy.copied, "total": copy.total, "ended": copy.ended}))
+
+
 # ---------------------------------------------------------------- PAGES
 # What a person sees in a browser. Every value goes through html.escape.
 
@@ -2622,6 +2852,315 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
     os.replace(part, path)
 
 
+class Progress:
+    """A bar on a terminal for work that takes longer than a moment; nothing where there is no terminal."""
+    WIDTH = 30
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.shown = False
+        self.since = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def show(self, done: float, total: float) -> None:
+        """Draw the bar: so much of so much."""
+        if sys.stderr.isatty() and total and time.monotonic() - self.since > 0.1:
+            filled = int(self.WIDTH * done / total)
+            sys.stderr.write("\r%s [%s%s] %3d %%\x1b[K" % (
+                self.what, "#" * filled, " " * (self.WIDTH - filled), 100 * done / total))
+            sys.stderr.flush()
+            self.shown = True
+            self.since = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.shown:
+            sys.stderr.write("\r\x1b[K")
+
+
+# ---------------------------------------------------------------- BENCH
+# How many workers this machine can feed: a server in a process of its own, cheap clients in others.
+
+class BenchClient:
+    """One connection that works through a profile's requests, as cheaply as Python can.
+
+    *steps*: for each request of a cycle its name and a function from the last claimed task number
+    to bytes. A cycle whose first request gets a 204 was the last.
+    """
+    def __init__(self, port: int, steps: Sequence[Tuple[str, Callable[[int], bytes]]]) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.steps = steps
+        self.at = 0
+        self.task = -1
+        self.sent = 0.0
+        self.claimed = array.array("q")
+
+    def send(self) -> None:
+        """Send the next request of the cycle."""
+        self.sent = time.perf_counter()
+        self.sock.sendall(self.steps[self.at][1](self.task))
+
+    def receive(self) -> float:
+        """Take the answer; the seconds it took. Raises OSError for one that the profile does not expect."""
+        data = self.sock.recv(65536)
+        took = time.perf_counter() - self.sent
+        while not data.endswith((b"}", b"\r\n\r\n")):
+            more = self.sock.recv(65536)
+            if not more:
+                raise OSError("the server closed a connection")
+            data += more
+        if data[9:10] != b"2":
+            raise OSError("the server answered %s" % ascii(data[:300]))
+        if self.steps[self.at][0] == "claim":
+            if data[9:12] == b"204":
+                raise OSError("the run has too few tasks for so long a time")
+            self.task = int(data[data.rindex(b'"task":') + 7:].partition(b",")[0])
+            self.claimed.append(self.task)
+        self.at = (self.at + 1) % len(self.steps)
+        return took
+
+
+def bench_steps(profile: str, run: str, worker: str, token: str) -> List[Tuple[str, Callable[[int], bytes]]]:
+    """The requests of a cycle: `lean` claims and is done; `paper` is what the published client's stress test does."""
+    def request(method: str, path: str, body: Any = None) -> bytes:
+        content = b"" if body is None else encode_json(body).encode()
+        head = ("%s /api/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: taskfarm-bench\r\nAccept: */*\r\n"
+                "Authorization: Bearer %s\r\n" % (method, path, token))
+        if content:
+            head += "Content-Type: application/json\r\nContent-Length: %d\r\n" % len(content)
+        return head.encode() + b"\r\n" + content
+
+    def on_task(method: str, tail: str = "", body: Any = None) -> Callable[[int], bytes]:
+        before, after = request(method, "runs/%s/tasks/@%s" % (run, tail), body).split(b"@")
+        return lambda task: b"%s%d%s" % (before, task, after)
+
+    claim_one = request("POST", "runs/%s/task" % run, {"worker_uuid": worker})
+    constant = request("POST", "constant", {"worker_uuid": worker})
+    info = request("GET", "runs/%s" % run)
+    steps: Dict[str, List[Tuple[str, Callable[[int], bytes]]]] = {
+        "constant": [("constant", lambda _: constant)],
+        "lean": [("claim", lambda _: claim_one), ("done", on_task("PUT", "", {"status": "done"}))],
+        "flat": [("claim", lambda _: claim_one), ("update", on_task("PUT", "", {"percentCompleted": 50})),
+                 ("run info", lambda _: info)],
+    }
+    steps["paper"] = [steps["lean"][0], ("read", on_task("GET", "?info=percentCompleted"))] + [
+        ("update", on_task("PUT", "", {"percentCompleted": 10 * (n + 1)})) for n in range(10)] + [steps["lean"][1]]
+    return steps[profile]
+
+
+def bench_load(port: int, clients: int, steps: Callable[[int], List[Tuple[str, Callable[[int], bytes]]]],
+               seconds: float) -> Tuple[Dict[str, "array.array[float]"], "array.array[int]"]:
+    """Drive so many connections for so long; latencies in seconds by request, and the tasks that were claimed."""
+    everyone = [BenchClient(port, steps(index)) for index in range(clients)]
+    took: Dict[str, "array.array[float]"] = {name: array.array("d") for name, _ in everyone[0].steps}
+    end = time.perf_counter() + seconds
+    busy = len(everyone)
+    with selectors.DefaultSelector() as selector:
+        for client in everyone:
+            selector.register(client.sock, selectors.EVENT_READ, client)
+            client.send()
+        while busy:
+            for key, _ in selector.select():
+                client = key.data
+                name = client.steps[client.at][0]
+                took[name].append(client.receive())
+                if client.at or time.perf_counter() < end:
+                    client.send()
+                else:
+                    selector.unregister(client.sock)
+                    client.sock.close()
+                    busy -= 1
+    claimed = array.array("q")
+    for client in everyone:
+        claimed.extend(client.claimed)
+    return took, claimed
+
+
+def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
+    """Start *work* in a process of its own: its pid, and what to call for its result, which raises Refusal."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(reader)
+            with os.fdopen(writer, "wb") as file:
+                pickle.dump(work(), file)
+            status = 0
+        except Exception as error:
+            print("taskfarm: %s" % error, file=sys.stderr)
+        finally:
+            os._exit(status)
+    os.close(writer)
+
+    def result() -> Any:
+        with os.fdopen(reader, "rb") as file:
+            content = file.read()
+        if os.waitpid(pid, 0)[1]:
+            raise Refusal("a process of the bench failed")
+        return pickle.loads(content)    # from our own child, by a pipe
+    return pid, result
+
+
+class BenchServer:
+    """A server in a process of its own, with two more endpoints: a constant answer, and what it has used."""
+
+    def __init__(self, db: str) -> None:
+        store = Store(db)
+        user = store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64)) if not store.users else store.users["bench"]
+        self.token = make_token(store.signing_key, user, 0)
+        store.close()
+        reader, writer = os.pipe()
+        self.pid, self.result = forked(lambda: self._serve(db, writer))
+        os.close(writer)
+        with os.fdopen(reader, "rb") as file:
+            self.port = int(file.read() or 0)
+        self.url = url_of("127.0.0.1", self.port)
+
+    @staticmethod
+    def _serve(db: str, ready: int) -> None:
+        routes = ROUTES.copy()
+        constant = {"id": 12345, "task": 12344, "status": "computing", "percentCompleted": 0.0}
+        routes.route("POST", "/api/constant", body={"worker_uuid": UUID})(lambda _: json_reply(201, constant))
+        routes.route("GET", "/api/used")(lambda _: json_reply(200, {
+            "cpu_s": time.process_time(), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+        service = Service(db, "127.0.0.1", 0, routes=routes)
+        signal.signal(signal.SIGTERM, lambda *_: service.stop())
+        os.write(ready, str(service.server.server_port).encode())
+        os.close(ready)
+        service.serve()
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """One request to the server."""
+        return ask(self.url, method, path, body, self.token)
+
+    def new_run(self, num_tasks: int = MAX_TASKS, workers: int = 0) -> str:
+        """A run, and so many registered workers w0, w1, ..."""
+        for index in range(workers):
+            self.ask("POST", "/api/worker", {"uuid": "w%d" % index, "hostname": "bench", "pid": index})
+        return str(self.ask("POST", "/api/run", {"numTasks": num_tasks})["uuid"])
+
+    def stop(self) -> None:
+        """End it."""
+        os.kill(self.pid, signal.SIGTERM)
+        self.result()
+
+
+def quantiles(values: "array.array[float]") -> List[float]:
+    """Median, 95th and 99th percentile and maximum, in milliseconds."""
+    ordered = sorted(values)
+    return [1000 * ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in (0.5, 0.95, 0.99, 1.0)]
+
+
+def bench_worker_steps(server: BenchServer, profile: str, run: str, first: int, step: int,
+                       index: int) -> List[Tuple[str, Callable[[int], bytes]]]:
+    """The steps of connection *index* in a process that has every *step*th worker from *first* on."""
+    return bench_steps(profile, run, "w%d" % (first + index * step), server.token)
+
+
+def bench_point(server: BenchServer, profile: str, clients: int, seconds: float, processes: int) -> Dict[str, Any]:
+    """Measure one profile with so many clients; a line of the table for each request."""
+    run = server.new_run(workers=clients)
+    before = server.ask("GET", "/api/used")
+    began = time.perf_counter()
+    loads = []
+    for number in range(min(clients, processes)):
+        steps = functools.partial(bench_worker_steps, server, profile, run, number, processes)
+        share = len(range(number, clients, processes))
+        loads.append(forked(functools.partial(bench_load, server.port, share, steps, seconds)))
+    results = [load() for _, load in loads]
+    elapsed = time.perf_counter() - began
+    used = server.ask("GET", "/api/used")
+    took: Dict[str, "array.array[float]"] = {}
+    claimed = array.array("q")
+    for latencies, numbers in results:
+        claimed.extend(numbers)
+        for name, values in latencies.items():
+            took.setdefault(name, array.array("d")).extend(values)
+    requests = sum(map(len, took.values()))
+    cpu_s = used["cpu_s"] - before["cpu_s"]
+    server.ask("DELETE", "/api/runs/" + run)
+    return {"profile": profile, "clients": clients, "requests_per_s": requests / elapsed,
+            "tasks_per_s": len(claimed) / elapsed, "cpu_s_per_1000_requests": 1000 * cpu_s / requests,
+            "cpu_s_per_1000_tasks": 1000 * cpu_s / len(claimed) if claimed else None,
+            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - len(set(claimed)),
+            "never": max(claimed) + 1 - len(set(claimed)) if claimed else 0,
+            "ms": {name: quantiles(values) for name, values in took.items()}}
+
+
+def bench_table(points: List[Dict[str, Any]]) -> str:
+    """The measurements as a person reads them."""
+    lines = ["profile   clients  requests/s   tasks/s  request     p50 ms  p95 ms  p99 ms  max ms"
+             "  CPU ms/request  peak MiB  twice  never"]
+    for point in points:
+        first = "%-9s %7d  %10.0f  %8.0f" % (point["profile"], point["clients"], point["requests_per_s"],
+                                             point["tasks_per_s"])
+        last = "%14.3f  %8.0f  %5d  %5d" % (point["cpu_s_per_1000_requests"], point["peak_mib"], point["twice"],
+                                            point["never"])
+        for name, (p50, p95, p99, most) in point["ms"].items():
+            lines.append("%-38s  %-10s %7.2f %7.2f %7.2f %7.1f  %s" % (first, name, p50, p95, p99, most, last))
+            first = last = ""
+    return "\n".join(line.rstrip() for line in lines)
+
+
+FLAT = ("1 000 tasks", "rows", "10 000 runs", "random")
+
+
+def fill(db: str, case: str, rows: int, progress: Callable[[float, float], None]) -> None:
+    """Make the file of one case of profile `flat`: rows in one run, many runs, or tasks done in random order."""
+    with contextlib.closing(Store(db)) as store:
+        store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+        store.call(register_worker("w0", "bench", 0))
+        runs = store.apply([create_run(uuid.uuid4().hex, MAX_TASKS) for _ in range(10000 if case == FLAT[2] else 1)])
+        run = runs[-1][1].uuid
+        count = rows if case == "rows" else min(rows, 10 ** 6) if case == "random" else 1000
+        numbers = random.Random(1).sample(range(count), count) if case == "random" else range(count)
+        for first in range(0, count, BATCH_LIMIT):
+            store.apply([report(run, number, DONE, None) for number in numbers[first:first + BATCH_LIMIT]])
+            progress(first, count)
+
+
+def bench_flat(folder: str, rows: int, progress: "Progress") -> Dict[str, Any]:
+    """What a claim, an update and a run info cost in files of different content: medians, and ratios to the smallest.
+
+    The four servers take turns, so that the machine's moods hit all alike.
+    """
+    servers, runs, took = {}, {}, {}    # type: Dict[str, BenchServer], Dict[str, str], Dict[str, Any]
+    for case in FLAT:
+        db = os.path.join(folder, "flat-%d.sqlite" % FLAT.index(case))
+        progress.what = "filling: " + case
+        fill(db, case, rows, progress.show)
+        servers[case] = BenchServer(db)
+        runs[case] = servers[case].ask("GET", "/api/runs")["data"][-1]["uuid"]
+        took[case] = {}
+    progress.what = "flat"
+    for turn in range(20):
+        for case, server in servers.items():
+            steps = functools.partial(bench_worker_steps, server, "flat", runs[case], 0, 1)
+            latencies, _ = bench_load(server.port, 1, steps, 0.15)
+            for name, values in latencies.items():
+                took[case].setdefault(name, array.array("d")).extend(values)
+        progress.show(turn + 1, 20)
+    for server in servers.values():
+        server.stop()
+    medians = {case: {name: quantiles(values)[0] for name, values in took[case].items()} for case in FLAT}
+    return {"profile": "flat", "rows": rows, "median_ms": medians, "ratio": {
+        case: {name: medians[case][name] / medians[FLAT[0]][name] for name in medians[case]} for case in FLAT}}
+
+
+def flat_table(result: Dict[str, Any]) -> str:
+    """The measurement of profile `flat` as a person reads it."""
+    lines = ["flat, one client           claim            update           run info    (median ms, ratio to the first)"]
+    for case in FLAT:
+        shown = "%d touched tasks" % result["rows"] if case == "rows" else (
+            "done in random order" if case == "random" else case)
+        lines.append("%-22s" % shown + "".join("  %8.3f  %5.2f" % (
+            result["median_ms"][case][name], result["ratio"][case][name]) for name in ("claim", "update", "run info")))
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- COMMAND LINE
 # Verbs, options, start and end of the server.
 
@@ -2678,8 +3217,7 @@ def notify(state: str) -> None:
 
 def raise_descriptor_limit() -> None:
     """Allow as many connections as the system lets us have: login nodes give 1024 unless asked."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
+    with contextlib.suppress(ValueError, OSError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -2711,7 +3249,7 @@ class Service:
     Raises Refusal, with everything let go again.
     """
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
-                 access_log: Any = None, clock: Callable[[], Now] = system_clock) -> None:
+                 access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES) -> None:
         with contextlib.ExitStack() as undo:
             secret = secrets.token_urlsafe(32)
             self.lock = Lock(db)
@@ -2720,7 +3258,7 @@ class Service:
             undo.callback(self.store.close)
             self.farm = Farm(self.store, secret, token_days)
             try:
-                self.server = Server((host, port), self.farm, ROUTES, access_log)
+                self.server = Server((host, port), self.farm, routes, access_log)
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
@@ -2730,6 +3268,7 @@ class Service:
                              "admin_url": url_of(local, self.server.server_port), "secret": secret,
                              "proof": self.store.proof_key.hex()})
             try:
+                self.server.start_threads()
                 self.store.start()
             except RuntimeError:
                 raise Refusal("the system gives this user no more threads (ulimit -u): end some processes first")
@@ -2798,6 +3337,67 @@ def cmd_serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_bench(args: argparse.Namespace) -> int:
+    """measure how many workers this machine can feed
+
+    Starts a server of its own on a temporary file (in --dir, for the disk that matters) and drives
+    it from other processes. Profiles: lean (claim, done), paper (what the published client's stress
+    test does: claim, read, ten updates, done), constant (the same parser and login, a fixed answer:
+    what the others are compared with), flat (whether costs stay the same with many tasks and runs).
+    Tasks given twice or never are counted; both must be 0.
+
+    examples:
+      python3 taskfarm.py bench
+      python3 taskfarm.py bench --profile constant,lean --clients 1,16,64,256 --seconds 5
+      python3 taskfarm.py bench --profile flat --rows 10000000
+    """
+    profiles = args.profile.split(",")
+    unknown = set(profiles) - {"constant", "lean", "paper", "flat"}
+    if unknown:
+        raise Refusal("there is no profile %s: constant, lean, paper and flat are" % ", ".join(sorted(unknown)))
+    raise_descriptor_limit()
+    points: List[Dict[str, Any]] = []
+    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile != "flat"]
+    with tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir) as folder, Progress("bench") as progress:
+        if pairs:
+            server = BenchServer(os.path.join(folder, "farm.sqlite"))
+            for number, (profile, clients) in enumerate(pairs):
+                progress.what = "%s, %d clients" % (profile, clients)
+                progress.show(number, len(pairs))
+                points.append(bench_point(server, profile, clients, args.seconds, args.processes))
+            server.stop()
+        if "flat" in profiles:
+            points.append(bench_flat(folder, args.rows, progress))
+    if args.json:
+        print(json.dumps(points))
+        return 0
+    if pairs:
+        print(bench_table(points[:len(pairs)]))
+    if "flat" in profiles:
+        print(flat_table(points[-1]))
+    return 0
+
+
+def number_list(text: str) -> List[int]:
+    """Numbers from 1 on, with commas between. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", text):
+        raise argparse.ArgumentTypeError("numbers of clients look like 1,16,64, not like %r" % text)
+    return [int(number) for number in text.split(",")]
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and how long."""
+    parser.add_argument("--profile", default="constant,lean,paper", help="which, with commas between; by default "
+                        "constant,lean,paper")
+    parser.add_argument("--clients", type=number_list, default=[1, 16, 64, 256], metavar="N,...",
+                        help="connections at once; by default 1,16,64,256")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each line; by default 3")
+    parser.add_argument("--processes", type=int, default=2, help="that drive the server; by default 2")
+    parser.add_argument("--rows", type=int, default=10 ** 6, help="touched tasks of profile flat; by default 1000000")
+    parser.add_argument("--dir", default=None, help="where the temporary file lies")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def open_access_log(name: str) -> Any:
     """The access log: a file that is appended to, - for the standard output, nothing for none. Raises Refusal."""
     if name in ("", "-"):
@@ -2820,37 +3420,110 @@ class Local:
             raise Refusal("%s cannot be read: %s" % (db, error.strerror))
         self.db = db
 
-    def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
-        """Have a request answered, or an operation run. Raises Refusal with the reason."""
+    @contextlib.contextmanager
+    def store(self) -> Iterator[Optional[Store]]:
+        """The open store, or None when a server has it, which then answers to `ask_server`."""
         try:
             lock = Lock(self.db)
         except Refusal as held:
-            return self._ask_server(held, method, path, body)
+            self.holder = read_holder(self.db)
+            self.held = held
+            if "secret" not in self.holder:
+                raise
+            yield None
+            return
         try:
-            store = Store(self.db)
-            try:
-                return store.call(named)
-            finally:
-                store.close()
+            with contextlib.closing(Store(self.db)) as store:
+                yield store
         finally:
             lock.close()
 
-    def _ask_server(self, held: Refusal, method: str, path: str, body: Optional[Dict[str, Any]]) -> Any:
-        holder = read_holder(self.db)
-        if "secret" not in holder:
-            raise held
-        if not still_answers(dict(holder, url=holder["admin_url"])):
-            raise Refusal("%s, but it does not answer here: run this on %s" % (held, holder.get("host")))
+    def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
+        """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
+        url = self.holder["admin_url"]
+        if not still_answers(dict(self.holder, url=url)):
+            raise Refusal("%s, but it does not answer here: run this on %s" % (self.held, self.holder.get("host")))
         try:
-            return ask(holder["admin_url"], method, path, body, holder["secret"])
+            return ask(url, method, path, body, self.holder["secret"])
         except OSError as error:
-            raise Refusal("%s, but it does not answer: %s" % (held, error))
+            raise Refusal("%s, but it does not answer: %s" % (self.held, error))
+
+    def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
+        """Have a request answered, or an operation run."""
+        with self.store() as store:
+            return store.call(named) if store else self.ask_server(method, path, body)
+
+    def copy(self, path: str) -> None:
+        """Make a consistent copy, with a progress bar. Raises Refusal when it cannot be made."""
+        path = os.path.abspath(path)
+        with self.store() as store, Progress("copying") as progress:
+            if store:
+                store.call(begin_copy(path))
+                copy = store.call(read_copy())
+                store.copy(copy, lambda: progress.show(copy.copied, copy.total))
+                ended = copy.ended
+            else:
+                self.ask_server("POST", "/api/backup", {"path": path})
+                ended = ""
+                while not ended:
+                    time.sleep(0.1)
+                    state = self.ask_server("GET", "/api/backup")
+                    progress.show(state["copied"], state["total"])
+                    ended = state["ended"]
+        if ended != Copy.DONE:
+            raise Refusal(ended)
+
+
+def cmd_check(args: argparse.Namespace) -> int:
+    """recount every promise of the file: counters, intervals, ranges, and SQLite's own integrity
+
+    Says what is wrong, a line each, and exits with 1 when something is. Of a farm that is being
+    served it checks a copy, which the server makes beside the file, and removes it.
+
+    example:
+      python3 taskfarm.py check --db runs.sqlite
+    """
+    local = Local(args.db)
+    with local.store() as store:
+        wrong = store.call(check()) if store else None
+    if wrong is None:
+        copy = "%s.check-%d" % (os.path.realpath(args.db), os.getpid())
+        try:
+            local.copy(copy)
+            with contextlib.closing(Store(copy)) as store:
+                wrong = store.call(check())
+        finally:
+            for name in (copy, copy + "-wal"):
+                with contextlib.suppress(OSError):
+                    os.remove(name)
+    for sentence in wrong:
+        print(sentence)
+    if not wrong:
+        print("%s keeps all its promises" % args.db)
+    return 1 if wrong else 0
+
+
+def cmd_backup(args: argparse.Namespace) -> int:
+    """make a consistent copy of the file, while the farm is served or not
+
+    The copy is the file as it is when the copying ends; it holds the users and their tokens too.
+
+    example:
+      python3 taskfarm.py backup --db runs.sqlite runs-monday.sqlite
+    """
+    Local(args.db).copy(args.copy)
+    print("%s is a copy of %s" % (args.copy, args.db))
+    return 0
 
 
 def new_password(name: str) -> str:
     """A password from the terminal, twice, or one line of standard input; never an argument, where `ps` shows it."""
     if not sys.stdin.isatty():
-        password = sys.stdin.readline().rstrip("\n")
+        line = sys.stdin.buffer.readline().rstrip(b"\r\n")
+        try:
+            password = line.decode()
+        except UnicodeDecodeError:
+            password = line.decode("latin-1")
     else:
         password = getpass.getpass("password for %s: " % name)
         if getpass.getpass("once more: ") != password:
@@ -2932,14 +3605,16 @@ def number_of_days(text: str) -> float:
     return float(text)
 
 
-def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int],
+             needs_db: bool = True) -> argparse.ArgumentParser:
     """A verb; the docstring of its command is its help."""
     first, _, rest = (command.__doc__ or "").partition("\n")
     text = "\n".join(line[4:] if line.startswith("    ") else line for line in rest.splitlines())
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=first, description=first + "\n" + text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(command=command)
-    fallback(parser, "--db", "TASKFARM_DB", None, "the farm's file")
+    parser.set_defaults(command=command, needs_db=needs_db)
+    if needs_db:
+        fallback(parser, "--db", "TASKFARM_DB", None, "the farm's file")
     return parser
 
 
@@ -2962,6 +3637,10 @@ def make_parser() -> argparse.ArgumentParser:
              "standard output")
     fallback(serve, "--token-days", "TASKFARM_TOKEN_DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
              "password changes; by default 365", number_of_days)
+    add_verb(verbs, "check", cmd_check)
+    add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
+    add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
+
     user = verbs.add_parser("user", help="add, list, change and remove users")
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_verb(users, "list", cmd_user_list)
@@ -2977,7 +3656,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         words.insert(0, "serve")
     parser = make_parser()
     args = parser.parse_args(words)
-    if not args.db:
+    if args.needs_db and not args.db:
         parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
     try:
         return int(args.command(args))
