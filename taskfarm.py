@@ -1458,8 +1458,8 @@ class Logins:
     """Tells who a request comes from, and remembers it for some minutes.
 
     *users*: gives the users by name. *key*: signs tokens. *clock*: gives a Now. *secret*: what the
-    local verbs show. What is remembered is found by an HMAC of the header under a key of this
-    process, so that no password is kept; it is forgotten when the users change.
+    local verbs show. A password that was verified is remembered by an HMAC of the header under a key
+    of this process, so that it is not kept; all is forgotten when the users change.
     """
     REMEMBERED = 20000
 
@@ -1478,7 +1478,9 @@ class Logins:
         if self.users() is not self.known:
             self.known, self.memory = self.users(), {}
         now = self.clock()
-        key = hmac.digest(self.memory_key, header, "sha256")
+        # A token need not be hidden from a memory that can sign tokens.
+        token = header.startswith((b"Bearer tf1.", b"Basic dGYxL"))
+        key = header if token else hmac.digest(self.memory_key, header, "sha256")
         login, until = self.memory.get(key, (None, 0.0))
         if until <= now.tick:
             login = self._verify(header, key, now)
@@ -1724,13 +1726,14 @@ class Routes:
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
+TOKEN_FIELD = re.compile(rb"(?:^|\n)Authorization: (?:Bearer tf1\.|Basic dGYxL)")     # dGYxL is tf1. in base64
 SINGLE = frozenset((b"host", b"content-length", b"content-type", b"authorization", b"transfer-encoding"))
 
 
 class Request:
     """One request, its head parsed; handlers read *farm*, *login*, *fields*, *query* and nothing else."""
     __slots__ = ("method", "target", "minor", "headers", "length", "keep", "began", "route", "variables",
-                 "farm", "login", "fields", "query", "admitted")
+                 "farm", "login", "fields", "query", "admitted", "expects")
     variables: List[str]
     farm: Any
     fields: Dict[str, Any]
@@ -1738,10 +1741,10 @@ class Request:
 
     def __init__(self, head: bytes) -> None:
         """Parse a head, without the empty line at its end. Raises FarmError (RFC 9112, sections 2 to 6)."""
-        lines = head.split(b"\r\n")
-        match = REQUEST_LINE.fullmatch(lines[0])
-        if match is None or len(lines[0]) > LINE_LIMIT:
-            raise malformed_line(lines[0])
+        line, mark, block = head.partition(b"\r\n")
+        match = REQUEST_LINE.fullmatch(line)
+        if match is None or len(line) > LINE_LIMIT:
+            raise malformed_line(line)
         method, target, major, minor = match.groups()
         self.method = method.decode()
         self.target = target.decode()
@@ -1754,54 +1757,57 @@ class Request:
             raise BadRequest("the target of a request is a path that begins with /, or a whole http:// address")
         if major != b"1":
             raise VersionNotSupported("HTTP/%s is not spoken here, only HTTP/1.1" % major.decode())
-        self.headers = headers = self._headers(lines)
-        self.length = self._length(headers)
-        if b"host" not in headers and self.minor:
-            raise BadRequest("a request of HTTP/1.1 has a Host field")
-        connection = headers.get(b"connection", b"").lower()
-        self.keep = b"close" not in connection and (self.minor > 0 or b"keep-alive" in connection)
+        parse = parse_fields if len(block) <= 1024 and TOKEN_FIELD.search(block) else parse_fields.__wrapped__
+        self.headers, self.length, self.keep = parse(block if mark else None, self.minor)
+        self.expects = b"expect" in self.headers
 
-    @staticmethod
-    def _headers(lines: List[bytes]) -> Dict[bytes, bytes]:
-        if len(lines) > FIELD_LIMIT + 1:
-            raise HeadTooLarge("a request has at most %d header fields" % FIELD_LIMIT)
-        headers: Dict[bytes, bytes] = {}
-        match_field = FIELD_LINE.fullmatch
-        for line in lines[1:]:
-            match = match_field(line)
-            if match is None:
-                raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT) if len(line) > LINE_LIMIT else (
-                    BadRequest("this header line is malformed: %s" % shortened(ascii(line)[2:-1])))
-            name, value = match.groups()
-            name = name.lower()
-            if name in headers:
-                if name in SINGLE:
-                    raise BadRequest("the header field %s comes twice" % name.decode())
-                value = headers[name] + b", " + value.strip(b" \t")
-            headers[name] = value.strip(b" \t")
-        if max(map(len, lines)) > LINE_LIMIT:
+
+@functools.lru_cache(maxsize=1024)
+def parse_fields(block: Optional[bytes], minor: int) -> Tuple[Dict[bytes, bytes], int, bool]:
+    """Header fields by name in small letters, the length of the body, and whether the connection is to be kept.
+
+    A length of -1: the body is chunked. Workers send the same fields with each request, so they are
+    parsed once; but never kept where they may hold a password. Raises FarmError.
+    """
+    lines = [] if block is None else block.split(b"\r\n")
+    if len(lines) > FIELD_LIMIT:
+        raise HeadTooLarge("a request has at most %d header fields" % FIELD_LIMIT)
+    headers: Dict[bytes, bytes] = {}
+    for line in lines:
+        if len(line) > LINE_LIMIT:
             raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT)
-        return headers
+        match = FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest("this header line is malformed: %s" % shortened(ascii(line)[2:-1]))
+        name, value = match[1].lower(), match[2].strip(b" \t")
+        if name in headers:
+            if name in SINGLE:
+                raise BadRequest("the header field %s comes twice" % name.decode())
+            value = headers[name] + b", " + value
+        headers[name] = value
+    if b"host" not in headers and minor:
+        raise BadRequest("a request of HTTP/1.1 has a Host field")
+    connection = headers.get(b"connection", b"").lower()
+    keep = b"close" not in connection and (minor > 0 or b"keep-alive" in connection)
+    return headers, body_length(headers), keep
 
-    @staticmethod
-    def _length(headers: Dict[bytes, bytes]) -> int:
-        value = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers:
-            if b"content-length" in headers:
-                raise BadRequest("a request has a Content-Length or a Transfer-Encoding, not both")
-            return -1
-        if not value.isdigit():
-            raise BadRequest("Content-Length must be a number of bytes")
-        return int(value) if len(value) < 20 else 10 ** 20
 
-    @property
-    def path(self) -> str:
-        """The target without its query, and without scheme and host where it has them (RFC 9112, 3.2.2)."""
-        path = self.target.partition("?")[0]
-        if not path.startswith("/"):
-            _, mark, rest = path.partition("://")
-            path = "/" + rest.partition("/")[2] if mark else path
-        return path
+def body_length(headers: Dict[bytes, bytes]) -> int:
+    """How long a body is (RFC 9112, section 6); -1: chunked. Raises BadRequest."""
+    value = headers.get(b"content-length", b"0")
+    if b"transfer-encoding" in headers:
+        if b"content-length" in headers:
+            raise BadRequest("a request has a Content-Length or a Transfer-Encoding, not both")
+        return -1
+    if not value.isdigit():
+        raise BadRequest("Content-Length must be a number of bytes")
+    return int(value) if len(value) < 20 else 10 ** 20
+
+
+def path_of(target: str) -> str:
+    """A target without its query, and without scheme and host where it has them (RFC 9112, 3.2.2)."""
+    path = target.partition("?")[0]
+    return path if path.startswith("/") else "/" + path.partition("://")[2].partition("/")[2]
 
 
 def malformed_line(line: bytes) -> FarmError:
@@ -2319,8 +2325,8 @@ class Server(ThreadingHTTPServer):
                 self._await(c, later)
                 return True
         if len(c.inbox) < request.length:
-            if b"expect" in request.headers and not c.inbox:
-                del request.headers[b"expect"]
+            if request.expects and not c.inbox:
+                request.expects = False
                 with contextlib.suppress(OSError):      # a client that is gone shows when it is read
                     c.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return False
@@ -2331,7 +2337,7 @@ class Server(ThreadingHTTPServer):
 
     def _admit(self, request: Request) -> None:
         """Judge the head, in the contract's order. Raises FarmError or Later."""
-        by_method, request.variables = self.routes.find(request.path)
+        by_method, request.variables = self.routes.find(path_of(request.target))
         route = by_method.get("GET" if request.method == "HEAD" else request.method)
         if route is None or route.access != OPEN:
             authorization = request.headers.get(b"authorization")
@@ -2340,7 +2346,7 @@ class Server(ThreadingHTTPServer):
             request.login = self.farm.who(authorization)
         if route is None:
             if not by_method:
-                raise NotFound("there is nothing at %s: GET / says what there is" % shortened(request.path))
+                raise NotFound("there is nothing at %s: GET / says what there is" % shortened(path_of(request.target)))
             raise MethodNotAllowed(request.method, sorted([*by_method, *(["HEAD"] if "GET" in by_method else [])]))
         if route.access == ADMIN and request.login and request.login.user:
             raise Forbidden("this is for 'taskfarm.py user' on the server's own machine")
@@ -2423,7 +2429,7 @@ class Server(ThreadingHTTPServer):
     def _refuse(self, c: Connection, error: Exception) -> None:
         """Answer with an error; where the end of the request cannot be told, the connection ends with it."""
         request = c.request
-        if request is None or not 0 <= request.length <= BODY_LIMIT or b"expect" in request.headers:
+        if request is None or not 0 <= request.length <= BODY_LIMIT or request.expects:
             c.ending = True
             c.inbox = b""
         else:
@@ -3122,7 +3128,7 @@ def fill(db: str, case: str, rows: int, progress: Callable[[float, float], None]
             progress(first, count)
 
 
-def bench_flat(folder: str, rows: int, progress: "Progress") -> Dict[str, Any]:
+def bench_flat(folder: str, rows: int, seconds: float, progress: "Progress") -> Dict[str, Any]:
     """What a claim, an update and a run info cost in files of different content: medians, and ratios to the smallest.
 
     The four servers take turns, so that the machine's moods hit all alike.
@@ -3139,7 +3145,7 @@ def bench_flat(folder: str, rows: int, progress: "Progress") -> Dict[str, Any]:
     for turn in range(20):
         for case, server in servers.items():
             steps = functools.partial(bench_worker_steps, server, "flat", runs[case], 0, 1)
-            latencies, _ = bench_load(server.port, 1, steps, 0.15)
+            latencies, _ = bench_load(server.port, 1, steps, seconds / 20)
             for name, values in latencies.items():
                 took[case].setdefault(name, array.array("d")).extend(values)
         progress.show(turn + 1, 20)
@@ -3367,7 +3373,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             server.stop()
         if "flat" in profiles:
-            points.append(bench_flat(folder, args.rows, progress))
+            points.append(bench_flat(folder, args.rows, args.seconds, progress))
     if args.json:
         print(json.dumps(points))
         return 0

@@ -541,7 +541,8 @@ def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
     nodes = [node for outer in [TREE, *(node for node in TREE.body if isinstance(node, ast.ClassDef))]
-             for node in outer.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+             for node in outer.body  # type: ignore[attr-defined]
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert len(nodes) > 200
     assert [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)] == []
 
