@@ -145,7 +145,7 @@ BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in all buffers together, beyond whic
 REQUEST_S = 30.0                    # from first byte to whole request; to a first byte; for a reader to take something
 ACCEPT_S = 0.25                     # a new connection is left alone so long, also at the descriptor limit
 DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
-BATCH_LIMIT = 1000                  # operations in one transaction
+BATCH_LIMIT = 1000                  # operations in one transaction, and what came with the last of them
 SWEEP_S = 0.02                      # a slice of a large restart or deletion, between two batches
 RETRY_S = 1.0                       # a sweep that met a full disk is tried again so much later
 LOGIN_MEMORY_S = 300.0              # a verified login is remembered so long
@@ -934,7 +934,7 @@ class Store:
         self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
         self.refused: List[Tuple[Operation, Any]] = []  # waited in vain
         self.sweep_again = 0.0                          # the tick of the next try, after one that failed
-        self.queue: "queue.SimpleQueue[Optional[Operation]]" = queue.SimpleQueue()
+        self.queue: "queue.SimpleQueue[Optional[List[Operation]]]" = queue.SimpleQueue()
         self.stopping = False
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
@@ -959,9 +959,9 @@ class Store:
         """Users by name, as they are on the disk; for any thread."""
         return self.sql.users
 
-    def submit(self, named: Operation) -> None:
-        """Hand an operation to the writer; its `done` is called after COMMIT. For any thread."""
-        self.queue.put(named)
+    def submit(self, batch: List[Operation]) -> None:
+        """Hand operations to the writer; the `done` of each is called after COMMIT. For any thread."""
+        self.queue.put(batch)
 
     def call(self, named: Operation) -> Any:
         """Have one operation run, wait for its result and return it. Raises what it raises."""
@@ -974,7 +974,7 @@ class Store:
         else:
             answers: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
             named.done = lambda _, outcome: answers.put(outcome)
-            self.submit(named)
+            self.submit([named])
             outcome = answers.get()
         if isinstance(outcome, BaseException):
             raise outcome
@@ -993,11 +993,7 @@ class Store:
 
     def _round(self, patience_s: Optional[float]) -> None:
         """Run one batch, and answer."""
-        batch = self._waiting(patience_s)
-        if batch and batch[-1] is None:
-            self.stopping = True
-            batch.pop()
-        for named, outcome in self.apply(batch):    # type: ignore[arg-type]
+        for named, outcome in self.apply(self._waiting(patience_s)):
             try:
                 if named.done:
                     named.done(named, outcome)
@@ -1006,17 +1002,21 @@ class Store:
         if self.sweeps and self.clock().tick >= self.sweep_again:
             self.sweep()
 
-    def _waiting(self, patience_s: Optional[float]) -> List[Optional[Operation]]:
+    def _waiting(self, patience_s: Optional[float]) -> List[Operation]:
         """All that wait for the writer, at least one unless something is due without a request, or patience ends."""
         if self.due or self.refused:
             patience_s = 0.0
         elif self.sweeps:
             patience_s = max(0.0, self.sweep_again - self.clock().tick)
-        batch: List[Optional[Operation]] = []
+        batch: List[Operation] = []
         try:
-            batch.append(self.queue.get(timeout=patience_s))
-            while len(batch) < BATCH_LIMIT:
-                batch.append(self.queue.get_nowait())
+            more = self.queue.get(timeout=patience_s)
+            while more is not None:
+                batch += more
+                if len(batch) >= BATCH_LIMIT:
+                    return batch
+                more = self.queue.get_nowait()
+            self.stopping = True
         except queue.Empty:
             pass
         return batch
@@ -2055,6 +2055,7 @@ class Server(ThreadingHTTPServer):
         self.replies: Works = queue.SimpleQueue()       # that are large: one thread, and one of them at a time
         self.long: "deque[Tuple[Connection, Operation]]" = deque()      # wait for their turn
         self.long_busy = False
+        self.named: List[Operation] = []                # by the requests of this turn
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
@@ -2097,6 +2098,10 @@ class Server(ThreadingHTTPServer):
                 self._go_on()
             if not self.listening and self.clock().tick >= self.listen_again and not self.stopping:
                 self._listen(True)
+            if self.named:
+                # All at once, and last: a writer that is woken before has to wait for the interpreter again.
+                self.farm.submit(self.named)
+                self.named = []
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
         for connection in list(self.connections):
@@ -2405,7 +2410,7 @@ class Server(ThreadingHTTPServer):
                 self.long.append((c, answer))
                 self._start_long()
             else:
-                self.farm.submit(answer)
+                self.named.append(answer)
         else:
             c.send(answer)
             c.phase = c.phase and MOVED
@@ -2419,7 +2424,7 @@ class Server(ThreadingHTTPServer):
                 self.settle(connection)
             else:
                 self.long_busy = True
-                self.farm.submit(named)
+                self.named.append(named)
 
     def next_long(self) -> None:
         """A large reply has been given."""
