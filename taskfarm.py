@@ -940,7 +940,7 @@ class Store:
         refuse_foreign(path)
         if not os.path.exists(path):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self.connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
         try:
             prepare(self.connection, path)
             self.sql = Ledger(self.connection)
@@ -952,7 +952,8 @@ class Store:
                 "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id")]
         except (sqlite3.Error, Refusal) as error:
             self.connection.close()
-            raise Refusal(str(error) if isinstance(error, Refusal) else "%s cannot be opened: %s" % (path, error))
+            raise error if isinstance(error, Refusal) else Refusal("%s cannot be opened: %s" % (
+                path, "another program has it open, end that first" if "locked" in str(error) else error))
 
     @property
     def users(self) -> Dict[str, User]:

@@ -592,7 +592,7 @@ def make_run(farm: Any, n: int) -> str:
 
 def claim(farm: Any, run: str) -> Answer:
     status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})
-    return status, task and task["task"]
+    return status, task and task.get("task")
 
 
 def report(farm: Any, run: str, number: int, **body: Any) -> int:
@@ -756,6 +756,14 @@ def test_a_file_of_a_newer_version_is_refused_also_when_only_its_log_says_so(tmp
     assert struct.unpack(">I", copy.read_bytes()[60:64])[0] != len(taskfarm.SCHEMA) + 1 or not copy.stat().st_size
     assert "newer taskfarm" in refused(copy)
     assert "newer taskfarm" in refused(path)
+
+
+def test_a_file_that_another_program_has_open_is_refused(tmp_path: Path) -> None:
+    Store(str(tmp_path / "f")).close()
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "f"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(Refusal, match="another program has it open"):
+            Store(str(tmp_path / "f"))
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
@@ -1555,11 +1563,11 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
     done: List[int] = []
     run = ""
     dice = random.Random(2)
-    for _ in range(2 if QUICK else 5):
+    for _ in range(3 if QUICK else 20):
         server = Process(db)
         run = run or make_run(server, 10 ** 6)
         enough = threading.Event()
-        goal = len(done) + dice.randrange(20, 400)
+        goal = len(done) + dice.randrange(5, 400)
 
         def work(index: int, server: Process = server, run: str = run, enough: threading.Event = enough,
                  goal: int = goal) -> None:
@@ -1679,6 +1687,28 @@ def test_500_silent_clients_at_the_descriptor_limit_do_not_keep_others_out(tmp_p
     for raw in silent:
         raw.close()
     assert server.end(signal.SIGTERM) == 0
+
+
+def test_no_thread_is_wanted_after_the_start(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    run = make_run(farm, 5)
+    assert claim(farm, run) == (201, 0)
+    assert get_with(farm, basic("ada", Live.PASSWORD), "/api/runs")[0] == 200
+    with pytest.raises(Refusal, match="no more threads"):
+        Service(farm.path + "2", "127.0.0.1", 0)
+
+
+def test_steps_of_the_clock_do_not_matter(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    run = make_run(live, 5)
+    token = token_of(live, basic("ada", Live.PASSWORD))
+    for step_s in (-10 ** 6, 10 ** 6, 86400):
+        clock.utc += step_s
+        assert claim(live, run)[0] == 201 and get_with(live, "Bearer " + token)[0] == 200
+    live.close()
 
 
 def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
