@@ -867,6 +867,11 @@ def unfulfilled(sql: Ledger) -> List[str]:
                 (SELECT max(first_id) FROM run WHERE first_id <= task.id) AND task.id < first_id + num_tasks)""")
     if lost:
         wrong.append("%d tasks belong to no run" % lost)
+    (unknown,) = sql.one("""
+        SELECT count(*) FROM task
+        WHERE worker IS NOT NULL AND NOT EXISTS (SELECT 1 FROM worker WHERE worker.id = task.worker)""")
+    if unknown:
+        wrong.append("%d tasks are held by workers that never registered" % unknown)
     return wrong + [row[0] for row in sql.all("PRAGMA integrity_check(20)") if row[0] != "ok"]
 
 
@@ -3107,13 +3112,16 @@ def bench_point(server: BenchServer, profile: str, clients: int, seconds: float,
 
 def bench_table(points: List[Dict[str, Any]]) -> str:
     """The measurements as a person reads them."""
-    lines = ["profile   clients  requests/s   tasks/s  request     p50 ms  p95 ms  p99 ms  max ms"
-             "  CPU ms/request  peak MiB  twice  never"]
+    lines = ["                                          latency in ms                      server CPU",
+             "profile   clients  requests/s   tasks/s  request      p50     p95     p99     max"
+             "  ms/request  s/1000 tasks  peak MiB  twice  never"]
     for point in points:
         first = "%-9s %7d  %10.0f  %8.0f" % (point["profile"], point["clients"], point["requests_per_s"],
                                              point["tasks_per_s"])
-        last = "%14.3f  %8.0f  %5d  %5d" % (point["cpu_s_per_1000_requests"], point["peak_mib"], point["twice"],
-                                            point["never"])
+        per_task = point["cpu_s_per_1000_tasks"]
+        last = "%10.3f  %12s  %8.0f  %5d  %5d" % (
+            point["cpu_s_per_1000_requests"], "%.3f" % per_task if per_task else "-", point["peak_mib"],
+            point["twice"], point["never"])
         for name, (p50, p95, p99, most) in point["ms"].items():
             lines.append("%-38s  %-10s %7.2f %7.2f %7.2f %7.1f  %s" % (first, name, p50, p95, p99, most, last))
             first = last = ""

@@ -780,6 +780,7 @@ def test_check_finds_what_is_wrong(store: Direct) -> None:
     for breaking, mending, sentence in [
             ("UPDATE task SET millionths = 7", "UPDATE task SET millionths = 0", "millionths"),
             ("UPDATE task SET status = 0", "UPDATE task SET status = 1", "waiting, computing"),
+            ("UPDATE task SET worker = 77", "UPDATE task SET worker = 1", "never registered"),
             ("UPDATE run SET head = head + 1", "UPDATE run SET head = head - 1", "untouched"),
             ("UPDATE task SET id = 900", "UPDATE task SET id = 1", "belong to no run")]:
         execute(breaking)
@@ -1735,7 +1736,7 @@ def test_bench_measures_and_counts(tmp_path: Path) -> None:
     assert all(point["requests_per_s"] > 0 for point in points) and set(points[1]["ms"]) == {"claim", "done"}
     assert set(flat["ratio"]) == set(taskfarm.FLAT)
     shown = run_verb("bench", "--profile", "lean", "--clients", "2", "--seconds", "0.1", "--dir", str(tmp_path))
-    assert shown.returncode == 0 and shown.stdout.startswith("profile ") and shown.stdout.count("\n") == 3
+    assert shown.returncode == 0 and "\nprofile " in shown.stdout and shown.stdout.count("\n") == 4
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
@@ -1761,6 +1762,24 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert "password" not in server.log() + server.line, "it is shown on a terminal only"
     assert server.end(signal.SIGINT) == 0
+
+
+def test_the_first_password_is_shown_on_a_terminal_and_works(tmp_path: Path) -> None:
+    terminal, inside = os.openpty()
+    process = subprocess.Popen([sys.executable, str(MODULE), "--db", str(tmp_path / "f"), "--port", "0"],
+                               stdout=inside, stderr=subprocess.DEVNULL, env=dict(os.environ, HOME=str(tmp_path)))
+    os.close(inside)
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        shown = b""
+        while shown.count(b"\n") < 2:
+            shown += screen.read(1000)
+        match = re.match(r"user (\S+), password (\S+)   \(shown this once.*:([0-9]+)\s", shown.decode(), re.S)
+        assert match
+        caller = Caller()
+        caller.port = int(match[3])
+        assert get_with(caller, basic(match[1], match[2]))[0] == 200
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_a_second_server_on_the_same_file_or_port_gets_one_sentence(tmp_path: Path) -> None:
