@@ -344,7 +344,7 @@ class Task(NamedTuple):
     """A task as operations show it."""
     id: int
     number: int
-    status: int             # WAILTING ... FAILED
+    status: int             # WAITING ... FAILED
     millionths: int         # of a percent, 0 to FULL
 
 
@@ -824,8 +824,7 @@ class Sweep:
 
     def step(self, sql: Ledger) -> bool:
         """Do one slice; True when it was the last."""
-        run = self.run
-        kind = self.kind
+        run, kind = self.run, self.kind
         if self.reached < run.end_id:
             row = sql.one("SELECT id FROM task WHERE id >= ? AND id < ? ORDER BY id LIMIT 1 OFFSET ?",
                           self.reached, run.end_id, self.SLICE - 1)
@@ -1051,7 +1050,7 @@ class Store:
                 os.fsync(file.fileno())
             os.rename(part, copy.path)
             copy.ended = Copy.DONE
-        except (OSError, sqlite3.Error, Stopped) as error:
+        except Exception as error:
             with contextlib.suppress(OSError):
                 if not isinstance(error, FileExistsError):
                     os.remove(part)
