@@ -1623,6 +1623,33 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
         store.close()
 
 
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("method, path, after", [
+    ("POST", "/restart?all=True", (20000, 0, 0, 0.0)), ("POST", "/restart", (20000, 0, 0, 50.0)), ("DELETE", "", None)])
+def test_kill_9_leaves_a_large_restart_or_deletion_whole_or_undone(
+        tmp_path: Path, method: str, path: str, after: Optional[Tuple[int, int, int, float]], answered: bool) -> None:
+    db, count = str(tmp_path / "f"), 20000
+    with contextlib.closing(Store(db)) as store:
+        run = store.call(taskfarm.create_run("a" * 32, count)).uuid
+        for first in range(0, count, 1000):
+            store.apply([taskfarm.report(run, number, taskfarm.COMPUTING, taskfarm.FULL // 2)
+                         for number in range(first, first + 1000)])
+    server = Process(db)
+    raw = server.raw(request_bytes(method, "/api/runs/" + run + path, Authorization=basic(server.token, "")))
+    if answered:
+        assert raw.answer()[0] == 204
+    server.end(signal.SIGKILL)
+    raw.close()
+    direct = Direct(db, FakeClock())
+    seen = figures(direct, run) if direct.ask("GET", "/api/runs/" + run)[0] == 200 else None
+    assert seen == after or not answered and seen == (0, count, 0, 50.0)
+    while direct.store.sweeps:
+        direct.store.sweep()
+    if after:
+        assert figures(direct, run) == seen
+    direct.close()
+
+
 def test_sigterm_under_load_sends_what_is_in_hand_and_ends_with_0(tmp_path: Path) -> None:
     server = Process(str(tmp_path / "f"))
     run = make_run(server, 10 ** 6)
