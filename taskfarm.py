@@ -90,6 +90,7 @@ import errno
 import fcntl
 import functools
 import getpass
+import glob
 import hashlib
 import hmac
 import html
@@ -106,6 +107,7 @@ import resource
 import secrets
 import select
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
@@ -403,8 +405,13 @@ SAVE_RUN = """
 
 
 class Copy:
-    """A copy of the file in the making; *total* pages, 0 until it has begun. *ended* says how, "" until it has."""
+    """A copy of the file in the making; *total* pages, 0 until it has begun. *ended* says how, "" until it has.
+
+    It lies beside the file, under a name of its own, for whoever asked for it to take away: a server
+    may see other folders than they do. What nobody took is removed at the next start.
+    """
     STEP = 64           # pages between two batches
+    MARK = ".copy-"     # stands in its name, after that of the file
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -467,7 +474,8 @@ class Ledger:
     """
     REMEMBERED = 20000      # rows of a kind, then all of them are looked up again
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: str) -> None:
+        self.path = path
         self.execute = connection.execute
         self.runs: Dict[str, Run] = {}
         self.workers: Dict[str, Worker] = {}
@@ -776,13 +784,12 @@ def probe(sql: Ledger, now: Now) -> None:
 
 
 @operation
-def begin_copy(sql: Ledger, now: Now, path: str) -> None:
+def begin_copy(sql: Ledger, now: Now, name: str) -> Copy:
     """Have the writer copy the file, in steps between its batches. Raises Conflict when it does so already."""
     if sql.copy is not None and not sql.copy.ended:
-        raise Conflict("a copy is in the making already, to %s" % sql.copy.path)
-    if os.path.exists(path):
-        raise Conflict("%s is there already: name a file that is not" % path)
-    sql.copy = Copy(path)
+        raise Conflict("a copy is in the making already: try again when it has ended")
+    sql.copy = Copy(sql.path + Copy.MARK + name)
+    return sql.copy
 
 
 @operation(reads=True)
@@ -942,12 +949,15 @@ class Store:
         self.stopping = False
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
+        for name in glob.glob(glob.escape(path) + Copy.MARK + "*"):
+            with contextlib.suppress(OSError):
+                os.remove(name)
         if not os.path.exists(path):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
         try:
             prepare(self.connection, path)
-            self.sql = Ledger(self.connection)
+            self.sql = Ledger(self.connection, path)
             self.identity, self.signing_key, self.proof_key = self.sql.one(
                 "SELECT identity, signing_key, proof_key FROM farm")
             self.sql.learn_users()
@@ -1052,9 +1062,8 @@ class Store:
             copy.ended = Copy.DONE
         except Exception as error:
             with contextlib.suppress(OSError):
-                if not isinstance(error, FileExistsError):
-                    os.remove(part)
-            copy.ended = "%s was not made: %s" % (copy.path, error)
+                os.remove(part)
+            copy.ended = "the copy was not made: %s" % error
 
     def close(self) -> None:
         """Run what was submitted, end the writer and close the file."""
@@ -2706,6 +2715,12 @@ def all_users(req: Request) -> Operation:
 PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}")
 
 
+def show_renewed(user: User, farm: Farm, status: int) -> Reply:
+    """A user has a password, a first or another; whoever wrote an access file for that name writes it again."""
+    farm.renewed(user)
+    return json_reply(status, {"name": user.name}) if status != 204 else Reply(204)
+
+
 @route("POST", "/api/users", access=ADMIN, body={"name": Text(64), "password": PASSWORD})
 def new_user(req: Request) -> Operation:
     """Add a user; the password comes hashed, so that the server need not do it.
@@ -2714,13 +2729,7 @@ def new_user(req: Request) -> Operation:
     errors: 400 a name that will not do, 409 the name is taken
     """
     return add_user(check_name(req.fields["name"]), req.fields["password"]).shown_as(
-        lambda user: json_reply(201, {"name": user.name}))
-
-
-def show_renewed(user: User, farm: "Farm") -> Reply:
-    """A user has another password; whoever wrote an access file for the user writes it again."""
-    farm.renewed(user)
-    return Reply(204)
+        show_renewed, req.farm, 201, long=True)
 
 
 @route("PUT", "/api/users/<user>", access=ADMIN, body={"password": PASSWORD})
@@ -2730,7 +2739,8 @@ def change_password(req: Request, user: str) -> Operation:
     204: it is set
     errors: 404 no such user
     """
-    return set_password(normal(user), req.fields["password"]).shown_as(show_renewed, req.farm, long=True)
+    return set_password(normal(user), req.fields["password"]).shown_as(
+        show_renewed, req.farm, 204, long=True)
 
 
 @route("DELETE", "/api/users/<user>", access=ADMIN)
@@ -2743,14 +2753,14 @@ def drop_user(req: Request, user: str) -> Operation:
     return remove_user(normal(user)).shown_as(show_nothing)
 
 
-@route("POST", "/api/backup", access=ADMIN, body={"path": Text(4096)})
+@route("POST", "/api/backup", access=ADMIN)
 def new_backup(req: Request) -> Operation:
-    """Begin a consistent copy of the file.
+    """Begin a consistent copy, beside the file: whoever asked for it takes it away.
 
-    202: it has begun
-    errors: 409 the path is there already, or another copy is in the making
+    202: {"path"}
+    errors: 409 another copy is in the making
     """
-    return begin_copy(req.fields["path"]).shown_as(lambda _: json_reply(202, {}))
+    return begin_copy(secrets.token_hex(8)).shown_as(lambda copy: json_reply(202, {"path": copy.path}))
 
 
 @route("GET", "/api/backup", access=ADMIN)
@@ -3239,9 +3249,12 @@ def notify(state: str) -> None:
 
 def raise_descriptor_limit() -> None:
     """Allow as many connections as the system lets us have: login nodes give 1024 unless asked."""
-    with contextlib.suppress(ValueError, OSError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (hard, 65536, 10240):     # macOS says "unlimited" and takes 10240
+        if wanted == hard or wanted > soft:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                return
 
 
 def warn_if_open(path: str) -> None:
@@ -3352,7 +3365,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
     user = users.get(starter()) or next(iter(users.values()), None) or first_user(service.store)
     publish_access(service.farm, user, service.url, args.db)
     service.farm.renewed = lambda renewed: (
-        publish_access(service.farm, renewed, service.url, args.db) if renewed.id == user.id else None)
+        publish_access(service.farm, renewed, service.url, args.db) if renewed.name == user.name else None)
     print("taskfarm %s serves %s at %s" % (__version__, args.db, service.url), flush=True)
     notify("READY=1\nSTATUS=serving %s at %s" % (args.db, service.url))
     service.serve()
@@ -3464,7 +3477,9 @@ class Local:
         """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
         url = self.holder["admin_url"]
         if not still_answers(dict(self.holder, url=url)):
-            raise Refusal("%s, but it does not answer here: run this on %s" % (self.held, self.holder.get("host")))
+            here = self.holder.get("host") == socket.gethostname()
+            raise Refusal("%s, but it does not answer here: %s" % (self.held, (
+                "it may be starting or stopping, try again" if here else "run this on %s" % self.holder.get("host"))))
         try:
             return ask(url, method, path, body, self.holder["secret"])
         except OSError as error:
@@ -3475,25 +3490,54 @@ class Local:
         with self.store() as store:
             return store.call(named) if store else self.ask_server(method, path, body)
 
-    def copy(self, path: str) -> None:
-        """Make a consistent copy, with a progress bar. Raises Refusal when it cannot be made."""
-        path = os.path.abspath(path)
+    @contextlib.contextmanager
+    def copy(self) -> Iterator[str]:
+        """Make a consistent copy beside the file, with a progress bar; it is gone again at the end. Raises Refusal."""
         with self.store() as store, Progress("copying") as progress:
             if store:
-                store.call(begin_copy(path))
-                copy = store.call(read_copy())
+                copy = store.call(begin_copy(secrets.token_hex(8)))
                 store.copy(copy, lambda: progress.show(copy.copied, copy.total))
-                ended = copy.ended
+                path, ended = copy.path, copy.ended
             else:
-                self.ask_server("POST", "/api/backup", {"path": path})
-                ended = ""
-                while not ended:
-                    time.sleep(0.1)
-                    state = self.ask_server("GET", "/api/backup")
-                    progress.show(state["copied"], state["total"])
-                    ended = state["ended"]
+                path, ended = self._copy_by_server(progress)
         if ended != Copy.DONE:
             raise Refusal(ended)
+        try:
+            yield path
+        finally:
+            for name in (path, path + "-wal", lock_path(path)):
+                with contextlib.suppress(OSError):
+                    os.remove(name)
+
+    def _copy_by_server(self, progress: Progress) -> Tuple[str, str]:
+        path = str(self.ask_server("POST", "/api/backup")["path"])
+        while True:
+            time.sleep(0.1)
+            state = self.ask_server("GET", "/api/backup")
+            if state["path"] != path:       # another was begun since
+                return path, Copy.DONE if os.path.exists(path) else "the copy was not made: its server's log says why"
+            progress.show(state["copied"], state["total"])
+            if state["ended"]:
+                return path, state["ended"]
+
+
+def take_away(path: str, target: str) -> None:
+    """Give a file another name, also in another file system, 0600 and never over one that is there. Raises Refusal."""
+    try:
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            raise
+        except OSError:     # another file system, or one without links
+            descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+            with open(path, "rb") as source, os.fdopen(descriptor, "wb") as file:
+                shutil.copyfileobj(source, file, 2 ** 20)
+                file.flush()
+                os.fsync(file.fileno())
+    except FileExistsError:
+        raise Refusal("%s is there already: name a file that is not" % target)
+    except OSError as error:
+        raise Refusal("%s cannot be made: %s" % (target, error.strerror))
 
 
 def cmd_check(args: argparse.Namespace) -> int:
@@ -3509,15 +3553,8 @@ def cmd_check(args: argparse.Namespace) -> int:
     with local.store() as store:
         wrong = store.call(check()) if store else None
     if wrong is None:
-        copy = "%s.check-%d" % (os.path.realpath(args.db), os.getpid())
-        try:
-            local.copy(copy)
-            with contextlib.closing(Store(copy)) as store:
-                wrong = store.call(check())
-        finally:
-            for name in (copy, copy + "-wal"):
-                with contextlib.suppress(OSError):
-                    os.remove(name)
+        with local.copy() as copy, contextlib.closing(Store(copy)) as store:
+            wrong = store.call(check())
     for sentence in wrong:
         print(sentence)
     if not wrong:
@@ -3528,12 +3565,16 @@ def cmd_check(args: argparse.Namespace) -> int:
 def cmd_backup(args: argparse.Namespace) -> int:
     """make a consistent copy of the file, while the farm is served or not
 
-    The copy is the file as it is when the copying ends; it holds the users and their tokens too.
+    The copy is the file as it is when the copying ends; it holds the users and their tokens too. It
+    is made beside the file, where there must be room for it, and then moved.
 
     example:
       python3 taskfarm.py backup --db runs.sqlite runs-monday.sqlite
     """
-    Local(args.db).copy(args.copy)
+    if os.path.lexists(args.copy):
+        raise Refusal("%s is there already: name a file that is not" % args.copy)
+    with Local(args.db).copy() as copy:
+        take_away(copy, args.copy)
     print("%s is a copy of %s" % (args.copy, args.db))
     return 0
 

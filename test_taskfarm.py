@@ -912,6 +912,33 @@ def test_backup_copies_and_check_recounts_also_while_the_farm_is_served(tmp_path
         live.stop()
 
 
+def test_what_a_crash_left_of_a_copy_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    Store(str(tmp_path / "f")).close()
+    for name in ("f.copy-00", "f.copy-00.part", "f.copied"):
+        (tmp_path / name).write_text("left")
+    Store(str(tmp_path / "f")).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "f.copied"]
+
+
+def test_two_copies_at_once_are_not_mixed_up(farm: Live) -> None:
+    store = farm.service.store
+    first = store.call(taskfarm.begin_copy("1"))
+    with pytest.raises(taskfarm.Conflict):
+        while True:     # until the first has ended, if it has at all
+            store.call(taskfarm.begin_copy("2"))
+            store.call(taskfarm.begin_copy("3"))
+    wait_until(lambda: store.call(taskfarm.read_copy()).ended)
+    assert first.ended == taskfarm.Copy.DONE and os.path.exists(first.path)
+
+
+def test_a_copy_that_cannot_be_put_where_it_is_wanted_is_refused(tmp_path: Path) -> None:
+    Store(str(tmp_path / "f")).close()
+    for target in ("no/such/folder", "f"):
+        done = run_verb("backup", "--db", str(tmp_path / "f"), str(tmp_path / target))
+        assert done.returncode == 1 and "is a copy" not in done.stdout and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "f.lock"]
+
+
 def test_a_copy_made_under_load_holds_what_changed_meanwhile(tmp_path: Path) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock())
     run = make_run(direct, 10 ** 6)
@@ -1909,6 +1936,9 @@ def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_pat
     assert server.token != old and server.ask("GET", "/api/runs")[0] == 200
     assert run_verb("user", "remove", name, "--db", db).returncode == 0
     assert server.ask("GET", "/api/runs")[0] == 401
+    assert run_verb("user", "add", name, "--db", db, stdin="newer\n").returncode == 0
+    server.token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
+    assert server.ask("GET", "/api/runs")[0] == 200
     assert server.end(signal.SIGTERM) == 0
 
 
@@ -1959,7 +1989,14 @@ def test_the_first_commands_of_the_readme_run_as_printed(tmp_path: Path) -> None
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     script = "set -e\ntrap 'kill $!' EXIT\n" + "".join(blocks).replace("5000", port).replace("python3", sys.executable)
-    done = subprocess.run(["bash", "-c", script], cwd=str(tmp_path), capture_output=True, text=True, timeout=100,
-                          env=dict(os.environ, HOME=str(tmp_path), TASKFARM_PORT=port))
-    assert done.returncode == 0, done.stderr
-    assert '"numDone":3' in done.stdout and '"percentDone":100.0' in done.stdout
+    assert shutil.which("curl"), "the tour wants curl"
+    process = subprocess.Popen(["bash", "-c", script], cwd=str(tmp_path), stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, start_new_session=True,
+                               env=dict(os.environ, HOME=str(tmp_path), TASKFARM_PORT=port))
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    assert '"numDone":3' in output and '"percentDone":100.0' in output
