@@ -1064,6 +1064,7 @@ class Store:
             with contextlib.suppress(OSError):
                 os.remove(part)
             copy.ended = "the copy was not made: %s" % error
+            log.error("%s: %s", copy.path, copy.ended)
 
     def close(self) -> None:
         """Run what was submitted, end the writer and close the file."""
