@@ -783,13 +783,20 @@ def probe(sql: Ledger, now: Now) -> None:
         sql.execute("UPDATE farm SET probes = probes + 1")
 
 
-@operation
+@operation(reads=True)
 def begin_copy(sql: Ledger, now: Now, name: str) -> Copy:
     """Have the writer copy the file, in steps between its batches. Raises Conflict when it does so already."""
     if sql.copy is not None and not sql.copy.ended:
         raise Conflict("a copy is in the making already: try again when it has ended")
-    sql.copy = Copy(sql.path + Copy.MARK + name)
-    return sql.copy
+    copy = Copy(sql.path + Copy.MARK + name)
+
+    def begin() -> None:
+        if sql.copy is None or sql.copy.ended:
+            sql.copy = copy
+        else:       # two in one batch
+            copy.ended = "the copy was not made: another is in the making"
+    sql.after_commit(begin)
+    return copy
 
 
 @operation(reads=True)
@@ -853,24 +860,24 @@ class Sweep:
         return True
 
 
+TASKS_BETWEEN = "SELECT count(*) FROM task WHERE id >= ? AND id < ?"
+
+
 def unfulfilled(sql: Ledger) -> List[str]:
     """Recount the file's promises: a sentence for each one that does not hold."""
     sql.flush()
     wrong = []
-    taken = 0
+    taken = lost = 0
     (next_id,) = sql.one("SELECT next_task_id FROM farm")
     for row in sql.all("SELECT " + Run.COLUMNS + " FROM run ORDER BY first_id"):
         run = Run(row)
         if run.first_id < taken or run.end_id > next_id:
             wrong.append("run %s: its task ids are another run's" % run.uuid)
+        lost += sql.one(TASKS_BETWEEN, taken, run.first_id)[0]
         taken = run.end_id
         if not run.sweep:
             wrong += ["run %s: %s" % (run.uuid, sentence) for sentence in recount(sql, run)]
-    (lost,) = sql.one("""
-        SELECT count(*) FROM task
-        WHERE NOT EXISTS (
-            SELECT 1 FROM run WHERE first_id =
-                (SELECT max(first_id) FROM run WHERE first_id <= task.id) AND task.id < first_id + num_tasks)""")
+    lost += sql.one(TASKS_BETWEEN, taken, 2 ** 62)[0]
     if lost:
         wrong.append("%d tasks belong to no run" % lost)
     (unknown,) = sql.one("""
@@ -1014,14 +1021,17 @@ class Store:
                     named.done(named, outcome)
             except Exception:       # whoever is told may fail, and the writer must not end with it
                 log.exception("an answer could not be given")
-        if self.sweeps and self.clock().tick >= self.sweep_again:
+        if self.sweeps and self.clock().tick >= self.sweep_again and not (self.sql.trouble and self._copying()):
             self.sweep()
+
+    def _copying(self) -> bool:
+        return self.sql.copy is not None and self.sql.copy.begun and not self.sql.copy.ended
 
     def _waiting(self, patience_s: Optional[float]) -> List[Operation]:
         """All that wait for the writer, at least one unless something is due without a request, or patience ends."""
         if self.due or self.refused:
             patience_s = 0.0
-        elif self.sweeps:
+        elif self.sweeps and patience_s is None:
             patience_s = max(0.0, self.sweep_again - self.clock().tick)
         batch: List[Operation] = []
         try:
@@ -1083,6 +1093,9 @@ class Store:
         """
         batch, self.due = self.due + batch, []
         refused, self.refused = self.refused, []
+        if self.sql.trouble and self._copying():
+            # A write that is rolled back makes SQLite begin the copy anew: it would never end.
+            return refused + self._only_read(batch, self.sql.trouble)
         try:
             return refused + self._transact(batch)
         except Exception as error:
@@ -1092,8 +1105,12 @@ class Store:
                     return refused + [ended for named in batch for ended in self.apply([named])]
                 return refused + [(named, error) for named in batch]
         self._note_trouble(trouble)
+        return refused + self._only_read(batch, trouble)
+
+    def _only_read(self, batch: List[Operation], trouble: str) -> List[Tuple[Operation, Any]]:
+        """Refuse what writes, and run the rest."""
         reads = [named for named in batch if named.reads]
-        refused += [(named, Unavailable(trouble)) for named in batch if not named.reads]
+        refused: List[Tuple[Operation, Any]] = [(named, Unavailable(trouble)) for named in batch if not named.reads]
         try:
             return refused + (self._transact(reads, "BEGIN") if reads else [])
         except Exception as error:      # a disk that cannot be read either
@@ -1341,6 +1358,8 @@ def described(holder: Dict[str, Any]) -> str:
 # Password hashes, signed tokens, and who a request comes from. Knows no SQL and no sockets.
 
 TOKEN_MARK = "tf1."
+# How tokens, and no user's name and password, begin in a header: dGYxL and one of g to v is tf1. in base64.
+TOKEN_SHOWN = re.compile(rb"(?:Bearer tf1\.|Basic dGYxL[g-v])")
 SCRYPT = {"n": 2 ** 14, "r": 8, "p": 1}     # 16 MiB and some 50 ms
 PBKDF2_ROUNDS = 600000
 
@@ -1494,8 +1513,7 @@ class Logins:
             self.known, self.memory = self.users(), {}
         now = self.clock()
         # A token need not be hidden from a memory that can sign tokens.
-        token = header.startswith((b"Bearer tf1.", b"Basic dGYxL"))
-        key = header if token else hmac.digest(self.memory_key, header, "sha256")
+        key = header if TOKEN_SHOWN.match(header) else hmac.digest(self.memory_key, header, "sha256")
         login, until = self.memory.get(key, (None, 0.0))
         if until <= now.tick:
             login = self._verify(header, key, now)
@@ -1741,7 +1759,7 @@ class Routes:
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
-TOKEN_FIELD = re.compile(rb"(?:^|\n)Authorization: (?:Bearer tf1\.|Basic dGYxL)")     # dGYxL is tf1. in base64
+TOKEN_FIELD = re.compile(rb"(?:^|\n)Authorization: " + TOKEN_SHOWN.pattern)
 SINGLE = frozenset((b"host", b"content-length", b"content-type", b"authorization", b"transfer-encoding"))
 
 
@@ -2156,7 +2174,7 @@ class Server(ThreadingHTTPServer):
     def _wait_s(self, longest: float) -> float:
         now = self.clock().tick
         first = next(iter(self.deadlines.values()), math.inf)
-        if not self.listening:
+        if not self.listening and not self.stopping:
             first = min(first, self.listen_again)
         if self.stopping:
             longest = 0.05
@@ -3391,6 +3409,8 @@ def cmd_bench(args: argparse.Namespace) -> int:
     unknown = set(profiles) - {"constant", "lean", "paper", "flat"}
     if unknown:
         raise Refusal("there is no profile %s: constant, lean, paper and flat are" % ", ".join(sorted(unknown)))
+    if args.dir is not None and not os.path.isdir(args.dir):
+        raise Refusal("there is no folder %s" % args.dir)
     raise_descriptor_limit()
     points: List[Dict[str, Any]] = []
     pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile != "flat"]
@@ -3421,15 +3441,29 @@ def number_list(text: str) -> List[int]:
     return [int(number) for number in text.split(",")]
 
 
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type: a number of a kind, above 0 and finite."""
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError("a number above 0 is wanted, not %r" % text)
+        return number
+    return read
+
+
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """What to measure, and how long."""
     parser.add_argument("--profile", default="constant,lean,paper", help="which, with commas between; by default "
                         "constant,lean,paper")
     parser.add_argument("--clients", type=number_list, default=[1, 16, 64, 256], metavar="N,...",
                         help="connections at once; by default 1,16,64,256")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each line; by default 3")
-    parser.add_argument("--processes", type=int, default=2, help="that drive the server; by default 2")
-    parser.add_argument("--rows", type=int, default=10 ** 6, help="touched tasks of profile flat; by default 1000000")
+    parser.add_argument("--seconds", type=positive(float), default=3.0, help="for each line; by default 3")
+    parser.add_argument("--processes", type=positive(int), default=2, help="that drive the server; by default 2")
+    parser.add_argument("--rows", type=positive(int), default=10 ** 6,
+                        help="touched tasks of profile flat; by default 1000000")
     parser.add_argument("--dir", default=None, help="where the temporary file lies")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

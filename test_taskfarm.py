@@ -931,6 +931,21 @@ def test_two_copies_at_once_are_not_mixed_up(farm: Live) -> None:
     assert first.ended == taskfarm.Copy.DONE and os.path.exists(first.path)
 
 
+def test_a_copy_on_a_full_disk_is_not_begun_anew_by_writes_that_fail(store: Direct) -> None:
+    run = make_run(store, 1000)
+    for number in range(1000):
+        report(store, run, number, status="done")
+    copy = store.store.call(taskfarm.begin_copy("1"))
+    store.store._note_trouble("the disk is full")
+
+    def between() -> None:
+        assert report(store, run, 5, status="waiting") == 503 and figures(store, run)[2] == 1000
+    store.store.copy(copy, between)
+    assert copy.ended == copy.DONE
+    assert report(store, run, 5, status="waiting") == 204
+    os.remove(copy.path)
+
+
 def test_a_copy_that_cannot_be_put_where_it_is_wanted_is_refused(tmp_path: Path) -> None:
     Store(str(tmp_path / "f")).close()
     for target in ("no/such/folder", "f"):
@@ -1077,6 +1092,15 @@ def test_what_a_hash_found_is_not_remembered_for_users_who_have_changed(store: D
         logins.who(header)
     later.value.work()
     assert logins.who(header).name == "ann"
+
+
+def test_a_name_that_looks_like_a_token_has_its_password_hidden_too(farm: Live) -> None:
+    farm.service.store.call(taskfarm.add_user("tf1-ann", ADAS_HASH))
+    header = basic("tf1-ann", Live.PASSWORD)
+    assert get_with(farm, header)[0] == 200
+    assert header.encode() not in farm.service.farm.logins.memory
+    assert not taskfarm.TOKEN_FIELD.search(b"Authorization: " + header.encode())
+    assert taskfarm.TOKEN_FIELD.search(b"Host: f\r\nAuthorization: " + basic(farm.token, "").encode())
 
 
 @pytest.mark.parametrize("algorithm", ["scrypt", "pbkdf2"])
