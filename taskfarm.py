@@ -411,6 +411,7 @@ class Copy:
     may see other folders than they do. What nobody took is removed at the next start.
     """
     STEP = 64           # pages between two batches
+    SYNC = 1024         # pages between two fsyncs: one for all at the end would hold up every claim
     MARK = ".copy-"     # stands in its name, after that of the file
 
     def __init__(self, path: str) -> None:
@@ -1053,21 +1054,22 @@ class Store:
         connection writes), so it is the file as it is when the copy ends.
         """
         copy.begun = True
-        part = copy.path + ".part"
+        part, descriptor = copy.path + ".part", -1
 
         def step(status: int, remaining: int, total: int) -> None:
             copy.copied, copy.total = total - remaining, total
+            if copy.copied // Copy.SYNC != (copy.copied - Copy.STEP) // Copy.SYNC:
+                os.fsync(descriptor)
             between()
             if self.stopping:
                 raise Stopped("the server was stopped meanwhile")
         try:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+            descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
             with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
-                target.execute("PRAGMA synchronous = OFF")      # one fsync at the end
+                target.execute("PRAGMA synchronous = OFF")      # we do it ourselves
                 target.execute("PRAGMA journal_mode = OFF")
                 self.connection.backup(target, pages=Copy.STEP, progress=step)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            os.fsync(descriptor)
             os.rename(part, copy.path)
             copy.ended = Copy.DONE
         except Exception as error:
@@ -1075,6 +1077,9 @@ class Store:
                 os.remove(part)
             copy.ended = "the copy was not made: %s" % error
             log.error("%s: %s", copy.path, copy.ended)
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def close(self) -> None:
         """Run what was submitted, end the writer and close the file."""
