@@ -28,7 +28,6 @@ States of a task
     (at 0 percent), or those that are not done at 100 percent (which keep their percentage).
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
-    GET    /                              open  what this is, as HTML
     GET    /livez                         open  200 while the server answers; ?nonce= proves which farm it is
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
@@ -47,6 +46,8 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     DELETE /api/users/<user>              admin  the user is gone, with every token
     POST   /api/backup                    admin  begin a consistent copy of the file
     GET    /api/backup                    admin  how far the copy is
+    DELETE /api/backup                    admin  nobody waits for the copy any more
+    GET    /                              open  what this is, as HTML
 
     "admin" is whoever can read the lock file beside the database: the verbs of this file.
 
@@ -54,7 +55,8 @@ Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
-    A disk that cannot take a write: 503. A fault of the server: 500 with an id that is in its log.
+    Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
+    100-continue, 503 a disk that takes no write, 505 another HTTP, 500 a fault, with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -72,6 +74,7 @@ Contents
     HTTP                requests and replies on sockets; knows no run and no task
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
+    SERVICE             lock, store and address made into one server
     CLIENT              this file's own verbs talk to a server with it
     BENCH               how many workers this machine can feed
     COMMAND LINE        verbs, options, start and end of the server
@@ -419,13 +422,14 @@ class Copy:
         self.copied = 0
         self.total = 0
         self.begun = False
+        self.unwanted = False   # whoever asked for it has gone
         self.ended = ""
 
     DONE = "done"
 
 
 class Stopped(Exception):
-    """The server stops: what was begun is given up."""
+    """What was begun is given up."""
 
 
 class Parked(Exception):
@@ -508,8 +512,7 @@ class Ledger:
 
     def learn_users(self) -> None:
         """Have the users read again into memory, once the transaction is on the disk."""
-        users = {name: User(number, name, password, generation) for number, name, password, generation in self.all(
-            "SELECT id, name, password, generation FROM user ORDER BY id")}
+        users = {user.name: user for user in every_user(self)}
 
         def replace() -> None:
             self.users = users
@@ -766,15 +769,20 @@ def remove_user(sql: Ledger, now: Now, name: str) -> None:
 @operation(reads=True)
 def list_users(sql: Ledger, now: Now) -> List[User]:
     """All users, the oldest first."""
+    return every_user(sql)
+
+
+def every_user(sql: Ledger) -> List[User]:
+    """All users, the oldest first."""
     return [User(*row) for row in sql.all("SELECT id, name, password, generation FROM user ORDER BY id")]
 
 
 def find_user(sql: Ledger, name: str) -> User:
     """The user of that name. Raises NotFound."""
-    row = sql.one("SELECT id, name, password, generation FROM user WHERE name = ?", name)
-    if row is None:
-        raise NotFound("there is no user %s: 'user list' shows them" % shortened(name))
-    return User(*row)
+    for user in every_user(sql):
+        if user.name == name:
+            return user
+    raise NotFound("there is no user %s: 'user list' shows them" % shortened(name))
 
 
 @operation
@@ -806,6 +814,13 @@ def read_copy(sql: Ledger, now: Now) -> Copy:
     if sql.copy is None:
         raise NotFound("no copy was begun since this server started")
     return sql.copy
+
+
+@operation(reads=True)
+def give_up_copy(sql: Ledger, now: Now, path: str) -> None:
+    """Nobody waits for this copy any more."""
+    if sql.copy is not None and sql.copy.path == path:
+        sql.copy.unwanted = True
 
 
 # What a sweep does to the tasks with ids from ? to ?.
@@ -864,7 +879,8 @@ class Sweep:
 TASKS_BETWEEN = "SELECT count(*) FROM task WHERE id >= ? AND id < ?"
 
 
-def unfulfilled(sql: Ledger) -> List[str]:
+@operation(reads=True)
+def check(sql: Ledger, now: Now) -> List[str]:
     """Recount the file's promises: a sentence for each one that does not hold."""
     sql.flush()
     wrong = []
@@ -920,12 +936,6 @@ def recount(sql: Ledger, run: Run) -> Iterator[str]:
             yield "tasks from id %d on are both touched and untouched" % first
 
 
-@operation(reads=True)
-def check(sql: Ledger, now: Now) -> List[str]:
-    """What is wrong with the file, a sentence each; nothing when all promises hold."""
-    return unfulfilled(sql)
-
-
 def disk_trouble(error: BaseException) -> Optional[str]:
     """A sentence when an error of SQLite means that the disk does not take a write, else None.
 
@@ -958,8 +968,7 @@ class Store:
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
         for name in glob.glob(glob.escape(path) + Copy.MARK + "*"):
-            with contextlib.suppress(OSError):
-                os.remove(name)
+            remove_if_there(name)
         if not os.path.exists(path):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
@@ -1061,8 +1070,8 @@ class Store:
             if copy.copied // Copy.SYNC != (copy.copied - Copy.STEP) // Copy.SYNC:
                 os.fsync(descriptor)
             between()
-            if self.stopping:
-                raise Stopped("the server was stopped meanwhile")
+            if self.stopping or copy.unwanted:
+                raise Stopped("the server was stopped meanwhile" if self.stopping else "nobody waits for it any more")
         try:
             descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
             with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
@@ -1073,8 +1082,7 @@ class Store:
             os.rename(part, copy.path)
             copy.ended = Copy.DONE
         except Exception as error:
-            with contextlib.suppress(OSError):
-                os.remove(part)
+            remove_if_there(part)
             copy.ended = "the copy was not made: %s" % error
             log.error("%s: %s", copy.path, copy.ended)
         finally:
@@ -1228,6 +1236,12 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
             (secrets.token_hex(16), secrets.token_bytes(32), secrets.token_bytes(32)))
     connection.execute("PRAGMA user_version = %d" % len(SCHEMA))
     connection.execute("COMMIT")
+
+
+def remove_if_there(path: str) -> None:
+    """Remove a file that may have gone already."""
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def statements(script: str) -> Iterator[str]:
@@ -2290,7 +2304,7 @@ class Server(ThreadingHTTPServer):
         if (c.spoken and c.watching == selectors.EVENT_READ and (c.busy or c.request is None) and not (
                 c.inbox or c.outbox or c.held or c.phase or c.skip or c.ending or c.eof or c.gone or self.stopping)):
             return      # the common case: between two requests, or one in work
-        held = len(c.inbox) + len(c.outbox)
+        held = len(c.inbox) + (len(c.outbox.obj) if c.outbox else 0)     # the whole answer is kept for its rest
         self.buffered += held - c.held
         c.held = held
         waiting = not (c.busy or c.outbox)
@@ -2399,7 +2413,7 @@ class Server(ThreadingHTTPServer):
                 raise NotFound("there is nothing at %s: GET / says what there is" % shortened(path_of(request.target)))
             raise MethodNotAllowed(request.method, sorted([*by_method, *(["HEAD"] if "GET" in by_method else [])]))
         if route.access == ADMIN and request.login and request.login.user:
-            raise Forbidden("this is for 'taskfarm.py user' on the server's own machine")
+            raise Forbidden("this is for the verbs of taskfarm.py, on the server's own machine")
         request.route = route
         if request.length < 0:
             raise LengthRequired("a body must come with a Content-Length, not chunked")
@@ -2524,7 +2538,7 @@ class Farm:
 
     def proof(self, nonce: str) -> str:
         """What only this farm can answer to a nonce; clients that have the access file can tell."""
-        return signature(self.store.proof_key.hex().encode(), "taskfarm proof " + nonce)
+        return hmac.new(self.store.proof_key, nonce.encode(), "sha256").hexdigest()
 
 
 def run_json(run: Run) -> Dict[str, Any]:
@@ -2570,7 +2584,7 @@ def task_number(text: str) -> int:
     """The number of a task in a path: ASCII digits. Raises NotFound."""
     if not (text.isascii() and text.isdigit()):
         raise NotFound("a task is named by its number in ASCII digits, not by %s" % shortened(ascii(text)))
-    return int(text[-400:]) if len(text) < 400 else 10 ** 20
+    return int(text) if len(text) < 20 else 10 ** 20
 
 
 def choices(*words: str) -> Dict[str, Any]:
@@ -2581,20 +2595,11 @@ def choices(*words: str) -> Dict[str, Any]:
 UUID = Text(64, "[A-Za-z0-9._-]+")
 
 
-@route("GET", "/", access=OPEN)
-def front(req: Request) -> Reply:
-    """Say what this is.
-
-    200: HTML with name, version and where to go
-    """
-    return Reply(200, front_page(req.login is not None).encode(), "text/html; charset=utf-8")
-
-
 @route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False)})
 def alive(req: Request) -> Reply:
     """Tell a supervisor that the server answers, and a client that this is the farm it knows.
 
-    200: {"status": "alive"}, with a nonce also {"proof": HMAC of the nonce under the farm's proof key}
+    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of it under the farm's proof key, in hex}
     """
     nonce = req.query.get("nonce")
     return json_reply(200, {"status": "alive", "proof": req.farm.proof(nonce)} if nonce else {"status": "alive"})
@@ -2797,6 +2802,15 @@ def backup_progress(req: Request) -> Operation:
         "path": copy.path, "copied": copy.copied, "total": copy.total, "ended": copy.ended}))
 
 
+@route("DELETE", "/api/backup", access=ADMIN, body={"path": Text(4096)})
+def drop_backup(req: Request) -> Operation:
+    """Say that nobody waits for a copy any more; what there is of it is removed.
+
+    204: noted
+    """
+    return give_up_copy(req.fields["path"]).shown_as(show_nothing)
+
+
 # ---------------------------------------------------------------- PAGES
 # What a person sees in a browser. Every value goes through html.escape.
 
@@ -2814,18 +2828,99 @@ def page(title: str, body: str) -> str:
             % (html.escape(title), STYLE, body))
 
 
-def front_page(known: bool) -> str:
-    """What this is, its version, and where to go: the table of the API."""
+@route("GET", "/", access=OPEN)
+def front(req: Request) -> Reply:
+    """Say what this is.
+
+    200: HTML with name, version and where to go
+    """
     rows = "".join("<tr><td><code>%s</code></td><td><code>%s</code></td><td>%s</td></tr>\n" % (
         html.escape(line.method), html.escape(line.path), html.escape((line.handler.__doc__ or "").split("\n")[0]))
         for line in ROUTES.table if line.access != ADMIN)
-    return page("taskfarm", """
+    return Reply(200, page("taskfarm", """
 <h1>taskfarm %s</h1>
 <p>This server hands out the numbered tasks of a run to workers over HTTP and remembers the state of each.</p>
 <table>
 %s</table>
-<p>JSON in, JSON out. All but the first three want a login: <code>curl -u USER:PASSWORD %s/api/runs</code>.</p>
-""" % (html.escape(__version__), rows, "http://HOST:PORT"))
+<p>JSON in, JSON out. All under /api wants a login: <code>curl -u USER:PASSWORD http://HOST:PORT/api/runs</code>.</p>
+""" % (html.escape(__version__), rows)).encode(), "text/html; charset=utf-8")
+
+
+# ---------------------------------------------------------------- SERVICE
+# Lock, store, farm and address made into one server, and taken apart again.
+
+def url_of(host: str, port: int) -> str:
+    """An http URL of a host, which may be an IPv6 address."""
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
+def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
+    """The host that clients are told, and the one that local verbs use."""
+    everywhere = host in ("", "0.0.0.0", "::")
+    local = ("::1" if ":" in host else "127.0.0.1") if everywhere else host
+    return advertise or (socket.gethostname() if everywhere else host), local
+
+
+class Service:
+    """A server in the making: lock, address, store and users, in the order in which each is refused.
+
+    Raises Refusal, with everything let go again.
+    """
+    def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
+                 access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES) -> None:
+        with contextlib.ExitStack() as undo:
+            secret = secrets.token_urlsafe(32)
+            self.lock = Lock(db)
+            undo.callback(self.lock.close)
+            if not os.path.exists(db):
+                undo.callback(remove_if_there, db)      # a start that is refused leaves no empty farm
+            self.store = Store(db, clock)
+            undo.callback(self.store.close)
+            self.farm = Farm(self.store, secret, token_days)
+            try:
+                self.server = Server((host, port), self.farm, routes, access_log)
+            except OSError as error:
+                raise Refusal(address_refused(host, port, error))
+            undo.callback(self.server.server_close)
+            shown, local = reachable_as(host, advertise)
+            self.url = url_of(shown, self.server.server_port)
+            self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
+                             "admin_url": url_of(local, self.server.server_port), "secret": secret,
+                             "proof": self.store.proof_key.hex()})
+            try:
+                self.server.start_threads()
+                self.store.start()
+            except RuntimeError:
+                raise Refusal("the system gives this user no more threads (ulimit -u): end some processes first")
+            undo.pop_all()
+
+    def serve(self) -> None:
+        """Serve until `stop`, then let everything go."""
+        try:
+            self.server.serve_forever()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Have `serve` return, once the answers in hand are sent. For any thread and signal."""
+        self.server.stop()
+
+    def close(self) -> None:
+        """Write what is in hand and let go of file, address and lock."""
+        self.server.server_close()
+        self.store.close()
+        self.lock.close()
+
+
+def address_refused(host: str, port: int, error: OSError) -> str:
+    """Why the server cannot listen, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return ("port %d is in use on this machine, perhaps by somebody else's server: --port 0 picks one that is "
+                "free, and the access file tells your workers which" % port)
+    if error.errno == errno.EACCES:
+        return "port %d is for the system's own services: choose one above 1023" % port
+    return "cannot listen on %s port %d: %s (--host wants an address of this machine, or 0.0.0.0 for all)" % (
+        host, port, error.strerror or error)
 
 
 # ---------------------------------------------------------------- CLIENT
@@ -2871,9 +2966,9 @@ def still_answers(access: Dict[str, Any]) -> bool:
     nonce = secrets.token_hex(16)
     try:
         answer = ask(str(access["url"]), "GET", "/livez?nonce=" + nonce, timeout_s=2.0)
-        wanted = signature(str(access["proof"]).encode(), "taskfarm proof " + nonce)
+        wanted = hmac.new(bytes.fromhex(access["proof"]), nonce.encode(), "sha256").hexdigest()
         return hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
-    except (OSError, KeyError, ValueError, AttributeError, FarmError):
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, FarmError):
         return False
 
 
@@ -2939,7 +3034,7 @@ class BenchClient:
     """One connection that works through a profile's requests, as cheaply as Python can.
 
     *steps*: for each request of a cycle its name and a function from the last claimed task number
-    to bytes. A cycle whose first request gets a 204 was the last.
+    to bytes.
     """
     def __init__(self, port: int, steps: Sequence[Tuple[str, Callable[[int], bytes]]]) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -3066,21 +3161,25 @@ class BenchServer:
         self.token = make_token(store.signing_key, user, 0)
         store.close()
         reader, writer = os.pipe()
-        self.pid, self.result = forked(lambda: self._serve(db, writer))
+        leash, self.leash = os.pipe()       # its other end closes with this process, however that ends
+        self.pid, self.result = forked(lambda: self._serve(db, writer, leash))
         os.close(writer)
+        os.close(leash)
         with os.fdopen(reader, "rb") as file:
             self.port = int(file.read() or 0)
         self.url = url_of("127.0.0.1", self.port)
 
-    @staticmethod
-    def _serve(db: str, ready: int) -> None:
+    def _serve(self, db: str, ready: int, leash: int) -> None:
+        os.close(self.leash)
         routes = ROUTES.copy()
         constant = {"id": 12345, "task": 12344, "status": "computing", "percentCompleted": 0.0}
         routes.route("POST", "/api/constant", body={"worker_uuid": UUID})(lambda _: json_reply(201, constant))
         routes.route("GET", "/api/used")(lambda _: json_reply(200, {
             "cpu_s": time.process_time(), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
         service = Service(db, "127.0.0.1", 0, routes=routes)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent has got it too, and lets go of the leash
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
+        threading.Thread(target=lambda: os.read(leash, 1) or service.stop(), daemon=True).start()  # type: ignore
         os.write(ready, str(service.server.server_port).encode())
         os.close(ready)
         service.serve()
@@ -3097,8 +3196,9 @@ class BenchServer:
 
     def stop(self) -> None:
         """End it."""
-        os.kill(self.pid, signal.SIGTERM)
+        os.kill(self.pid, signal.SIGTERM)       # servers that were forked later hold its leash too
         self.result()
+        os.close(self.leash)
 
 
 def quantiles(values: "array.array[float]") -> List[float]:
@@ -3145,18 +3245,17 @@ def bench_point(server: BenchServer, profile: str, clients: int, seconds: float,
 
 def bench_table(points: List[Dict[str, Any]]) -> str:
     """The measurements as a person reads them."""
-    lines = ["                                          latency in ms                      server CPU",
-             "profile   clients  requests/s   tasks/s  request      p50     p95     p99     max"
-             "  ms/request  s/1000 tasks  peak MiB  twice  never"]
+    lines = ["                                             latency in ms           server CPU      peak",
+             "profile  clients requests/s tasks/s request    p50   p95   p99   max  ms/req s/1000t  MiB twice never"]
     for point in points:
-        first = "%-9s %7d  %10.0f  %8.0f" % (point["profile"], point["clients"], point["requests_per_s"],
-                                             point["tasks_per_s"])
+        first = "%-8s %7d %10.0f %7.0f" % (point["profile"], point["clients"], point["requests_per_s"],
+                                           point["tasks_per_s"])
         per_task = point["cpu_s_per_1000_tasks"]
-        last = "%10.3f  %12s  %8.0f  %5d  %5d" % (
+        last = "%7.3f %7s %4.0f %5d %5d" % (
             point["cpu_s_per_1000_requests"], "%.3f" % per_task if per_task else "-", point["peak_mib"],
             point["twice"], point["never"])
         for name, (p50, p95, p99, most) in point["ms"].items():
-            lines.append("%-38s  %-10s %7.2f %7.2f %7.2f %7.1f  %s" % (first, name, p50, p95, p99, most, last))
+            lines.append("%-35s %-8s %5.1f %5.1f %5.1f %5.0f %s" % (first, name, p50, p95, p99, most, last))
             first = last = ""
     return "\n".join(line.rstrip() for line in lines)
 
@@ -3183,7 +3282,9 @@ def bench_flat(folder: str, rows: int, seconds: float, progress: "Progress") -> 
 
     The four servers take turns, so that the machine's moods hit all alike.
     """
-    servers, runs, took = {}, {}, {}    # type: Dict[str, BenchServer], Dict[str, str], Dict[str, Any]
+    servers: Dict[str, BenchServer] = {}
+    runs: Dict[str, str] = {}
+    took: Dict[str, Dict[str, "array.array[float]"]] = {}
     for case in FLAT:
         db = os.path.join(folder, "flat-%d.sqlite" % FLAT.index(case))
         progress.what = "filling: " + case
@@ -3290,78 +3391,6 @@ def warn_if_open(path: str) -> None:
                 log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
 
 
-def url_of(host: str, port: int) -> str:
-    """An http URL of a host, which may be an IPv6 address."""
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
-
-
-def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
-    """The host that clients are told, and the one that local verbs use."""
-    everywhere = host in ("", "0.0.0.0", "::")
-    local = ("::1" if ":" in host else "127.0.0.1") if everywhere else host
-    return advertise or (socket.gethostname() if everywhere else host), local
-
-
-class Service:
-    """A server in the making: lock, address, store and users, in the order in which each is refused.
-
-    Raises Refusal, with everything let go again.
-    """
-    def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
-                 access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES) -> None:
-        with contextlib.ExitStack() as undo:
-            secret = secrets.token_urlsafe(32)
-            self.lock = Lock(db)
-            undo.callback(self.lock.close)
-            self.store = Store(db, clock)
-            undo.callback(self.store.close)
-            self.farm = Farm(self.store, secret, token_days)
-            try:
-                self.server = Server((host, port), self.farm, routes, access_log)
-            except OSError as error:
-                raise Refusal(address_refused(host, port, error))
-            undo.callback(self.server.server_close)
-            shown, local = reachable_as(host, advertise)
-            self.url = url_of(shown, self.server.server_port)
-            self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
-                             "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                             "proof": self.store.proof_key.hex()})
-            try:
-                self.server.start_threads()
-                self.store.start()
-            except RuntimeError:
-                raise Refusal("the system gives this user no more threads (ulimit -u): end some processes first")
-            undo.pop_all()
-
-    def serve(self) -> None:
-        """Serve until `stop`, then let everything go."""
-        try:
-            self.server.serve_forever()
-        finally:
-            self.close()
-
-    def stop(self) -> None:
-        """Have `serve` return, once the answers in hand are sent. For any thread and signal."""
-        self.server.stop()
-
-    def close(self) -> None:
-        """Write what is in hand and let go of file, address and lock."""
-        self.server.server_close()
-        self.store.close()
-        self.lock.close()
-
-
-def address_refused(host: str, port: int, error: OSError) -> str:
-    """Why the server cannot listen, and what to do."""
-    if error.errno == errno.EADDRINUSE:
-        return ("port %d is in use on this machine, perhaps by somebody else's server: --port 0 picks one that is "
-                "free, and the access file tells your workers which" % port)
-    if error.errno == errno.EACCES:
-        return "port %d is for the system's own services: choose one above 1023" % port
-    return "cannot listen on %s port %d: %s (--host wants an address of this machine, or 0.0.0.0 for all)" % (
-        host, port, error.strerror or error)
-
-
 def cmd_serve(args: argparse.Namespace) -> int:
     """serve a farm from one file (what happens when no verb is given)
 
@@ -3417,13 +3446,14 @@ def cmd_bench(args: argparse.Namespace) -> int:
     if args.dir is not None and not os.path.isdir(args.dir):
         raise Refusal("there is no folder %s" % args.dir)
     raise_descriptor_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # through what removes the folder
     points: List[Dict[str, Any]] = []
     pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile != "flat"]
     with tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir) as folder, Progress("bench") as progress:
         if pairs:
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):
-                progress.what = "%s, %d clients" % (profile, clients)
+                progress.what = "%s, %d client%s" % (profile, clients, "s" * (clients > 1))
                 progress.show(number, len(pairs))
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             server.stop()
@@ -3545,20 +3575,23 @@ class Local:
         try:
             yield path
         finally:
-            for name in (path, path + "-wal", lock_path(path)):
-                with contextlib.suppress(OSError):
-                    os.remove(name)
+            remove_if_there(path)
+            remove_if_there(path + "-wal")
 
     def _copy_by_server(self, progress: Progress) -> Tuple[str, str]:
         path = str(self.ask_server("POST", "/api/backup")["path"])
-        while True:
-            time.sleep(0.1)
-            state = self.ask_server("GET", "/api/backup")
-            if state["path"] != path:       # another was begun since
-                return path, Copy.DONE if os.path.exists(path) else "the copy was not made: its server's log says why"
-            progress.show(state["copied"], state["total"])
-            if state["ended"]:
-                return path, state["ended"]
+        try:
+            while True:
+                time.sleep(0.1)
+                state = self.ask_server("GET", "/api/backup")
+                if state["path"] != path:       # another was begun since
+                    return path, Copy.DONE if os.path.exists(path) else "the copy was not made: the log says why"
+                progress.show(state["copied"], state["total"])
+                if state["ended"]:
+                    return path, state["ended"]
+        except KeyboardInterrupt:
+            self.ask_server("DELETE", "/api/backup", {"path": path})
+            raise
 
 
 def take_away(path: str, target: str) -> None:
@@ -3687,11 +3720,13 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
     return 0
 
 
-def fallback(parser: argparse.ArgumentParser, option: str, variable: str, default: Any, text: str,
+def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
              kind: Callable[[str], Any] = str) -> None:
-    """An option that falls back to an environment variable."""
-    parser.add_argument(option, type=kind, default=os.environ.get(variable, default),
-                        metavar=option.strip("-").upper().replace("-", "_"), help="%s (%s)" % (text, variable))
+    """An option, as "--name VALUE", that falls back to an environment variable."""
+    name, metavar = option.split()
+    variable = "TASKFARM_" + name.strip("-").upper().replace("-", "_")
+    parser.add_argument(name, type=kind, default=os.environ.get(variable, default), metavar=metavar,
+                        help="%s (%s)" % (text, variable))
 
 
 def port_number(text: str) -> int:
@@ -3717,7 +3752,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
         name, help=first, description=first + "\n" + text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=command, needs_db=needs_db)
     if needs_db:
-        fallback(parser, "--db", "TASKFARM_DB", None, "the farm's file")
+        fallback(parser, "--db FILE", None, "the farm's file")
     return parser
 
 
@@ -3726,29 +3761,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.",
-        epilog="start here:  python3 taskfarm.py --db runs.sqlite\n'taskfarm.py VERB --help' tells more of each verb.")
+        epilog="start here:  python3 taskfarm.py --db runs.sqlite\n"
+               "'taskfarm.py VERB --help' tells more of each verb; 'serve --help' of where it listens.")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     serve = add_verb(verbs, "serve", cmd_serve)
-    fallback(serve, "--host", "TASKFARM_HOST", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
+    fallback(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
              "127.0.0.1, this machine alone")
-    fallback(serve, "--port", "TASKFARM_PORT", "5000", "the port to listen on; 0 picks one; by default 5000",
+    fallback(serve, "--port PORT", "5000", "the port to listen on; 0 picks one; by default 5000",
              port_number)
-    fallback(serve, "--advertise", "TASKFARM_ADVERTISE", "", "the host name that clients are told, where it is not the "
+    fallback(serve, "--advertise NAME", "", "the host name that clients are told, where it is not the "
              "one to listen on")
-    fallback(serve, "--access-log", "TASKFARM_ACCESS_LOG", "", "a file that gets a line for each request; - for the "
+    fallback(serve, "--access-log FILE", "", "a file that gets a line for each request; - for the "
              "standard output")
-    fallback(serve, "--token-days", "TASKFARM_TOKEN_DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
+    fallback(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
              "password changes; by default 365", number_of_days)
     add_verb(verbs, "check", cmd_check)
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
-    user = verbs.add_parser("user", help="add, list, change and remove users")
+    user = verbs.add_parser("user", help="add, list, change and remove users", description="add, list, change and "
+                            "remove users; 'user VERB --help' tells more, with an example")
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
-        add_verb(users, name, command).add_argument("name", metavar="NAME")
+        add_verb(users, name, command).add_argument("name", metavar="NAME", help="the user")
     return parser
 
 

@@ -542,13 +542,34 @@ def test_only_the_store_speaks_sql() -> None:
 @pytest.mark.parametrize("name, allowed", [
     ("sqlite3", {"STORE"}), ("selectors", {"HTTP", "BENCH"}), ("socketserver", {"HTTP"}),
     ("argparse", {"COMMAND LINE"}),
-    ("socket", {"HTTP", "BENCH", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
-    ("ROUTES", {"API", "PAGES", "BENCH", "COMMAND LINE"}), ("Request", {"HTTP", "API"}),
-    ("Store", {"STORE", "API", "BENCH", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
+    ("socket", {"HTTP", "SERVICE", "BENCH", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
+    ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "API", "PAGES"}),
+    ("Store", {"STORE", "API", "SERVICE", "BENCH", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
 ])
 def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
     used = {section_of(node) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == name}
     assert used and used <= allowed
+
+
+def test_a_section_uses_those_above_it_and_none_below() -> None:
+    order = ["CONTRACT", *sections()]
+    defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert len(defined) > 150
+    below = set()
+    for outer in TREE.body:
+        names = [node for node in ast.walk(outer) if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        own |= {node.arg for node in ast.walk(outer) if isinstance(node, ast.arg)}
+        below |= {(section_of(node), node.id) for node in names if node.id in defined and node.id not in own
+                  and order.index(defined[node.id]) > order.index(section_of(node))}
+    assert below == set()
+
+
+def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
+    defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    used = {defined[node.id] for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in defined
+            and section_of(node) == "CLIENT"}
+    assert used <= {"LIMITS AND ERRORS", "CLIENT"}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -944,6 +965,15 @@ def test_a_copy_on_a_full_disk_is_not_begun_anew_by_writes_that_fail(store: Dire
     assert copy.ended == copy.DONE
     assert report(store, run, 5, status="waiting") == 204
     os.remove(copy.path)
+
+
+def test_a_copy_that_nobody_waits_for_is_given_up(store: Direct) -> None:
+    run = make_run(store, 10 ** 6)
+    store.store.apply([taskfarm.report(run, number, taskfarm.DONE, None) for number in range(40000)])
+    copy = store.store.call(taskfarm.begin_copy("1"))
+    store.store.copy(copy, lambda: store.store.call(taskfarm.give_up_copy(copy.path)))
+    assert "nobody waits" in copy.ended
+    assert not [name for name in os.listdir(os.path.dirname(copy.path)) if taskfarm.Copy.MARK in name]
 
 
 def test_a_copy_that_cannot_be_put_where_it_is_wanted_is_refused(tmp_path: Path) -> None:
@@ -1840,6 +1870,11 @@ def test_bench_measures_and_counts(tmp_path: Path) -> None:
     assert all(point["twice"] == point["never"] == 0 for point in points)
     assert all(point["requests_per_s"] > 0 for point in points) and set(points[1]["ms"]) == {"claim", "done"}
     assert set(flat["ratio"]) == set(taskfarm.FLAT)
+    killed = subprocess.Popen([sys.executable, str(MODULE), "bench", "--seconds", "60", "--dir", str(tmp_path)])
+    wait_until(lambda: list(tmp_path.glob("*/farm.sqlite.lock")))
+    killed.terminate()
+    assert killed.wait(20) == 143
+    wait_until(lambda: not list(tmp_path.iterdir()))
     shown = run_verb("bench", "--profile", "lean", "--clients", "2", "--seconds", "0.1", "--dir", str(tmp_path))
     assert shown.returncode == 0 and "\nprofile " in shown.stdout and shown.stdout.count("\n") == 4
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
@@ -1892,6 +1927,7 @@ def test_a_second_server_on_the_same_file_or_port_gets_one_sentence(tmp_path: Pa
     for words, sentence in (((str(tmp_path / "f"), "0"), "process %d on" % server.process.pid),
                             ((str(tmp_path / "g"), str(server.port)), "--port 0")):
         done = run_verb("--db", words[0], "--port", words[1])
+        assert not (tmp_path / "g").exists(), "a refused start leaves no farm"
         assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and sentence in done.stderr
     assert server.ask("GET", "/api/runs")[0] == 200
     assert server.end(signal.SIGTERM) == 0
