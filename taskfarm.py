@@ -933,7 +933,7 @@ def find_worker(sql: Ledger, worker_uuid: str) -> Worker:
     if worker is None:
         row = sql.one("SELECT " + Worker.COLUMNS + " FROM worker WHERE uuid = ?", worker_uuid)
         if row is None:
-            raise NotFound("there is no worker %s: POST /api/worker registers one" % worker_uuid)
+            raise NotFound("there is no worker %s: POST /api/worker registers one" % shortened(worker_uuid))
         worker = sql.keep_worker(Worker(row))
     return worker
 
@@ -1419,7 +1419,7 @@ def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], work
             status = was
         begins = status == COMPUTING and (was != COMPUTING or started is None)
     else:
-        if not judge(sql, row, worker_uuid, worker, said):
+        if not judge(sql, now, row, worker_uuid, worker, said):
             return
         if status is None:
             status = COMPUTING
@@ -1477,7 +1477,8 @@ def count_change(sql: Ledger, run: Run, was: int, had: int, status: int, million
     run.num_complete += (status == DONE and millionths == FULL) - (was == DONE and had == FULL)
 
 
-def judge(sql: Ledger, row: TaskRow, worker_uuid: Optional[str], worker: Optional[Worker], said: Report) -> bool:
+def judge(sql: Ledger, now: Now, row: TaskRow, worker_uuid: Optional[str], worker: Optional[Worker],
+          said: Report) -> bool:
     """Whether a report that names a claim is to be written; False when it came before. Raises Conflict."""
     task_id, status, _, owner, present, hold = row[:6]
     ours = (worker_uuid is None or worker is not None and owner == worker.id) and said.attempt in (None, present)
@@ -1485,9 +1486,9 @@ def judge(sql: Ledger, row: TaskRow, worker_uuid: Optional[str], worker: Optiona
         if hold <= STARTED:
             return True
         if hold <= GIVEN_UP:
-            if worker is None or worker.state != SIGNED_OFF or said.status in (DONE, FAILED):
-                return True
-            refuse_signed_off(worker)
+            if said.status not in (DONE, FAILED):
+                revive_holder(sql, now, worker or worker_of_task(sql, owner or 0))
+            return True
         return repeats(said, hold)
     if worker is not None and said.attempt is not None:
         ended = sql.one("SELECT hold FROM ended WHERE task = ? AND attempt = ? AND worker = ?",
@@ -1497,6 +1498,14 @@ def judge(sql: Ledger, row: TaskRow, worker_uuid: Optional[str], worker: Optiona
     raise Conflict("task %d is not held by %s%s: it is %s, at attempt %d; what was computed is not wanted" % (
         said.number, "worker %s" % worker_uuid if worker_uuid is not None else "anybody",
         "" if said.attempt is None else " in attempt %d" % said.attempt, STATUS[status], present))
+
+
+def revive_holder(sql: Ledger, now: Now, worker: Optional[Worker]) -> None:
+    """A lapsed task is to be held again, so its worker must be able to lose it again. Raises Conflict."""
+    if worker is None:
+        raise Conflict("the worker that held this task is forgotten: only a result of it is wanted")
+    refuse_signed_off(worker)
+    hear(sql, now, worker)
 
 
 def repeats(said: Report, hold: int) -> bool:
@@ -2314,9 +2323,10 @@ class Store:
     def _expire(self, sql: Ledger, now: Now, tick: float) -> bool:
         """One slice of the tasks of a worker who left, or whose lease had ended by *tick*; True when there are more."""
         if sql.leavers:
-            if not release_some(sql, now, sql.leavers[0], signed_off=True, most=EXPIRY_SLICE):
-                return True
-            sql.after_commit(lambda: sql.leavers.__delitem__(0))
+            with contextlib.suppress(Parked):       # it is tried again: the writer does not rest while there is a sweep
+                if not release_some(sql, now, sql.leavers[0], signed_off=True, most=EXPIRY_SLICE):
+                    return True
+                sql.after_commit(lambda: sql.leavers.__delitem__(0))
             return False
         leases = sql.leases
         worker_id = leases.run_out(tick)
