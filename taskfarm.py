@@ -2704,9 +2704,9 @@ class Logins:
         """Who sent this Authorization field. Raises Unauthorized, or Later when a password has to be hashed."""
         if self.users() is not self.known:
             self.known, self.memory = self.users(), {}
-        now = self.clock()
-        # A token need not be hidden from a memory that can sign tokens.
-        key = header if TOKEN_SHOWN.match(header) else hmac.digest(self.memory_key, header, "sha256")
+        now, key = self.clock(), header
+        if header not in self.memory and not TOKEN_SHOWN.match(header):     # a token need not be hidden from a memory
+            key = hmac.digest(self.memory_key, header, "sha256")            # that can sign tokens
         login, until = self.memory.get(key, (None, 0.0))
         if until <= now.tick:
             login = self._verify(header, key, now)
@@ -3003,6 +3003,7 @@ class Routes:
     def __init__(self) -> None:
         self.table: List[Route] = []
         self.tree: Dict[Optional[str], Any] = {}    # segment, or "/" for any, to the rest; None to routes by method
+        self.walked = functools.lru_cache(maxsize=4096)(self._walk)     # to all but the last segment, the same for many
 
     def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
               query: Optional[Dict[str, Field]] = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -3014,6 +3015,7 @@ class Routes:
 
     def add(self, route: Route) -> None:
         """Enter a line."""
+        self.walked.cache_clear()
         self.table.append(route)
         node = self.tree
         for segment in route.path[1:].split("/"):
@@ -3022,17 +3024,25 @@ class Routes:
 
     def find(self, path: str) -> Tuple[Dict[str, Route], List[str]]:
         """The routes of a path by method, none when it is unknown, and its variable segments."""
-        node: Any = self.tree
-        variables = []
-        for segment in path[1:].split("/"):
-            branch = node.get(segment)
-            if branch is None and "/" in node and segment:
-                branch = node["/"]
-                variables.append(urllib.parse.unquote(segment, errors="replace"))
-            if branch is None:
-                return {}, []
-            node = branch
-        return node.get(None, {}), variables
+        before, _, last = path.rpartition("/")
+        node, variables = self.walked(before)
+        node, variable = self._step(node, last)
+        return node.get(None, {}), variables + variable
+
+    def _walk(self, path: str) -> Tuple[Dict[Optional[str], Any], List[str]]:
+        node, variables = self.tree, []
+        for segment in path.split("/")[1:]:
+            node, variable = self._step(node, segment)
+            variables += variable
+        return node, variables
+
+    def _step(self, node: Dict[Optional[str], Any], segment: str) -> Tuple[Dict[Optional[str], Any], List[str]]:
+        """Where a segment leads, nowhere when it is unknown, and what it holds if it is a variable."""
+        if segment in node:
+            return node[segment], []
+        if "/" in node and segment:
+            return node["/"], [urllib.parse.unquote(segment, errors="replace")]
+        return {}, []
 
     def copy(self) -> "Routes":
         """Another table with the same lines, to add to."""
@@ -3082,8 +3092,9 @@ class Request:
         if keyed:       # it is another one with each request, and cut out, the rest comes again
             block = block[:keyed.start()] + block[keyed.end():]
             block = block[2:] if block.startswith(b"\r\n") else block
-        parse = parse_fields if len(block) <= 1024 and TOKEN_FIELD.search(block) else parse_fields.__wrapped__
-        self.headers, self.length, self.keep = parse(block if block or not keyed and mark else None, self.minor)
+        parsed = PARSED.get((block, self.minor)) or parse_fields(block if block or not keyed and mark else None,
+                                                                 self.minor)
+        self.headers, self.length, self.keep = parsed
         self.key = self._key(keyed[1] if keyed else None) if self.method == "POST" else ""
         self.expects = b"expect" in self.headers
 
@@ -3101,12 +3112,16 @@ class Request:
         return key
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_fields(block: Optional[bytes], minor: int) -> Tuple[Dict[bytes, bytes], int, bool]:
+Fields = Tuple[Dict[bytes, bytes], int, bool]
+# Workers send the same fields with each request, so they are parsed once; never kept where they may hold a password.
+PARSED: Dict[Tuple[bytes, int], Fields] = {}
+MOST_PARSED = 1024
+
+
+def parse_fields(block: Optional[bytes], minor: int) -> Fields:
     """Header fields by name in small letters, the length of the body, and whether the connection is to be kept.
 
-    A length of -1: the body is chunked. Workers send the same fields with each request, so they are
-    parsed once; but never kept where they may hold a password. Raises FarmError.
+    A length of -1: the body is chunked. Raises FarmError.
     """
     lines = [] if block is None else block.split(b"\r\n")
     if len(lines) > FIELD_LIMIT:
@@ -3128,7 +3143,12 @@ def parse_fields(block: Optional[bytes], minor: int) -> Tuple[Dict[bytes, bytes]
         raise BadRequest("a request of HTTP/1.1 has a Host field")
     connection = headers.get(b"connection", b"").lower()
     keep = b"close" not in connection and (minor > 0 or b"keep-alive" in connection)
-    return headers, body_length(headers), keep
+    fields = headers, body_length(headers), keep
+    if block and len(block) <= 1024 and TOKEN_FIELD.search(block):
+        if len(PARSED) >= MOST_PARSED:
+            PARSED.clear()
+        PARSED[block, minor] = fields
+    return fields
 
 
 def body_length(headers: Dict[bytes, bytes]) -> int:
