@@ -781,6 +781,7 @@ class Ledger:
         self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
         self.leases = Leases(0)
         self.leavers: List[int] = []            # signed off, with more tasks than one operation lets go
+        self.claim_keys: Optional[Dict[bytes, int]] = None      # of the last claims, to worker ids; None: to be read
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
         self.effects: List[Callable[[], None]] = []
@@ -834,6 +835,7 @@ class Ledger:
     def forget(self) -> None:
         """Drop all memory: the transaction was rolled back."""
         self.forget_rows()
+        self.claim_keys = None
         self.changed.clear()
         self.begun.clear()
         self.effects.clear()
@@ -1077,7 +1079,7 @@ def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str,
     hear(sql, now, worker)
     refuse_signed_off(worker)
     run = find_run(sql, run_uuid)
-    given = given_before(sql, worker, keyed) if keyed else []
+    given = given_before(sql, now, worker, keyed) if keyed else []
     if given:
         return task_of(sql, run, given[0])
     if not run.counts[WAITING]:
@@ -1098,7 +1100,7 @@ def claim_many(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str, count: in
     hear(sql, now, worker)
     refuse_signed_off(worker)
     run = find_run(sql, run_uuid)
-    given = given_before(sql, worker, keyed) if keyed else []
+    given = given_before(sql, now, worker, keyed) if keyed else []
     if given:
         return [(row[0] - run.first_id, row[4], row[2]) for row in given]
     if not run.counts[WAITING]:
@@ -1247,18 +1249,49 @@ class Keyed(NamedTuple):
             raise Unprocessable("this Idempotency-Key came with another request before: use a new key for each")
 
 
-def given_before(sql: Ledger, worker: Worker, keyed: Keyed) -> List[TaskRow]:
-    """The tasks that the worker was given for a claim with this key, if that was its last one with a key."""
-    row = sql.one("SELECT key, request, given FROM last_claim WHERE worker = ?", worker.id)
-    if row is None or row[0] != keyed.key:
+def given_before(sql: Ledger, now: Now, worker: Worker, keyed: Keyed) -> List[TaskRow]:
+    """The tasks that the worker was given for a claim with this key, if that was its last one with a key.
+
+    Raises Unprocessable when the key came with another request, whoever claimed with it.
+    """
+    before = claim_with(sql, keyed.key)
+    if before is None:
+        row = sql.one(ANSWER, keyed.key, now.utc - KEY_MEMORY_S)
+        if row is not None:
+            keyed.compare(row[0])
         return []
-    keyed.compare(row[1])
+    keyed.compare(before[0])
     given: List[TaskRow] = []
-    for span in row[2].split(","):
+    for span in before[1].split(","):
         first, last, attempt = map(int, span.split(":"))
         for task in sql.all("SELECT " + TASK_COLUMNS + " FROM task WHERE id BETWEEN ? AND ?", first, last):
             given.append((task[0], COMPUTING, task[2], worker.id, attempt, *task[5:]))
     return given
+
+
+ANSWER = "SELECT request, status, body FROM answer WHERE key = ? AND at > ?"
+
+
+def claim_with(sql: Ledger, key: bytes) -> Optional[Tuple[bytes, str]]:
+    """The request that a key came with, and what was given, if it is the last key of some worker's claims.
+
+    Memory knows which worker's: an index would have another page written with every claim.
+    """
+    if sql.claim_keys is None:
+        sql.claim_keys = dict(sql.all("SELECT key, worker FROM last_claim"))
+    if key not in sql.claim_keys:
+        return None
+    found: Tuple[bytes, str] = sql.one("SELECT request, given FROM last_claim WHERE worker = ?", sql.claim_keys[key])
+    return found
+
+
+def forget_claim(sql: Ledger, worker_id: int) -> None:
+    """The worker's last claim with a key is not to be repeated any more."""
+    row = sql.one("SELECT key FROM last_claim WHERE worker = ?", worker_id)
+    if row is not None:
+        sql.execute("DELETE FROM last_claim WHERE worker = ?", (worker_id,))
+        if sql.claim_keys is not None:
+            sql.claim_keys.pop(row[0], None)
 
 
 def remember_claim(sql: Ledger, worker: Worker, keyed: Keyed, given: Sequence[Tuple[int, int]]) -> None:
@@ -1269,23 +1302,28 @@ def remember_claim(sql: Ledger, worker: Worker, keyed: Keyed, given: Sequence[Tu
             spans[-1][1] = task_id
         else:
             spans.append([task_id, task_id, attempt])
-    sql.execute("INSERT OR REPLACE INTO last_claim (worker, key, request, given) VALUES (?, ?, ?, ?)",
+    forget_claim(sql, worker.id)
+    sql.execute("INSERT INTO last_claim (worker, key, request, given) VALUES (?, ?, ?, ?)",
                 (worker.id, keyed.key, keyed.request, ",".join("%d:%d:%d" % tuple(span) for span in spans)))
+    if sql.claim_keys is not None:
+        sql.claim_keys[keyed.key] = worker.id
 
 
 @operation
 def answer_once(sql: Ledger, now: Now, keyed: Keyed, named: Operation,
-         render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
+                render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
     """Run an operation once for a key: status and body of its answer, or those that were given before.
 
     *render* turns its result into them. What is refused is not remembered, since it has changed
     nothing. Raises what the operation raises, and Unprocessable for a key that came with another request.
     """
-    row = sql.one("SELECT request, status, body FROM answer WHERE key = ? AND at > ?",
-                  keyed.key, now.utc - KEY_MEMORY_S)
+    row = sql.one(ANSWER, keyed.key, now.utc - KEY_MEMORY_S)
     if row is not None:
         keyed.compare(row[0])
         return row[1], row[2]
+    claimed = claim_with(sql, keyed.key)
+    if claimed is not None:
+        keyed.compare(claimed[0])
     status, body = render(named.function(sql, now, *named.args))
     cursor = sql.execute("INSERT OR REPLACE INTO answer (key, request, at, status, body) VALUES (?, ?, ?, ?, ?)",
                          (keyed.key, keyed.request, now.utc, status, body))
@@ -1589,6 +1627,7 @@ def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> None:
         sql.after_commit(lambda: sql.leavers.append(worker.id))
     worker.state, worker.heard = SIGNED_OFF, now.utc
     save_worker(sql, worker)
+    forget_claim(sql, worker.id)
     sql.leases.drop(worker.id)
 
 
@@ -1646,8 +1685,9 @@ def forget_workers(sql: Ledger, now: Now) -> bool:
         WHERE heard < ? AND NOT EXISTS (SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 4)
         ORDER BY heard
         LIMIT 200""", now.utc - WORKER_MEMORY_S) if not sql.leases.runs(worker_id, now)]
-    for table, column in (("worker", "id"), ("last_claim", "worker")):
-        sql.execute_many("DELETE FROM %s WHERE %s = ?" % (table, column), [(worker_id,) for worker_id in gone])
+    for worker_id in gone:
+        forget_claim(sql, worker_id)
+        sql.execute("DELETE FROM worker WHERE id = ?", (worker_id,))
     if gone:
         sql.forget_rows()
     return len(gone) == 200
@@ -1754,15 +1794,24 @@ def by_time(sql: Ledger, run: Run, status: Optional[int], order: str, limit: int
     if after and not match:
         raise BadRequest("after must be what the page before gave as next")
     backward = order == "finished"
-    at, last_id = map(int, match.groups()) if match else ((2 ** 62, 2 ** 62) if backward else (-2 ** 62, 0))
+    than, way = ("<", "DESC") if backward else (">", "ASC")
+    words = {"columns": TASK_COLUMNS, "order": order, "than": than, "way": way}
+    # Those of the very time at which the page before ended, then those beyond: asked for together, they are walked to.
+    parts: List[Tuple[str, Tuple[int, ...]]] = [("%(order)s IS NOT NULL", ())]
+    if match:
+        at, last_id = map(int, match.groups())
+        parts = [("%(order)s = ? AND id %(than)s ?", (at, last_id)), ("%(order)s %(than)s ?", (at,))]
     rows: List[TaskRow] = []
     for each in range(4) if status is None else [status]:
-        rows += sql.all("SELECT " + TASK_COLUMNS + """
-            FROM task INDEXED BY task_%(order)s
-            WHERE run = ? AND status = ? AND %(order)s IS NOT NULL AND (%(order)s, id) %(than)s (?, ?)
-            ORDER BY %(order)s %(way)s, id %(way)s
-            LIMIT ?""" % {"order": order, "than": "<" if backward else ">", "way": "DESC" if backward else "ASC"},
-                        run.id, each, at, last_id, limit)
+        wanted = limit
+        for where, values in parts:
+            found = sql.all(("""
+                SELECT %(columns)s FROM task INDEXED BY task_%(order)s
+                WHERE run = ? AND status = ? AND %(order)s IS NOT NULL AND """ + where + """
+                ORDER BY %(order)s %(way)s, id %(way)s
+                LIMIT ?""") % words, run.id, each, *values, wanted)
+            rows += found
+            wanted -= len(found)
     column = 9 if backward else 8
     rows = sorted(rows, key=lambda row: (row[column], row[0]), reverse=backward)[:limit]
     return rows, "%s.%d" % (rows[-1][column], rows[-1][0]) if len(rows) == limit else None
