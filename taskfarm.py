@@ -53,7 +53,7 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=, ?limit=, ?after=
     PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
-    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt
+    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed
     POST   /api/worker                    register a worker: uuid, hostname, pid, lease
     GET    /api/worker/<worker>           a worker and a page of what it holds
     PUT    /api/worker/<worker>           a heartbeat
@@ -189,6 +189,7 @@ TOKEN_DAYS = 365.0                  # the published client fetches one token and
 MOST_LEASE_S = 86400                # seconds
 LOOK_S = 5.0                        # with leases running, the writer looks at the clock at least this often
 STOPPED_S = 1.0                     # it woke so much later than it asked to: the process was stopped
+MOST_ELAPSED_S = 10 ** 9            # seconds that a task may have taken
 PAUSE_S = 60                        # the most that Retry-After says
 MOST_TRIES = 1000                   # the largest maxFailures and maxLosses
 PAGE_TASKS, MOST_PAGE = 100, 1000   # entries of a page, unless told otherwise and at most
@@ -532,6 +533,7 @@ class Report(NamedTuple):
     millionths: Optional[int] = None
     exit_code: Optional[int] = None
     message: Optional[str] = None
+    elapsed_ms: Optional[int] = None        # since the attempt was begun, by the worker's clock
 
 
 class Pause(NamedTuple):
@@ -1420,7 +1422,7 @@ def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
 
 def finish_span(sql: Ledger, now: Now, run: Run, worker: Worker, first: Report, last: Report) -> bool:
     """Take `done` for consecutive tasks in one statement, if the worker holds them all: a sixth of the cost."""
-    if first.status != DONE or worker.state == SIGNED_OFF:
+    if first.status != DONE or first.elapsed_ms is not None or worker.state == SIGNED_OFF:
         return False
     millionths = FULL if first.millionths is None else first.millionths
     span = run.first_id + first.number, run.first_id + last.number
@@ -1445,7 +1447,7 @@ def finish_span(sql: Ledger, now: Now, run: Run, worker: Worker, first: Report, 
 def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], worker: Optional[Worker],
                said: Report) -> None:
     """One report, judged and written."""
-    number, attempt, status, millionths, exit_code, message = said
+    number, attempt, status, millionths, exit_code, message, elapsed_ms = said
     row, has_row = find_task(sql, run, number)
     task_id, was, had, owner, _, hold, failures, losses, started, finished = row[:10]
     if worker_uuid is None and attempt is None:
@@ -1466,10 +1468,12 @@ def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], work
         begins = status == COMPUTING and started is None
     if millionths is None:
         millionths = FULL if status == DONE else had
-    if status == was and not begins and (hold, losses) == (row[5], row[7]) and status <= COMPUTING and has_row:
+    if begins or elapsed_ms is not None and status != WAITING:
+        started = milliseconds(now.utc) - (elapsed_ms or 0)
+    if status == was and started == row[8] and (hold, losses) == (row[5], row[7]) and status <= COMPUTING and has_row:
         # Progress, the most frequent report: what stands in an index is better not named.
         sql.execute("UPDATE task SET millionths = ? WHERE id = ?", (millionths, task_id))
-    elif status == DONE and has_row and started is not None:    # the most frequent end, told in few words
+    elif status == DONE and has_row and started is not None and started == row[8]:      # the most frequent end
         sql.execute("""
             UPDATE task
             SET status = 2, millionths = ?, hold = ?, losses = ?, finished = ?, exit_code = NULL, message = NULL
@@ -1478,7 +1482,7 @@ def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], work
         if status == FAILED:
             failures += 1
         if status == COMPUTING:
-            finished, started = None, milliseconds(now.utc) if begins else started
+            finished = None
         elif status != WAITING:
             finished = milliseconds(now.utc)
         if status == FAILED and not 0 < run.max_failures <= failures:
@@ -2927,6 +2931,21 @@ class Text(Field):
         return value
 
 
+class Seconds(Field):
+    """A JSON number of seconds, taken in milliseconds."""
+
+    def __init__(self, most: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.most = most
+        self.expected = "a number of seconds from 0 to %d" % most
+
+    def check(self, name: str, value: Any) -> int:
+        """Milliseconds."""
+        if type(value) not in (int, float) or not 0 <= value <= self.most:
+            raise self.wrong(name, value)
+        return int(value * 1000)
+
+
 class Message(Field):
     """Any text that can be kept, also an empty one and one of many lines."""
 
@@ -4191,7 +4210,8 @@ REPORT = {
     "status": Choice(dict(zip(STATUS, range(4))), required=False),
     "percentCompleted": Percent(required=False),
     "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
-    "message": Message(MESSAGE_LIMIT, required=False)}
+    "message": Message(MESSAGE_LIMIT, required=False),
+    "elapsed": Seconds(MOST_ELAPSED_S, required=False)}
 
 
 def will_not_do(said: Report) -> Optional[str]:
@@ -4256,7 +4276,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
     fields = req.fields
     get = fields.get
     said = Report(task_number(task), get("attempt"), get("status"), get("percentCompleted"), get("exitCode"),
-                  get("message"))
+                  get("message"), get("elapsed"))
     sentence = will_not_do(said)
     if sentence:
         raise BadRequest(sentence)
