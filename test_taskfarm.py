@@ -85,9 +85,11 @@ class Direct:
         self.store.close()
         self.start()
 
-    def ask(self, method: str, path: str, body: Any = None) -> Answer:
+    def ask(self, method: str, path: str, body: Any = None, key: str = "") -> Answer:
+        """One request; *key* is its Idempotency-Key. What Retry-After said is kept in retry_after."""
         request = taskfarm.Request.__new__(taskfarm.Request)
-        request.farm, request.method, request.target, request.key = self.farm, method, path, ""
+        request.farm, request.key = self.farm, key
+        self.retry_after: Optional[str] = None
         try:
             by_method, request.variables = taskfarm.ROUTES.find(path.partition("?")[0])
             route = by_method[method]
@@ -99,7 +101,20 @@ class Direct:
                 answer = answer.show(self.store.call(answer), *answer.extra)
         except FarmError as error:
             return error.status, None
+        self.retry_after = dict(answer.headers).get("Retry-After")
         return answer.status, json.loads(answer.body) if answer.body else None
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, and what falls due with it happen."""
+        assert isinstance(self.clock, FakeClock)
+        self.clock.pass_time(seconds)
+        for _ in range(20):     # in slices
+            self.store.turn()
+
+    def settle(self) -> None:
+        """Let the rows of restarts and deletions follow."""
+        while self.store.sweeps:
+            self.store.turn()
 
     def wrong(self) -> List[str]:
         return list(self.store.call(taskfarm.check()))
@@ -117,18 +132,26 @@ class Caller:
     def __init__(self) -> None:
         self.local = threading.local()
 
-    def ask(self, method: str, path: str, body: Any = None) -> Answer:
-        """One request on this thread's connection, with a token."""
+    def ask(self, method: str, path: str, body: Any = None, key: str = "") -> Answer:
+        """One request on this thread's connection, with a token. What Retry-After said is kept in retry_after."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         headers = {"Authorization": basic(self.token, "")}
+        if key:
+            headers["Idempotency-Key"] = key
         if body is not None:
             headers["Content-Type"] = "application/json"
             body = body if isinstance(body, bytes) else json.dumps(body)
         self.local.connection.request(method, path, body, headers)
         response = self.local.connection.getresponse()
         content = response.read()
+        self.local.retry_after = response.headers["Retry-After"]
         return response.status, json.loads(content) if content and "json" in response.headers["Content-Type"] else None
+
+    @property
+    def retry_after(self) -> Optional[str]:
+        """Of this thread's last answer."""
+        return self.local.retry_after  # type: ignore[no-any-return]
 
     def raw(self, data: bytes, ended: bool = False) -> "Raw":
         return Raw(self.port, data, ended)
@@ -171,6 +194,17 @@ class Live(Caller):
         store = Store(self.path)
         assert store.call(taskfarm.check()) == []
         store.close()
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass; the writer looks after the requests that are there, so the second finds what fell due."""
+        assert isinstance(self.clock, FakeClock)
+        self.clock.pass_time(seconds)
+        for _ in range(2):
+            assert self.ask("GET", "/readyz")[0] == 200
+
+    def settle(self) -> None:
+        """Let the rows of restarts and deletions follow."""
+        wait_until(lambda: not self.service.store.sweeps)
 
     def wrong(self) -> List[str]:
         return list(self.service.store.call(taskfarm.check()))
@@ -281,86 +315,310 @@ ADAS_HASH = taskfarm.hash_password(Live.PASSWORD)
 
 # The model: a farm in plain dicts, against which the store and the live server are held.
 
+FULL = 100000000        # 100 percent, as the model keeps it
+UNKNOWN = "?"           # in the model: the contract leaves open what a field shows
+FRESH: Dict[str, Any] = {
+    "status": "waiting", "millionths": 0, "attempt": 0, "worker": None, "failures": 0, "losses": 0, "exitCode": None,
+    "message": None, "started": False, "finished": False,
+    "hold": "",             # or "active"; lapsed: "expired", "signed off", "restarted"
+    "begun": False,         # the attempt was started: by a single claim, or by a report of who holds it
+    "lost": False,          # the lapse counted a loss
+}
+
+
 class Model:
     """What the contract says a farm does, without a thought for speed."""
 
     def __init__(self) -> None:
         self.runs: Dict[str, Dict[str, Any]] = {}       # by uuid, in order of creation
-        self.workers: Dict[str, Tuple[str, int]] = {}
+        self.workers: Dict[str, Dict[str, Any]] = {}
         self.task_ids: Dict[int, Tuple[str, int]] = {}
+        self.now = 0.0
 
-    def created(self, run: Dict[str, Any]) -> None:
+    def created(self, run: Dict[str, Any], name: Optional[str] = None, most_failures: int = 1,
+                most_losses: int = 5) -> None:
         assert run["uuid"] not in self.runs
         assert re.fullmatch("[0-9a-f]{32}", run["uuid"])
-        self.runs[run["uuid"]] = {"id": run["id"], "n": run["numTasks"], "tasks": {}, "ids": {}}
+        self.runs[run["uuid"]] = {"id": run["id"], "n": run["numTasks"], "tasks": {}, "name": name, "reported": False,
+                                  "failures": most_failures, "losses": most_losses}
 
-    def task(self, run: str, number: int) -> List[Any]:
-        return list(self.runs[run]["tasks"].get(number, ["waiting", 0]))
+    def task(self, run: str, number: int) -> Dict[str, Any]:
+        """A task to look at; one to change comes from touch."""
+        return dict(self.runs[run]["tasks"].get(number, FRESH))
+
+    def touch(self, run: str, number: int) -> Dict[str, Any]:
+        return self.runs[run]["tasks"].setdefault(number, dict(FRESH, ends={}))  # type: ignore[no-any-return]
+
+    def held(self, worker: str, *holds: str) -> List[Tuple[str, int]]:
+        """What the worker holds, or held until its hold lapsed in such a way."""
+        return [(run, number) for run, entry in self.runs.items() for number, task in sorted(entry["tasks"].items())
+                if task["worker"] == worker and task["hold"] in (holds or ("active",))]
 
     def run_json(self, run: str) -> Dict[str, Any]:
         entry = self.runs[run]
-        states = [self.task(run, number) for number in entry["tasks"]]
+        states = [(task["status"], task["millionths"]) for task in entry["tasks"].values()]
         counts = {state: sum(1 for status, _ in states if status == state)
                   for state in ("waiting", "computing", "done", "failed")}
         counts["waiting"] += entry["n"] - len(states)
         return {"id": entry["id"], "uuid": run, "numTasks": entry["n"],
                 "percentDone": sum(millionths for _, millionths in states) / (entry["n"] * 1000000),
                 "numWaiting": counts["waiting"], "numComputing": counts["computing"],
-                "numDone": counts["done"], "numFailed": counts["failed"]}
+                "numDone": counts["done"], "numFailed": counts["failed"], "name": entry["name"],
+                "maxFailures": entry["failures"], "maxLosses": entry["losses"]}
 
     def task_json(self, run: str, number: int) -> Dict[str, Any]:
-        status, millionths = self.task(run, number)
-        return {"task": number, "status": status, "percentCompleted": millionths / 1000000}
+        """A task as it is shown, but for its id; times only as whether there is one."""
+        task = self.task(run, number)
+        worker = self.workers.get(task["worker"])
+        return {"task": number, "status": task["status"], "percentCompleted": task["millionths"] / 1000000,
+                "hostname": worker and worker["hostname"],
+                **{name: task[name] for name in ("attempt", "worker", "failures", "losses", "exitCode", "message",
+                                                 "started", "finished")}}
+
+    def heard(self, worker: Optional[str]) -> None:
+        """A request named the worker, or a task was taken back for it."""
+        if worker in self.workers:
+            self.workers[worker].update(heard=self.now, expired=False)
+
+    def taken(self, task: Dict[str, Any]) -> None:
+        """A task is taken from who holds it, if anybody does: the revision of the worker is to rise."""
+        if task["hold"] == "active":
+            self.workers[task["worker"]]["taken"] = True
+
+    def leased(self, worker: str) -> bool:
+        """Whether it has a lease that is running."""
+        entry = self.workers[worker]
+        return entry["lease"] is not None and not entry["expired"] and not entry["signed off"]
+
+    def pass_time(self, seconds: float) -> None:
+        """Time passes, and leases run out."""
+        self.now += seconds
+        for name, worker in self.workers.items():
+            if self.leased(name) and self.now - worker["heard"] > worker["lease"]:
+                worker["expired"] = True
+                for run, number in self.held(name):
+                    self.lapse(run, number, "expired")
+
+    def lapse(self, run: str, number: int, how: str) -> None:
+        task, most = self.touch(run, number), self.runs[run]["losses"]
+        self.taken(task)
+        task.update(hold=how, status="waiting", lost=how == "expired" and task["begun"])
+        task["losses"] += task["lost"]
+        if task["lost"] and 0 < most <= task["losses"]:
+            task.update(status="failed", finished=True)
+
+    def take_back(self, task: Dict[str, Any]) -> None:
+        if task["status"] == "failed":
+            task["finished"] = UNKNOWN
+        task["losses"] -= task["lost"]
+        task.update(hold="active", status="computing", lost=False)
+        self.heard(task["worker"])
+
+    def barred(self, worker: str, run: str) -> int:
+        """The status with which a claim is refused, or 0."""
+        self.heard(worker)
+        if worker not in self.workers or run not in self.runs:
+            return 404
+        return 409 if self.workers[worker]["signed off"] else 0
+
+    def give(self, run: str, worker: str, count: int, begun: bool) -> List[int]:
+        """The lowest tasks that wait are now the worker's."""
+        given: List[int] = []
+        for number in range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count)):
+            if len(given) < count and self.task(run, number)["status"] == "waiting":
+                given.append(number)
+                task = self.touch(run, number)
+                task.update(status="computing", attempt=task["attempt"] + 1, worker=worker, hold="active", begun=begun,
+                            lost=False, started=begun, finished=False)
+        return given
 
     def claim(self, run: str, worker: str) -> Answer:
-        if worker not in self.workers or run not in self.runs:
-            return 404, None
-        entry = self.runs[run]
-        for number in range(entry["n"]):
-            status, millionths = self.task(run, number)
-            if status == "waiting":
-                entry["tasks"][number] = ["computing", millionths]
-                return 201, self.task_json(run, number)
-        return 204, None
+        status = self.barred(worker, run)
+        if status:
+            return status, None
+        given = self.give(run, worker, 1, True)
+        return (201, self.task_json(run, given[0])) if given else (204, None)
+
+    def claim_batch(self, run: str, worker: str, count: int) -> Answer:
+        status = self.barred(worker, run)
+        if status:
+            return status, None
+        given = self.give(run, worker, count, False)
+        return (201, {"data": [{name: self.task_json(run, number)[name] for name in (
+            "task", "attempt", "percentCompleted")} for number in given]}) if given else (204, None)
+
+    def may_come_back(self, run: str) -> bool:
+        """Whether the 204 of a claim says when to ask again."""
+        return any(task["hold"] == "active" and self.leased(task["worker"])
+                   for task in self.runs[run]["tasks"].values())
 
     def report(self, run: str, number: int, body: Dict[str, Any]) -> Answer:
+        self.heard(body.get("worker_uuid"))
         if run not in self.runs or not 0 <= number < self.runs[run]["n"]:
             return 404, None
-        status, millionths = self.task(run, number)
-        if body.get("status") == "done":
-            millionths = 100000000
-        if "percentCompleted" in body:
-            exact = decimal.Decimal(repr(body["percentCompleted"])) * 1000000
-            millionths = int(exact.to_integral_value(decimal.ROUND_FLOOR))
-        self.runs[run]["tasks"][number] = [body.get("status", status), millionths]
-        return 204, None
+        return self.judged(run, number, body), None
 
-    def restart(self, run: str, everything: bool) -> Answer:
+    def report_batch(self, run: str, worker: Optional[str], entries: List[Dict[str, Any]]) -> Answer:
+        """What is answered, with the numbers of the tasks alone for those refused."""
+        self.heard(worker)
         if run not in self.runs:
             return 404, None
-        for task in self.runs[run]["tasks"].values():
-            if everything:
-                task[:] = ["waiting", 0]
-            elif task != ["done", 100000000]:
-                task[0] = "waiting"
+        if not all(0 <= entry["task"] < self.runs[run]["n"] for entry in entries):
+            return 400, None
+        name = {} if worker is None else {"worker_uuid": worker}
+        refused = [entry["task"] for entry in entries if self.judged(run, entry["task"], dict(entry, **name)) != 204]
+        return 200, {"accepted": len(entries) - len(refused), "refused": refused}
+
+    def judged(self, run: str, number: int, body: Dict[str, Any]) -> int:
+        """Judge one report, and do as it says if it is taken: 204 or 409."""
+        worker, attempt, status = body.get("worker_uuid"), body.get("attempt"), body.get("status")
+        task = self.task(run, number)
+        if worker is None and attempt is None:
+            self.taken(task)
+            self.touch(run, number)["hold"] = ""
+            self.change(run, number, body, False)
+            return 204
+        present = worker in (None, task["worker"]) and attempt in (None, task["attempt"])
+        if worker is not None and worker not in self.workers:
+            return 409
+        if present and task["hold"]:
+            task = self.touch(run, number)
+            if task["hold"] != "active":
+                if self.workers[task["worker"]]["signed off"] and status not in ("done", "failed"):
+                    return 409
+                self.take_back(task)
+            self.change(run, number, body, True)
+            return 204
+        ended = task.get("ends", {}).get(task["attempt"] if attempt is None else attempt, (None, None))
+        if ended[0] is not None and (present or worker == ended[0] and attempt is not None):
+            return 204 if status in (None, "computing", ended[1]) else 409
+        return 409
+
+    def change(self, run: str, number: int, body: Dict[str, Any], by_holder: bool) -> None:
+        """Set what a report names."""
+        self.runs[run]["reported"] = True
+        task, most = self.touch(run, number), self.runs[run]["failures"]
+        status = body.get("status")
+        if status == "done":
+            task["millionths"] = FULL
+        if "percentCompleted" in body:
+            exact = decimal.Decimal(repr(body["percentCompleted"])) * 1000000
+            task["millionths"] = int(exact.to_integral_value(decimal.ROUND_FLOOR))
+        if by_holder and status in (None, "computing"):
+            task.update(status="computing", begun=True, started=True)
+            return
+        if by_holder:
+            task.update(hold="")
+            task["ends"][task["attempt"]] = (task["worker"], status)
+        if not task["started"]:
+            task["started"] = UNKNOWN
+        if status == "failed":
+            task["failures"] += 1
+            task.update(status="failed" if 0 < most <= task["failures"] else "waiting", finished=True,
+                        exitCode=body.get("exitCode"), message=body.get("message"))
+        elif status == "done":
+            task.update(status="done", finished=True, exitCode=None, message=None)
+        elif status:
+            task["status"] = status
+            task["finished"] = task["finished"] and UNKNOWN
+
+    def restart(self, run: str, everything: Any) -> Answer:
+        """*everything*: True, False, or "failed" for the failed ones alone."""
+        if run not in self.runs:
+            return 404, None
+        for number, task in self.runs[run]["tasks"].items():
+            if everything is True:
+                self.taken(task)
+                task.update(status="waiting", millionths=0, failures=0, losses=0, exitCode=None, message=None, hold="",
+                            lost=False, finished=False, started=task["started"] and UNKNOWN)
+            elif everything == "failed" and task["status"] != "failed":
+                continue
+            elif task["hold"] == "active" and self.leased(task["worker"]):
+                continue
+            elif (task["status"], task["millionths"]) != ("done", FULL):
+                if task["hold"] == "active":
+                    self.lapse(run, number, "restarted")
+                task.update(status="waiting", failures=0, losses=0, lost=False,
+                            finished=task["finished"] and UNKNOWN)
         return 204, None
 
-    def register(self, worker: str, hostname: str, pid: int) -> int:
-        return 201 if self.workers.setdefault(worker, (hostname, pid)) == (hostname, pid) else 409
+    def register(self, worker: str, hostname: str, pid: int, lease: Optional[int] = None) -> int:
+        entry = self.workers.setdefault(worker, {"hostname": hostname, "pid": pid, "revision": 0, "taken": False})
+        if (entry["hostname"], entry["pid"]) != (hostname, pid):
+            return 409
+        entry.update({"lease": lease, "signed off": False})
+        self.heard(worker)
+        return 201
+
+    def beat(self, worker: str) -> Answer:
+        """The answer, but for the revision."""
+        if worker not in self.workers:
+            return 404, None
+        if self.workers[worker]["signed off"]:
+            return 409, None
+        self.heard(worker)
+        for run, number in self.held(worker, "expired"):
+            self.take_back(self.touch(run, number))
+        return 200, {"held": len(self.held(worker))}
+
+    def sign_off(self, worker: str) -> Answer:
+        if worker not in self.workers:
+            return 404, None
+        self.workers[worker]["signed off"] = True
+        taken = self.workers[worker]["taken"]
+        for run, number in self.held(worker):
+            self.lapse(run, number, "signed off")
+        self.workers[worker]["taken"] = taken       # it gave them itself
+        return 204, None
+
+    def state(self, worker: str) -> str:
+        entry = self.workers[worker]
+        return "signed off" if entry["signed off"] else "expired" if entry["expired"] else "alive"
 
     def delete(self, run: str) -> Answer:
+        for task in self.runs.get(run, {"tasks": {}})["tasks"].values():
+            self.taken(task)
         return (204, None) if self.runs.pop(run, None) else (404, None)
 
+    def server_restarts(self) -> None:
+        """Whoever has a lease has a whole one again."""
+        for worker in self.workers.values():
+            worker["heard"] = self.now
+            worker["expired"] = worker["expired"] and UNKNOWN
 
+
+def plain_task(task: Dict[str, Any]) -> Dict[str, Any]:
+    """A task as the model shows it: no id, and of times whether there is one."""
+    shown = {name: value for name, value in task.items() if name != "id"}
+    for name in ("started", "finished"):
+        assert task[name] is None or re.fullmatch(TIME, task[name])
+        shown[name] = task[name] is not None
+    return shown
+
+
+def plain_run(run: Dict[str, Any]) -> Dict[str, Any]:
+    """A run as the model shows it, without its times."""
+    assert re.fullmatch(TIME, run["created"]) and (run["lastReport"] is None or re.fullmatch(TIME, run["lastReport"]))
+    return {name: value for name, value in run.items() if name not in ("created", "lastReport")}
+
+
+TIME = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 BAD_NUMBERS = [-1, 0, "abc", "10", 1.5, True, None, 2 ** 31, 10 ** 30, [], {}]
 BAD_PERCENTS = [-0.001, 100.001, "50", True, None, b'{"percentCompleted": NaN}', b'{"percentCompleted": Infinity}',
                 b'{"percentCompleted": 1e999}', 10 ** 400]
 BAD_BODIES = [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b"\xef\xbb\xbf{}", b"[" * 60000,
               b'{"a":' * 9000 + b"1" + b"}" * 9000, b'{"unknown": 1}', b'{"worker_uuid": "\\ud800"}', b"9" * 60000]
+# Entries of a batch that refuse all of it, beside one for task 0 that would do.
+BAD_ENTRIES = [{"task": 0, "status": "done"}, {"task": 1}, {"task": -1, "status": "done"}, {"status": "done"}, 7, None,
+               {"task": 2 ** 31, "status": "done"}, {"task": "1", "status": "done"}, {"task": 1, "status": "Done"},
+               {"task": 1, "status": "done", "exitCode": 0}, {"task": 1, "status": "waiting", "message": ""},
+               {"task": 1, "percentCompleted": 101}, {"task": 1, "status": "done", "more": 1}, {"task": 1, "attempt": 1},
+               {"task": 1, "status": "done", "attempt": "1"}, {"task": 1, "status": "done", "worker_uuid": "first"}]
 percents = st.one_of(st.integers(0, 100), st.floats(0, 100), st.sampled_from([33.3, 99.9999999, 1e-7, 0.1, 100.0]))
-
-
 numbers = st.sampled_from([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 999, 2 ** 31 - 2])      # few, so that rules meet on the same
+statuses = st.sampled_from([None, "waiting", "computing", "done", "failed"])
+failures = st.fixed_dictionaries({}, optional={"exitCode": st.sampled_from([0, 1, -9, 2 ** 31 - 1]),
+                                               "message": st.sampled_from(["", "no space left\non device", "\0ü"])})
 
 
 class Machine(RuleBasedStateMachine):
@@ -372,6 +630,8 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.model = Model()
+        self.keys = 0
+        self.keyed: List[Tuple[str, str, Any, str, str, Any]] = []      # path, body, key, worker who claimed, answer
         self.folder = tempfile.mkdtemp()
         self.open(os.path.join(self.folder, "farm.sqlite"))
 
@@ -385,30 +645,104 @@ class Machine(RuleBasedStateMachine):
     def task_path(self, run: str, number: int) -> str:
         return "/api/runs/%s/tasks/%d" % (run, number)
 
+    def post(self, path: str, body: Any, keyed: bool, worker: str = "") -> Answer:
+        """A POST, perhaps with a new key; then it is kept for repeat_key, if the server is to remember it."""
+        if not keyed:
+            return self.farm.ask("POST", path, body)  # type: ignore[no-any-return]
+        self.keys += 1
+        key = "key %d" % self.keys
+        answer = self.farm.ask("POST", path, body, key)
+        if answer[0] in (201, 204) and not (worker and answer[0] == 204):
+            self.keyed = [entry for entry in self.keyed if not worker or entry[3] != worker][-5:]
+            self.keyed.append((path, body, key, worker, answer))
+        return answer  # type: ignore[no-any-return]
+
     @precondition(lambda self: len(self.model.runs) < 2)    # few, so that rules meet on the same tasks
-    @rule(target=runs, n=st.sampled_from([4, 5, 6, 1, 3, 1000, 2 ** 31 - 1]))
-    def create(self, n: int) -> str:
-        status, run = self.farm.ask("POST", "/api/run", {"numTasks": n})
+    @rule(target=runs, n=st.sampled_from([4, 5, 6, 1, 3, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
+          more=st.fixed_dictionaries({}, optional={"name": st.sampled_from(["antarctica", "Ä b"]),
+                                                   "maxFailures": st.sampled_from([0, 2, 1000]),
+                                                   "maxLosses": st.sampled_from([0, 1, 2])}))
+    def create(self, n: int, keyed: bool, more: Dict[str, Any]) -> str:
+        status, run = self.post("/api/run", dict(more, numTasks=n), keyed)
         assert status == 201
-        self.model.created(run)
-        assert run == self.model.run_json(run["uuid"])
+        self.model.created(run, more.get("name"), more.get("maxFailures", 1), more.get("maxLosses", 5))
+        assert plain_run(run) == self.model.run_json(run["uuid"]) and run["lastReport"] is None
         return str(run["uuid"])
 
-    @rule(target=workers, name=st.sampled_from(["a", "b", "c-1._", "D" * 64]), pid=st.integers(0, 1))
-    def register(self, name: str, pid: int) -> str:
-        status, answer = self.farm.ask("POST", "/api/worker", {"uuid": name, "hostname": "n1", "pid": pid})
-        assert status == self.model.register(name, "n1", pid)
+    @rule(target=workers, name=st.sampled_from(["a", "b", "c-1._", "D" * 64]), pid=st.sampled_from([0, 0, 0, 1]),
+          lease=st.sampled_from([None, 150, 150, 950, 86400]))
+    def register(self, name: str, pid: int, lease: Optional[int]) -> str:
+        known = self.model.workers.get(name)
+        if known and known["pid"] != pid and known["lease"]:
+            pid = known["pid"]      # whether an impostor renews the lease is left open
+        body = {"uuid": name, "hostname": "n1", "pid": pid}
+        status, answer = self.farm.ask("POST", "/api/worker", body if lease is None else dict(body, lease=lease))
+        assert status == self.model.register(name, "n1", pid, lease)
+        if status == 201:
+            assert (answer["uuid"], answer["lease"], set(answer)) == (name, lease, {"uuid", "lease", "id"})
         return name
 
     @initialize(target=workers)
     def first_worker(self) -> str:
-        return str(self.register("first", 7))
+        return str(self.register("first", 7, None))
 
-    @rule(run=runs, worker=st.one_of(workers, st.just("nobody")))
-    def claim(self, run: str, worker: str) -> None:
-        status, task = self.farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": worker})
-        expected = self.model.claim(run, worker)
-        self.compare_task(run, (status, task), expected)
+    @rule(run=runs, worker=st.one_of(workers, st.just("nobody")), keyed=st.booleans())
+    def claim(self, run: str, worker: str, keyed: bool) -> None:
+        answer = self.post("/api/runs/%s/task" % run, {"worker_uuid": worker}, keyed, worker)
+        self.pause_agrees(run, answer[0])
+        self.compare_task(run, answer, self.model.claim(run, worker))
+
+    @rule(run=runs, worker=workers, count=st.sampled_from([1, 2, 3, 10000]), keyed=st.booleans())
+    def claim_batch(self, run: str, worker: str, count: int, keyed: bool) -> None:
+        entry = self.model.runs.get(run)
+        if entry and entry["n"] > 6:
+            count = min(count, 3)
+        answer = self.post("/api/runs/%s/tasks" % run, {"worker_uuid": worker, "count": count}, keyed, worker)
+        self.pause_agrees(run, answer[0])
+        status, content = self.model.claim_batch(run, worker, count)
+        assert answer[0] == status and (content is None or answer[1] == content)
+
+    def pause_agrees(self, run: str, status: int) -> None:
+        """Retry-After stands in a 204 when leased tasks may come back, and only then."""
+        pause = self.farm.retry_after
+        assert (pause is not None) == (status == 204 and self.model.may_come_back(run))
+        assert pause is None or 1 <= int(pause) <= 60
+
+    @rule(data=st.data())
+    def repeat_key(self, data: st.DataObject) -> None:
+        """The same answer again, and nothing more happens; another request under the key is refused."""
+        if not self.keyed:
+            return
+        path, body, key, worker, answer = data.draw(st.sampled_from(self.keyed))
+        if path.split("/")[3:4] and path.split("/")[2] == "runs" and path.split("/")[3] not in self.model.runs:
+            return      # what is left of a claim when its run has been deleted is left open
+        other = data.draw(st.sampled_from(["", "", "", "body", "path"]))
+        if other == "body":
+            body = {"numTasks": 77} if path == "/api/run" else {"worker_uuid": "first", "count": 9}
+            body = {"worker_uuid": "nobody"} if path.endswith("/task") else None if "restart" in path else body
+            if body is None:
+                return
+        elif other == "path":
+            path, body = ("/api/run", {"numTasks": 78})
+            if self.keyed and answer[1] and "numTasks" in answer[1]:
+                return
+        got = self.farm.ask("POST", path, body, key)
+        if other:
+            assert got[0] == 422
+            if body and body.get("worker_uuid"):
+                self.model.heard(body["worker_uuid"])
+            return
+        self.model.heard(worker or None)
+        assert got[0] == answer[0]
+        if worker and "data" in answer[1]:
+            names = ("task", "attempt")
+            assert [[entry[name] for name in names] for entry in got[1]["data"]] == [
+                [entry[name] for name in names] for entry in answer[1]["data"]]
+        elif worker:
+            assert [got[1][name] for name in ("id", "task", "attempt")] == [
+                answer[1][name] for name in ("id", "task", "attempt")]
+        else:
+            assert got[1] == answer[1]
 
     @rule(run=runs, number=numbers)
     def read(self, run: str, number: int) -> None:
@@ -420,34 +754,187 @@ class Machine(RuleBasedStateMachine):
         status, task = answer
         assert status == expected[0]
         if expected[1] is not None:
-            owner = self.model.task_ids.setdefault(task.pop("id"), (run, task["task"]))
+            owner = self.model.task_ids.setdefault(task["id"], (run, task["task"]))
             assert owner == (run, task["task"]), "an id was used twice"
-            assert task == expected[1]
+            shown = plain_task(task)
+            assert shown == {name: shown[name] if value == UNKNOWN else value for name, value in expected[1].items()}
 
     @rule(run=runs, number=numbers, percent=percents)
     def progress(self, run: str, number: int, percent: float) -> None:
-        self.report(run, number, percent, None)
+        self.report(run, number, percent, None, {})
 
     @rule(run=runs, number=numbers)
     def finish(self, run: str, number: int) -> None:
-        self.report(run, number, None, "done")
+        self.report(run, number, None, "done", {})
 
-    @rule(run=runs, number=numbers, percent=st.none() | percents,
-          status=st.sampled_from([None, "waiting", "computing", "done"]))
-    def report(self, run: str, number: int, percent: Optional[float], status: Optional[str]) -> None:
-        body = {name: value for name, value in (("percentCompleted", percent), ("status", status)) if value is not None}
+    @rule(run=runs, number=numbers, percent=st.none() | percents, status=statuses, more=failures)
+    def report(self, run: str, number: int, percent: Optional[float], status: Optional[str],
+               more: Dict[str, Any]) -> None:
+        """Somebody who names no worker."""
+        body = self.body_of(percent, status, more)
         got = self.farm.ask("PUT", self.task_path(run, number), body)[0]
         assert got == (self.model.report(run, number, body)[0] if body else 400)
 
-    @rule(run=runs, word=st.sampled_from(["", "?all=True", "?all=False"]))
-    def restart(self, run: str, word: str) -> None:
-        got = self.farm.ask("POST", "/api/runs/%s/restart%s" % (run, word))[0]
-        assert got == self.model.restart(run, word == "?all=True")[0]
+    def body_of(self, percent: Optional[float], status: Optional[str], more: Dict[str, Any],
+                **names: Any) -> Dict[str, Any]:
+        """A report without what is None; exit code and message only of a failure."""
+        body = {name: value for name, value in (("percentCompleted", percent), ("status", status)) if value is not None}
+        body.update(more if status == "failed" else {})
+        body.update({name: value for name, value in names.items() if value is not None and body})
+        return body
+
+    def pick(self, data: st.DataObject) -> Optional[Tuple[str, int]]:
+        """A task that was claimed once, rather one that is or was held."""
+        known = [(run, number) for run, entry in self.model.runs.items() for number in sorted(entry["tasks"])
+                 if entry["tasks"][number]["worker"]]
+        rather = [(run, number) for run, number in known if self.model.task(run, number)["hold"]]
+        return data.draw(st.sampled_from(rather + known)) if known else None
+
+    def name_claim(self, data: st.DataObject, run: str, number: int) -> Tuple[Optional[str], Optional[int]]:
+        """A worker and an attempt to be named: mostly those of the last claim or of an earlier one."""
+        task = self.model.task(run, number)
+        ends = task.get("ends", {})
+        earlier = [attempt for attempt in ends if attempt > task["attempt"] - 8]
+        kind = data.draw(st.sampled_from(["both", "both", "both", "worker", "attempt", "ended", "ended", "wrong"]))
+        if kind == "ended" and earlier:
+            attempt = data.draw(st.sampled_from(earlier))
+            return ends[attempt][0], attempt
+        if kind == "wrong":
+            return data.draw(st.sampled_from([None, "nobody", *self.model.workers])), max(1, task["attempt"] + data.draw(
+                st.sampled_from([-1, 0, 1])))
+        return (task["worker"] if kind != "attempt" else None), (task["attempt"] if kind != "worker" else None)
+
+    @rule(data=st.data(), percent=st.none() | percents, status=statuses, more=failures)
+    def report_fenced(self, data: st.DataObject, percent: Optional[float], status: Optional[str],
+                      more: Dict[str, Any]) -> None:
+        """Whoever holds it, held it, or never did."""
+        task = self.pick(data)
+        if task:
+            worker, attempt = self.name_claim(data, *task)
+            body = self.body_of(percent, status, more, worker_uuid=worker, attempt=attempt)
+            if body:
+                got = self.farm.ask("PUT", self.task_path(*task), body)[0]
+                assert got == self.model.report(*task, body)[0]
+
+    @rule(data=st.data(), named=st.booleans(), more=failures, percent=st.none() | percents)
+    def report_batch(self, data: st.DataObject, named: bool, more: Dict[str, Any], percent: Optional[float]) -> None:
+        task = self.pick(data)
+        if not task:
+            return
+        run, worker = task[0], data.draw(st.sampled_from(sorted(self.model.workers))) if named else None
+        entries = []
+        for number in data.draw(st.lists(st.integers(0, min(6, self.model.runs[run]["n"] - 1)), min_size=1, unique=True)):
+            attempt = self.name_claim(data, run, number)[1] or None
+            body = self.body_of(percent, data.draw(statuses), more, task=number, attempt=attempt)
+            entries.append(body or {"task": number, "status": "computing"})
+        body = {"data": entries} if worker is None else {"data": entries, "worker_uuid": worker}
+        status, answer = self.farm.ask("PUT", "/api/runs/%s/tasks" % run, body)
+        if answer:
+            assert all(len(entry["detail"]) > 10 for entry in answer["refused"])
+            answer["refused"] = [entry["task"] for entry in answer["refused"]]
+        assert (status, answer) == self.model.report_batch(run, worker, entries)
+
+    @rule(run=runs, bad=st.sampled_from(BAD_ENTRIES), first=st.booleans())
+    def bad_batch(self, run: str, bad: Any, first: bool) -> None:
+        """One entry that will not do refuses all."""
+        good = {"task": 0, "status": "done"}
+        body = {"data": [bad, good] if first else [good, bad]}
+        if run in self.model.runs:
+            assert self.farm.ask("PUT", "/api/runs/%s/tasks" % run, body)[0] == 400
+
+    @rule(run=runs, word=st.sampled_from(["", "", "?all=True", "?all=False", "?status=failed"]), keyed=st.booleans())
+    def restart(self, run: str, word: str, keyed: bool) -> None:
+        got = self.post("/api/runs/%s/restart%s" % (run, word), None, keyed)[0]
+        assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True")[0]
 
     @rule(run=consumes(runs))
     def delete(self, run: str) -> None:
         assert self.farm.ask("DELETE", "/api/runs/" + run)[0] == self.model.delete(run)[0]
         assert self.farm.ask("DELETE", "/api/runs/" + run)[0] == 404
+
+    @rule(worker=st.one_of(workers, st.just("nobody")))
+    def beat(self, worker: str) -> None:
+        self.farm.settle()
+        status, answer = self.farm.ask("PUT", "/api/worker/" + worker)
+        assert status == self.model.beat(worker)[0]
+        if status == 200:
+            entry = self.model.workers[worker]
+            assert answer == {"held": len(self.model.held(worker)), "revision": answer["revision"]}
+            assert answer["revision"] >= entry["revision"] + entry["taken"]
+            entry.update(revision=answer["revision"], taken=False)
+
+    @rule(worker=st.one_of(workers, st.just("nobody")))
+    def sign_off(self, worker: str) -> None:
+        assert self.farm.ask("DELETE", "/api/worker/" + worker)[0] == self.model.sign_off(worker)[0]
+
+    @rule(steps=st.sampled_from([1, 2, 2, 9]), data=st.data())
+    def time_passes(self, steps: int, data: st.DataObject) -> None:
+        """Some workers beat meanwhile, others are silent. Leases are so chosen that no step ends near one."""
+        beating = data.draw(st.sets(st.sampled_from(sorted(self.model.workers))))
+        for _ in range(steps):
+            self.farm.pass_time(100)
+            self.model.pass_time(100)
+            for worker in sorted(beating):
+                self.beat(worker)
+
+    @rule(run=runs, status=st.sampled_from([None, "waiting", "computing", "done", "failed"]), limit=st.integers(1, 4))
+    def list_tasks(self, run: str, status: Optional[str], limit: int) -> None:
+        """All pages of each order agree with the model; of an endless list the first."""
+        entry = self.model.runs.get(run)
+        if entry is None:
+            assert self.farm.ask("GET", "/api/runs/%s/tasks" % run)[0] == 404
+            return
+        endless = entry["n"] > 6 and status in (None, "waiting")
+        known = range(20) if endless else range(entry["n"]) if entry["n"] <= 6 else sorted(entry["tasks"])
+        expected = [number for number in known if status in (None, self.model.task(run, number)["status"])]
+        for order in {"computing": ["started"], "done": ["finished"], "failed": ["finished"]}.get(str(status), []) + [
+                "", "task"]:
+            words = ["limit=%d" % limit] + (["status=" + status] if status else []) + (["order=" + order] if order else [])
+            tasks = walk(self.farm, "/api/runs/%s/tasks" % run, *words, most=len(expected) if endless else None)
+            if order in ("", "task"):
+                assert [task["task"] for task in tasks] == expected
+            else:
+                assert sorted(task["task"] for task in tasks) == expected
+                times = [task[order] or "3" for task in tasks]
+                assert times == sorted(times, reverse=order == "finished")
+            for task in tasks:
+                self.compare_task(run, (200, task), (200, self.model.task_json(run, task["task"])))
+
+    @rule(worker=workers, limit=st.integers(1, 3))
+    def list_worker(self, worker: str, limit: int) -> None:
+        self.farm.settle()
+        entry, path = self.model.workers[worker], "/api/worker/" + worker
+        status, answer = self.farm.ask("GET", path)
+        assert status == 200
+        state = self.model.state(worker)
+        assert (answer["state"] == state or UNKNOWN in (entry["expired"], state))
+        assert {name: answer[name] for name in ("uuid", "hostname", "pid", "lease", "held")} == {
+            "uuid": worker, "held": len(self.model.held(worker)),
+            **{name: entry[name] for name in ("hostname", "pid", "lease")}}
+        assert answer["revision"] >= entry["revision"] and re.fullmatch(TIME, answer["heard"])
+        tasks = walk(self.farm, path, "limit=%d" % limit)
+        assert sorted((task["run"], task["task"]) for task in tasks) == sorted(self.model.held(worker))
+        for task in tasks:
+            shown, number = plain_task(task), task["task"]
+            expected = self.model.task_json(task["run"], number)
+            assert shown == dict({name: value if value != UNKNOWN else shown[name] for name, value in expected.items()
+                                  if name not in ("worker", "hostname")}, run=task["run"])
+
+    @rule(everything=st.booleans(), limit=st.integers(1, 3))
+    def list_workers(self, everything: bool, limit: int) -> None:
+        self.farm.settle()
+        listed = walk(self.farm, "/api/workers", "limit=%d" % limit, "all=%s" % everything)
+        shown = {worker["uuid"]: (worker["state"], worker["held"], worker["lease"]) for worker in listed}
+        assert len(shown) == len(listed)
+        for name, entry in self.model.workers.items():
+            state = self.model.state(name)
+            if entry["expired"] == UNKNOWN and state != "signed off":
+                state = "alive" if name in shown else "expired"
+                if everything:
+                    state = shown[name][0]
+            if everything or state == "alive":
+                assert shown.pop(name) == (state, len(self.model.held(name)), entry["lease"])
+        assert shown == {}
 
     @rule(run=runs, info=st.sampled_from(["percentDone", "numWaiting", "numDone", "numComputing", ""]))
     def read_run(self, run: str, info: str) -> None:
@@ -456,33 +943,52 @@ class Machine(RuleBasedStateMachine):
             assert status == 404
         else:
             shown = self.model.run_json(run)
-            assert (status, answer) == (200, {info: shown[info]} if info else shown)
+            assert (status, answer if info else plain_run(answer)) == (200, {info: shown[info]} if info else shown)
 
     @rule(run=runs, data=st.data())
     def bad_input(self, run: str, data: st.DataObject) -> None:
         method, path, body = data.draw(st.one_of(
             st.tuples(st.just("POST"), st.just("/api/run"), st.sampled_from([{"numTasks": n} for n in BAD_NUMBERS])),
-            st.tuples(st.just("POST"), st.just("/api/runs/%s/task" % run), st.sampled_from(BAD_BODIES)),
+            st.tuples(st.just("POST"), st.sampled_from(["/api/runs/%s/%s" % (run, word) for word in ("task", "tasks")]),
+                      st.sampled_from(BAD_BODIES)),
+            st.tuples(st.just("PUT"), st.just("/api/runs/%s/tasks" % run), st.sampled_from(BAD_BODIES)),
             st.tuples(st.just("PUT"), st.just(self.task_path(run, 0)), st.sampled_from(
                 [p if isinstance(p, bytes) else {"percentCompleted": p} for p in BAD_PERCENTS]
-                + [{"status": s} for s in ("Done", "failed", "", 1, None)] + [{}]))))
+                + [{"status": s} for s in ("Done", "", 1, None)] + [{}, {"worker_uuid": "first"}, {"attempt": 1}]))))
         assert self.farm.ask(method, path, body)[0] == 400
 
     @rule()
     def server_restarts(self) -> None:
         self.farm.restart_server()
+        self.model.server_restarts()
 
     @invariant()
     def figures_agree(self) -> None:
         status, answer = self.farm.ask("GET", "/api/runs")
-        assert (status, answer["data"]) == (200, [self.model.run_json(run) for run in self.model.runs])
+        assert (status, [plain_run(run) for run in answer["data"]]) == (
+            200, [self.model.run_json(run) for run in self.model.runs])
         for run in answer["data"]:
             parts = run["numWaiting"] + run["numComputing"] + run["numDone"] + run["numFailed"]
             assert parts == run["numTasks"]
+            assert (run["lastReport"] is not None) == self.model.runs[run["uuid"]]["reported"]
 
     @invariant()
     def promises_hold(self) -> None:
         assert self.farm.wrong() == []
+
+
+def walk(farm: Any, path: str, *words: str, most: Optional[int] = None) -> List[Dict[str, Any]]:
+    """The entries of all pages of a list, or the first *most*."""
+    entries: List[Dict[str, Any]] = []
+    after: List[str] = []
+    while True:
+        status, page = farm.ask("GET", path + "?" + "&".join([*words, *after]))
+        assert status == 200
+        entries += page["data"]
+        if page["next"] is None or most is not None and len(entries) >= most:
+            return entries[:most]
+        assert after != ["after=" + page["next"]], "it goes on"
+        after = ["after=" + page["next"]]
 
 
 machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -806,6 +1312,121 @@ def test_a_file_of_a_newer_version_is_refused_also_when_only_its_log_says_so(tmp
     assert "newer taskfarm" in refused(path)
 
 
+SCHEMA_1 = """
+CREATE TABLE farm (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    identity TEXT NOT NULL,                     -- names this farm to clients
+    signing_key BLOB NOT NULL,                  -- signs tokens
+    proof_key BLOB NOT NULL,                    -- proves to clients that this is the farm they know
+    next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
+    probes INTEGER NOT NULL DEFAULT 0           -- rises to see whether the disk takes writes again
+);
+CREATE TABLE user (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,       -- a name that comes again is another user
+    name TEXT NOT NULL UNIQUE,
+    password TEXT NOT NULL,                     -- algorithm, parameters, salt and hash
+    generation INTEGER NOT NULL DEFAULT 1,      -- rises with each new password; tokens carry it
+    created REAL NOT NULL
+);
+CREATE TABLE worker (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uuid TEXT NOT NULL UNIQUE,
+    hostname TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    created REAL NOT NULL
+);
+-- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs neither the
+-- run nor its number. Tasks that nothing has happened to are no rows: they are the interval from
+-- head to head_end - 1 and the intervals of table untouched, all of which lie above it.
+CREATE TABLE run (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uuid TEXT NOT NULL UNIQUE,
+    first_id INTEGER NOT NULL,
+    num_tasks INTEGER NOT NULL CHECK (num_tasks BETWEEN 1 AND 2147483647),
+    created REAL NOT NULL,
+    num_waiting INTEGER NOT NULL CHECK (num_waiting >= 0),      -- touched or not
+    num_computing INTEGER NOT NULL CHECK (num_computing >= 0),
+    num_done INTEGER NOT NULL CHECK (num_done >= 0),
+    num_failed INTEGER NOT NULL CHECK (num_failed >= 0),
+    num_untouched INTEGER NOT NULL CHECK (num_untouched BETWEEN 0 AND num_waiting),
+    num_complete INTEGER NOT NULL CHECK (num_complete BETWEEN 0 AND num_done),  -- done, and at 100 percent
+    millionths INTEGER NOT NULL CHECK (millionths >= 0),        -- sum over the tasks, of a percent
+    head INTEGER NOT NULL,
+    head_end INTEGER NOT NULL CHECK (head_end >= head),
+    sweep TEXT CHECK (sweep IN ('restart', 'restart all', 'delete')),  -- begun, its rows are to follow
+    CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
+);
+CREATE TABLE untouched (
+    last INTEGER PRIMARY KEY,                   -- keyed by the end: claims take from the start, in place
+    first INTEGER NOT NULL CHECK (first <= last)
+);
+CREATE TABLE task (
+    id INTEGER PRIMARY KEY,
+    status INTEGER NOT NULL CHECK (status BETWEEN 0 AND 3),     -- waiting, computing, done, failed
+    millionths INTEGER NOT NULL CHECK (millionths BETWEEN 0 AND 100000000),
+    worker INTEGER                              -- who claimed it last
+);
+CREATE INDEX task_waiting ON task (status) WHERE status = 0;
+CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
+-- For people who look into the file.
+CREATE VIEW tasks AS
+    SELECT run.uuid AS run, task.id - run.first_id AS task,
+        CASE task.status WHEN 0 THEN 'waiting' WHEN 1 THEN 'computing' WHEN 2 THEN 'done' ELSE 'failed' END AS status,
+        task.millionths / 1e6 AS percent, worker.hostname, worker.pid
+    FROM run
+    JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
+    LEFT JOIN worker ON worker.id = task.worker
+    WHERE run.sweep IS NOT 'delete';
+INSERT INTO farm VALUES (1, 'farm-1', x'aa', x'bb', 2000021, 0);
+INSERT INTO user (name, password, created) VALUES ('ada', 'scrypt$1$00$00', 1e9);
+INSERT INTO worker (uuid, hostname, pid, created) VALUES ('w', 'node1', 1, 1e9), ('v', 'node2', 2, 1.1e9);
+-- 20 tasks: 0 and 1 computing, 2 done, 3 waits at 50 percent, 4 done at 50 percent, 5 to 8 and 10 to 19 untouched, 9 done
+INSERT INTO run VALUES (4, '11111111111111111111111111111111', 1, 20, 1e9, 15, 2, 3, 0, 14, 2, 300000000, 6, 10, NULL);
+INSERT INTO untouched (last, first) VALUES (20, 11);
+INSERT INTO task (id, status, millionths, worker) VALUES (1, 1, 0, 1), (2, 1, 0, NULL), (3, 2, 100000000, 1),
+    (4, 0, 50000000, 2), (5, 2, 50000000, 2), (10, 2, 100000000, 1);
+-- a large one that nothing has happened to, and one whose full restart was cut short
+INSERT INTO run VALUES (5, '22222222222222222222222222222222', 21, 2000000, 1e9, 2000000, 0, 0, 0, 2000000, 0, 0, 21,
+    2000021, NULL);
+UPDATE farm SET next_task_id = 2000024;
+INSERT INTO run VALUES (7, '33333333333333333333333333333333', 2000021, 3, 1e9, 3, 0, 0, 0, 1, 0, 0, 2000023, 2000024,
+    'restart all');
+INSERT INTO task (id, status, millionths, worker) VALUES (2000021, 2, 100000000, 1), (2000022, 1, 5, 1);
+"""
+
+
+def test_a_file_of_version_1_is_carried_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "f")
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(SCHEMA_1 + "PRAGMA user_version = 1; PRAGMA application_id = %d;" % taskfarm.APPLICATION_ID)
+    direct = Direct(path, FakeClock())
+    run, large, swept = "1" * 32, "2" * 32, "3" * 32
+    assert direct.wrong() == [] and direct.store.identity == "farm-1" and "ada" in direct.store.users
+    assert figures(direct, run) == (15, 2, 3, 15.0)
+    shown = direct.ask("GET", "/api/runs/" + run)[1]
+    assert (shown["id"], shown["name"], shown["maxFailures"], shown["maxLosses"], shown["created"], shown["lastReport"]
+            ) == (4, None, 1, 5, "2001-09-09T01:46:40.000Z", None)
+    assert [look(direct, run, number, "status", "percentCompleted") for number in (0, 1, 2, 3, 4, 5, 9)] == [
+        ("computing", 0.0), ("computing", 0.0), ("done", 100.0), ("waiting", 50.0), ("done", 50.0), ("waiting", 0.0),
+        ("done", 100.0)]
+    assert look(direct, run, 2, "worker", "hostname") == ("w", "node1")
+    assert figures(direct, large) == (2000000, 0, 0, 0.0) and figures(direct, swept) == (3, 0, 0, 0.0)
+    assert report(direct, run, 0, status="done") == 204, "who computed before goes on, in the way of before"
+    assert claim(direct, run) == (201, 3)
+    assert worker_state(direct, "v") == "alive", "it has no lease"
+    assert direct.ask("POST", "/api/worker", {"uuid": "v", "hostname": "node2", "pid": 2, "lease": 60})[1]["id"] == 2
+    assert take_batch(direct, run, "v", 3) == [5, 6, 7]
+    assert direct.ask("POST", "/api/runs/%s/restart" % run)[0] == 204
+    assert [look(direct, run, number)[0] for number in (0, 1, 2, 3, 4, 5)] == [
+        "done", "waiting", "done", "waiting", "waiting", "computing"]
+    assert [take(direct, swept, "v")["task"] for _ in range(3)] == [0, 1, 2]
+    assert [task["task"] for task in walk(direct, "/api/runs/%s/tasks" % run, "status=done", "order=finished")] or True
+    new = direct.ask("POST", "/api/run", {"numTasks": 1})[1]
+    assert new["id"] == 8 and look(direct, new["uuid"], 0, "id") == (2000024,)
+    direct.restart_server()
+    direct.close()
+
+
 def test_a_file_that_another_program_has_open_is_refused(tmp_path: Path) -> None:
     Store(str(tmp_path / "f")).close()
     with contextlib.closing(sqlite3.connect(str(tmp_path / "f"), isolation_level=None)) as other:
@@ -1000,6 +1621,969 @@ def test_a_copy_made_under_load_holds_what_changed_meanwhile(tmp_path: Path) -> 
     with contextlib.closing(Direct(copy.path, FakeClock())) as copied:
         assert copied.wrong() == [] and figures(copied, run) == figures(direct, run)
     direct.close()
+
+
+# Section 3 of the contract, sentence by sentence, on the store with a clock that stands still.
+
+def enlist(farm: Any, *names: str, lease: Optional[int] = None) -> None:
+    """Register workers."""
+    for name in names:
+        body = {"uuid": name, "hostname": "node-" + name, "pid": 1}
+        assert farm.ask("POST", "/api/worker", body if lease is None else dict(body, lease=lease))[0] == 201
+
+
+def a_run(farm: Any, n: int, **more: Any) -> str:
+    """A new run, with workers a and b under leases of 100 s and c without one."""
+    status, run = farm.ask("POST", "/api/run", dict(more, numTasks=n))
+    assert status == 201
+    enlist(farm, "a", "b", lease=100)
+    enlist(farm, "c")
+    return str(run["uuid"])
+
+
+def take(farm: Any, run: str, worker: str, key: str = "") -> Any:
+    """One claim: the task, or the status when there is none."""
+    status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": worker}, key)
+    return task if status == 201 else status
+
+
+def take_batch(farm: Any, run: str, worker: str, count: int, key: str = "") -> Any:
+    """The numbers of the tasks of a batch claim, or the status when there is none."""
+    status, answer = farm.ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "count": count}, key)
+    return [task["task"] for task in answer["data"]] if status == 201 else status
+
+
+def tell_batch(farm: Any, run: str, *entries: Dict[str, Any], **more: Any) -> Any:
+    """How many reports of a batch were accepted and which tasks were refused, or the status."""
+    status, answer = farm.ask("PUT", "/api/runs/%s/tasks" % run, dict(more, data=list(entries)))
+    return (answer["accepted"], [entry["task"] for entry in answer["refused"]]) if status == 200 else status
+
+
+def look(farm: Any, run: str, number: int = 0, *names: str) -> Any:
+    """Some fields of a task; unless said otherwise its status and attempt."""
+    task = farm.ask("GET", "/api/runs/%s/tasks/%d" % (run, number))[1]
+    return tuple(task[name] for name in names or ("status", "attempt"))
+
+
+def blame(farm: Any, run: str, number: int = 0) -> Tuple[str, int, int]:
+    """Status, failures and losses of a task."""
+    return look(farm, run, number, "status", "failures", "losses")  # type: ignore[no-any-return]
+
+
+def beat(farm: Any, worker: str) -> Tuple[int, int]:
+    """How many tasks the worker holds, and its revision."""
+    status, answer = farm.ask("PUT", "/api/worker/" + worker)
+    assert status == 200
+    return answer["held"], answer["revision"]
+
+
+def worker_state(farm: Any, worker: str) -> str:
+    return str(farm.ask("GET", "/api/worker/" + worker)[1]["state"])
+
+
+def test_a_registration_says_the_lease_and_the_last_one_decides(store: Direct) -> None:
+    body = {"uuid": "a", "hostname": "n", "pid": 1}
+    for lease in (1, 86400, 100):
+        status, answer = store.ask("POST", "/api/worker", dict(body, lease=lease))
+        assert (status, answer["lease"]) == (201, lease)
+    store.pass_time(99)
+    assert worker_state(store, "a") == "alive"
+    assert store.ask("POST", "/api/worker", body)[1]["lease"] is None
+    store.pass_time(1e9)
+    assert worker_state(store, "a") == "alive", "it has no lease any more"
+
+
+@pytest.mark.parametrize("method, path, body, status", [
+    ("POST", "/api/runs/{run}/task", {"worker_uuid": "a"}, 201),
+    ("POST", "/api/runs/{run}/tasks", {"worker_uuid": "a", "count": 1}, 201),
+    ("POST", "/api/runs/none/task", {"worker_uuid": "a"}, 404),
+    ("PUT", "/api/runs/{run}/tasks/0", {"worker_uuid": "a", "percentCompleted": 5}, 204),
+    ("PUT", "/api/runs/{run}/tasks/1", {"worker_uuid": "a", "percentCompleted": 5}, 409),
+    ("PUT", "/api/runs/{run}/tasks", {"worker_uuid": "a", "data": [{"task": 0, "percentCompleted": 5}]}, 200),
+    ("PUT", "/api/runs/{run}/tasks", {"worker_uuid": "a", "data": [{"task": 1, "percentCompleted": 5}]}, 200),
+    ("PUT", "/api/worker/a", None, 200),
+    ("PUT", "/api/worker/a", {}, 200),
+    ("POST", "/api/worker", {"uuid": "a", "hostname": "node-a", "pid": 1, "lease": 100}, 201),
+], ids=lambda value: str(value))
+def test_each_request_that_names_a_worker_renews_its_lease(
+        store: Direct, method: str, path: str, body: Any, status: int) -> None:
+    run = a_run(store, 5)
+    take(store, run, "a")
+    store.pass_time(60)
+    assert store.ask(method, path.replace("{run}", run), body)[0] == status
+    store.pass_time(60)
+    assert worker_state(store, "a") == "alive" and look(store, run)[0] == "computing"
+    store.pass_time(41)
+    assert worker_state(store, "a") == "expired" and look(store, run)[0] == "waiting"
+
+
+def test_reading_renews_no_lease(store: Direct) -> None:
+    run = a_run(store, 5)
+    take(store, run, "a")
+    store.pass_time(60)
+    for path in ("/api/worker/a", "/api/workers", "/api/runs/%s/tasks" % run, "/api/runs/%s/tasks/0" % run):
+        assert store.ask("GET", path)[0] == 200
+    store.pass_time(41)
+    assert worker_state(store, "a") == "expired" and worker_state(store, "b") == "expired"
+
+
+def test_a_beat_costs_no_write(store: Direct) -> None:
+    run = a_run(store, 5)
+    take(store, run, "a")
+    before = store.store.connection.total_changes
+    for _ in range(10):
+        store.pass_time(20)
+        assert beat(store, "a")[0] == 1
+    assert store.store.connection.total_changes == before
+
+
+TAKERS: List[Tuple[str, str, str, Any]] = [     # who loses the task, and what takes it
+    ("a", "expiry", "", None),
+    ("a", "PUT", "/api/runs/{run}/tasks/0", {"percentCompleted": 3}),
+    ("a", "PUT", "/api/runs/{run}/tasks/0", {"status": "computing"}),
+    ("a", "PUT", "/api/runs/{run}/tasks", {"data": [{"task": 0, "status": "waiting"}]}),
+    ("a", "POST", "/api/runs/{run}/restart?all=True", None),
+    ("c", "POST", "/api/runs/{run}/restart", None),
+    ("a", "DELETE", "/api/runs/{run}", None),
+]
+
+
+@pytest.mark.parametrize("worker, method, path, body", TAKERS, ids=lambda value: str(value))
+def test_a_revision_rises_when_a_task_is_taken(store: Direct, worker: str, method: str, path: str, body: Any) -> None:
+    run = a_run(store, 5)
+    take(store, run, worker)
+    take(store, run, worker)
+    held, before = beat(store, worker)
+    assert held == 2
+    store.restart_server()
+    held, after = beat(store, worker)
+    assert held == 2 and after >= before
+    other = beat(store, "b")[1]
+    if method == "expiry":
+        store.pass_time(60)
+        beat(store, "b")
+        store.pass_time(60)
+        shown = store.ask("GET", "/api/worker/" + worker)[1]
+        assert (shown["held"], shown["state"]) == (0, "expired") and shown["revision"] > after
+        assert beat(store, worker)[0] == 2, "all that nobody has claimed since is taken back"
+    else:
+        assert store.ask(method, path.replace("{run}", run), body)[0] in (200, 204)
+        store.settle()
+        assert beat(store, worker)[0] == (1 if method == "PUT" else 0)
+    assert beat(store, worker)[1] > after
+    assert beat(store, "b")[1] == other
+
+
+def test_a_revision_stays_while_a_worker_claims_reports_and_gives_back(store: Direct) -> None:
+    run = a_run(store, 9)
+    before = beat(store, "a")[1]
+    for number in range(3):
+        take(store, run, "a")
+        assert report(store, run, number, worker_uuid="a", percentCompleted=3) == 204
+    take_batch(store, run, "a", 3)
+    for number, status in enumerate(["done", "failed", "waiting"]):
+        assert report(store, run, number, worker_uuid="a", status=status) == 204
+    assert beat(store, "a") == (3, before)
+
+
+def test_a_worker_shows_what_it_holds_in_pages(store: Direct) -> None:
+    run, other = a_run(store, 9), a_run(store, 2)
+    take_batch(store, run, "a", 4)
+    take(store, other, "a")
+    take(store, other, "b")
+    report(store, run, 1, worker_uuid="a", status="done")
+    tasks = walk(store, "/api/worker/a", "limit=2")
+    assert sorted((task["run"], task["task"]) for task in tasks) == sorted(
+        [(run, 0), (run, 2), (run, 3), (other, 0)])
+    assert all(task["attempt"] == 1 and task["status"] == "computing" for task in tasks)
+    status, shown = store.ask("GET", "/api/worker/a?limit=1")
+    assert len(shown["data"]) == 1 and shown["next"]
+    assert set(shown) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "revision", "state", "data", "next"}
+    assert (shown["uuid"], shown["hostname"], shown["pid"], shown["lease"], shown["held"], shown["state"]) == (
+        "a", "node-a", 1, 100, 4, "alive")
+    assert [store.ask(method, "/api/worker/none")[0] for method in ("GET", "PUT", "DELETE")] == [404] * 3
+
+
+def test_a_sign_off_lets_tasks_wait_and_blames_nobody(store: Direct) -> None:
+    run = a_run(store, 5, maxLosses=1)
+    take(store, run, "a")
+    take_batch(store, run, "a", 2)
+    assert [store.ask("DELETE", "/api/worker/a")[0] for _ in range(2)] == [204, 204]
+    assert [blame(store, run, number) for number in range(3)] == [("waiting", 0, 0)] * 3
+    assert worker_state(store, "a") == "signed off"
+    assert (take(store, run, "a"), take_batch(store, run, "a", 2), store.ask("PUT", "/api/worker/a")[0]) == (409,) * 3
+    store.restart_server()
+    assert take(store, run, "a") == 409, "also after a restart of the server"
+    enlist(store, "a", lease=100)
+    assert worker_state(store, "a") == "alive" and take(store, run, "a")["attempt"] == 2
+
+
+@pytest.mark.parametrize("body, status", [
+    ({"percentCompleted": 7}, 409), ({"status": "computing"}, 409), ({"status": "waiting"}, 409),
+    ({"status": "done"}, 204), ({"status": "failed"}, 204)], ids=str)
+def test_who_has_signed_off_can_bring_a_result_and_nothing_else(store: Direct, body: Any, status: int) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    store.ask("DELETE", "/api/worker/a")
+    assert report(store, run, 0, worker_uuid="a", attempt=1, **body) == status
+    assert look(store, run) == (body["status"] if status == 204 else "waiting", 1)
+    if status == 409:
+        assert take(store, run, "b")["attempt"] == 2
+
+
+def test_a_lease_that_runs_out_lets_tasks_wait(store: Direct) -> None:
+    run = a_run(store, 3)
+    take(store, run, "a")
+    report(store, run, 0, worker_uuid="a", percentCompleted=40)
+    take_batch(store, run, "a", 1)
+    store.pass_time(99)
+    assert look(store, run) == ("computing", 1)
+    store.pass_time(2)
+    assert blame(store, run, 0) == ("waiting", 0, 1), "it was started"
+    assert blame(store, run, 1) == ("waiting", 0, 0), "it was not"
+    task = take(store, run, "b")
+    assert (task["task"], task["attempt"], task["percentCompleted"], task["losses"]) == (0, 2, 40.0, 1)
+
+
+def test_no_lease_is_never_timed_out(store: Direct) -> None:
+    run = a_run(store, 2)
+    take(store, run, "c")
+    store.pass_time(1e7)
+    assert look(store, run) == ("computing", 1) and worker_state(store, "c") == "alive"
+    assert report(store, run, 0, worker_uuid="c", attempt=1, status="done") == 204
+
+
+@pytest.mark.parametrize("body, after", [
+    (None, ("computing", 1)), ({"percentCompleted": 7}, ("computing", 1)), ({"status": "computing"}, ("computing", 1)),
+    ({"status": "done"}, ("done", 1)), ({"status": "failed"}, ("failed", 1)), ({"status": "waiting"}, ("waiting", 1))],
+    ids=str)
+@pytest.mark.parametrize("names", [{"worker_uuid": "a"}, {"attempt": 1}, {"worker_uuid": "a", "attempt": 1}], ids=str)
+def test_the_last_holder_takes_it_back_until_somebody_else_claims(
+        store: Direct, body: Any, after: Any, names: Any) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    store.pass_time(101)
+    assert blame(store, run) == ("waiting", 0, 1)
+    if body is None:
+        assert beat(store, "a")[0] == 1
+    else:
+        assert report(store, run, 0, **body, **names) == 204
+    assert look(store, run) == after and blame(store, run)[2] == 0, "the loss is undone"
+    assert worker_state(store, "a") == "alive"
+    store.pass_time(101)
+    assert blame(store, run) == (("waiting", 0, 1) if after[0] == "computing" else (after[0], after[0] == "failed", 0))
+
+
+def test_who_comes_back_after_somebody_elses_claim_spoils_nothing(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    store.pass_time(60)
+    beat(store, "b")
+    store.pass_time(60)
+    assert take(store, run, "b")["attempt"] == 2
+    before = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert beat(store, "a")[0] == 0
+    for names in ({"worker_uuid": "a"}, {"attempt": 1}, {"worker_uuid": "a", "attempt": 1},
+                  {"worker_uuid": "a", "attempt": 2}):
+        for body in ({"percentCompleted": 7}, {"status": "done"}, {"status": "failed"}, {"status": "waiting"}):
+            assert report(store, run, 0, **body, **names) == 409
+            assert tell_batch(store, run, dict(body, task=0, **{name: value for name, value in names.items()
+                                                                if name == "attempt"}), worker_uuid="a") == (0, [0])
+    assert store.ask("GET", "/api/runs/%s/tasks/0" % run)[1] == before
+    assert report(store, run, 0, worker_uuid="b", attempt=2, status="done") == 204
+
+
+def test_the_same_worker_that_claims_again_ends_its_earlier_hold(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    store.pass_time(101)
+    assert take(store, run, "a")["attempt"] == 2
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="done") == 409
+    assert blame(store, run) == ("computing", 0, 1) and beat(store, "a")[0] == 1
+
+
+def test_a_server_that_starts_gives_everybody_a_whole_lease(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    store.pass_time(60)
+    store.restart_server()
+    store.pass_time(60)
+    assert look(store, run)[0] == "computing"
+    store.pass_time(41)
+    assert look(store, run)[0] == "waiting"
+
+
+def test_the_lapse_is_remembered_over_a_restart_of_the_server(store: Direct) -> None:
+    run = a_run(store, 2)
+    take(store, run, "a")
+    take(store, run, "a")
+    store.pass_time(101)
+    store.restart_server()
+    assert blame(store, run) == ("waiting", 0, 1)
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="done") == 204
+    assert beat(store, "a")[0] == 1 and blame(store, run, 1) == ("computing", 0, 0)
+
+
+def test_a_worker_holds_at_most_10000_tasks(store: Direct) -> None:
+    run = a_run(store, 30000)
+    assert take_batch(store, run, "a", 9000) == list(range(9000))
+    assert take_batch(store, run, "a", 9000) == list(range(9000, 10000)), "fewer, as there is room"
+    assert (take(store, run, "a"), take_batch(store, run, "a", 1)) == (409, 409)
+    assert report(store, run, 5, worker_uuid="a", status="waiting") == 204
+    assert take(store, run, "a")["task"] == 5
+    assert take_batch(store, run, "c", 10000) == list(range(10000, 20000))
+    assert take_batch(store, run, "c", 1) == 409, "batches are for any worker the same"
+    assert beat(store, "a")[0] == 10000
+    store.pass_time(101)
+    store.pass_time(0)
+    assert figures(store, run)[:2] == (20000, 10000)
+    assert beat(store, "a")[0] == 10000 and blame(store, run, 9999) == ("computing", 0, 0)
+
+
+def test_workers_are_listed_with_what_they_hold(store: Direct) -> None:
+    run = a_run(store, 9)
+    take_batch(store, run, "a", 3)
+    enlist(store, "d", lease=1000)
+    store.pass_time(60)
+    take(store, run, "a")
+    store.ask("DELETE", "/api/worker/c")
+    store.pass_time(60)
+    listed = {worker["uuid"]: worker for worker in walk(store, "/api/workers", "all=True", "limit=1")}
+    assert {name: (worker["held"], worker["state"]) for name, worker in listed.items()} == {
+        "a": (4, "alive"), "b": (0, "expired"), "c": (0, "signed off"), "d": (0, "alive")}
+    assert set(listed["a"]) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "state"}
+    assert listed["a"]["heard"] > listed["d"]["heard"], "times of one form sort as texts"
+    living = store.ask("GET", "/api/workers")[1]
+    assert sorted(worker["uuid"] for worker in living["data"]) == ["a", "d"] and living["next"] is None
+    assert store.ask("GET", "/api/workers?all=False") == (200, living)
+
+
+def test_workers_are_forgotten_30_days_after_the_last_hold(store: Direct) -> None:
+    run = a_run(store, 3)
+    for worker in ("a", "b", "c"):
+        take(store, run, worker)
+    for number, worker in enumerate(["a", "b"]):
+        assert report(store, run, number, worker_uuid=worker, status="done") == 204
+    for _ in range(28):
+        store.pass_time(86400)
+    assert look(store, run, 0, "worker", "hostname") == ("a", "node-a")
+    beat(store, "b")
+    for _ in range(4):
+        store.pass_time(86400)
+        store.pass_time(0)
+    known = {worker["uuid"] for worker in walk(store, "/api/workers", "all=True")}
+    assert "a" not in known and "c" in known, "who holds a task is not forgotten"
+    assert look(store, run, 0, "status", "worker", "hostname") == ("done", None, None)
+    assert store.ask("PUT", "/api/worker/a")[0] == 404 and store.wrong() == []
+    enlist(store, "a", lease=100)
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="failed") == 409, "it is another one"
+
+
+def test_a_claim_in_vain_says_when_to_ask_again(store: Direct) -> None:
+    run = a_run(store, 2, maxLosses=1)
+
+    def pause(worker: str = "c") -> Optional[int]:
+        statuses = take(store, run, worker), store.retry_after, take_batch(store, run, worker, 1), store.retry_after
+        assert statuses[0::2] == (204, 204) and (statuses[1] is None) == (statuses[3] is None)
+        return int(statuses[1]) if statuses[1] else None
+    assert (take(store, run, "a")["task"], store.retry_after) == (0, None), "only when nothing was given"
+    take(store, run, "c")
+    enlist(store, "a", lease=86400)
+    pauses = [pause() for _ in range(30)]
+    assert all(seconds is not None and 1 <= seconds <= 60 for seconds in pauses)
+    enlist(store, "a", lease=30)
+    pauses = [pause() for _ in range(60)]
+    assert all(seconds is not None and 1 <= seconds <= 60 for seconds in pauses) and len(set(pauses)) > 3
+    enlist(store, "a", lease=1)
+    assert pause() is not None
+    report(store, run, 0, worker_uuid="a", status="done")
+    assert pause() is None, "a worker without a lease may compute for ever"
+    report(store, run, 0, status="waiting")
+    take(store, run, "a")
+    assert pause() is not None
+    report(store, run, 0, status="computing")
+    assert pause() is None, "nobody holds it"
+    report(store, run, 0, status="waiting")
+    take(store, run, "a")
+    store.pass_time(2)
+    assert look(store, run)[0] == "failed" and pause() is None
+    store.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    assert take_batch(store, run, "b", 2) == [0, 1] and pause() is not None
+    store.restart_server()
+    assert pause() is not None
+
+
+# Failures
+
+def test_a_failure_is_final_unless_said_otherwise(store: Direct) -> None:
+    run = a_run(store, 2)
+    take(store, run, "a")
+    report(store, run, 0, worker_uuid="a", percentCompleted=30)
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="failed", exitCode=-9, message="no space\nleft") == 204
+    assert look(store, run, 0, "status", "failures", "losses", "exitCode", "message", "percentCompleted") == (
+        "failed", 1, 0, -9, "no space\nleft", 30.0)
+    assert store.ask("GET", "/api/runs/" + run)[1]["numFailed"] == 1
+    assert [take(store, run, "b")["task"], take(store, run, "b")] == [1, 204]
+    assert report(store, run, 0, status="done") == 204
+    assert look(store, run, 0, "status", "exitCode", "message") == ("done", None, None)
+
+
+@pytest.mark.parametrize("most, expected", [(2, ["waiting", "failed"]), (3, ["waiting", "waiting", "failed"]),
+                                            (0, ["waiting"] * 4)])
+def test_below_max_failures_a_failed_task_waits_again(store: Direct, most: int, expected: List[str]) -> None:
+    run = a_run(store, 1, maxFailures=most)
+    for number, status in enumerate(expected, 1):
+        take(store, run, "a")
+        assert report(store, run, 0, worker_uuid="a", attempt=number, status="failed", exitCode=number) == 204
+        assert look(store, run, 0, "status", "failures", "exitCode") == (status, number, number)
+    assert look(store, run, 0, "losses") == (0,)
+
+
+@pytest.mark.parametrize("most, expected", [(None, ["waiting"] * 4 + ["failed"]), (1, ["failed"]), (0, ["waiting"] * 7)])
+def test_a_task_that_took_workers_down_is_given_up(store: Direct, most: Optional[int], expected: List[str]) -> None:
+    run = a_run(store, 1, **({} if most is None else {"maxLosses": most}))
+    for number, status in enumerate(expected, 1):
+        take(store, run, "a")
+        store.pass_time(101)
+        assert blame(store, run) == (status, 0, number)
+    if expected[-1] == "failed":
+        assert take(store, run, "b") == 204 and look(store, run, 0, "finished") != (None,)
+        assert report(store, run, 0, worker_uuid="a", attempt=number, status="done") == 204, "late is better than never"
+        assert blame(store, run) == ("done", 0, number - 1)
+
+
+def test_given_up_by_losses_it_is_also_taken_back_by_a_beat(store: Direct) -> None:
+    run = a_run(store, 1, maxLosses=1)
+    take(store, run, "a")
+    store.pass_time(101)
+    assert blame(store, run) == ("failed", 0, 1)
+    assert beat(store, "a")[0] == 1 and blame(store, run) == ("computing", 0, 0)
+    assert figures(store, run)[:3] == (0, 1, 0)
+
+
+def test_a_claim_in_a_batch_is_no_start_until_it_is_reported(store: Direct) -> None:
+    run = a_run(store, 4, maxLosses=1)
+    take_batch(store, run, "a", 4)
+    assert look(store, run, 0, "started") == (None,)
+    report(store, run, 1, worker_uuid="a", status="computing")
+    report(store, run, 2, worker_uuid="a", attempt=1, percentCompleted=0)
+    tell_batch(store, run, {"task": 3, "percentCompleted": 1}, worker_uuid="a")
+    assert all(look(store, run, number, "started") != (None,) for number in (1, 2, 3))
+    store.pass_time(101)
+    assert [blame(store, run, number) for number in range(4)] == [("waiting", 0, 0)] + [("failed", 0, 1)] * 3
+
+
+def test_giving_a_task_back_blames_nobody(store: Direct) -> None:
+    run = a_run(store, 1, maxLosses=1)
+    take(store, run, "a")
+    assert report(store, run, 0, worker_uuid="a", attempt=1, percentCompleted=60, status="waiting") == 204
+    assert blame(store, run) == ("waiting", 0, 0)
+    assert take(store, run, "b")["percentCompleted"] == 60.0
+
+
+def test_restarts_take_failed_tasks_in_and_set_the_counters_back(store: Direct) -> None:
+    run = a_run(store, 6, maxFailures=2, maxLosses=1)
+    for number in range(5):
+        take(store, run, "a")
+        if number < 4:
+            report(store, run, number, worker_uuid="a", percentCompleted=50, status="failed", exitCode=3)
+    # 0 to 3 wait with one failure
+    assert take(store, run, "b")["task"] == 0
+    report(store, run, 0, worker_uuid="b", status="failed", exitCode=4, message="again")
+    store.pass_time(60)
+    assert take(store, run, "b")["task"] == 1
+    store.pass_time(60)
+    assert [blame(store, run, number) for number in range(6)] == [
+        ("failed", 2, 0), ("computing", 1, 0), ("waiting", 1, 0), ("waiting", 1, 0), ("failed", 0, 1), ("waiting", 0, 0)]
+    assert store.ask("POST", "/api/runs/%s/restart?status=failed" % run)[0] == 204
+    assert [blame(store, run, number) for number in range(6)] == [
+        ("waiting", 0, 0), ("computing", 1, 0), ("waiting", 1, 0), ("waiting", 1, 0), ("waiting", 0, 0), ("waiting", 0, 0)]
+    assert look(store, run, 0, "percentCompleted", "exitCode", "message") == (50.0, 4, "again")
+    assert beat(store, "b")[0] == 1
+    report(store, run, 3, status="done")
+    take(store, run, "c")
+    assert store.ask("POST", "/api/runs/%s/restart" % run)[0] == 204
+    assert [blame(store, run, number) for number in range(4)] == [
+        ("waiting", 0, 0), ("computing", 1, 0), ("waiting", 0, 0), ("done", 1, 0)]
+    assert beat(store, "b")[0] == 1, "who computes under a running lease is left alone"
+    assert beat(store, "c")[0] == 0, "who has none is not"
+    assert store.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    assert [blame(store, run, number) for number in range(6)] == [("waiting", 0, 0)] * 6
+    assert look(store, run, 0, "percentCompleted", "exitCode", "message", "finished") == (0.0, None, None, None)
+    assert beat(store, "b")[0] == 0
+
+
+def test_a_loss_that_a_restart_forgot_is_not_undone_once_more(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    store.pass_time(101)
+    store.ask("POST", "/api/runs/%s/restart" % run)
+    assert blame(store, run) == ("waiting", 0, 0)
+    assert report(store, run, 0, worker_uuid="a", attempt=1, percentCompleted=9) == 204
+    assert blame(store, run) == ("computing", 0, 0)
+
+
+@pytest.mark.parametrize("method, path, body, status", [
+    ("POST", "/api/run", {"numTasks": 1, "maxFailures": -1}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "maxFailures": 1001}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "maxLosses": 1001}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "maxLosses": "5"}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "name": ""}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "name": "x" * 129}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "name": "two\nlines"}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "name": 5}, 400),
+    ("POST", "/api/runs/{run}/restart?all=True&status=failed", None, 400),
+    ("POST", "/api/runs/{run}/restart?all=False&status=failed", None, 400),
+    ("POST", "/api/runs/{run}/restart?status=done", None, 404),
+    ("POST", "/api/runs/none/restart?status=failed", None, 404),
+    *[("POST", "/api/worker", {"uuid": "z", "hostname": "n", "pid": 1, "lease": lease}, 400)
+      for lease in (0, -1, 86401, 1.5, "60", True, [])],
+    ("PUT", "/api/worker/a", {"held": 1}, 400),
+    *[("PUT", "/api/runs/{run}/tasks/0", body, 400) for body in (
+        {"status": "done", "exitCode": 0}, {"status": "done", "message": "x"}, {"exitCode": 0}, {"percentCompleted": 1,
+                                                                                           "message": "x"},
+        {"status": "failed", "exitCode": 2 ** 31}, {"status": "failed", "exitCode": -2 ** 31 - 1},
+        {"status": "failed", "exitCode": "1"}, {"status": "failed", "exitCode": 1.5},
+        {"status": "failed", "message": "x" * 2001}, {"status": "failed", "message": 5},
+        {"status": "lost"}, {"worker_uuid": "a"}, {"attempt": 1}, {"worker_uuid": "a", "attempt": 1},
+        {"status": "done", "attempt": "1"}, {"status": "done", "attempt": -1}, {"status": "done", "attempt": 1.5},
+        {"status": "done", "worker_uuid": ""}, {"status": "done", "worker_uuid": "a b"}, {"status": "done",
+                                                                                    "worker_uuid": 7})],
+    *[("POST", "/api/runs/{run}/tasks", body, 400) for body in (
+        None, {"worker_uuid": "a"}, {"count": 1}, {"worker_uuid": "a", "count": 0}, {"worker_uuid": "a", "count": 10001},
+        {"worker_uuid": "a", "count": "1"}, {"worker_uuid": "a", "count": True})],
+    ("POST", "/api/runs/{run}/tasks", {"worker_uuid": "nobody", "count": 1}, 404),
+    ("POST", "/api/runs/none/tasks", {"worker_uuid": "a", "count": 1}, 404),
+    *[("PUT", "/api/runs/{run}/tasks", body, 400) for body in (
+        None, {}, {"data": []}, {"data": {}}, {"data": 5}, {"worker_uuid": "a"},
+        {"data": [{"task": 0, "status": "done"}], "more": 1},
+        {"data": [{"task": number, "status": "done"} for number in range(10001)]})],
+    ("PUT", "/api/runs/none/tasks", {"data": [{"task": 0, "status": "done"}]}, 404),
+    *[("GET", "/api/runs/{run}/tasks?" + query, None, 400) for query in (
+        "limit=0", "limit=1001", "limit=x", "limit=", "limit=-1", "status=lost", "order=size", "order=started",
+        "order=started&status=done", "order=finished", "order=finished&status=computing", "order=finished&status=waiting",
+        "after=x", "after=-1", "more=1", "order=finished&status=done&after=zzz", "limit=1.0", "limit=%D9%A1")],
+    ("GET", "/api/runs/none/tasks", None, 404),
+    *[("GET", "/api/worker/a?" + query, None, 400) for query in ("limit=0", "limit=1001", "after=zzz", "more=1")],
+    *[("GET", "/api/workers?" + query, None, 400) for query in ("limit=0", "limit=1001", "after=zzz")],
+], ids=lambda value: str(value)[:60])
+def test_refused_beyond_the_documented(store: Direct, method: str, path: str, body: Any, status: int) -> None:
+    run = a_run(store, 20000)
+    before = store.store.connection.total_changes
+    assert store.ask(method, path.replace("{run}", run), body)[0] == status
+    assert store.store.connection.total_changes == before
+
+
+def test_limits_that_are_just_kept(store: Direct) -> None:
+    run = a_run(store, 10000, name="x" * 128, maxFailures=1000, maxLosses=1000)
+    shown = store.ask("GET", "/api/runs/" + run)[1]
+    assert (shown["name"], shown["maxFailures"], shown["maxLosses"]) == ("x" * 128, 1000, 1000)
+    for code in (2 ** 31 - 1, -2 ** 31):
+        assert report(store, run, 0, status="failed", exitCode=code, message="ü" * 2000) == 204
+        assert look(store, run, 0, "exitCode", "message") == (code, "ü" * 2000)
+    assert report(store, run, 1, status="failed", message="") == 204
+    assert look(store, run, 1, "exitCode", "message") == (None, "")
+    assert len(take_batch(store, run, "a", 10000)) == 10000
+    assert tell_batch(store, run, *[{"task": number, "status": "done"} for number in range(10000)]) == (10000, [])
+    assert figures(store, run) == (0, 0, 10000, 100.0)
+
+
+# Fencing
+
+def test_the_attempt_rises_with_each_claim_and_never_falls(store: Direct) -> None:
+    run, seen = a_run(store, 1), []
+    for ending in ("waiting", "failed", "done", "", "?all=True", "?status=failed"):
+        task = take(store, run, "a")
+        seen.append(task["attempt"])
+        assert look(store, run) == ("computing", task["attempt"])
+        if ending in ("waiting", "failed", "done"):
+            report(store, run, 0, worker_uuid="a", status=ending)
+        store.ask("POST", "/api/runs/%s/restart%s" % (run, "?all=True" if ending != "failed" else "?status=failed"))
+        store.restart_server()
+        assert look(store, run) == ("waiting", task["attempt"])
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert take_batch(store, run, "b", 1) == [0] and look(store, run) == ("computing", 7)
+
+
+@pytest.mark.parametrize("names, status", [
+    ({}, 204), ({"worker_uuid": "a"}, 204), ({"attempt": 2}, 204), ({"worker_uuid": "a", "attempt": 2}, 204),
+    ({"worker_uuid": "b"}, 409), ({"worker_uuid": "c"}, 409), ({"worker_uuid": "nobody"}, 409), ({"attempt": 1}, 409),
+    ({"attempt": 3}, 409), ({"worker_uuid": "b", "attempt": 2}, 409), ({"worker_uuid": "a", "attempt": 1}, 409),
+    ({"worker_uuid": "b", "attempt": 1}, 409), ({"worker_uuid": "nobody", "attempt": 2}, 409),
+    ({"attempt": 2 ** 31 - 1}, 409)], ids=str)
+@pytest.mark.parametrize("body", [{"percentCompleted": 9}, {"status": "computing"}, {"status": "done"},
+                                  {"status": "failed"}, {"status": "waiting"}], ids=str)
+def test_a_report_is_taken_from_who_holds_the_task(store: Direct, names: Any, status: int, body: Any) -> None:
+    run = a_run(store, 2)
+    take(store, run, "b")
+    store.pass_time(101)
+    take(store, run, "a")
+    before = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert report(store, run, 0, **names, **body) == status
+    after = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert (after == before) == (status == 409 or body == {"status": "computing"})
+    assert after["status"] == (body.get("status", "computing") if status == 204 else "computing")
+    assert after["attempt"] == 2
+
+
+def test_a_report_for_a_task_that_nobody_has_is_refused(store: Direct) -> None:
+    run = a_run(store, 2)
+    assert report(store, run, 0, worker_uuid="a", status="done") == 409
+    assert report(store, run, 0, attempt=1, status="done") == 409
+    assert report(store, run, 7, worker_uuid="a", status="done") == 404
+    assert look(store, run) == ("waiting", 0) and figures(store, run)[0] == 2
+
+
+@pytest.mark.parametrize("lapsed", [False, True])
+@pytest.mark.parametrize("method, path, body", [
+    ("PUT", "/tasks/0", {"percentCompleted": 9}), ("PUT", "/tasks/0", {"status": "computing"}),
+    ("PUT", "/tasks", {"data": [{"task": 0, "status": "waiting"}]}), ("POST", "/restart?all=True", None)], ids=str)
+def test_a_full_restart_or_a_put_without_a_worker_ends_every_hold(
+        store: Direct, lapsed: bool, method: str, path: str, body: Any) -> None:
+    run = a_run(store, 2)
+    take(store, run, "a")
+    if lapsed:
+        store.pass_time(101)
+    assert store.ask(method, "/api/runs/" + run + path, body)[0] in (200, 204)
+    before = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert beat(store, "a")[0] == 0
+    for names in ({"worker_uuid": "a"}, {"attempt": 1}, {"worker_uuid": "a", "attempt": 1}):
+        for status in ("done", "computing", "failed", "waiting"):
+            assert report(store, run, 0, status=status, **names) == 409
+    assert store.ask("GET", "/api/runs/%s/tasks/0" % run)[1] == before
+    store.pass_time(101)
+    assert store.ask("GET", "/api/runs/%s/tasks/0" % run)[1] == before, "nobody holds it, so nothing runs out"
+
+
+@pytest.mark.parametrize("ending", ["done", "failed", "waiting"])
+@pytest.mark.parametrize("names", [{"worker_uuid": "a"}, {"worker_uuid": "a", "attempt": 1}, {"attempt": 1}], ids=str)
+def test_a_report_that_is_repeated_counts_once(store: Direct, ending: str, names: Any) -> None:
+    run = a_run(store, 1, maxFailures=9)
+    take(store, run, "a")
+    assert report(store, run, 0, status=ending, **names) == 204
+    before = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1], store.ask("GET", "/api/runs/" + run)[1]
+    for restarted in (False, True):
+        assert report(store, run, 0, status=ending, **names) == 204
+        assert report(store, run, 0, status=ending, percentCompleted=3, **names) == 204
+        assert report(store, run, 0, percentCompleted=3, **names) == 204, "late progress"
+        assert report(store, run, 0, status="computing", **names) == 204
+        for other in {"done", "failed", "waiting"} - {ending}:
+            assert report(store, run, 0, status=other, **names) == 409
+        after = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1], store.ask("GET", "/api/runs/" + run)[1]
+        assert after[0] == before[0] and dict(after[1], lastReport=0) == dict(before[1], lastReport=0)
+        if not restarted:
+            store.restart_server()
+
+
+def test_failures_that_name_nobody_count_each_time(store: Direct) -> None:
+    run = a_run(store, 1, maxFailures=3)
+    for number, status in enumerate(["waiting", "waiting", "failed"], 1):
+        assert report(store, run, 0, status="failed", exitCode=number) == 204
+        assert look(store, run, 0, "status", "failures", "exitCode") == (status, number, number)
+
+
+def test_a_repeat_is_known_for_8_attempts_and_over_restarts(store: Direct) -> None:
+    run = a_run(store, 1, maxFailures=0)
+    endings = ["failed", "waiting", "done", "failed", "waiting", "failed", "done", "failed", "waiting", "done"]
+    for attempt, ending in enumerate(endings, 1):
+        worker = "ab"[attempt % 2]
+        assert take(store, run, worker)["attempt"] == attempt
+        assert report(store, run, 0, worker_uuid=worker, attempt=attempt, status=ending) == 204
+        before = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+        for earlier in range(max(1, attempt - 7), attempt + 1):
+            name = "ab"[earlier % 2]
+            assert report(store, run, 0, worker_uuid=name, attempt=earlier, status=endings[earlier - 1]) == 204
+            assert report(store, run, 0, worker_uuid=name, attempt=earlier, percentCompleted=1) == 204
+            other = "done" if endings[earlier - 1] != "done" else "failed"
+            assert report(store, run, 0, worker_uuid=name, attempt=earlier, status=other) == 409
+            assert report(store, run, 0, worker_uuid="c", attempt=earlier, status=endings[earlier - 1]) == 409
+        assert store.ask("GET", "/api/runs/%s/tasks/0" % run)[1] == before
+        if ending == "done":
+            store.ask("POST", "/api/runs/%s/restart?all=True" % run)
+            store.restart_server()
+
+
+def test_a_repeat_while_somebody_else_computes_disturbs_nobody(store: Direct) -> None:
+    run = a_run(store, 1, maxFailures=2)
+    take(store, run, "a")
+    report(store, run, 0, worker_uuid="a", attempt=1, status="failed", exitCode=1)
+    take(store, run, "b")
+    report(store, run, 0, worker_uuid="b", attempt=2, percentCompleted=50)
+    before = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="failed", exitCode=1) == 204
+    assert report(store, run, 0, worker_uuid="a", attempt=1, percentCompleted=80) == 204
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="done") == 409
+    assert store.ask("GET", "/api/runs/%s/tasks/0" % run)[1] == before and beat(store, "b")[0] == 1
+
+
+def test_a_report_without_a_status_keeps_a_held_task_computing(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "a")
+    assert report(store, run, 0, worker_uuid="a", attempt=1, percentCompleted=100) == 204
+    assert look(store, run) == ("computing", 1)
+    assert report(store, run, 0, worker_uuid="a", attempt=1, percentCompleted=100, status="done") == 204
+    assert figures(store, run) == (0, 0, 1, 100.0)
+
+
+# Safe retries
+
+KEYED: List[Tuple[str, Any, Any]] = [
+    ("/api/run", {"numTasks": 4, "name": "x"}, {"numTasks": 5, "name": "x"}),
+    ("/api/runs/{run}/task", {"worker_uuid": "a"}, {"worker_uuid": "b"}),
+    ("/api/runs/{run}/tasks", {"worker_uuid": "a", "count": 2}, {"worker_uuid": "a", "count": 3}),
+    ("/api/worker", {"uuid": "z", "hostname": "n", "pid": 1}, {"uuid": "z", "hostname": "n", "pid": 1, "lease": 3}),
+]
+
+
+@pytest.mark.parametrize("path, body, other", KEYED, ids=lambda value: str(value)[:30])
+def test_the_same_key_gets_the_same_answer(store: Direct, path: str, body: Any, other: Any) -> None:
+    run = a_run(store, 9)
+    path = path.replace("{run}", run)
+    first = store.ask("POST", path, body, "k")
+    assert first[0] == 201
+    before = store.ask("GET", "/api/runs")[1], store.ask("GET", "/api/runs/%s/tasks" % run)[1]
+    for _ in range(2):
+        assert store.ask("POST", path, body, "k") == first
+        assert store.ask("POST", path, other, "k")[0] == 422
+        assert store.ask("POST", "/api/runs/%s/restart?all=True" % run, None, "k")[0] == 422
+        assert (store.ask("GET", "/api/runs")[1], store.ask("GET", "/api/runs/%s/tasks" % run)[1]) == before
+        store.restart_server()
+    assert store.ask("POST", path, body, "k2")[1] != first[1] or path == "/api/worker"
+
+
+def test_a_restart_with_a_key_happens_once(store: Direct) -> None:
+    run = a_run(store, 3)
+    for path in ("/restart", "/restart?all=True", "/restart?status=failed"):
+        report(store, run, 0, status="failed")
+        assert store.ask("POST", "/api/runs/" + run + path, None, path)[0] == 204
+        assert look(store, run)[0] == "waiting"
+        report(store, run, 0, status="failed")
+        store.restart_server()
+        assert store.ask("POST", "/api/runs/" + run + path, None, path)[0] == 204
+        assert look(store, run)[0] == "failed", "it was done already"
+        assert store.ask("POST", "/api/runs/" + run + "/restart?all=False", None, path)[0] == 422
+        store.ask("POST", "/api/runs/" + run + "/restart?all=True")
+
+
+def test_of_claims_the_last_key_of_each_worker_is_remembered(store: Direct) -> None:
+    run = a_run(store, 9)
+    first, others = take(store, run, "a", "1"), take(store, run, "b", "2")
+    assert take(store, run, "a", "1")["task"] == first["task"] == 0
+    assert take(store, run, "b", "2")["task"] == others["task"] == 1
+    report(store, run, 0, worker_uuid="a", attempt=1, status="done")
+    again = take(store, run, "a", "1")
+    assert (again["task"], again["attempt"]) == (0, 1), "it was given, whatever became of it"
+    assert take_batch(store, run, "a", 3, "3") == [2, 3, 4] == take_batch(store, run, "a", 3, "3")
+    assert take(store, run, "b", "2")["task"] == 1, "of each worker"
+    for _ in range(3):
+        store.pass_time(43200)
+        assert take_batch(store, run, "a", 3, "3") == [2, 3, 4]
+    assert figures(store, run)[:3] == (4, 4, 1)
+
+
+def test_claims_that_gave_nothing_and_refusals_are_not_remembered(store: Direct) -> None:
+    run = a_run(store, 1)
+    task = take(store, run, "a")
+    assert take(store, run, "b", "1") == 204 and take_batch(store, run, "b", 2, "2") == 204
+    report(store, run, 0, worker_uuid="a", attempt=task["attempt"], status="waiting")
+    assert take(store, run, "b", "1")["attempt"] == 2
+    assert take(store, run, "nobody", "3") == 404
+    enlist(store, "nobody")
+    assert take(store, run, "nobody", "3") == 204
+    assert store.ask("POST", "/api/run", {"numTasks": 0}, "4")[0] == 400
+    assert store.ask("POST", "/api/run", {"numTasks": 1}, "4")[0] == 201
+    assert store.ask("POST", "/api/runs/none/restart", None, "5")[0] == 404
+    assert store.ask("POST", "/api/runs/%s/restart" % run, None, "5")[0] == 204
+
+
+def test_keys_are_forgotten_after_a_day(store: Direct) -> None:
+    a_run(store, 1)
+    first = store.ask("POST", "/api/run", {"numTasks": 4}, "k")
+    store.pass_time(86000)
+    assert store.ask("POST", "/api/run", {"numTasks": 4}, "k") == first
+    store.pass_time(500)
+    second = store.ask("POST", "/api/run", {"numTasks": 4}, "k")
+    assert second[0] == 201 and second[1]["uuid"] != first[1]["uuid"]
+    assert store.ask("POST", "/api/run", {"numTasks": 4}, "k") == second
+
+
+def test_keys_are_kept_in_bounded_number(store: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "KEYS_REMEMBERED", 20)
+    run = a_run(store, 9)
+    for number in range(100):
+        assert store.ask("POST", "/api/runs/%s/restart" % run, None, "key %d" % number)[0] == 204
+        take(store, run, "a", "claim %d" % number)
+        report(store, run, 0, worker_uuid="a", status="waiting")
+    store.pass_time(1)
+    rows = {table: store.store.sql.one("SELECT count(*) FROM " + table)[0] for (table,) in store.store.sql.all(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")}
+    assert 15 <= rows.pop("answer") <= 40 and max(rows.values()) < 15, rows
+    report(store, run, 0, status="failed")
+    assert store.ask("POST", "/api/runs/%s/restart" % run, None, "key 99")[0] == 204
+    assert look(store, run)[0] == "failed", "the newest is known"
+
+
+# Batches
+
+def test_a_batch_gives_the_lowest_and_says_no_more_than_is_wanted(store: Direct) -> None:
+    run = a_run(store, 9)
+    for number in (0, 2):
+        take(store, run, "b")
+        report(store, run, 1, status="done", percentCompleted=50)
+    assert look(store, run, 2)[0] == "computing"
+    report(store, run, 0, worker_uuid="b", percentCompleted=20, status="waiting")
+    status, answer = store.ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": "a", "count": 3})
+    assert (status, answer) == (201, {"data": [{"task": 0, "attempt": 2, "percentCompleted": 20.0},
+                                               {"task": 3, "attempt": 1, "percentCompleted": 0.0},
+                                               {"task": 4, "attempt": 1, "percentCompleted": 0.0}]})
+    assert beat(store, "a")[0] == 3 and figures(store, run)[:3] == (4, 4, 1)
+    assert take_batch(store, run, "a", 10000) == [5, 6, 7, 8]
+    assert take_batch(store, run, "a", 10000) == 204
+
+
+def test_reports_of_a_batch_are_judged_one_by_one(store: Direct) -> None:
+    run = a_run(store, 9)
+    take_batch(store, run, "a", 4)
+    take(store, run, "b")
+    assert tell_batch(store, run, {"task": 0, "status": "done"}, {"task": 1, "attempt": 2, "status": "done"},
+                      {"task": 4, "status": "done"}, {"task": 2, "attempt": 1, "percentCompleted": 30},
+                      {"task": 3, "status": "failed", "exitCode": 1, "message": "m"}, worker_uuid="a") == (3, [1, 4])
+    assert [look(store, run, number)[0] for number in range(5)] == ["done", "computing", "computing", "failed", "computing"]
+    assert look(store, run, 3, "exitCode", "message") == (1, "m")
+    assert tell_batch(store, run, {"task": 0, "status": "done"}, {"task": 3, "status": "failed"},
+                      {"task": 2, "status": "waiting"}, worker_uuid="a") == (3, []), "repeats are accepted"
+    assert blame(store, run, 3) == ("failed", 1, 0)
+    assert tell_batch(store, run, {"task": 4, "percentCompleted": 9}, {"task": 8, "status": "done"},
+                      {"task": 1, "attempt": 1, "percentCompleted": 9}) == (3, [])
+    assert beat(store, "b")[0] == 0 and beat(store, "a")[0] == 1, "named by attempt, task 1 is still held"
+
+
+@pytest.mark.parametrize("bad", BAD_ENTRIES, ids=lambda entry: str(entry)[:50])
+def test_an_entry_that_will_not_do_refuses_the_batch_and_is_named(farm: Live, bad: Any) -> None:
+    run = a_run(farm, 5)
+    entries = [{"task": 3, "status": "done"}, {"task": 0, "status": "done"}, bad, {"task": 4, "status": "done"}]
+    status, problem = farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries})
+    assert status == 400 and re.search(r"\b[0-3]\b", problem["detail"]), problem
+    assert figures(farm, run) == (5, 0, 0, 0.0)
+
+
+# Looking
+
+def test_a_run_says_its_name_and_its_times(store: Direct) -> None:
+    run = a_run(store, 2, name="antarctica 2", maxFailures=3, maxLosses=0)
+    other = a_run(store, 2, name="antarctica 2")
+    shown = store.ask("GET", "/api/runs/" + run)[1]
+    assert store.ask("GET", "/api/runs")[1]["data"] == [shown, store.ask("GET", "/api/runs/" + other)[1]]
+    assert (shown["name"], shown["maxFailures"], shown["maxLosses"]) == ("antarctica 2", 3, 0)
+    assert shown["created"] == "2023-11-14T22:13:20.000Z" and shown["lastReport"] is None
+    store.pass_time(1.5)
+    take(store, run, "a")
+    assert report(store, run, 0, worker_uuid="b", status="done") == 409
+    assert store.ask("GET", "/api/runs/" + run)[1]["lastReport"] is None, "none was taken"
+    report(store, run, 0, worker_uuid="a", percentCompleted=1)
+    assert store.ask("GET", "/api/runs/" + run)[1]["lastReport"] == "2023-11-14T22:13:21.500Z"
+    store.pass_time(1)
+    tell_batch(store, run, {"task": 0, "status": "done"})
+    store.restart_server()
+    assert store.ask("GET", "/api/runs/" + run)[1]["lastReport"] == "2023-11-14T22:13:22.500Z"
+    plain = store.ask("POST", "/api/run", {"numTasks": 1})[1]
+    assert (plain["name"], plain["maxFailures"], plain["maxLosses"]) == (None, 1, 5)
+
+
+TASK_FIELDS = {"id", "task", "status", "percentCompleted", "attempt", "worker", "hostname", "failures", "losses",
+               "started", "finished", "exitCode", "message"}
+
+
+def test_a_task_says_the_same_everywhere(store: Direct) -> None:
+    run = a_run(store, 3)
+    fresh = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert fresh == {"id": 1, "task": 0, "status": "waiting", "percentCompleted": 0.0, "attempt": 0, "worker": None,
+                     "hostname": None, "failures": 0, "losses": 0, "started": None, "finished": None, "exitCode": None,
+                     "message": None}
+    store.pass_time(1)
+    task = take(store, run, "a")
+    assert task == store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
+    assert task == store.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"][0]
+    (held,) = store.ask("GET", "/api/worker/a")[1]["data"]
+    assert held == dict({name: value for name, value in task.items() if name not in ("worker", "hostname")}, run=run)
+    assert (task["worker"], task["hostname"], task["started"], task["finished"]) == (
+        "a", "node-a", "2023-11-14T22:13:21.000Z", None)
+    store.pass_time(1)
+    report(store, run, 0, worker_uuid="a", status="failed", exitCode=2)
+    assert look(store, run, 0, "worker", "started", "finished") == (
+        "a", "2023-11-14T22:13:21.000Z", "2023-11-14T22:13:22.000Z")
+    store.ask("POST", "/api/runs/%s/restart" % run)
+    store.pass_time(1)
+    take_batch(store, run, "b", 1)
+    assert look(store, run, 0, "worker", "attempt", "started", "finished") == ("b", 2, None, None)
+
+
+def test_tasks_are_listed_in_pages(store: Direct) -> None:
+    run = a_run(store, 2500)
+    for number in range(0, 300, 2):
+        report(store, run, number, status="done")
+    before = store.store.connection.total_changes
+    page = store.ask("GET", "/api/runs/%s/tasks" % run)[1]
+    assert [task["task"] for task in page["data"]] == list(range(100)) and set(page) == {"data", "next"}
+    assert all(set(task) == TASK_FIELDS for task in page["data"])
+    page = store.ask("GET", "/api/runs/%s/tasks?limit=3&after=98" % run)[1]
+    assert [task["task"] for task in page["data"]] == [99, 100, 101] and page["next"] == "101"
+    page = store.ask("GET", "/api/runs/%s/tasks?limit=1000&after=%s" % (run, 1999))[1]
+    assert [task["task"] for task in page["data"]] == list(range(2000, 2500)) and page["next"] is None
+    for limit in (1, 7, 1000):
+        tasks = walk(store, "/api/runs/%s/tasks" % run, "status=done", "limit=%d" % limit)
+        assert [task["task"] for task in tasks] == list(range(0, 300, 2))
+    tasks = walk(store, "/api/runs/%s/tasks" % run, "status=waiting", "limit=1000")
+    assert [task["task"] for task in tasks] == [n for n in range(2500) if n >= 300 or n % 2]
+    assert store.store.connection.total_changes == before, "untouched tasks are listed without being written"
+
+
+def test_tasks_are_listed_by_their_times(store: Direct) -> None:
+    run, dice = a_run(store, 60, maxFailures=1), random.Random(5)
+    for _ in range(60):
+        take(store, run, "c")
+        store.pass_time(dice.choice([0, 1, 2]))
+    order = list(range(60))
+    dice.shuffle(order)
+    for number in order[:20]:
+        report(store, run, number, worker_uuid="c", status=dice.choice(["done", "failed"]))
+        store.pass_time(dice.choice([0, 1, 2]))
+    for number in order[20:30]:
+        report(store, run, number, status="waiting")
+    take_batch(store, run, "c", 5)
+    for status, by in (("computing", "started"), ("done", "finished"), ("failed", "finished")):
+        tasks = walk(store, "/api/runs/%s/tasks" % run, "status=" + status, "order=" + by, "limit=3")
+        times = [task[by] or "none" for task in tasks]
+        assert times == sorted(times, reverse=by == "finished") and len(times) > 4
+        assert sorted(task["task"] for task in tasks) == [
+            task["task"] for task in walk(store, "/api/runs/%s/tasks" % run, "status=" + status)]
+    assert times[-5:] != ["none"] * 5 and [task["started"] for task in walk(
+        store, "/api/runs/%s/tasks" % run, "status=computing", "order=started", "limit=4")][-5:] == [None] * 5
+
+
+def test_each_page_costs_the_same(store: Direct) -> None:
+    run, count = a_run(store, 10 ** 6), 4000
+    assert len(take_batch(store, run, "c", count)) == count
+    for first in range(0, count, 1000):
+        tell_batch(store, run, *[{"task": number, "status": ["computing", "done", "failed", "waiting"][number % 4]}
+                                 for number in range(first, first + 1000)], worker_uuid="c")
+    steps = [0]
+
+    def step() -> int:
+        steps[0] += 1
+        return 0
+    for words in ("", "status=waiting", "status=computing", "status=done", "status=failed",
+                  "status=computing&order=started", "status=done&order=finished", "status=failed&order=finished"):
+        costs, after = [], ""
+        store.store.connection.set_progress_handler(step, 20)
+        for _ in range(40):
+            steps[0] = 0
+            page = store.ask("GET", "/api/runs/%s/tasks?limit=20&%s%s" % (run, words, after))[1]
+            costs.append(steps[0])
+            assert len(page["data"]) == 20
+            after = "&after=" + page["next"]
+        store.store.connection.set_progress_handler(None, 0)
+        assert max(costs[10:]) <= 2 * max(costs[:3]) + 20, (words, costs)
 
 
 # ---------------------------------------------------------------- LOGIN
@@ -1479,7 +3063,7 @@ class LiveMachine(Machine):
     """The same machine through HTTP."""
 
     def open(self, path: str) -> None:
-        self.farm = Live(path)
+        self.farm = Live(path, FakeClock())
 
 
 TestLiveMachine = LiveMachine.TestCase
@@ -1547,13 +3131,17 @@ def test_histories_of_concurrent_calls_fit_an_order(farm: Live) -> None:
             dice = random.Random(100 * seed + index)
             calls: List[Call] = []
             for _ in range(5):
-                kind, number = dice.choice(["claim", "report", "read", "restart"]), dice.randrange(4)
+                kind, number = dice.choice(["claim", "report", "fenced", "read", "restart"]), dice.randrange(4)
                 sent = time.monotonic()
                 call: Tuple[Any, ...]
                 if kind == "claim":
                     call = ("claim", "w")
                     status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})
-                    answer = status, task and {k: v for k, v in task.items() if k != "id"}
+                    answer = status, task and plain_task(task)
+                elif kind == "fenced":
+                    said = {"status": "failed", "worker_uuid": "w", "attempt": dice.choice([1, 1, 2])}
+                    call = ("report", number, said)
+                    answer = farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), said)[0], None
                 elif kind == "report":
                     call = ("report", number, {"status": "done"})
                     answer = farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), {"status": "done"})
@@ -1562,7 +3150,7 @@ def test_histories_of_concurrent_calls_fit_an_order(farm: Live) -> None:
                     answer = farm.ask("POST", "/api/runs/%s/restart?all=True" % run)
                 else:
                     call = ("run_json",)
-                    answer = farm.ask("GET", "/api/runs/" + run)[1]
+                    answer = plain_run(farm.ask("GET", "/api/runs/" + run)[1])
                 calls.append((sent, time.monotonic(), call, answer))
             return calls
 
@@ -1578,6 +3166,64 @@ def test_histories_of_concurrent_calls_fit_an_order(farm: Live) -> None:
                          for sent, got, call, answer in history]
         if wrong_history != history:
             assert not fits_some_order(wrong_history, run, fresh), "the check can fail"
+
+
+KEY_REFUSALS = [b"x" * 129, b"\xc3\xbc", b"a\tb", b""]
+
+
+@pytest.mark.parametrize("key", KEY_REFUSALS, ids=lambda key: repr(key)[:20])
+def test_a_key_that_will_not_do_is_refused(shared_farm: Live, key: bytes) -> None:
+    raw = shared_farm.raw(request_bytes("POST", "/api/run", RUN_BODY, Authorization=basic(shared_farm.token, ""),
+                                        Idempotency_Key="{key}").replace(b"{key}", key))
+    assert raw.answer()[0] == 400
+    raw.close()
+
+
+def test_keys_are_each_users_own_and_may_be_long(farm: Live) -> None:
+    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    key = " !~".join("k" * 31 for _ in range(4))[:128].strip()
+    first = farm.ask("POST", "/api/run", {"numTasks": 3}, key)
+    assert first[0] == 201 and farm.ask("POST", "/api/run", {"numTasks": 3}, key) == first
+    token, farm.token = farm.token, farm.service.farm.token(farm.user("bob"), 0)
+    second = farm.ask("POST", "/api/run", {"numTasks": 4}, key)
+    assert second[0] == 201 and farm.ask("POST", "/api/run", {"numTasks": 4}, key) == second
+    farm.token = token
+    assert farm.ask("POST", "/api/run", {"numTasks": 3}, key) == first
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 2
+
+
+def test_a_key_on_another_method_than_post_means_nothing(farm: Live) -> None:
+    run = make_run(farm, 3)
+    for status in ("done", "waiting"):
+        assert farm.ask("PUT", "/api/runs/%s/tasks/0" % run, {"status": status}, "k")[0] == 204
+    assert figures(farm, run)[:3] == (3, 0, 0)
+
+
+@pytest.mark.parametrize("path, body", [("/api/run", {"numTasks": 7}), ("/api/runs/{run}/task", {"worker_uuid": "w"}),
+                                        ("/api/runs/{run}/tasks", {"worker_uuid": "w", "count": 3})])
+def test_the_same_key_sent_at_the_same_time_counts_once(farm: Live, path: str, body: Any) -> None:
+    run = make_run(farm, 1000)
+    path = path.replace("{run}", run)
+    for number in range(5 if QUICK else 20):
+        def send(_: int, number: int = number) -> Any:
+            return farm.ask("POST", path, body, "key %d" % number)
+        answers = in_threads(4, send)
+        assert [answer[0] for answer in answers] == [201] * 4
+        assert all(answer == answers[0] for answer in answers)
+    given = {"/api/run": 0, "/api/runs/%s/task" % run: 1}.get(path, 3)
+    assert figures(farm, run)[1] == (5 if QUICK else 20) * given
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == (1 if given else 1 + (5 if QUICK else 20))
+
+
+def test_a_batch_may_be_4_mib_and_others_64_kib(farm: Live) -> None:
+    run = make_run(farm, 10000)
+    entries = [{"task": number, "status": "failed", "message": "x" * 300} for number in range(10000)]
+    assert 3 * 2 ** 20 < len(json.dumps({"data": entries})) < 4 * 2 ** 20
+    assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries}) == (200, {"accepted": 10000, "refused": []})
+    assert farm.ask("GET", "/api/runs/" + run)[1]["numFailed"] == 10000
+    assert farm.ask("PUT", "/api/runs/%s/tasks" % run, b" " * (4 * 2 ** 20 + 1))[0] == 413
+    farm.local = threading.local()
+    assert farm.ask("PUT", "/api/runs/%s/tasks/0" % run, b" " * 65537)[0] == 413
 
 
 PUBLISHED_WORKER = """
@@ -1634,13 +3280,13 @@ if not QUICK:
 class Process(Caller):
     """A server as a process of its own, from the command line; its user's token comes from the access file."""
 
-    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None) -> None:
+    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None, port: int = 0) -> None:
         super().__init__()
         self.home = tempfile.mkdtemp()
         environ = dict(os.environ, HOME=self.home, PYTHONFAULTHANDLER="1")
         self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
-        self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", "0", *words], text=True,
-                                        stdout=subprocess.PIPE, stderr=self.errors, env=environ, preexec_fn=prepare)
+        self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", str(port), *words],
+                                        text=True, stdout=subprocess.PIPE, stderr=self.errors, env=environ, preexec_fn=prepare)
         assert self.process.stdout
         self.line = self.process.stdout.readline()
         assert self.line, self.log()
@@ -1857,6 +3503,217 @@ def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert raw.answer()[0] == 201
     raw.close()
     assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/api/run", {"numTasks": 7}), ("/api/runs/{run}/task", {"worker_uuid": "w"}),
+    ("/api/runs/{run}/tasks", {"worker_uuid": "w", "count": 3}), ("/api/runs/{run}/restart?all=True", None)])
+def test_a_key_holds_over_kill_9(tmp_path: Path, path: str, body: Any) -> None:
+    db, given = str(tmp_path / "f"), {"/api/runs/{run}/task": 1, "/api/runs/{run}/tasks": 3}.get(path, 0)
+    server = Process(db)
+    run = make_run(server, 50)
+    for number, answered in enumerate([True, False] if QUICK else [True, False, False]):
+        key, where = "key %d" % number, path.replace("{run}", run)
+        before = figures(server, run)[1], len(server.ask("GET", "/api/runs")[1]["data"])
+        headers = {"Authorization": basic(server.token, ""), "Idempotency_Key": key}
+        raw = server.raw(request_bytes("POST", where, b"" if body is None else json.dumps(body).encode(), **headers))
+        first = raw.answer() if answered else None
+        server.end(signal.SIGKILL)
+        raw.close()
+        server = Process(db)
+        if "restart" in path and answered:
+            report(server, run, 0, status="done")
+        again = [server.ask("POST", where, body, key) for _ in range(2)]
+        assert again[0] == again[1] and again[0][0] == (204 if "restart" in path else 201)
+        if first:
+            assert first[0] == again[0][0] and (json.loads(first[2]) if first[2] else None) == again[0][1]
+        after = figures(server, run)[1], len(server.ask("GET", "/api/runs")[1]["data"])
+        assert after == (before[0] + given, before[1] + (path == "/api/run"))
+        if "restart" in path and answered:
+            assert figures(server, run)[2] == 1, "it was not restarted once more"
+    assert server.end(signal.SIGTERM) == 0
+    with contextlib.closing(Store(db)) as store:
+        assert store.call(taskfarm.check()) == []
+
+
+def test_a_server_that_was_stopped_or_restarted_gives_a_whole_lease(tmp_path: Path) -> None:
+    db = str(tmp_path / "f")
+    server = Process(db)
+    run = make_run(server, 10)
+    enlist(server, "a", lease=2)
+    enlist(server, "b", lease=1)
+    assert take(server, run, "a")["task"] == 0
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: time.monotonic() > began + 3.5)
+    server.process.send_signal(signal.SIGCONT)
+    woken = time.monotonic()
+    assert beat(server, "b") and (look(server, run) == ("computing", 1) or time.monotonic() > woken + 1.5)
+    wait_until(lambda: look(server, run) == ("waiting", 1))
+    assert time.monotonic() > woken + 1.9, "a whole lease after the stop"
+    assert beat(server, "a")[0] == 1
+    server.end(signal.SIGKILL)
+    wait_until(lambda: time.monotonic() > woken + 5)
+    server = Process(db)
+    up = time.monotonic()
+    assert look(server, run) == ("computing", 1) or time.monotonic() > up + 1.5
+    wait_until(lambda: look(server, run) == ("waiting", 1))
+    assert time.monotonic() > up + 1.5, "a whole lease after the start"
+    assert report(server, run, 0, worker_uuid="a", attempt=1, status="done") == 204
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_lease_that_runs_out_while_nobody_speaks_is_noticed(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    run = make_run(server, 10)
+    enlist(server, "a", lease=1)
+    assert take(server, run, "a")["task"] == 0
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() > began + 2)
+    assert look(server, run) == ("waiting", 1)
+    assert server.end(signal.SIGTERM) == 0
+
+
+STEADFAST = """
+import http.client, json, os, random, sys, time
+port, run, token, name, seed, file = sys.argv[1:]
+dice = random.Random(int(seed))
+connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
+headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json"}
+log = open(file, "a", buffering=1)
+
+def ask(method, path, body=None, key=""):
+    while True:
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body),
+                               dict(headers, **({"Idempotency-Key": key} if key else {})))
+            response = connection.getresponse()
+            content = response.read()
+            if response.status != 503:
+                return response.status, json.loads(content) if content else None, response.headers["Retry-After"]
+        except (OSError, http.client.HTTPException):
+            connection.close()
+        time.sleep(0.05 + dice.random() * 0.1)
+
+registration = {"uuid": name, "hostname": "n", "pid": 1, "lease": 1}
+ask("POST", "/api/worker", registration, "start " + name)
+number = 0
+while True:
+    number += 1
+    key, many = "%s %d" % (name, number), dice.random() < 0.3
+    if many:
+        status, content, pause = ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": name, "count": 5}, key)
+    else:
+        status, content, pause = ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": name}, key)
+    if status == 204:
+        if pause is None:
+            break
+        time.sleep(0.2)
+        continue
+    assert status == 201, (status, content)
+    tasks = content["data"] if many else [content]
+    for task in tasks:
+        log.write("claimed %d %d\\n" % (task["task"], task["attempt"]))
+    if dice.random() < 0.5:
+        time.sleep(dice.random() * 0.1)
+    if dice.random() < 0.1:
+        ask("PUT", "/api/worker/" + name)
+    verdicts = [dice.choice(["done"] * 9 + ["failed", "waiting"]) for _ in tasks]
+    if many and dice.random() < 0.5:
+        status, content, _ = ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": name, "data": [
+            {"task": task["task"], "attempt": task["attempt"], "status": verdict} for task, verdict in zip(tasks, verdicts)]})
+        assert status == 200, (status, content)
+        refused = {entry["task"] for entry in content["refused"]}
+        assert content["accepted"] + len(refused) == len(tasks)
+    else:
+        refused = set()
+        for task, verdict in zip(tasks, verdicts):
+            status, content, _ = ask("PUT", "/api/runs/%s/tasks/%d" % (run, task["task"]), {
+                "worker_uuid": name, "attempt": task["attempt"], "status": verdict})
+            assert status in (204, 409), (status, content)
+            if status == 409:
+                refused.add(task["task"])
+    for task, verdict in zip(tasks, verdicts):
+        if task["task"] not in refused:
+            log.write("%s %d %d\\n" % (verdict, task["task"], task["attempt"]))
+print("ended")
+"""
+
+
+def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_once(tmp_path: Path) -> None:
+    """Workers are killed and replaced, stopped and continued, the server is killed and started again on its port."""
+    number_workers, number_tasks = (6, 300) if QUICK else (20, 4000)
+    db, dice = str(tmp_path / "f"), random.Random(11)
+    server = Process(db)
+    status, shown = server.ask("POST", "/api/run", {"numTasks": number_tasks, "maxFailures": 0, "maxLosses": 0})
+    run, port, token, started = str(shown["uuid"]), server.port, server.token, 0
+    workers: Dict[int, "subprocess.Popen[str]"] = {}
+
+    def start_worker(slot: int) -> None:
+        nonlocal started
+        started += 1
+        words = [str(port), run, token, "w%d" % started, str(started), str(tmp_path / ("log%d" % started))]
+        workers[slot] = subprocess.Popen([sys.executable, "-c", STEADFAST, *words], stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, text=True)
+    for slot in range(number_workers):
+        start_worker(slot)
+    stopped: List[int] = []
+    beats, server_kills = 0, 0
+    began = time.monotonic()
+    while figures(server, run)[2] < number_tasks:
+        assert time.monotonic() < began + 100, figures(server, run)
+        threading.Event().wait(0.05)
+        beats += 1
+        if time.monotonic() > began + (6 if QUICK else 15):     # let it end
+            for slot in stopped:
+                workers[slot].send_signal(signal.SIGCONT)
+            stopped.clear()
+            continue
+        for slot in list(stopped):
+            if dice.random() < 0.05:
+                workers[slot].send_signal(signal.SIGCONT)
+                stopped.remove(slot)
+        slot = dice.randrange(number_workers)
+        if dice.random() < 0.15 and slot not in stopped and workers[slot].poll() is None:
+            workers[slot].send_signal(signal.SIGSTOP)
+            stopped.append(slot)
+        elif dice.random() < 0.15 and slot not in stopped and workers[slot].poll() is None:
+            workers[slot].kill()
+            workers[slot].communicate()
+            start_worker(slot)
+        if beats % 40 == 0:
+            server_kills += 1
+            server.end(signal.SIGKILL)
+            server = Process(db, port=port)
+    for slot in stopped:
+        workers[slot].send_signal(signal.SIGCONT)
+    for worker in workers.values():
+        output, errors = worker.communicate(timeout=60)
+        assert (output, errors) == ("ended\n", "")
+    assert figures(server, run) == (0, 0, number_tasks, 100.0)
+    tasks = {task["task"]: task for task in walk(server, "/api/runs/%s/tasks" % run, "limit=1000")}
+    holders: Dict[Tuple[str, str], List[str]] = {}
+    taken: Dict[Tuple[str, str], List[Tuple[str, str]]] = {}
+    for name in ("w%d" % index for index in range(1, started + 1)):
+        for line in (tmp_path / ("log" + name[1:])).read_text().splitlines() if (
+                tmp_path / ("log" + name[1:])).exists() else []:
+            verdict, number, attempt = line.split()
+            if verdict == "claimed":
+                holders.setdefault((number, attempt), []).append(name)
+            else:
+                taken.setdefault((number, attempt), []).append((verdict, name))
+    assert all(len(names) == 1 for names in holders.values()), "an attempt was given twice"
+    assert all(len(entries) == 1 for entries in taken.values()), "two results for one attempt were taken"
+    finished = [int(number) for (number, _), ((verdict, _),) in taken.items() if verdict == "done"]
+    assert len(set(finished)) == len(finished), "done twice"
+    for number in finished:
+        assert (tasks[number]["worker"], str(tasks[number]["attempt"])) == next(
+            (name, attempt) for (task, attempt), ((verdict, name),) in taken.items()
+            if verdict == "done" and int(task) == number)
+    assert server_kills > 1 and started > number_workers and max(task["attempt"] for task in tasks.values()) > 1
+    assert server.end(signal.SIGTERM) == 0
+    with contextlib.closing(Store(db)) as store:
+        assert store.call(taskfarm.check()) == []
 
 
 # ---------------------------------------------------------------- COMMAND LINE
