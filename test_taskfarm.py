@@ -88,7 +88,7 @@ class Direct:
     def ask(self, method: str, path: str, body: Any = None, key: str = "") -> Answer:
         """One request; *key* is its Idempotency-Key. What Retry-After said is kept in retry_after."""
         request = taskfarm.Request.__new__(taskfarm.Request)
-        request.farm, request.key = self.farm, key
+        request.farm, request.method, request.target, request.key, request.login = self.farm, method, path, key, None
         self.retry_after: Optional[str] = None
         try:
             by_method, request.variables = taskfarm.ROUTES.find(path.partition("?")[0])
@@ -151,7 +151,7 @@ class Caller:
     @property
     def retry_after(self) -> Optional[str]:
         """Of this thread's last answer."""
-        return self.local.retry_after  # type: ignore[no-any-return]
+        return self.local.retry_after
 
     def raw(self, data: bytes, ended: bool = False) -> "Raw":
         return Raw(self.port, data, ended)
@@ -347,7 +347,7 @@ class Model:
         return dict(self.runs[run]["tasks"].get(number, FRESH))
 
     def touch(self, run: str, number: int) -> Dict[str, Any]:
-        return self.runs[run]["tasks"].setdefault(number, dict(FRESH, ends={}))  # type: ignore[no-any-return]
+        return self.runs[run]["tasks"].setdefault(number, dict(FRESH, ends={}))
 
     def held(self, worker: str, *holds: str) -> List[Tuple[str, int]]:
         """What the worker holds, or held until its hold lapsed in such a way."""
@@ -612,8 +612,9 @@ BAD_BODIES = [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b"\xef\xbb\x
 BAD_ENTRIES = [{"task": 0, "status": "done"}, {"task": 1}, {"task": -1, "status": "done"}, {"status": "done"}, 7, None,
                {"task": 2 ** 31, "status": "done"}, {"task": "1", "status": "done"}, {"task": 1, "status": "Done"},
                {"task": 1, "status": "done", "exitCode": 0}, {"task": 1, "status": "waiting", "message": ""},
-               {"task": 1, "percentCompleted": 101}, {"task": 1, "status": "done", "more": 1}, {"task": 1, "attempt": 1},
-               {"task": 1, "status": "done", "attempt": "1"}, {"task": 1, "status": "done", "worker_uuid": "first"}]
+               {"task": 1, "percentCompleted": 101}, {"task": 1, "status": "done", "more": 1},
+               {"task": 1, "attempt": 1}, {"task": 1, "status": "done", "attempt": "1"},
+               {"task": 1, "status": "done", "worker_uuid": "first"}]
 percents = st.one_of(st.integers(0, 100), st.floats(0, 100), st.sampled_from([33.3, 99.9999999, 1e-7, 0.1, 100.0]))
 numbers = st.sampled_from([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 999, 2 ** 31 - 2])      # few, so that rules meet on the same
 statuses = st.sampled_from([None, "waiting", "computing", "done", "failed"])
@@ -631,7 +632,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.model = Model()
         self.keys = 0
-        self.keyed: List[Tuple[str, str, Any, str, str, Any]] = []      # path, body, key, worker who claimed, answer
+        self.keyed: List[Tuple[str, Any, str, str, Answer]] = []    # path, body, key, worker who claimed, answer
         self.folder = tempfile.mkdtemp()
         self.open(os.path.join(self.folder, "farm.sqlite"))
 
@@ -648,14 +649,14 @@ class Machine(RuleBasedStateMachine):
     def post(self, path: str, body: Any, keyed: bool, worker: str = "") -> Answer:
         """A POST, perhaps with a new key; then it is kept for repeat_key, if the server is to remember it."""
         if not keyed:
-            return self.farm.ask("POST", path, body)  # type: ignore[no-any-return]
+            return self.farm.ask("POST", path, body)
         self.keys += 1
         key = "key %d" % self.keys
         answer = self.farm.ask("POST", path, body, key)
         if answer[0] in (201, 204) and not (worker and answer[0] == 204):
             self.keyed = [entry for entry in self.keyed if not worker or entry[3] != worker][-5:]
             self.keyed.append((path, body, key, worker, answer))
-        return answer  # type: ignore[no-any-return]
+        return answer
 
     @precondition(lambda self: len(self.model.runs) < 2)    # few, so that rules meet on the same tasks
     @rule(target=runs, n=st.sampled_from([4, 5, 6, 1, 3, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
@@ -800,8 +801,8 @@ class Machine(RuleBasedStateMachine):
             attempt = data.draw(st.sampled_from(earlier))
             return ends[attempt][0], attempt
         if kind == "wrong":
-            return data.draw(st.sampled_from([None, "nobody", *self.model.workers])), max(1, task["attempt"] + data.draw(
-                st.sampled_from([-1, 0, 1])))
+            attempt = task["attempt"] + data.draw(st.sampled_from([-1, 0, 1]))
+            return data.draw(st.sampled_from([None, "nobody", *self.model.workers])), max(1, attempt)
         return (task["worker"] if kind != "attempt" else None), (task["attempt"] if kind != "worker" else None)
 
     @rule(data=st.data(), percent=st.none() | percents, status=statuses, more=failures)
@@ -822,8 +823,8 @@ class Machine(RuleBasedStateMachine):
         if not task:
             return
         run, worker = task[0], data.draw(st.sampled_from(sorted(self.model.workers))) if named else None
-        entries = []
-        for number in data.draw(st.lists(st.integers(0, min(6, self.model.runs[run]["n"] - 1)), min_size=1, unique=True)):
+        entries, known = [], st.integers(0, min(6, self.model.runs[run]["n"] - 1))
+        for number in data.draw(st.lists(known, min_size=1, unique=True)):
             attempt = self.name_claim(data, run, number)[1] or None
             body = self.body_of(percent, data.draw(statuses), more, task=number, attempt=attempt)
             entries.append(body or {"task": number, "status": "computing"})
@@ -889,7 +890,8 @@ class Machine(RuleBasedStateMachine):
         expected = [number for number in known if status in (None, self.model.task(run, number)["status"])]
         for order in {"computing": ["started"], "done": ["finished"], "failed": ["finished"]}.get(str(status), []) + [
                 "", "task"]:
-            words = ["limit=%d" % limit] + (["status=" + status] if status else []) + (["order=" + order] if order else [])
+            words = ["%s=%s" % (name, value) for name, value in (
+                ("limit", limit), ("status", status), ("order", order)) if value]
             tasks = walk(self.farm, "/api/runs/%s/tasks" % run, *words, most=len(expected) if endless else None)
             if order in ("", "task"):
                 assert [task["task"] for task in tasks] == expected
@@ -1380,7 +1382,7 @@ CREATE VIEW tasks AS
 INSERT INTO farm VALUES (1, 'farm-1', x'aa', x'bb', 2000021, 0);
 INSERT INTO user (name, password, created) VALUES ('ada', 'scrypt$1$00$00', 1e9);
 INSERT INTO worker (uuid, hostname, pid, created) VALUES ('w', 'node1', 1, 1e9), ('v', 'node2', 2, 1.1e9);
--- 20 tasks: 0 and 1 computing, 2 done, 3 waits at 50 percent, 4 done at 50 percent, 5 to 8 and 10 to 19 untouched, 9 done
+-- 20 tasks: 0 and 1 computing, 2 and 9 done, 3 waits at 50 percent, 4 done at 50 percent, the others untouched
 INSERT INTO run VALUES (4, '11111111111111111111111111111111', 1, 20, 1e9, 15, 2, 3, 0, 14, 2, 300000000, 6, 10, NULL);
 INSERT INTO untouched (last, first) VALUES (20, 11);
 INSERT INTO task (id, status, millionths, worker) VALUES (1, 1, 0, 1), (2, 1, 0, NULL), (3, 2, 100000000, 1),
@@ -1667,7 +1669,7 @@ def look(farm: Any, run: str, number: int = 0, *names: str) -> Any:
 
 def blame(farm: Any, run: str, number: int = 0) -> Tuple[str, int, int]:
     """Status, failures and losses of a task."""
-    return look(farm, run, number, "status", "failures", "losses")  # type: ignore[no-any-return]
+    return look(farm, run, number, "status", "failures", "losses")
 
 
 def beat(farm: Any, worker: str) -> Tuple[int, int]:
@@ -1798,7 +1800,8 @@ def test_a_worker_shows_what_it_holds_in_pages(store: Direct) -> None:
     assert all(task["attempt"] == 1 and task["status"] == "computing" for task in tasks)
     status, shown = store.ask("GET", "/api/worker/a?limit=1")
     assert len(shown["data"]) == 1 and shown["next"]
-    assert set(shown) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "revision", "state", "data", "next"}
+    assert set(shown) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "revision", "state", "data",
+                          "next"}
     assert (shown["uuid"], shown["hostname"], shown["pid"], shown["lease"], shown["held"], shown["state"]) == (
         "a", "node-a", 1, 100, 4, "alive")
     assert [store.ask(method, "/api/worker/none")[0] for method in ("GET", "PUT", "DELETE")] == [404] * 3
@@ -2019,7 +2022,8 @@ def test_a_failure_is_final_unless_said_otherwise(store: Direct) -> None:
     run = a_run(store, 2)
     take(store, run, "a")
     report(store, run, 0, worker_uuid="a", percentCompleted=30)
-    assert report(store, run, 0, worker_uuid="a", attempt=1, status="failed", exitCode=-9, message="no space\nleft") == 204
+    assert report(store, run, 0, worker_uuid="a", attempt=1, status="failed", exitCode=-9,
+                  message="no space\nleft") == 204
     assert look(store, run, 0, "status", "failures", "losses", "exitCode", "message", "percentCompleted") == (
         "failed", 1, 0, -9, "no space\nleft", 30.0)
     assert store.ask("GET", "/api/runs/" + run)[1]["numFailed"] == 1
@@ -2039,7 +2043,8 @@ def test_below_max_failures_a_failed_task_waits_again(store: Direct, most: int, 
     assert look(store, run, 0, "losses") == (0,)
 
 
-@pytest.mark.parametrize("most, expected", [(None, ["waiting"] * 4 + ["failed"]), (1, ["failed"]), (0, ["waiting"] * 7)])
+@pytest.mark.parametrize("most, expected", [
+    (None, ["waiting"] * 4 + ["failed"]), (1, ["failed"]), (0, ["waiting"] * 7)])
 def test_a_task_that_took_workers_down_is_given_up(store: Direct, most: Optional[int], expected: List[str]) -> None:
     run = a_run(store, 1, **({} if most is None else {"maxLosses": most}))
     for number, status in enumerate(expected, 1):
@@ -2094,10 +2099,12 @@ def test_restarts_take_failed_tasks_in_and_set_the_counters_back(store: Direct) 
     assert take(store, run, "b")["task"] == 1
     store.pass_time(60)
     assert [blame(store, run, number) for number in range(6)] == [
-        ("failed", 2, 0), ("computing", 1, 0), ("waiting", 1, 0), ("waiting", 1, 0), ("failed", 0, 1), ("waiting", 0, 0)]
+        ("failed", 2, 0), ("computing", 1, 0), ("waiting", 1, 0), ("waiting", 1, 0), ("failed", 0, 1),
+        ("waiting", 0, 0)]
     assert store.ask("POST", "/api/runs/%s/restart?status=failed" % run)[0] == 204
     assert [blame(store, run, number) for number in range(6)] == [
-        ("waiting", 0, 0), ("computing", 1, 0), ("waiting", 1, 0), ("waiting", 1, 0), ("waiting", 0, 0), ("waiting", 0, 0)]
+        ("waiting", 0, 0), ("computing", 1, 0), ("waiting", 1, 0), ("waiting", 1, 0), ("waiting", 0, 0),
+        ("waiting", 0, 0)]
     assert look(store, run, 0, "percentCompleted", "exitCode", "message") == (50.0, 4, "again")
     assert beat(store, "b")[0] == 1
     report(store, run, 3, status="done")
@@ -2123,6 +2130,13 @@ def test_a_loss_that_a_restart_forgot_is_not_undone_once_more(store: Direct) -> 
     assert blame(store, run) == ("computing", 0, 0)
 
 
+BAD_LEASES: List[Any] = [0, -1, 86401, 1.5, "60", True, []]
+BAD_BATCHES: List[Any] = [
+    None, {}, {"data": []}, {"data": {}}, {"data": 5}, {"worker_uuid": "a"},
+    {"data": [{"task": 0, "status": "done"}], "more": 1},
+    {"data": [{"task": number, "status": "done"} for number in range(10001)]}]
+
+
 @pytest.mark.parametrize("method, path, body, status", [
     ("POST", "/api/run", {"numTasks": 1, "maxFailures": -1}, 400),
     ("POST", "/api/run", {"numTasks": 1, "maxFailures": 1001}, 400),
@@ -2137,7 +2151,7 @@ def test_a_loss_that_a_restart_forgot_is_not_undone_once_more(store: Direct) -> 
     ("POST", "/api/runs/{run}/restart?status=done", None, 404),
     ("POST", "/api/runs/none/restart?status=failed", None, 404),
     *[("POST", "/api/worker", {"uuid": "z", "hostname": "n", "pid": 1, "lease": lease}, 400)
-      for lease in (0, -1, 86401, 1.5, "60", True, [])],
+      for lease in BAD_LEASES],
     ("PUT", "/api/worker/a", {"held": 1}, 400),
     *[("PUT", "/api/runs/{run}/tasks/0", body, 400) for body in (
         {"status": "done", "exitCode": 0}, {"status": "done", "message": "x"}, {"exitCode": 0}, {"percentCompleted": 1,
@@ -2150,19 +2164,17 @@ def test_a_loss_that_a_restart_forgot_is_not_undone_once_more(store: Direct) -> 
         {"status": "done", "worker_uuid": ""}, {"status": "done", "worker_uuid": "a b"}, {"status": "done",
                                                                                     "worker_uuid": 7})],
     *[("POST", "/api/runs/{run}/tasks", body, 400) for body in (
-        None, {"worker_uuid": "a"}, {"count": 1}, {"worker_uuid": "a", "count": 0}, {"worker_uuid": "a", "count": 10001},
-        {"worker_uuid": "a", "count": "1"}, {"worker_uuid": "a", "count": True})],
+        None, {"worker_uuid": "a"}, {"count": 1}, {"worker_uuid": "a", "count": 0},
+        {"worker_uuid": "a", "count": 10001}, {"worker_uuid": "a", "count": "1"}, {"worker_uuid": "a", "count": True})],
     ("POST", "/api/runs/{run}/tasks", {"worker_uuid": "nobody", "count": 1}, 404),
     ("POST", "/api/runs/none/tasks", {"worker_uuid": "a", "count": 1}, 404),
-    *[("PUT", "/api/runs/{run}/tasks", body, 400) for body in (
-        None, {}, {"data": []}, {"data": {}}, {"data": 5}, {"worker_uuid": "a"},
-        {"data": [{"task": 0, "status": "done"}], "more": 1},
-        {"data": [{"task": number, "status": "done"} for number in range(10001)]})],
+    *[("PUT", "/api/runs/{run}/tasks", body, 400) for body in BAD_BATCHES],
     ("PUT", "/api/runs/none/tasks", {"data": [{"task": 0, "status": "done"}]}, 404),
     *[("GET", "/api/runs/{run}/tasks?" + query, None, 400) for query in (
         "limit=0", "limit=1001", "limit=x", "limit=", "limit=-1", "status=lost", "order=size", "order=started",
-        "order=started&status=done", "order=finished", "order=finished&status=computing", "order=finished&status=waiting",
-        "after=x", "after=-1", "more=1", "order=finished&status=done&after=zzz", "limit=1.0", "limit=%D9%A1")],
+        "order=started&status=done", "order=finished", "order=finished&status=computing",
+        "order=finished&status=waiting", "after=x", "after=-1", "more=1",
+        "order=finished&status=done&after=zzz", "limit=1.0", "limit=%D9%A1")],
     ("GET", "/api/runs/none/tasks", None, 404),
     *[("GET", "/api/worker/a?" + query, None, 400) for query in ("limit=0", "limit=1001", "after=zzz", "more=1")],
     *[("GET", "/api/workers?" + query, None, 400) for query in ("limit=0", "limit=1001", "after=zzz")],
@@ -2427,7 +2439,7 @@ def test_keys_are_kept_in_bounded_number(store: Direct, monkeypatch: pytest.Monk
 
 def test_a_batch_gives_the_lowest_and_says_no_more_than_is_wanted(store: Direct) -> None:
     run = a_run(store, 9)
-    for number in (0, 2):
+    for _ in range(2):
         take(store, run, "b")
         report(store, run, 1, status="done", percentCompleted=50)
     assert look(store, run, 2)[0] == "computing"
@@ -2448,7 +2460,8 @@ def test_reports_of_a_batch_are_judged_one_by_one(store: Direct) -> None:
     assert tell_batch(store, run, {"task": 0, "status": "done"}, {"task": 1, "attempt": 2, "status": "done"},
                       {"task": 4, "status": "done"}, {"task": 2, "attempt": 1, "percentCompleted": 30},
                       {"task": 3, "status": "failed", "exitCode": 1, "message": "m"}, worker_uuid="a") == (3, [1, 4])
-    assert [look(store, run, number)[0] for number in range(5)] == ["done", "computing", "computing", "failed", "computing"]
+    assert [look(store, run, number)[0] for number in range(5)] == [
+        "done", "computing", "computing", "failed", "computing"]
     assert look(store, run, 3, "exitCode", "message") == (1, "m")
     assert tell_batch(store, run, {"task": 0, "status": "done"}, {"task": 3, "status": "failed"},
                       {"task": 2, "status": "waiting"}, worker_uuid="a") == (3, []), "repeats are accepted"
@@ -3130,6 +3143,7 @@ def test_histories_of_concurrent_calls_fit_an_order(farm: Live) -> None:
         def work(index: int, run: str = run, seed: int = seed) -> List[Call]:
             dice = random.Random(100 * seed + index)
             calls: List[Call] = []
+            answer: Any
             for _ in range(5):
                 kind, number = dice.choice(["claim", "report", "fenced", "read", "restart"]), dice.randrange(4)
                 sent = time.monotonic()
@@ -3286,7 +3300,8 @@ class Process(Caller):
         environ = dict(os.environ, HOME=self.home, PYTHONFAULTHANDLER="1")
         self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
         self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", str(port), *words],
-                                        text=True, stdout=subprocess.PIPE, stderr=self.errors, env=environ, preexec_fn=prepare)
+                                        text=True, stdout=subprocess.PIPE, stderr=self.errors, env=environ,
+                                        preexec_fn=prepare)
         assert self.process.stdout
         self.line = self.process.stdout.readline()
         assert self.line, self.log()
@@ -3541,24 +3556,23 @@ def test_a_server_that_was_stopped_or_restarted_gives_a_whole_lease(tmp_path: Pa
     server = Process(db)
     run = make_run(server, 10)
     enlist(server, "a", lease=2)
-    enlist(server, "b", lease=1)
     assert take(server, run, "a")["task"] == 0
     began = time.monotonic()
     server.process.send_signal(signal.SIGSTOP)
     wait_until(lambda: time.monotonic() > began + 3.5)
     server.process.send_signal(signal.SIGCONT)
     woken = time.monotonic()
-    assert beat(server, "b") and (look(server, run) == ("computing", 1) or time.monotonic() > woken + 1.5)
+    assert look(server, run) == ("computing", 1) or time.monotonic() > woken + 2
     wait_until(lambda: look(server, run) == ("waiting", 1))
-    assert time.monotonic() > woken + 1.9, "a whole lease after the stop"
+    assert time.monotonic() > woken + 2, "a whole lease after the stop"
     assert beat(server, "a")[0] == 1
     server.end(signal.SIGKILL)
     wait_until(lambda: time.monotonic() > woken + 5)
+    started = time.monotonic()
     server = Process(db)
-    up = time.monotonic()
-    assert look(server, run) == ("computing", 1) or time.monotonic() > up + 1.5
+    assert look(server, run) == ("computing", 1) or time.monotonic() > started + 2
     wait_until(lambda: look(server, run) == ("waiting", 1))
-    assert time.monotonic() > up + 1.5, "a whole lease after the start"
+    assert time.monotonic() > started + 2, "a whole lease after the start"
     assert report(server, run, 0, worker_uuid="a", attempt=1, status="done") == 204
     assert server.end(signal.SIGTERM) == 0
 
@@ -3620,8 +3634,9 @@ while True:
         ask("PUT", "/api/worker/" + name)
     verdicts = [dice.choice(["done"] * 9 + ["failed", "waiting"]) for _ in tasks]
     if many and dice.random() < 0.5:
-        status, content, _ = ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": name, "data": [
-            {"task": task["task"], "attempt": task["attempt"], "status": verdict} for task, verdict in zip(tasks, verdicts)]})
+        entries = [{"task": task["task"], "attempt": task["attempt"], "status": verdict}
+                   for task, verdict in zip(tasks, verdicts)]
+        status, content, _ = ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": name, "data": entries})
         assert status == 200, (status, content)
         refused = {entry["task"] for entry in content["refused"]}
         assert content["accepted"] + len(refused) == len(tasks)
@@ -3704,12 +3719,10 @@ def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_onc
                 taken.setdefault((number, attempt), []).append((verdict, name))
     assert all(len(names) == 1 for names in holders.values()), "an attempt was given twice"
     assert all(len(entries) == 1 for entries in taken.values()), "two results for one attempt were taken"
-    finished = [int(number) for (number, _), ((verdict, _),) in taken.items() if verdict == "done"]
-    assert len(set(finished)) == len(finished), "done twice"
-    for number in finished:
-        assert (tasks[number]["worker"], str(tasks[number]["attempt"])) == next(
-            (name, attempt) for (task, attempt), ((verdict, name),) in taken.items()
-            if verdict == "done" and int(task) == number)
+    finished = {(number, attempt): name for (number, attempt), ((verdict, name),) in taken.items() if verdict == "done"}
+    assert len({number for number, _ in finished}) == len(finished), "done twice"
+    assert all((tasks[int(number)]["worker"], str(tasks[int(number)]["attempt"])) == (name, attempt)
+               for (number, attempt), name in finished.items()), "another result stands than the one that was taken"
     assert server_kills > 1 and started > number_workers and max(task["attempt"] for task in tasks.values()) > 1
     assert server.end(signal.SIGTERM) == 0
     with contextlib.closing(Store(db)) as store:
