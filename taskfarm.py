@@ -77,6 +77,7 @@ Contents
     SERVICE             lock, store and address made into one server
     CLIENT              this file's own verbs talk to a server with it
     BENCH               how many workers this machine can feed
+    TERMINAL            what a person sees on a terminal: tables, bars, durations
     COMMAND LINE        verbs, options, start and end of the server
 """
 import sys
@@ -128,7 +129,7 @@ from collections import deque
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type
 
 __version__ = "1.0.0"
 
@@ -3316,6 +3317,268 @@ def flat_table(result: Dict[str, Any]) -> str:
         lines.append("%-22s" % shown + "".join("  %8.3f  %5.2f" % (
             result["median_ms"][case][name], result["ratio"][case][name]) for name in ("claim", "update", "run info")))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- TERMINAL
+# What a person sees on a terminal: tables, bars, durations. Plain values in, text out; knows no server.
+
+COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
+NARROWEST = 8                       # columns that a cell which may be cut keeps
+
+# The four states in the order of a bar: name, field of a run, colour, mark in any encoding, mark where UTF-8 is shown.
+# They differ in shape, so that the bar can be read without colours.
+STATES = (("done", "numDone", "green", "#", "\u2588"), ("failed", "numFailed", "red", "x", "\u2573"),
+          ("computing", "numComputing", "yellow", "+", "\u2592"), ("waiting", "numWaiting", "dim", ".", "\u00b7"))
+
+
+class Screen:
+    """A stream as a person sees it: how wide it is, whether it shows colours and more than ASCII, and can be redrawn.
+
+    A pipe or a file has no limit of width, no colours, and only grows.
+    """
+    def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
+        self.stream = stream
+        self.terminal = stream.isatty()
+        self.moves = self.terminal and environ.get("TERM", "") not in ("", "dumb")
+        self.colours = self.moves and not environ.get("NO_COLOR")
+        self.drawn = 0                  # lines that `redraw` would replace
+        try:
+            "".join(mark for *_, mark in STATES).encode(getattr(stream, "encoding", None) or "ascii")
+            self.unicode = True
+        except (UnicodeError, LookupError):
+            self.unicode = False
+
+    @property
+    def columns(self) -> int:
+        """How many columns a line may have; 0 for any number."""
+        return shutil.get_terminal_size().columns if self.terminal else 0
+
+    def paint(self, text: str, colour: str) -> str:
+        """The text in one of COLOURS, where colours are shown."""
+        return "\x1b[%sm%s\x1b[0m" % (COLOURS[colour], text) if self.colours and text else text
+
+    def print(self, lines: Sequence[str]) -> None:
+        """Write lines that stay."""
+        self.stream.write("".join(line + "\n" for line in lines))
+        self.stream.flush()
+
+    def redraw(self, lines: Sequence[str]) -> None:
+        """Write lines in the place of those drawn last; what is too much for the height is left out."""
+        lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
+        up = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
+        self.stream.write(up + "".join(line + "\n" for line in lines))
+        self.stream.flush()
+        self.drawn = len(lines)
+
+
+def harmless(text: Any) -> str:
+    """Text of others in one line, fit for a terminal: no escape sequences, no invisible or turning characters."""
+    spaced = " ".join(str(text).split())
+    return "".join(mark if unicodedata.category(mark) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else "?"
+                   for mark in spaced)
+
+
+def width_of(text: str) -> int:
+    """The columns that a text takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(mark) in ("Mn", "Me") else
+               2 if unicodedata.east_asian_width(mark) in "WF" else 1 for mark in text)
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most *width* columns, with ~ at its end when something is missing."""
+    if width_of(text) <= width:
+        return text
+    kept = ""
+    for mark in text:
+        if width_of(kept + mark) > width - 1:
+            break
+        kept += mark
+    return kept + "~" if width > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """A length of time in two units at most: 4.2 s, 35 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    if seconds < 9.95:
+        return "%.1f s" % max(seconds, 0.0)
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return "%d s" % whole
+    if whole < 3600:
+        return "%d min %02d s" % divmod(whole, 60)
+    minutes = int(seconds / 60 + 0.5)
+    if minutes < 24 * 60:
+        return "%d h %02d min" % divmod(minutes, 60)
+    return "%d d %d h" % divmod(int(seconds / 3600 + 0.5), 24)
+
+
+def grouped(number: int) -> str:
+    """A number in groups of three digits: 200 000."""
+    return "{:,}".format(number).replace(",", " ")
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things: 1 task, 200 000 tasks."""
+    return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
+
+
+def per_time(per_s: float) -> str:
+    """A rate of tasks in the unit that makes it readable: 12.3 tasks/s, 4.0 tasks/min, 2.5 tasks/h."""
+    for unit, seconds in (("s", 1), ("min", 60), ("h", 3600)):
+        if per_s * seconds >= 1 or unit == "h":
+            return "%.*f tasks/%s" % (0 if per_s * seconds >= 100 else 1, per_s * seconds, unit)
+    raise AssertionError
+
+
+def percent(part: float, whole: float) -> str:
+    """A share that is 100 % only when it is all, and 0 % only when it is nothing."""
+    share = 100.0 * part / whole if whole else 0.0
+    if 0 < part < whole:
+        share = min(max(share, 0.1), 99.9)
+    return "%.1f %%" % share
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+    title: str
+    right: bool = False     # numbers stand under each other
+    gives: bool = False     # may be cut where the terminal is too narrow
+
+
+class Table:
+    """Rows under headings in plain columns, as wide as they need to be; on a terminal they fit it.
+
+    *columns*: how wide the terminal is, 0 for any width. Rows may come in several calls of `lines`;
+    a column never becomes narrower then, and the headings come once.
+    """
+    def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
+        self.heads, self.columns = heads, columns
+        self.widths = [width_of(head.title) for head in heads]
+        self.begun = False
+
+    def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
+        """The lines of some rows, before the first of them the headings; an empty cell is shown as -."""
+        shown = [[harmless("" if cell is None else cell) or "-" for cell in row] for row in rows]
+        if not self.begun:
+            self.begun = True
+            shown.insert(0, [head.title for head in self.heads])
+        for row in shown:
+            self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
+        widths = self._fitting()
+        return [self._line(row, widths) for row in shown]
+
+    def _fitting(self) -> List[int]:
+        widths = list(self.widths)
+        too_much = sum(widths) + 2 * (len(widths) - 1) - self.columns if self.columns else 0
+        while too_much > 0:
+            able = [number for number, head in enumerate(self.heads) if head.gives and widths[number] > NARROWEST]
+            if not able:
+                break
+            widest = max(able, key=lambda number: widths[number])
+            widths[widest] -= 1
+            too_much -= 1
+        return widths
+
+    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
+        cells = []
+        for head, cell, width in zip(self.heads, row, widths):
+            text = cut(cell, width) if self.columns else cell
+            space = " " * (width - width_of(text))
+            cells.append(space + text if head.right else text + space)
+        line = "  ".join(cells).rstrip()
+        return cut(line, self.columns) if self.columns else line
+
+
+def shares(parts: Sequence[int], cells: int) -> List[int]:
+    """How many of so many cells each part gets: in proportion, and one at least where there is anything at all."""
+    whole = sum(parts)
+    if not whole:
+        return [0] * len(parts)
+    given = [max(part * cells // whole, 1 if part else 0) for part in parts]
+    while sum(given) != cells:
+        step = 1 if sum(given) < cells else -1
+        # The part that is furthest from its due; one that has a single cell keeps it.
+        able = [number for number, part in enumerate(parts) if part and (step > 0 or given[number] > 1)]
+        if not able:
+            break
+        given[max(able, key=lambda number: step * (parts[number] * cells / whole - given[number]))] += step
+    return given
+
+
+def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
+    """The states of a run's tasks as a bar."""
+    given = shares([run[field] for _, field, *_ in STATES], cells)
+    return "[" + "".join(screen.paint((rich if screen.unicode else plain) * number, colour)
+                         for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
+
+
+def state_words(run: Mapping[str, Any], screen: Screen) -> str:
+    """What the marks of the bar mean, with the numbers."""
+    return "   ".join("%s %s %s" % (screen.paint(rich if screen.unicode else plain, colour), grouped(run[field]), name)
+                      for name, field, colour, plain, rich in STATES)
+
+
+class Rate(NamedTuple):
+    """How fast tasks end, with what the true rate may well be."""
+    per_s: float
+    low: float              # tasks per second
+    high: float
+    ended: int              # so many tasks were seen to end
+    window_s: float         # in so long a time
+
+
+RATE_SLICES = 10
+
+
+def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
+    """The rate that readings (seconds, tasks ended so far), oldest first, tell; None when nothing ended.
+
+    The range is two standard errors wide on either side. The error comes from how much equal slices of the
+    time differ, so that tasks that end in waves make it wide, and is never less than chance alone makes it.
+    """
+    if len(points) < 2 or points[-1][1] <= points[0][1] or points[-1][0] <= points[0][0]:
+        return None
+    window_s, ended = points[-1][0] - points[0][0], points[-1][1] - points[0][1]
+    counts = slice_counts(points, RATE_SLICES)
+    mean = ended / RATE_SLICES
+    spread = sum((count - mean) ** 2 for count in counts) * RATE_SLICES / (RATE_SLICES - 1)
+    error = math.sqrt(max(spread, ended))
+    low, high = max(ended - 2 * error, 0.0), ended + 2 * error
+    return Rate(ended / window_s, low / window_s, high / window_s, ended, window_s)
+
+
+def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
+    """How much the second figure of the readings grew in each of so many equal slices of their time."""
+    begin, end = points[0][0], points[-1][0]
+    at, seen = [], 0
+    for border in range(number + 1):
+        moment = begin + (end - begin) * border / number
+        while seen < len(points) - 2 and points[seen + 1][0] < moment:
+            seen += 1
+        (before, low), (after, high) = points[seen], points[seen + 1]
+        part = (moment - before) / (after - before) if after > before else 1.0
+        at.append(low + (high - low) * min(max(part, 0.0), 1.0))
+    return [later - earlier for earlier, later in zip(at, at[1:])]
+
+
+def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
+    """The seconds that so many tasks will take, least and most; None where nothing can be said."""
+    if not remaining:
+        return 0.0, 0.0
+    if rate is None:
+        return None, None
+    return remaining / rate.high, remaining / rate.low if rate.low > 0 else None
+
+
+def in_words(least: Optional[float], most: Optional[float]) -> str:
+    """A range of time: 2 h 01 min to 2 h 10 min, more than 3 h 00 min, unknown."""
+    if least is None:
+        return "unknown"
+    if most is None:
+        return "more than " + duration(least)
+    low, high = duration(least), duration(most)
+    return "about " + low if low == high else "%s to %s" % (low, high)
 
 
 # ---------------------------------------------------------------- COMMAND LINE
