@@ -75,7 +75,7 @@ Contents
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
     SERVICE             lock, store and address made into one server
-    CLIENT              this file's own verbs talk to a server with it
+    CLIENT              how programs and this file's own verbs talk to a server
     BENCH               how many workers this machine can feed
     TERMINAL            what a person sees on a terminal: tables, bars, durations
     COMMAND LINE        verbs, options, start and end of the server
@@ -159,8 +159,11 @@ REFUSAL_MEMORY_S = 10.0             # and a refused one
 TOKEN_DAYS = 365.0                  # the published client fetches one token and lives with it
 
 
-class FarmError(Exception):
-    """What a client is told: a status and a sentence that says what was asked and what would do."""
+class FarmError(RuntimeError):
+    """What a client is told: a status and a sentence that says what was asked and what would do.
+
+    A RuntimeError, which is what scripts for the published client look out for.
+    """
     status = 500
     headers: Tuple[Tuple[str, str], ...] = ()
 
@@ -2925,55 +2928,30 @@ def address_refused(host: str, port: int, error: OSError) -> str:
 
 
 # ---------------------------------------------------------------- CLIENT
-# How this file's own verbs talk to a server. Knows the contract, and nothing of the sections above but the errors.
+# How programs and this file's own verbs talk to a server. Knows the contract, and nothing of the sections above but
+# the errors.
 
 CLIENT_TIMEOUT_S = 10.0
+LOGIN_PATIENCE_S = 60.0             # a login that has worked is tried so long: NFS may show an old access file
+PAUSES_S = (0.1, 10.0)              # between two tries: at first, and at most
 
 
-def ask(url: str, method: str, path: str, body: Optional[Dict[str, Any]] = None, token: str = "",
-        timeout_s: float = CLIENT_TIMEOUT_S) -> Any:
-    """Send one request and return the JSON of the answer, None for 204.
-
-    Raises FarmError with the server's own sentence, OSError when it cannot be reached.
-    """
-    parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
-    try:
-        headers = {"Authorization": "Bearer " + token} if token else {}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        content = response.read()
-    except http.client.HTTPException as error:
-        raise OSError("%s does not answer as a taskfarm (%s)" % (url, error))
-    finally:
-        connection.close()
-    if response.status == 204:
-        return None
-    try:
-        answer = json.loads(content)
-    except ValueError:
-        raise OSError("%s does not answer as a taskfarm" % url)
-    if response.status >= 400:
-        refused = FarmError(answer.get("detail", response.reason))
-        refused.status = response.status
-        raise refused
-    return answer
+class Unreachable(OSError):
+    """A server that does not answer, or is not the farm that is wanted: a sentence with its URL and what to do."""
 
 
-def still_answers(access: Dict[str, Any]) -> bool:
-    """Whether the farm of an access file answers at its URL: it proves by an HMAC that it is the one."""
-    nonce = secrets.token_hex(16)
-    try:
-        answer = ask(str(access["url"]), "GET", "/livez?nonce=" + nonce, timeout_s=2.0)
-        wanted = hmac.new(bytes.fromhex(access["proof"]), nonce.encode(), "sha256").hexdigest()
-        return hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, FarmError):
-        return False
+class Access(NamedTuple):
+    """A farm and a login to it."""
+    url: str            # as http://host:port, also with a path, without a slash at the end
+    user: str
+    token: str          # used when there is one, else user and password
+    password: str
+    proof: str          # the key with which the farm proves who it is, in hex; "" when it is not known
+    farm: str           # its identity; "" when it is not known
+    source: str         # where this was found, for sentences
 
 
-def access_path(environ: Dict[str, str]) -> str:
+def access_path(environ: Mapping[str, str]) -> str:
     """Where the access file lies: $TASKFARM_ACCESS, else in $XDG_CONFIG_HOME, else in ~/.config."""
     base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
@@ -2999,6 +2977,240 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def base_of(url: str) -> str:
+    """A farm's URL without what follows it: a slash, or the /api/ of the published client's url_base."""
+    url = url.rstrip("/")
+    return (url[:-4] if url.endswith("/api") else url).rstrip("/")
+
+
+def as_access(known: Mapping[str, Any], source: str) -> Access:
+    """What an access file or a lock file says."""
+    url, user, token, proof, farm = (str(known.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
+    return Access(base_of(url), user, token, "", proof, farm, source)
+
+
+def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "") -> Access:
+    """Farm and login from the arguments, TASKFARM_URL, TASKFARM_TOKEN or TASKFARM_USER, or else the access file.
+
+    What is not given comes from the access file, which also says how the farm proves that it is the
+    one: a login out of it never goes to another. Raises Refusal when there is nothing to go by.
+    """
+    path = access_path(environ)
+    known = as_access(read_access(path), path)
+    given = base_of(url or environ.get("TASKFARM_URL", ""))
+    token = "" if user else environ.get("TASKFARM_TOKEN", "")
+    if not user and not token:
+        user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
+        if user and not password:
+            raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
+    if not (given or known.url):
+        raise Refusal("which farm? A server writes its address and a login to %s when it starts; for one elsewhere "
+                      "set TASKFARM_URL and TASKFARM_TOKEN, or use 'taskfarm.py login URL'" % path)
+    if not (user or token):
+        if not known.token:
+            raise Refusal("there is no login for %s: %s has none, and TASKFARM_TOKEN is not set; 'taskfarm.py login "
+                          "%s' makes one" % (given, path, given))
+        return known._replace(url=given or known.url, source=known.source if not given else "TASKFARM_URL, " + path)
+    if given and given != known.url:
+        return Access(given, user, token, password, "", "", "the environment")
+    return known._replace(user=user, token=token, password=password)
+
+
+def refusal_of(status: int, detail: str) -> FarmError:
+    """The error of a status, with the server's own sentence."""
+    kind = next((kind for kind in FarmError.__subclasses__() if kind.status == status), FarmError)
+    error = kind.__new__(kind, detail)      # some make their own sentence, and this is the server's
+    error.status = status
+    return error
+
+
+class Client:
+    """One connection to a farm, kept open, for one thread at a time.
+
+    *find* gives farm and login, and is asked again after a failed connection and a 401. A request is
+    repeated for *patience_s* seconds while the server does not answer or says 502, 503 or 504; an
+    answer is waited for *timeout_s* seconds. `retry_after`: seconds, when the last answer said so.
+    """
+    def __init__(self, find: Callable[[], Access], patience_s: float = 0.0,
+                 timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+        self.find = find
+        self.patience_s = patience_s
+        self.timeout_s = timeout_s
+        self.retry_after: Optional[float] = None
+        self.hurry = threading.Event()      # set by another thread: be patient no more
+        self.access: Optional[Access] = None
+        self.connection: Optional[http.client.HTTPConnection] = None
+        self.welcome = False                # this login has worked
+
+    def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
+        """Send one request and return the JSON of the answer, None for 204.
+
+        Repeating is safe: a POST carries an Idempotency-Key (*key*, else one of its own). Raises
+        FarmError with the server's own sentence, Unreachable when patience is at its end, Refusal
+        when there is no farm to ask.
+        """
+        headers = {"User-Agent": "taskfarm/" + __version__}
+        if method == "POST":
+            headers["Idempotency-Key"] = key or secrets.token_hex(16)
+        content = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            content = json.dumps(body).encode()
+        began, pause_s = time.monotonic(), PAUSES_S[0]
+        while True:
+            access, fresh = self.access, self.connection is None
+            try:
+                return self._once(method, path, content, headers)
+            except Unauthorized as error:
+                self.close()
+                trouble: Exception = error
+                patience_s = min(self.patience_s, LOGIN_PATIENCE_S) if self.welcome else 0.0
+            except (FarmError, Unreachable) as error:
+                if isinstance(error, FarmError) and error.status not in (502, 503, 504):
+                    raise
+                if isinstance(error, Unreachable):
+                    self.close()
+                trouble, patience_s = error, self.patience_s
+                if not fresh and isinstance(error, Unreachable):
+                    continue        # a connection that was kept may have ended long ago
+            if access is not None and self._look_again() != access:
+                continue
+            pause_s = min(2 * pause_s, PAUSES_S[1])
+            wait_s = max(random.uniform(pause_s / 4, pause_s / 2), self.retry_after or 0.0)
+            if time.monotonic() + wait_s > began + patience_s or self.hurry.wait(wait_s):
+                raise trouble
+
+    def _look_again(self) -> Optional[Access]:
+        """Read again where the farm is; a new address or login is used from here on."""
+        with contextlib.suppress(Refusal):
+            found = self.find()
+            if found != self.access:
+                self.close()
+                self.access = found
+        return self.access
+
+    def _once(self, method: str, path: str, content: Optional[bytes], headers: Dict[str, str]) -> Any:
+        self.retry_after = None
+        access = self.connect()
+        if access.token:
+            headers["Authorization"] = "Bearer " + access.token
+        elif access.user:
+            pair = ("%s:%s" % (access.user, access.password)).encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        status, answer = self._exchange(access, method, path, content, headers)
+        if status >= 400:
+            raise refusal_of(status, answer)
+        self.welcome = True
+        return answer
+
+    def connect(self) -> Access:
+        """Be connected, with the farm's proof of who it is when that can be had. Raises Unreachable."""
+        if self.access is None:
+            self.access = self.find()
+        access = self.access
+        if self.connection is None:
+            self.connection = self._open(access)
+            try:
+                if access.proof:
+                    self._want_proof(access)
+            except BaseException:
+                self.close()
+                raise
+        return access
+
+    def _open(self, access: Access) -> http.client.HTTPConnection:
+        try:
+            parts = urllib.parse.urlsplit(access.url)
+            port = parts.port
+        except ValueError:
+            parts, port = urllib.parse.urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Refusal("a farm's address looks like http://host:5000, not like %r (%s)" % (
+                access.url, access.source))
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection: http.client.HTTPConnection = kind(parts.hostname, port, timeout=self.timeout_s)
+        connection.auto_open = 0        # a connection that ended must not come back without a proof
+        try:
+            connection.connect()
+        except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
+            raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
+                              "'taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                                  access.url, getattr(error, "strerror", None) or error, access.source))
+        return connection
+
+    def _want_proof(self, access: Access) -> None:
+        nonce = secrets.token_hex(16)
+        _, answer = self._exchange(access, "GET", "/livez?nonce=" + nonce, None, {})
+        try:
+            wanted = hmac.new(bytes.fromhex(access.proof), nonce.encode(), "sha256").hexdigest()
+            proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
+        except (ValueError, AttributeError):
+            proven = False
+        if not proven:
+            raise Unreachable("what answers at %s is not the farm of %s, so no login was sent: start that farm again, "
+                              "or 'taskfarm.py login %s' to get to know this one" % (
+                                  access.url, access.source, access.url))
+
+    def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
+                  headers: Dict[str, str]) -> Tuple[int, Any]:
+        """Status, and the JSON of the answer or the sentence of a refusal. Raises Unreachable."""
+        assert self.connection is not None
+        try:
+            self.connection.request(method, urllib.parse.urlsplit(access.url).path + path, content, headers)
+            response = self.connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable("%s does not answer as a taskfarm (%s)" % (
+                access.url, str(error) or type(error).__name__))
+        if self.connection.sock is None:        # the server ended the connection after this answer
+            self.connection = None
+        after = response.getheader("Retry-After", "")
+        self.retry_after = float(after) if after.isdigit() else None
+        if response.status == 204:
+            return 204, None
+        try:
+            answer = json.loads(text)
+            return response.status, str(answer["detail"]) if response.status >= 400 else answer
+        except (ValueError, KeyError, TypeError):
+            if response.status >= 500:
+                return response.status, "%s answers %d %s" % (access.url, response.status, response.reason)
+            raise Unreachable("%s does not answer as a taskfarm (%d %s)" % (
+                access.url, response.status, response.reason))
+
+    def close(self) -> None:
+        """End the connection; the next request makes another."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+def still_answers(access: Access) -> bool:
+    """Whether the farm answers at its URL, and proves by an HMAC that it is the one."""
+    if not access.proof:
+        return False
+    with contextlib.closing(Client(lambda: access, timeout_s=2.0)) as client:
+        try:
+            client.connect()
+        except (Unreachable, FarmError, Refusal):
+            return False
+    return True
+
+
+def find_run_uuid(client: Client, text: str) -> str:
+    """The uuid of the run that is meant by its uuid, the unique beginning of one, or its name. Raises Refusal."""
+    if re.fullmatch("[0-9a-f]{32}", text):
+        return text
+    runs = client.ask("GET", "/api/runs")["data"]
+    named = [run for run in runs if run.get("name") == text]
+    meant = named or [run for run in runs if text and run["uuid"].startswith(text.lower())]
+    if not meant:
+        raise Refusal("no run is called %r, and no run's uuid begins so: 'taskfarm.py list' shows them all" % text)
+    if len(meant) > 1:
+        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
+            len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
+    return str(meant[0]["uuid"])
 
 
 class Progress:
@@ -3187,7 +3399,8 @@ class BenchServer:
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the server."""
-        return ask(self.url, method, path, body, self.token)
+        with contextlib.closing(Client(lambda: as_access({"url": self.url, "token": self.token}, "bench"))) as client:
+            return client.ask(method, path, body)
 
     def new_run(self, num_tasks: int = MAX_TASKS, workers: int = 0) -> str:
         """A run, and so many registered workers w0, w1, ..."""
@@ -3587,8 +3800,8 @@ def in_words(least: Optional[float], most: Optional[float]) -> str:
 def own_access_path(environ: Dict[str, str], identity: str, db: str) -> str:
     """Where this farm writes its access file: beside that of another farm that still answers."""
     path = access_path(environ)
-    access = read_access(path)
-    if access.get("farm") in (None, identity) or not still_answers(access):
+    access = as_access(read_access(path), path)
+    if access.farm in ("", identity) or not still_answers(access):
         return path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
@@ -3808,15 +4021,15 @@ class Local:
 
     def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
         """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
-        url = self.holder["admin_url"]
-        if not still_answers(dict(self.holder, url=url)):
-            here = self.holder.get("host") == socket.gethostname()
-            raise Refusal("%s, but it does not answer here: %s" % (self.held, (
-                "it may be starting or stopping, try again" if here else "run this on %s" % self.holder.get("host"))))
-        try:
-            return ask(url, method, path, body, self.holder["secret"])
-        except OSError as error:
-            raise Refusal("%s, but it does not answer: %s" % (self.held, error))
+        access = as_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
+        with contextlib.closing(Client(lambda: access)) as client:
+            try:
+                return client.ask(method, path, body)
+            except Unreachable:
+                here = self.holder.get("host") == socket.gethostname()
+                raise Refusal("%s, but it does not answer here: %s" % (self.held, (
+                    "it may be starting or stopping, try again" if here
+                    else "run this on %s" % self.holder.get("host"))))
 
     def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
         """Have a request answered, or an operation run."""
@@ -4063,7 +4276,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
     try:
         return int(args.command(args))
-    except (Refusal, FarmError) as error:
+    except (Refusal, FarmError, Unreachable) as error:
         print("taskfarm: %s" % error, file=sys.stderr)
     except KeyboardInterrupt:
         pass

@@ -1897,7 +1897,8 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
     assert set(content) == {"url", "user", "token", "farm", "proof"}
     assert content["url"] == server.line.split()[-1]
     assert server.ask("GET", "/api/runs")[0] == 200
-    assert taskfarm.still_answers(content) and not taskfarm.still_answers(dict(content, proof="00"))
+    for proof, answers in ((content["proof"], True), ("00", False), ("", False)):
+        assert taskfarm.still_answers(taskfarm.as_access(dict(content, proof=proof), "")) is answers
     for path in [access, *(tmp_path / name for name in ("f", "f-wal", "f.lock"))]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert "password" not in server.log() + server.line, "it is shown on a terminal only"
