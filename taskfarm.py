@@ -119,6 +119,7 @@ import sqlite3
 import stat
 import struct
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -126,7 +127,8 @@ import unicodedata
 import urllib.parse
 import uuid
 from collections import deque
-from email.utils import formatdate
+from datetime import datetime
+from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type
@@ -3039,6 +3041,7 @@ class Client:
         self.patience_s = patience_s
         self.timeout_s = timeout_s
         self.retry_after: Optional[float] = None
+        self.date, self.heard_utc = "", 0.0     # what the last answer said, and when by our clock
         self.hurry = threading.Event()      # set by another thread: be patient no more
         self.access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPConnection] = None
@@ -3166,6 +3169,7 @@ class Client:
                 access.url, str(error) or type(error).__name__))
         if self.connection.sock is None:        # the server ended the connection after this answer
             self.connection = None
+        self.date, self.heard_utc = response.getheader("Date", ""), time.time()
         after = response.getheader("Retry-After", "")
         self.retry_after = float(after) if after.isdigit() else None
         if response.status == 204:
@@ -3178,6 +3182,15 @@ class Client:
                 return response.status, "%s answers %d %s" % (access.url, response.status, response.reason)
             raise Unreachable("%s does not answer as a taskfarm (%d %s)" % (
                 access.url, response.status, response.reason))
+
+    @property
+    def ahead_s(self) -> float:
+        """How much the server's clock is ahead of ours, by the last answer; 0 for what a second's rounding explains."""
+        try:
+            ahead_s = parsedate_to_datetime(self.date).timestamp() + 0.5 - self.heard_utc
+        except (TypeError, ValueError):
+            return 0.0
+        return ahead_s if abs(ahead_s) > 1.5 else 0.0
 
     def close(self) -> None:
         """End the connection; the next request makes another."""
@@ -3794,6 +3807,75 @@ def in_words(least: Optional[float], most: Optional[float]) -> str:
     return "about " + low if low == high else "%s to %s" % (low, high)
 
 
+def moment(text: Optional[str]) -> Optional[float]:
+    """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
+
+
+def age(text: Optional[str], now_utc: float) -> str:
+    """How long ago a time of the API was; "" for none."""
+    then = moment(text)
+    return "" if then is None else duration(now_utc - then)
+
+
+class Ends(NamedTuple):
+    """What the tasks that ended last tell of a run's pace."""
+    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `rate_of`
+    took_s: List[float]                 # how long they took, ascending; of those of which it is known
+
+
+RECENT_S = 600.0        # a rate is taken over so long, and over several times what a task takes
+RECENT_TASKS = 4
+
+
+def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> Ends:
+    """The pace that tasks which have ended show, with their times `started` and `finished`.
+
+    *whole*: there are no earlier ones that were left out. The window begins when the first of its tasks
+    was started, not when it ended: the first wave of long tasks ends all at once, after a long time.
+    """
+    spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
+    took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
+    window_s = max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
+    recent = [(end, start) for end, start in spans if end > now_utc - window_s]
+    if not recent:
+        return Ends([], took_s)
+    starts = [start for _, start in recent if start is not None]
+    if starts and (whole or len(recent) < len(spans)):
+        begin = min(max(min(starts), now_utc - window_s), recent[0][0])
+    else:
+        begin = recent.pop(0)[0]
+    points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
+    return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+
+
+def quantile(ordered: Sequence[float], part: float) -> float:
+    """The value below which that part of ascending values lies."""
+    return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+
+
+def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
+            longest_s: Optional[float]) -> Tuple[Optional[float], Optional[float], str]:
+    """The seconds a run still takes, least and most, and why nothing can be said where that is so.
+
+    *longest_s*: how long the task that computes longest has done so. When nothing waits any more the rate
+    says little, since workers run out of work; what the tasks before took says more.
+    """
+    waiting, computing = run["numWaiting"], run["numComputing"]
+    if not waiting + computing:
+        return 0.0, 0.0, ""
+    if not computing and rate is None:
+        return None, None, "nothing is computing"
+    if waiting or not ends.took_s or longest_s is None:
+        least, most = time_left(waiting + computing, rate)
+        return least, most, "" if rate else "no task has ended lately"
+    most_s = quantile(ends.took_s, 0.9)
+    if longest_s > most_s:
+        return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
+            duration(longest_s), duration(most_s))
+    return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
+
+
 # ---------------------------------------------------------------- COMMAND LINE
 # Verbs, options, start and end of the server.
 
@@ -4128,18 +4210,22 @@ def cmd_backup(args: argparse.Namespace) -> int:
     return 0
 
 
+def one_password(name: str) -> str:
+    """A password from the terminal, or one line of standard input; never an argument, where `ps` shows it."""
+    if sys.stdin.isatty():
+        return getpass.getpass("password for %s: " % name)
+    line = sys.stdin.buffer.readline().rstrip(b"\r\n")
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
 def new_password(name: str) -> str:
-    """A password from the terminal, twice, or one line of standard input; never an argument, where `ps` shows it."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline().rstrip(b"\r\n")
-        try:
-            password = line.decode()
-        except UnicodeDecodeError:
-            password = line.decode("latin-1")
-    else:
-        password = getpass.getpass("password for %s: " % name)
-        if getpass.getpass("once more: ") != password:
-            raise Refusal("the two are not the same: nothing was changed")
+    """A password that is to be set; on the terminal it is typed twice."""
+    password = one_password(name)
+    if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
+        raise Refusal("the two are not the same: nothing was changed")
     if not password:
         raise Refusal("an empty password will not do: nothing was changed")
     return password
@@ -4196,6 +4282,569 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
     return 0
 
 
+VERB_PATIENCE_S = 5.0       # a verb waits so long for a server that is being started or restarted
+SHOWN_TASKS = 5             # longest computing tasks and last failures in a status
+PAGE = 1000                 # rows that are asked for at once
+TABLE_ROWS = 200            # tasks on a terminal, unless told otherwise
+WATCH_S = 2.0               # between two looks at a run
+WATCH_LINE_S = 30.0         # between two lines of a watch that cannot redraw
+
+
+def farm_client(args: argparse.Namespace) -> Client:
+    """The client of a verb, with some patience: `new` may stand in a script right behind the start of a server."""
+    return Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)
+
+
+def wait_for_access(args: argparse.Namespace) -> None:
+    """Wait for the access file of a server that is being started for the first time, but not for ever."""
+    until = time.monotonic() + VERB_PATIENCE_S
+    while time.monotonic() < until:
+        with contextlib.suppress(Refusal):
+            find_access(os.environ, args.url)
+            return
+        time.sleep(0.1)
+
+
+def run_path(run_uuid: str, tail: str = "") -> str:
+    """The path of a run."""
+    return "/api/runs/%s%s" % (run_uuid, tail)
+
+
+def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[str, Any]]]:
+    """The rows of a paged list, page by page."""
+    while True:
+        answer = client.ask("GET", path + "?" + urllib.parse.urlencode(query))
+        yield answer["data"]
+        if not answer.get("next"):
+            return
+        query["after"] = answer["next"]
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON."""
+    print(json.dumps(value))
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number from 0 on. Its upper limit is the server's to say."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError("a whole number is wanted, not %r" % text)
+    return int(text)
+
+
+def count_lines(path: str) -> int:
+    """The lines of a file; one at the end that no newline ends is counted too. Raises Refusal."""
+    lines, last = 0, b"\n"
+    try:
+        with open(path, "rb") as file:
+            for part in iter(lambda: file.read(2 ** 20), b""):
+                lines, last = lines + part.count(b"\n"), part[-1:]
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+    if not lines and last == b"\n":
+        raise Refusal("%s has no lines, and a run has one task at least" % path)
+    return lines + (last != b"\n")
+
+
+def cmd_new(args: argparse.Namespace) -> int:
+    """make a run of N tasks, and print its uuid
+
+    Workers are given the numbers 0 to N-1. With --lines, a run has a task for each line of a file:
+    a list of parameters, or of whole commands.
+
+    examples:
+      run=$(python3 taskfarm.py new 200000 --name antarctica)
+      python3 taskfarm.py new --lines params.txt              then: work RUN --lines params.txt -- ./sim {line}
+      python3 taskfarm.py new 5000 --max-failures 3           a task that fails is tried three times
+    """
+    body = {"numTasks": args.tasks if args.lines is None else count_lines(args.lines), "name": args.name,
+            "maxFailures": args.max_failures, "maxLosses": args.max_losses}
+    wait_for_access(args)
+    with contextlib.closing(farm_client(args)) as client:
+        run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
+    print(run["uuid"])
+    return 0
+
+
+def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
+    """The uuids of runs; on a terminal their beginnings, as long as it takes to tell them apart."""
+    whole = [run["uuid"] for run in runs]
+    for length in range(8, 32) if screen.terminal else ():
+        if len({one[:length] for one in whole}) == len(whole):
+            return [one[:length] for one in whole]
+    return whole
+
+
+def cmd_list(args: argparse.Namespace) -> int:
+    """list the runs, the newest last
+
+    A run is named by its uuid, a beginning of it that no other run has, or its name.
+
+    examples:
+      python3 taskfarm.py list
+      python3 taskfarm.py list --json
+    """
+    with contextlib.closing(farm_client(args)) as client:
+        answer = client.ask("GET", "/api/runs")
+    if args.json:
+        print_json(answer)
+        return 0
+    screen, now = Screen(sys.stdout, os.environ), time.time() + client.ahead_s
+    runs = answer["data"]
+    table = Table([Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True),
+                   Column("computing", True), Column("done", True), Column("failed", True), Column("age", True),
+                   Column("name", gives=True)], screen.columns)
+    print_table(screen, table, [
+        (short, run["numTasks"], percent(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
+         run["numComputing"], run["numDone"], run["numFailed"], age(run.get("created"), now), run.get("name"))
+        for run, short in zip(runs, short_uuids(runs, screen))])
+    if not runs:
+        print("no runs yet: 'taskfarm.py new 1000' makes one", file=sys.stderr)
+    return 0
+
+
+def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows, the headings in bold."""
+    first = not table.begun
+    lines = table.lines(rows)
+    screen.print([screen.paint(line, "bold") if first and not number else line for number, line in enumerate(lines)])
+
+
+class Look(NamedTuple):
+    """What a person wants to know about a run at one moment."""
+    run: Dict[str, Any]
+    workers: List[Dict[str, Any]]       # those alive in the whole farm
+    longest: List[Dict[str, Any]]       # tasks, the one that computes longest first
+    failures: List[Dict[str, Any]]      # tasks, the one that failed last first
+    rate: Optional[Rate]
+    least_s: Optional[float]            # time left
+    most_s: Optional[float]
+    why: str                            # there is no time left to tell
+    utc: float                          # seconds since 1970, by the server's clock
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing waits and nothing computes."""
+        return not self.run["numWaiting"] + self.run["numComputing"]
+
+
+class Lookout:
+    """Looks at a run again and again; each time it knows more of its pace."""
+
+    def __init__(self, client: Client, run_uuid: str) -> None:
+        self.client, self.run_uuid = client, run_uuid
+        self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
+        self.ends = Ends([], [])
+
+    def look(self) -> Look:
+        """Ask the server. Raises FarmError and Unreachable."""
+        run = self.client.ask("GET", run_path(self.run_uuid))
+        utc = time.time() + self.client.ahead_s
+        self._remember(run)
+        longest = self._tasks("computing", "started", SHOWN_TASKS)[0]
+        failures = self._tasks("failed", "finished", SHOWN_TASKS)[0] if run["numFailed"] else []
+        if not self.ends.points or self._span_s(self.readings) < self._span_s(self.ends.points):
+            self.ends = self._ends(utc)
+        own = rate_of(self.readings) if self._span_s(self.readings) >= self._span_s(self.ends.points) else None
+        rate = own or rate_of(self.ends.points)
+        started = moment(longest[0]["started"]) if longest else None
+        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
+        workers = [worker for page in every_page(self.client, "/api/workers", limit=PAGE) for worker in page]
+        return Look(run, workers, longest, failures, rate, least_s, most_s, why, utc)
+
+    def _remember(self, run: Dict[str, Any]) -> None:
+        tick, ended = time.monotonic(), run["numDone"] + run["numFailed"]
+        if self.readings and ended < self.readings[-1][1]:      # it was restarted
+            self.readings.clear()
+        self.readings.append((tick, ended))
+        window_s = max(RECENT_S, RECENT_TASKS * quantile(self.ends.took_s, 0.5)) if self.ends.took_s else RECENT_S
+        while tick - self.readings[0][0] > window_s:
+            self.readings.popleft()
+
+    @staticmethod
+    def _span_s(points: Sequence[Tuple[float, int]]) -> float:
+        return points[-1][0] - points[0][0] if points else 0.0
+
+    def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
+        """The first tasks of a status in an order, and whether there are no more."""
+        answer = self.client.ask("GET", run_path(self.run_uuid, "/tasks?" + urllib.parse.urlencode(
+            {"status": status, "order": order, "limit": limit})))
+        return answer["data"], not answer["next"]
+
+    def _ends(self, utc: float) -> Ends:
+        lists = [self._tasks(status, "finished", PAGE) for status in ("done", "failed")]
+        # Before the time at which one of the lists was cut off, the other alone would count.
+        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
+        tasks = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        return recent_ends(tasks, not since, utc)
+
+
+def rate_words(look: Look) -> str:
+    """The recent rate in words, with its range."""
+    rate = look.rate
+    if rate is None:
+        return "unknown: no task has ended lately"
+    return "%s over the last %s (%s to %s)" % (
+        per_time(rate.per_s), duration(rate.window_s), per_time(rate.low).split()[0] if rate.low else "0",
+        per_time(rate.high))
+
+
+def left_words(look: Look) -> str:
+    """The time left in words."""
+    if look.least_s is None and look.why:
+        return "unknown: " + look.why
+    return in_words(look.least_s, look.most_s)
+
+
+def worker_words(look: Look) -> str:
+    """How many workers there are."""
+    if not look.workers:
+        return "none is alive" + ("" if look.over else ": 'taskfarm.py work %s -- COMMAND' starts one" % (
+            look.run["uuid"][:8]))
+    hosts = len({worker["hostname"] for worker in look.workers})
+    return "%s alive on %s, they hold %s (of all runs)" % (
+        grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
+
+
+def look_lines(look: Look, screen: Screen) -> List[str]:
+    """A status as a person reads it; each line fits the terminal."""
+    run, columns = look.run, screen.columns
+    named = harmless(run.get("name") or "run")
+    rest = "  %s   %s, made %s ago" % (run["uuid"], counted(run["numTasks"], "task"), age(run.get("created"), look.utc))
+    head = cut(named + rest, columns) if columns else named + rest
+    share = percent(run["percentDone"], 100)
+    lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
+             "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
+             state_words(run, screen)]
+    facts = [("workers", worker_words(look))]
+    if look.over:
+        facts.insert(0, ("over", "all tasks are done" if not run["numFailed"] else
+                         "'taskfarm.py restart %s --failed' lets the failed ones wait again" % run["uuid"][:8]))
+    else:
+        facts[:0] = [("rate", rate_words(look)), ("time left", left_words(look))]
+    for name, words in facts:
+        line = "%-11s%s" % (name, words)
+        lines.append(cut(line, columns) if columns else line)
+    return lines + task_lines("longest computing", look.longest, LONGEST, look, screen) + task_lines(
+        "last failures", look.failures, FAILURES, look, screen)
+
+
+# The columns of tables of tasks by their titles, and which of them stand where.
+TASK_COLUMNS = {column.title: column for column in (
+    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True), Column("failures", True),
+    Column("losses", True), Column("for", True), Column("ago", True), Column("took", True), Column("host", gives=True),
+    Column("exit", True), Column("message", gives=True))}
+LONGEST = ("task", "for", "percent", "attempt", "host")
+FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
+TASKS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
+
+
+def took(task: Mapping[str, Any], now_utc: float) -> str:
+    """How long the last attempt took, or takes so far; "" when that is not known."""
+    started, finished = moment(task["started"]), moment(task["finished"])
+    if started is None or finished is None and task["status"] != "computing":
+        return ""
+    return duration((finished or now_utc) - started)
+
+
+def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
+    """What stands in each column for a task."""
+    return {"task": task["task"], "status": task["status"], "percent": "%.1f" % task["percentCompleted"],
+            "attempt": task["attempt"], "failures": task["failures"], "losses": task["losses"],
+            "for": age(task["started"], now_utc), "ago": age(task["finished"], now_utc), "took": took(task, now_utc),
+            "host": task["hostname"], "exit": task["exitCode"], "message": task["message"]}
+
+
+def task_table(titles: Sequence[str], width: int) -> Table:
+    """A table for tasks."""
+    return Table([TASK_COLUMNS[title] for title in titles], width)
+
+
+def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
+    """The rows of such a table."""
+    cells = [task_cells(task, now_utc) for task in tasks]
+    return [[row[title] for title in titles] for row in cells]
+
+
+def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: Look,
+               screen: Screen) -> List[str]:
+    """A small table under a title; nothing when there are no tasks."""
+    table = task_table(titles, max(screen.columns - 2, 1) if screen.columns else 0)
+    rows = task_rows(tasks, titles, look.utc)
+    return ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))] if tasks else []
+
+
+def look_json(look: Look) -> Dict[str, Any]:
+    """A status for programs."""
+    rate = look.rate
+    return {"run": look.run, "over": look.over,
+            "rate": rate and {"perSecond": rate.per_s, "low": rate.low, "high": rate.high, "ended": rate.ended,
+                              "seconds": rate.window_s},
+            "secondsLeft": {"least": look.least_s, "most": look.most_s},
+            "workers": {"alive": len(look.workers), "hosts": len({worker["hostname"] for worker in look.workers}),
+                        "held": sum(worker["held"] for worker in look.workers)},
+            "longest": look.longest, "failures": look.failures}
+
+
+def look_line(look: Look) -> str:
+    """A status in one line, for a log."""
+    run = look.run
+    pace = "over" if look.over else "%s, time left %s" % (
+        per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
+    return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    """show how far a run is: its tasks by state, rate, time left, workers, failures
+
+    The rate is taken over a recent window, and the time left is a range: what chance and the ups and
+    downs of that window make likely. With --watch it is shown again and again until the run is over;
+    into a file or a pipe as a line every now and then.
+
+    examples:
+      python3 taskfarm.py status antarctica
+      python3 taskfarm.py status $run --watch
+      python3 taskfarm.py status 3f2a --json
+    """
+    screen = Screen(sys.stdout, os.environ)
+    with contextlib.closing(farm_client(args)) as client:
+        lookout = Lookout(client, find_run_uuid(client, args.run))
+        if args.watch:
+            return Watch(lookout, screen, args.every, args.json).run()
+        look = lookout.look()
+    if args.json:
+        print_json(look_json(look))
+    else:
+        screen.print(look_lines(look, screen))
+    return 0
+
+
+class Watch:
+    """Shows a run until it is over: redrawn in place on a terminal, else as lines. A server that is away is waited for.
+
+    *every_s*: between two pictures or lines; None for what is usual.
+    """
+    def __init__(self, lookout: Lookout, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
+        self.lookout, self.screen, self.as_json = lookout, screen, as_json
+        self.redraws = screen.moves and not as_json
+        self.every_s = every_s or (WATCH_S if self.redraws else WATCH_LINE_S)
+        self.last: Optional[Look] = None
+        self.shown: Optional[float] = None      # tick of the last line
+        self.away: Optional[float] = None       # tick at which the server was found to be away
+
+    def run(self) -> int:
+        """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
+        while True:
+            try:
+                self.last = self.lookout.look()
+                self._back()
+            except (Unreachable, FarmError) as error:
+                if self.last is None or isinstance(error, FarmError) and error.status < 500:
+                    raise
+                self._gone(error)
+            self._show()
+            if self.last.over and self.away is None:
+                return 0
+            self.lookout.client.patience_s = 0.0        # from here on it is this loop that is patient
+            time.sleep(min(self.every_s, WATCH_S))
+
+    def _say(self, sentence: str) -> None:
+        if not self.redraws:
+            print("%s  %s" % (time.strftime("%H:%M:%S"), sentence), flush=True, file=(
+                sys.stderr if self.as_json else sys.stdout))
+
+    def _gone(self, error: Exception) -> None:
+        self.trouble = str(error)
+        if self.away is None:
+            self.away = time.monotonic()
+            self._say("the server is away: %s" % error)
+
+    def _back(self) -> None:
+        if self.away is not None:
+            self._say("the server is back after %s" % duration(time.monotonic() - self.away))
+            self.away = None
+
+    def _show(self) -> None:
+        assert self.last
+        now = time.monotonic()
+        if self.redraws:
+            lines = look_lines(self.last, self.screen)
+            if self.away is not None:
+                said = "the server is away since %s: %s" % (duration(now - self.away), self.trouble)
+                lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
+            self.screen.redraw(lines)
+        elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
+            self.shown = now
+            if self.as_json:
+                print(json.dumps(look_json(self.last)), flush=True)
+            else:
+                self._say(look_line(self.last))
+
+
+def cmd_tasks(args: argparse.Namespace) -> int:
+    """list the tasks of a run, with host, exit code and message
+
+    On a terminal the first 200, unless --limit says otherwise (0: all); into a pipe all of them.
+
+    examples:
+      python3 taskfarm.py tasks antarctica --status failed
+      python3 taskfarm.py tasks antarctica --status computing --order started     the longest first
+      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'    their numbers
+    """
+    screen = Screen(sys.stdout, os.environ)
+    limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
+    query = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
+    with contextlib.closing(farm_client(args)) as client:
+        path = run_path(find_run_uuid(client, args.run), "/tasks")
+        rows = limited(every_page(client, path, limit=min(limit + 1, PAGE) if limit else PAGE, **query), limit)
+        if args.json:
+            print_json_rows(rows)
+            return 0
+        table = task_table(TASKS, screen.columns)
+        for tasks, more in rows:
+            print_table(screen, table, task_rows(tasks, TASKS, time.time() + client.ahead_s))
+            if more:
+                print("... and more: --limit 0 shows all", file=sys.stderr)
+    return 0
+
+
+def limited(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple[List[Dict[str, Any]], bool]]:
+    """The pages with so many rows in all (0: all of them), and whether rows after them were left out."""
+    shown = 0
+    for rows in pages:
+        if limit and shown + len(rows) > limit:
+            yield rows[:limit - shown], True
+            return
+        shown += len(rows)
+        yield rows, False
+
+
+def print_json_rows(pages: Iterator[Tuple[List[Dict[str, Any]], bool]]) -> None:
+    """Print pages of rows as one JSON object {"data": [...]}, a row a line, in bounded memory."""
+    rows = (json.dumps(row) for page_, _ in pages for row in page_)
+    sys.stdout.write('{"data": [' + next(rows, ""))
+    for row in rows:
+        sys.stdout.write(",\n" + row)
+    sys.stdout.write("]}\n")
+
+
+def cmd_workers(args: argparse.Namespace) -> int:
+    """list the workers that are alive, and how many tasks they hold
+
+    "heard" is how long ago a worker last spoke; after "lease" without a word its tasks wait again.
+
+    examples:
+      python3 taskfarm.py workers
+      python3 taskfarm.py workers --all --json
+    """
+    screen = Screen(sys.stdout, os.environ)
+    query = {"all": True} if args.all else {}
+    with contextlib.closing(farm_client(args)) as client:
+        pages = limited(every_page(client, "/api/workers", limit=PAGE, **query), 0)
+        if args.json:
+            print_json_rows(pages)
+            return 0
+        table = Table([Column("host", gives=True), Column("pid", True), Column("state"), Column("holds", True),
+                       Column("heard", True), Column("lease", True), Column("worker", gives=True)], screen.columns)
+        for workers, _ in pages:
+            utc = time.time() + client.ahead_s
+            print_table(screen, table, [
+                (worker["hostname"], worker["pid"], worker["state"], worker["held"], age(worker["heard"], utc),
+                 "" if worker["lease"] is None else duration(worker["lease"]), worker["uuid"]) for worker in workers])
+    return 0
+
+
+def cmd_restart(args: argparse.Namespace) -> int:
+    """let tasks of a run wait again: those that are not done, the failed ones, or all
+
+    Without an option, tasks that are done stay so, and so do those that a living worker computes.
+
+    examples:
+      python3 taskfarm.py restart antarctica             what dead workers left, and what failed
+      python3 taskfarm.py restart antarctica --failed
+      python3 taskfarm.py restart antarctica --all       from the beginning: every result counts as not there
+    """
+    query = "?all=True" if args.all else "?status=failed" if args.failed else ""
+    with contextlib.closing(farm_client(args)) as client:
+        run_uuid = find_run_uuid(client, args.run)
+        client.ask("POST", run_path(run_uuid, "/restart" + query))
+        run = client.ask("GET", run_path(run_uuid))
+    print("run %s: %s" % (run_uuid, state_counts(run)))
+    return 0
+
+
+def state_counts(run: Mapping[str, Any]) -> str:
+    """The tasks of a run by state, in words."""
+    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
+
+
+def cmd_delete(args: argparse.Namespace) -> int:
+    """delete a run with its tasks; asks first
+
+    Workers that compute for it end their commands. Nothing brings it back but a copy of the file ('backup').
+
+    examples:
+      python3 taskfarm.py delete antarctica
+      python3 taskfarm.py delete 3f2a --yes       does not ask: for scripts
+    """
+    with contextlib.closing(farm_client(args)) as client:
+        run_uuid = find_run_uuid(client, args.run)
+        run = client.ask("GET", run_path(run_uuid))
+        if not args.yes and not agreed("delete run %s%s: %s?" % (
+                run_uuid, " (%s)" % harmless(run["name"]) if run.get("name") else "", state_counts(run))):
+            raise Refusal("nothing was deleted")
+        client.ask("DELETE", run_path(run_uuid))
+    print("run %s is deleted" % run_uuid)
+    return 0
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal; only y or yes is a yes. Raises Refusal where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise Refusal("%s Nobody is here to say so: --yes does" % question)
+    print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def cmd_login(args: argparse.Namespace) -> int:
+    """make an access file for a server elsewhere, so that verbs and workers here find it
+
+    On the cluster of the server itself this is not needed: its start writes the access file, and the
+    home directory is shared. The password comes from the terminal, or as one line of standard input.
+
+    examples:
+      python3 taskfarm.py login http://login1.cluster:5000
+      python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
+    """
+    url = base_of(args.url if "://" in args.url else "http://" + args.url)
+    user = args.user or starter()
+    access = Access(url, "", "", "", "", "", "the argument")
+    with contextlib.closing(Client(lambda: access)) as client:
+        client.ask("GET", "/livez")         # before anybody types a password
+    access = access._replace(user=user, password=one_password(user))
+    with contextlib.closing(Client(lambda: access)) as client:
+        token = client.ask("GET", "/api/token")["token"]
+    path = login_path(os.environ, url)
+    try:
+        write_access(path, {"url": url, "user": user, "token": token, "farm": "", "proof": ""})
+    except OSError as error:
+        raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
+    print("%s has address and login of %s for %s" % (path, url, user))
+    if path != access_path(os.environ):
+        print("another farm answers at the address in %s: choose this one with export TASKFARM_ACCESS=%s" % (
+            access_path(os.environ), path))
+    return 0
+
+
+def login_path(environ: Mapping[str, str], url: str) -> str:
+    """Where `login` writes: the access file, or beside that of another farm that still answers."""
+    path = access_path(environ)
+    known = as_access(read_access(path), path)
+    if environ.get("TASKFARM_ACCESS") or known.url == url or not still_answers(known):
+        return path
+    return os.path.join(os.path.dirname(path), "access-%s.json" % re.sub(r"[^A-Za-z0-9.-]+", "-", url.split("://")[1]))
+
+
 def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
              kind: Callable[[str], Any] = str) -> None:
     """An option, as "--name VALUE", that falls back to an environment variable."""
@@ -4232,15 +4881,84 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
     return parser
 
 
+# In this order 'taskfarm.py --help' shows them; a verb that no group names comes last.
+VERB_GROUPS = (
+    ("work on tasks", ("new", "work", "status")),
+    ("look and keep", ("list", "tasks", "workers", "restart", "delete", "progress")),
+    ("serve and set up", ("serve", "login", "doctor", "user", "check", "backup", "bench")),
+)
+
+
+def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
+    """The verbs in their groups, a line each."""
+    rest = tuple(name for name in verbs if not any(name in names for _, names in VERB_GROUPS))
+    lines = []
+    for title, names in (*VERB_GROUPS, ("also", rest)):
+        known = [name for name in names if name in verbs]
+        lines += ["", title + ":"] if known else []
+        for name in known:
+            text = textwrap.wrap((verbs[name].description or "").partition("\n")[0], 104)
+            lines += ["  %-9s %s" % (name, text[0]), *(" " * 12 + line for line in text[1:])]
+    return "\n".join(lines)
+
+
+def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int], run: bool = False,
+                reads: bool = False) -> argparse.ArgumentParser:
+    """A verb that asks a server: of a run, when it takes one; with --json when it reads."""
+    parser = add_verb(verbs, name, command, needs_db=False)
+    if run:
+        parser.add_argument("run", metavar="RUN", help="its uuid, the beginning of it, or its name")
+    fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
+    if reads:
+        parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
+    return parser
+
+
+def add_client_verbs(verbs: Any) -> None:
+    """The verbs that make, show and keep runs."""
+    new = client_verb(verbs, "new", cmd_new)
+    size = new.add_mutually_exclusive_group(required=True)
+    size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
+    size.add_argument("--lines", metavar="FILE", help="as many tasks as this file has lines")
+    new.add_argument("--name", help="a name that says more than the uuid")
+    new.add_argument("--max-failures", type=whole_number, metavar="M",
+                     help="a task that has failed so often is not tried again; by default 1, 0 for never")
+    new.add_argument("--max-losses", type=whole_number, metavar="M",
+                     help="nor one that has taken down so many workers; by default 5, 0 for never")
+    client_verb(verbs, "list", cmd_list, reads=True)
+    status = client_verb(verbs, "status", cmd_status, run=True, reads=True)
+    status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
+    status.add_argument("--every", type=positive(float), metavar="S", help="seconds between two looks of --watch; "
+                        "by default 2, and 30 where it prints lines")
+    tasks = client_verb(verbs, "tasks", cmd_tasks, run=True, reads=True)
+    tasks.add_argument("--status", choices=STATUS, help="only those")
+    tasks.add_argument("--order", choices=("task", "started", "finished"),
+                       help="by number; or computing ones by age, done or failed ones the last first")
+    tasks.add_argument("--limit", type=whole_number, metavar="N", help="so many at most; 0 for all")
+    client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
+        "--all", action="store_true", help="also those that have signed off or are not heard any more")
+    restart = client_verb(verbs, "restart", cmd_restart, run=True).add_mutually_exclusive_group()
+    restart.add_argument("--all", action="store_true", help="every task, also those that are done")
+    restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
+    client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
+    login = add_verb(verbs, "login", cmd_login, needs_db=False)
+    login.add_argument("url", metavar="URL", help="http://HOST:PORT")
+    login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.",
-        epilog="start here:  python3 taskfarm.py --db runs.sqlite\n"
-               "'taskfarm.py VERB --help' tells more of each verb; 'serve --help' of where it listens.")
+        usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
+        epilog="""three lines to start with:
+  python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
+  run=$(python3 taskfarm.py new 1000 --name first)
+  python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
+and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells more of each verb, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
+    add_client_verbs(verbs)
     serve = add_verb(verbs, "serve", cmd_serve)
     fallback(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
              "127.0.0.1, this machine alone")
@@ -4262,6 +4980,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
         add_verb(users, name, command).add_argument("name", metavar="NAME", help="the user")
+    parser.description = ("Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.\n" +
+                          verb_summary(verbs.choices))
     return parser
 
 
