@@ -78,6 +78,7 @@ Contents
     CLIENT              how programs and this file's own verbs talk to a server
     BENCH               how many workers this machine can feed
     TERMINAL            what a person sees on a terminal: tables, bars, durations
+    DOCTOR              whether a node is fit to serve and to work
     COMMAND LINE        verbs, options, start and end of the server
 """
 import sys
@@ -104,6 +105,7 @@ import logging
 import math
 import os
 import pickle
+import pwd
 import queue
 import random
 import re
@@ -279,6 +281,7 @@ WAITING, COMPUTING, DONE, FAILED = range(4)
 STATUS = ("waiting", "computing", "done", "failed")
 
 APPLICATION_ID = 0x7461736B         # "task", in the header of the file
+SQLITE_VERSION = sqlite3.sqlite_version_info
 
 # Append only; PRAGMA user_version counts the scripts that were applied. With a new column, also
 # change: class Run or Task and the statements that fill them, the check(), the view `tasks`, the
@@ -3184,6 +3187,12 @@ class Client:
                 access.url, response.status, response.reason))
 
     @property
+    def peer(self) -> str:
+        """Address and port of the server, as the open connection has them; "" when there is none."""
+        sock = self.connection and self.connection.sock
+        return "%s port %d" % sock.getpeername()[:2] if sock else ""
+
+    @property
     def ahead_s(self) -> float:
         """How much the server's clock is ahead of ours, by the last answer; 0 for what a second's rounding explains."""
         try:
@@ -3874,6 +3883,334 @@ def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
             duration(longest_s), duration(most_s))
     return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
+
+
+# ---------------------------------------------------------------- DOCTOR
+# Whether this node is fit to serve and to work: really tried, and over in seconds also where something hangs.
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+DOCTOR_S = 4.0                      # what has not answered until then does not answer
+DOCTOR_CONNECT_S = 2.0              # a host that takes longer to answer is of no use to workers
+SLOW_WRITE_S, SLOW_ANSWER_S = 0.05, 0.1
+OLDEST_SQLITE = (3, 26, 0)
+FEW_DESCRIPTORS, FEW_PROCESSES = 4096, 32
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "pvfs2", "panfs",
+                        "fuse.glusterfs", "fuse.sshfs")
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+    verdict: str            # OK, WARN or FAIL
+    what: str               # a word or two
+    says: str               # what was found, and what to do where it is not well
+
+
+def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
+            limit_s: float = DOCTOR_S) -> Iterator[Finding]:
+    """What the checks find, in their order; they run at the same time, each in a thread that nobody waits for long."""
+    until = time.monotonic() + limit_s
+    begun = []
+    for what, check_ in checks:
+        found: "queue.SimpleQueue[Optional[Finding]]" = queue.SimpleQueue()
+        thread = threading.Thread(target=one_check, args=(what, check_, found.put), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            found.put(Finding(FAIL, what, "the system gives this user no more threads (ulimit -u): end some processes"))
+            found.put(None)
+        begun.append((what, found))
+    for what, found in begun:
+        try:
+            yield from iter(functools.partial(take_until, found, until), None)
+        except queue.Empty:
+            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % duration(limit_s))
+
+
+def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
+    """The next from a queue; waits until a tick at most. Raises queue.Empty."""
+    return found.get(timeout=max(until - time.monotonic(), 0.01))
+
+
+def one_check(what: str, check_: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
+    """Hand out what one check finds, then None; also where it ends in an error that nobody thought of."""
+    try:
+        for finding in check_():
+            found(finding)
+    except Exception as error:
+        found(Finding(FAIL, what, "%s: %s" % (type(error).__name__, error)))
+    found(None)
+
+
+def check_programs() -> Iterator[Finding]:
+    """Python and SQLite."""
+    yield Finding(OK, "Python", "%d.%d.%d (%s)" % (*sys.version_info[:3], sys.executable))
+    version = ".".join(map(str, SQLITE_VERSION))
+    if SQLITE_VERSION < OLDEST_SQLITE:
+        yield Finding(FAIL, "SQLite", "%s is older than 3.26, the oldest that will do: use another Python ('module "
+                      "avail python')" % version)
+    else:
+        yield Finding(OK, "SQLite", version)
+
+
+def mount_of(folder: str, mountinfo: str) -> Tuple[str, str]:
+    """Mount point and kind of the file system of a folder, by /proc/self/mountinfo (proc(5)); "" when not known."""
+    best = ("", "")
+    for line in mountinfo.splitlines():
+        fields, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
+        inside = folder == point or folder.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best[0]):       # of two on one point the later one is seen
+            best = (point, rest.split(" ")[0])
+    return best
+
+
+def check_folder(db: Optional[str]) -> Iterator[Finding]:
+    """The file system of the farm's file, or of this folder: its locks and SQLite, tried on a file beside it."""
+    folder = os.path.dirname(os.path.realpath(db)) if db else os.getcwd()
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            kind = mount_of(os.path.realpath(folder), file.read())[1]
+    except OSError:
+        kind = ""
+    kind = kind or "unknown kind"
+    if kind in ("tmpfs", "ramfs"):
+        yield Finding(WARN, "folder", "%s lies in memory (%s): a farm there is gone when the node starts again"
+                      % (folder, kind))
+    else:
+        yield Finding(OK, "folder", "%s (%s%s)" % (folder, kind, ", over the network" * (kind in NETWORK_FILE_SYSTEMS)))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".taskfarm-doctor-", dir=folder) as trial:
+            yield from try_locks(os.path.join(trial, "trial"), kind)
+            yield from try_writing(os.path.join(trial, "trial"))
+    except OSError as error:
+        yield Finding(FAIL, "file system", "nothing can be written in %s (%s): --db names a file elsewhere" % (
+            folder, error.strerror))
+    if db and read_holder(db):
+        yield Finding(OK, "farm", "%s: %s" % (db, described(read_holder(db))))
+
+
+def try_locks(path: str, kind: str) -> Iterator[Finding]:
+    """Whether a lock that one holds keeps another out."""
+    try:
+        with contextlib.closing(Lock(path)):
+            try:
+                Lock(path).close()
+                yield Finding(FAIL, "locks", "they keep nobody out on this file system (%s): two servers could ruin a "
+                              "file, put it on another (on Lustre, one mounted with -o flock)" % kind)
+            except Refusal:
+                yield Finding(OK, "locks", "they work (flock)")
+    except Refusal as error:
+        yield Finding(FAIL, "locks", str(error))
+
+
+def try_writing(path: str) -> Iterator[Finding]:
+    """Whether SQLite works as the server uses it, and how long it takes until something is on the disk."""
+    try:
+        with contextlib.closing(Store(path)) as store:
+            took_s = []
+            for _ in range(5):
+                began = time.perf_counter()
+                store.call(create_run(uuid.uuid4().hex, 1))
+                took_s.append(time.perf_counter() - began)
+    except (Refusal, FarmError) as error:
+        yield Finding(FAIL, "SQLite file", str(error))
+        return
+    median_s = sorted(took_s)[2]
+    says = "a write is on the disk after %.1f ms" % (1000 * median_s)
+    if median_s > SLOW_WRITE_S:
+        yield Finding(WARN, "SQLite file", says + ", and each claim waits for one: a local disk is faster")
+    else:
+        yield Finding(OK, "SQLite file", says)
+
+
+def check_port(host: str, port: int) -> Iterator[Finding]:
+    """Whether a server could listen there."""
+    what = "port %d" % port
+    try:
+        with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+        yield Finding(OK, what, "free on %s" % host)
+    except OSError as error:
+        owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
+        known = as_access(read_access(access_path(os.environ)), "")
+        if owner == getpass_user() and url_port(known.url) == port and still_answers(known):
+            yield Finding(OK, what, "in use by your own farm")
+        else:
+            yield Finding(WARN, what, "%s%s" % ("user %s has it. " % owner if owner else "",
+                                                address_refused(host, port, error)))
+
+
+def url_port(url: str) -> Optional[int]:
+    """The port of a URL; None when there is none or it makes no sense."""
+    try:
+        return urllib.parse.urlsplit(url).port
+    except ValueError:
+        return None
+
+
+def getpass_user() -> str:
+    """The name of the user of this process, by the system and not by the environment."""
+    return user_name(os.getuid())
+
+
+def user_name(uid: int) -> str:
+    """The name of a user; the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def port_owner(port: int) -> Optional[str]:
+    """The user whose program listens on a port of this machine, by /proc/net/tcp (proc(5)); None when not known."""
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(name, encoding="ascii") as file:
+            for line in file.read().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:     # 0A: it listens
+                    return user_name(int(fields[7]))
+    return None
+
+
+def check_limits() -> Iterator[Finding]:
+    """What this user may have: descriptors, processes and threads, CPU time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FEW_DESCRIPTORS:
+        yield Finding(WARN, "descriptors", "%d at most (ulimit -Hn): a server can hold nearly so many connections, "
+                      "then closes the longest idle" % hard)
+    else:
+        yield Finding(OK, "descriptors", "%s now; a server may raise it to %s" % (limit_words(soft), limit_words(hard)))
+    most, used = process_limit()
+    if most is not None and most - used < FEW_PROCESSES:
+        yield Finding(WARN, "processes", "%d of %d are in use (ulimit -u): a server needs 6 threads, a worker 3 and "
+                      "one for each command" % (used, most))
+    else:
+        yield Finding(OK, "processes", "%d in use, %s allowed" % (used, "any number" if most is None else most))
+    cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0]
+    if cpu_s != resource.RLIM_INFINITY:
+        yield Finding(WARN, "CPU time", "a program is ended here after %s of it (ulimit -t), which a server uses up in "
+                      "some %s requests" % (duration(cpu_s), grouped(int(cpu_s / 0.0001))))
+
+
+def limit_words(limit: int) -> str:
+    """A limit of the system in words."""
+    return "any number" if limit == resource.RLIM_INFINITY else str(limit)
+
+
+def process_limit() -> Tuple[Optional[int], int]:
+    """How many processes and threads this user may have, None for any number, and how many there are."""
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    limits = [(soft, own_threads())] if soft != resource.RLIM_INFINITY else []
+    with contextlib.suppress(OSError, ValueError):      # a control group's own limit, as login nodes have
+        with open("/proc/self/cgroup", encoding="ascii") as file:
+            group = file.read().rpartition(":")[2].strip()
+        for end in range(len(group.split("/")), 0, -1):
+            folder = os.path.join("/sys/fs/cgroup", *group.split("/")[1:end])
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "pids.max")) as most, \
+                    open(os.path.join(folder, "pids.current")) as now:
+                limits.append((int(most.read()), int(now.read())))      # "max" is no number
+    if not limits:
+        return None, own_threads()
+    return min(limits, key=lambda pair: pair[0] - pair[1])
+
+
+def own_threads() -> int:
+    """How many threads this user has on this machine."""
+    threads = 0
+    for folder in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.stat(folder).st_uid == os.getuid():
+                threads += len(os.listdir(folder + "/task"))
+    return threads
+
+
+def check_server(url: str) -> Iterator[Finding]:
+    """Whether this node reaches the server that verbs and workers use, and whether the login works.
+
+    *url*: of another than that of the access file; "" for that one.
+    """
+    try:
+        access = find_access(os.environ, url)
+    except Refusal as error:
+        yield Finding(WARN, "login" if url else "server", str(error))
+        if not url:
+            return
+        access = Access(base_of(url), "", "", "", "", "", "the arguments")
+    with contextlib.closing(Client(lambda: access, timeout_s=DOCTOR_CONNECT_S)) as client:
+        try:
+            client.connect()
+        except (Unreachable, Refusal, FarmError) as error:
+            yield Finding(FAIL, "server", "%s%s" % (error, unreachable_advice(access.url)))
+            return
+        yield from check_path(client, access)
+        if access.user or access.token:
+            yield from check_login(client, access)
+
+
+def unreachable_advice(url: str) -> str:
+    """What to do about a server that does not answer, by what its address looks like."""
+    try:
+        host = urllib.parse.urlsplit(url).hostname or ""
+        addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    except (OSError, ValueError, UnicodeError):
+        return ". This node does not know the name %s: start the server with --advertise and a name or address that " \
+               "nodes know" % url_host(url)
+    if any(address.startswith("127.") or address == "::1" for address in addresses):
+        return ". %s is this machine alone (%s here): for other nodes start the server with --host 0.0.0.0" % (
+            url_host(url), socket.gethostname())
+    return ". The address is %s: if the server runs, a firewall may be between, or it listens on another network " \
+           "(--host, --advertise)" % ", ".join(addresses)
+
+
+def url_host(url: str) -> str:
+    """The host of a URL, for sentences."""
+    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
+
+
+def check_path(client: Client, access: Access) -> Iterator[Finding]:
+    """Name, address and time of an answer."""
+    took_s = []
+    try:
+        for _ in range(7):
+            began = time.perf_counter()
+            client.ask("GET", "/livez")
+            took_s.append(time.perf_counter() - began)
+    except (Unreachable, FarmError) as error:
+        yield Finding(FAIL, "server", str(error))
+        return
+    median_s = sorted(took_s)[3]
+    peer = client.peer
+    alone = " (for this machine alone; --host 0.0.0.0 is for other nodes)" if peer.startswith("127.") else ""
+    proof = "" if access.proof else "; it cannot prove who it is, since the login does not say how"
+    yield Finding(OK, "server", "%s answers at %s%s%s" % (access.url, peer, alone, proof))
+    says = "after %.1f ms (median of 7)" % (1000 * median_s)
+    yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks") if median_s > SLOW_ANSWER_S else (
+        Finding(OK, "answers", says))
+    if abs(client.ahead_s) > 5:
+        yield Finding(WARN, "clock", "the server's is %s %s of this node's: times in logs will not fit" % (
+            duration(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
+
+
+def check_login(client: Client, access: Access) -> Iterator[Finding]:
+    """Whether the login works, whether others can read it, and whether the server takes work."""
+    who = access.user or "the token"
+    try:
+        client.ask("GET", "/api/token")
+        yield Finding(OK, "login", "%s, by %s" % (who, access.source))
+    except (FarmError, Unreachable, Refusal) as error:
+        yield Finding(FAIL, "login", "%s, by %s, does not work: %s; 'taskfarm.py login %s' makes another" % (
+            who, access.source, error, access.url))
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
+        if mode & 0o077:
+            yield Finding(WARN, "access file", "others can read it (mode %03o): chmod 600 %s" % (
+                mode, access_path(os.environ)))
+    try:
+        client.ask("GET", "/readyz")
+        yield Finding(OK, "ready", "the server takes work")
+    except (FarmError, Unreachable, Refusal) as error:
+        yield Finding(FAIL, "ready", str(error))
 
 
 # ---------------------------------------------------------------- COMMAND LINE
@@ -4845,6 +5182,43 @@ def login_path(environ: Mapping[str, str], url: str) -> str:
     return os.path.join(os.path.dirname(path), "access-%s.json" % re.sub(r"[^A-Za-z0-9.-]+", "-", url.split("://")[1]))
 
 
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """say whether this node is fit to serve and to work, and what to do where it is not
+
+    Tries Python, SQLite, the folder of --db (or this one), its locks, the port and the limits of this
+    user; then whether this node reaches the server that verbs and workers use, and whether the login
+    works. A line for each, with ok, warn or FAIL; exit status 1 when something fails.
+
+    examples:
+      python3 taskfarm.py doctor --db runs.sqlite               on a login node, before the server is started
+      srun python3 taskfarm.py doctor                           on a compute node, before 10 000 tasks are
+    """
+    screen = Screen(sys.stdout, os.environ)
+    found = []
+    checks: List[Tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("programs", check_programs), ("folder", lambda: check_folder(args.db)),
+        ("port %d" % args.port, lambda: check_port(args.host, args.port)), ("limits", check_limits),
+        ("server", lambda: check_server(args.url))]
+    for finding in examine(checks):
+        found.append(finding)
+        if not args.json:
+            screen.print(finding_lines(finding, screen))
+    failed = any(finding.verdict == FAIL for finding in found)
+    if args.json:
+        print_json({"fit": not failed, "data": [finding._asdict() for finding in found]})
+    sys.stdout.flush()
+    return 1 if failed else 0
+
+
+def finding_lines(finding: Finding, screen: Screen) -> List[str]:
+    """A finding as a line; on a terminal a long one goes on below its first words."""
+    head = "%-4s  %-12s" % (finding.verdict, finding.what)
+    colour = {OK: "green", WARN: "yellow", FAIL: "red"}[finding.verdict]
+    says = harmless(finding.says)
+    parts = textwrap.wrap(says, max(screen.columns - len(head) - 1, 20)) if screen.columns else [says]
+    return [screen.paint(head[:4], colour) + head[4:] + parts[0]] + [" " * len(head) + part for part in parts[1:]]
+
+
 def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
              kind: Callable[[str], Any] = str) -> None:
     """An option, as "--name VALUE", that falls back to an environment variable."""
@@ -4941,6 +5315,10 @@ def add_client_verbs(verbs: Any) -> None:
     restart.add_argument("--all", action="store_true", help="every task, also those that are done")
     restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
     client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
+    doctor = client_verb(verbs, "doctor", cmd_doctor, reads=True)
+    fallback(doctor, "--db FILE", None, "the farm's file, there or to be made; by default one in this folder")
+    fallback(doctor, "--host ADDRESS", "127.0.0.1", "the address a server would listen on")
+    fallback(doctor, "--port PORT", "5000", "the port it would listen on; by default 5000", port_number)
     login = add_verb(verbs, "login", cmd_login, needs_db=False)
     login.add_argument("url", metavar="URL", help="http://HOST:PORT")
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")

@@ -7,6 +7,8 @@
     HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
+    Terminal            tables that fit, bars, rates with their range
+    Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
 
 No test sleeps, asks for rights or looks at a clock to judge. `QUICK=1` in the environment leaves out what needs the
@@ -20,6 +22,7 @@ import http.client
 import io
 import json
 import os
+import pwd
 import random
 import re
 import resource
@@ -34,11 +37,12 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
@@ -542,9 +546,9 @@ def test_only_the_store_speaks_sql() -> None:
 @pytest.mark.parametrize("name, allowed", [
     ("sqlite3", {"STORE"}), ("selectors", {"HTTP", "BENCH"}), ("socketserver", {"HTTP"}),
     ("argparse", {"COMMAND LINE"}),
-    ("socket", {"HTTP", "SERVICE", "BENCH", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
+    ("socket", {"HTTP", "SERVICE", "BENCH", "DOCTOR", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "API", "PAGES"}),
-    ("Store", {"STORE", "API", "SERVICE", "BENCH", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
+    ("Store", {"STORE", "API", "SERVICE", "BENCH", "DOCTOR", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
 ])
 def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
     used = {section_of(node) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == name}
@@ -1857,6 +1861,274 @@ def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert raw.answer()[0] == 201
     raw.close()
     assert server.end(signal.SIGTERM) == 0
+
+
+# ---------------------------------------------------------------- TERMINAL
+
+class Stream(io.StringIO):
+    """A stream that is a terminal or not, with an encoding."""
+
+    def __init__(self, terminal: bool, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self.terminal, self.called = terminal, encoding
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.called
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (-1, "0.0 s"), (0.04, "0.0 s"), (4.23, "4.2 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"),
+    (200, "3 min 20 s"), (3599.6, "1 h 00 min"), (7500, "2 h 05 min"), (86399, "1 d 0 h"), (273600, "3 d 4 h")])
+def test_durations_have_two_units_and_round_into_the_next(seconds: float, words: str) -> None:
+    assert taskfarm.duration(seconds) == words
+
+
+def test_a_share_is_whole_only_when_all_is_done() -> None:
+    assert [taskfarm.percent(part, 10 ** 6) for part in (0, 1, 532000, 999999, 10 ** 6)] == [
+        "0.0 %", "0.1 %", "53.2 %", "99.9 %", "100.0 %"]
+
+
+def test_rates_have_the_unit_that_can_be_read() -> None:
+    assert [taskfarm.per_time(rate) for rate in (745.2, 12.34, 0.5, 0.002)] == [
+        "745 tasks/s", "12.3 tasks/s", "30.0 tasks/min", "7.2 tasks/h"]
+
+
+@given(parts=st.lists(st.integers(0, 10 ** 9), min_size=4, max_size=4), cells=st.integers(4, 200))
+def test_a_bar_is_full_and_shows_whatever_there_is(parts: List[int], cells: int) -> None:
+    given_ = taskfarm.shares(parts, cells)
+    assert sum(given_) == (cells if sum(parts) else 0)
+    assert all(bool(part) == bool(number) for part, number in zip(parts, given_))
+    for part, number in zip(parts, given_):
+        assert abs(number - part * cells / (sum(parts) or 1)) < 4, "a part is off by no more than what others need"
+
+
+@pytest.mark.parametrize("width", [0, 20, 33, 60, 200])
+def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
+    rows = [(7, "node17.cluster.example.org", "out of memory: the tile is larger than\nexpected"), (123456, None, "x")]
+    table = taskfarm.Table([taskfarm.Column("task", True), taskfarm.Column("host", gives=True),
+                            taskfarm.Column("message", gives=True)], width)
+    lines = table.lines(rows) + table.lines([(8, "a", "b")])
+    assert len(lines) == 4 and "\t" not in "".join(lines)
+    assert lines[0].split()[0] == "task" and [line[:6].strip() for line in lines[1:]] == ["7", "123456", "8"]
+    if width in (0, 200):
+        assert lines[1].endswith("node17.cluster.example.org  out of memory: the tile is larger than expected")
+        assert lines[2].split() == ["123456", "-", "x"]
+    else:
+        assert max(map(len, lines)) <= width and "~" in lines[1]
+
+
+def test_wide_and_combining_characters_are_counted_as_they_are_shown() -> None:
+    table = taskfarm.Table([taskfarm.Column("name", gives=True), taskfarm.Column("n", True)], 14)
+    lines = table.lines([("\u6771\u4eac", 1), ("e\u0301e\u0301", 22), ("\u6771\u4eac\u6771\u4eac\u6771\u4eac", 333)])
+    assert {taskfarm.width_of(line) for line in lines} == {14}, lines
+    assert taskfarm.cut("\u6771\u4eac", 3) == "\u6771~" and taskfarm.cut("abc", 3) == "abc"
+
+
+def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+    wicked = "a\x1b]0;title\x07b\x9b2J\u202ec\nd\te\u2028\udc80"
+    assert taskfarm.harmless(wicked) == "a?]0;title?b?2J?c d e ?"
+    (_, line) = taskfarm.Table([taskfarm.Column("message")]).lines([(wicked,)])
+    assert "\x1b" not in line and "\n" not in line
+
+
+@pytest.mark.parametrize("terminal, environ, colours, moves", [
+    (True, {"TERM": "xterm"}, True, True), (False, {"TERM": "xterm"}, False, False),
+    (True, {"TERM": "xterm", "NO_COLOR": "1"}, False, True), (True, {"TERM": "xterm", "NO_COLOR": ""}, True, True),
+    (True, {"TERM": "dumb"}, False, False), (True, {}, False, False)])
+def test_colours_are_for_terminals_that_want_them(
+        terminal: bool, environ: Dict[str, str], colours: bool, moves: bool) -> None:
+    screen = taskfarm.Screen(Stream(terminal), environ)
+    assert (screen.colours, screen.moves) == (colours, moves)
+    assert (screen.paint("x", "red") == "x") is not colours
+
+
+def test_the_bar_is_ascii_where_the_encoding_is() -> None:
+    run = {"numDone": 5, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
+    plain = taskfarm.Screen(Stream(False, "ascii"), {})
+    assert taskfarm.state_bar(run, 10, plain) == "[#####x++..]"
+    assert "5 done" in taskfarm.state_words(run, plain) and taskfarm.state_words(run, plain).isascii()
+    rich = taskfarm.state_bar(run, 10, taskfarm.Screen(Stream(False), {}))
+    assert len(rich) == 12 and not rich.isascii()
+
+
+def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_terminal(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "4")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Stream(True)
+    screen = taskfarm.Screen(stream, {"TERM": "xterm"})
+    screen.redraw(["1", "2"])
+    screen.redraw(["a", "b", "c", "d", "e"])
+    screen.redraw(["z"])
+    assert stream.getvalue() == "1\n2\n" "\x1b[2A\r\x1b[J" "a\nb\nc\n" "\x1b[3A\r\x1b[J" "z\n"
+
+
+def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
+    steady = taskfarm.rate_of([(float(second), 10 * second) for second in range(101)])
+    waves = taskfarm.rate_of([(0.0, 0), (49.0, 0), (50.0, 500), (99.0, 500), (100.0, 1000)])
+    assert steady and waves and steady.per_s == waves.per_s == 10.0
+    assert 9 < steady.low < 10 < steady.high < 11, "a thousand tasks tell a rate to some percent"
+    assert waves.high - waves.low > 5 * (steady.high - steady.low)
+    few = taskfarm.rate_of([(0.0, 0), (100.0, 2)])
+    assert few and few.low == 0 and taskfarm.time_left(100, few)[1] is None, "of two tasks nobody knows the rest"
+    for nothing in ([], [(0.0, 5)], [(0.0, 5), (9.0, 5)], [(1.0, 0), (1.0, 3)]):
+        assert taskfarm.rate_of(nothing) is None
+
+
+@pytest.mark.parametrize("least, most, words", [
+    (None, None, "unknown"), (7200, None, "more than 2 h 00 min"), (7260, 7800, "2 h 01 min to 2 h 10 min"),
+    (60.1, 60.2, "about 1 min 00 s"), (0, 0, "about 0.0 s")])
+def test_the_time_left_is_a_range(least: Optional[float], most: Optional[float], words: str) -> None:
+    assert taskfarm.in_words(least, most) == words
+
+
+def ended(start: Optional[float], end: float) -> Dict[str, Any]:
+    """A task that was started and that ended so many seconds after 1970."""
+    def shown(seconds: Optional[float]) -> Optional[str]:
+        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime(
+            "%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return {"started": shown(start), "finished": shown(end)}
+
+
+def per_hour(ends: "taskfarm.Ends") -> float:
+    rate = taskfarm.rate_of(ends.points)
+    return round(3600 * rate.per_s, 1) if rate else 0.0
+
+
+def test_the_pace_of_tasks_that_ended() -> None:
+    now = 1.7e9
+    wave = [ended(now - 3700, now - 100 + number) for number in range(16)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave, True, now)) < 16, "a first wave took as long as its tasks"
+    old = [ended(now - 90000, now - 86400) for _ in range(50)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave + old, True, now)) < 16, "what was yesterday does not count"
+    assert per_hour(taskfarm.recent_ends(old, True, now)) == 0, "nor is there a rate when nothing ended lately"
+    quick = [ended(now - 10 - 0.1 * number, now - 0.1 * number) for number in range(100)]
+    assert 34000 < per_hour(taskfarm.recent_ends(quick, False, now)) < 37000, "of a list that was cut off its own time"
+    batch = [ended(None, now - 50 - number) for number in range(10)]
+    assert 500 < per_hour(taskfarm.recent_ends(batch, True, now)) < 700, "without starts from the first end on"
+    assert taskfarm.recent_ends(batch, True, now).took_s == []
+    assert taskfarm.recent_ends(wave, True, now).took_s[0] == 3600
+    stopped = [ended(now - 600, now - 500 + number) for number in range(100)]
+    assert 500 < per_hour(taskfarm.recent_ends(stopped, True, now)) < 700, "time in which nothing ends counts too"
+
+
+def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
+    rate = taskfarm.Rate(1.0, 0.5, 2.0, 100, 100.0)
+    ends = taskfarm.Ends([], [float(seconds) for seconds in range(60, 160)])
+
+    def left(waiting: int, computing: int, rate: Optional[taskfarm.Rate], longest_s: Optional[float]) -> Any:
+        return taskfarm.outlook({"numWaiting": waiting, "numComputing": computing}, rate, ends, longest_s)
+    assert left(0, 0, rate, None) == (0.0, 0.0, "")
+    assert left(90, 10, rate, 5.0) == (50.0, 200.0, "")
+    assert left(90, 10, None, 5.0)[:2] == (None, None) and "no task" in left(90, 10, None, 5.0)[2]
+    assert left(90, 0, None, None)[2] == "nothing is computing"
+    assert left(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the tasks tell more than the rate"
+    assert "1 h 00 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
+
+
+# ---------------------------------------------------------------- DOCTOR
+
+def doctor(*words: str, **environ: str) -> Tuple[int, Dict[str, Tuple[str, str]]]:
+    """Exit status of doctor, and its verdicts and sentences by what they are about."""
+    done = run_verb("doctor", "--json", *words, **environ)
+    assert done.stderr == "", done.stderr
+    found = json.loads(done.stdout)
+    assert found["fit"] is (done.returncode == 0)
+    return done.returncode, {line["what"]: (line["verdict"], line["says"]) for line in found["data"]}
+
+
+def test_doctor_finds_a_node_fit_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    before = sorted(tmp_path.iterdir())
+    status, found = doctor("--db", str(tmp_path / "f"), "--port", str(server.port), HOME=server.home)
+    assert status == 0 and {verdict for verdict, _ in found.values()} == {"ok"}, found
+    assert found["port %d" % server.port] == ("ok", "in use by your own farm")
+    assert "127.0.0.1 port %d" % server.port in found["server"][1] and "--host 0.0.0.0" in found["server"][1]
+    assert "median" in found["answers"][1] and "access.json" in found["login"][1]
+    assert "process %d on" % server.process.pid in found["farm"][1]
+    assert sorted(tmp_path.iterdir()) == before
+    assert server.ask("GET", "/api/runs") == (200, {"data": []})
+    plain = run_verb("doctor", "--db", str(tmp_path / "f"), HOME=server.home)
+    assert re.match(r"ok    Python       ?3", plain.stdout) and "\x1b" not in plain.stdout
+    assert len(plain.stdout.splitlines()) == len(found), "a finding is a line"
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_doctor_before_anything_is_there_warns_and_says_what_to_do(tmp_path: Path) -> None:
+    status, found = doctor(HOME=str(tmp_path))
+    assert status == 0 and found["server"][0] == "warn" and "login URL" in found["server"][1]
+
+
+def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    access = Path(server.home, ".config/taskfarm/access.json")
+    good = json.loads(access.read_text())
+    access.write_text(json.dumps(dict(good, token=good["token"][:-1] + "?")))
+    access.chmod(0o644)
+    status, found = doctor(HOME=server.home)
+    assert status == 1 and found["login"][0] == "FAIL" and "taskfarm.py login" in found["login"][1]
+    assert found["access file"][0] == "warn" and "chmod 600" in found["access file"][1]
+    access.write_text(json.dumps(dict(good, proof="00")))
+    status, found = doctor(HOME=server.home)
+    assert status == 1 and "is not the farm" in found["server"][1] and "login" not in found
+    assert server.end(signal.SIGTERM) == 0
+    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "http://no.such.host.invalid:5000", HOME=str(tmp_path))
+    assert status == 1 and found["file system"][0] == "FAIL" and "--advertise" in found["server"][1]
+
+
+def test_doctor_says_who_has_the_port(tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        _, found = doctor("--port", str(port), HOME=str(tmp_path))
+        assert found["port %d" % port][0] == "warn" and "--port 0" in found["port %d" % port][1]
+        assert "user %s has it" % pwd.getpwuid(os.getuid()).pw_name in found["port %d" % port][1]
+
+
+def test_doctor_does_not_wait_for_what_hangs(tmp_path: Path) -> None:
+    silent = threading.Event()
+
+    def hangs() -> Iterator[taskfarm.Finding]:
+        yield taskfarm.Finding("ok", "first", "this came")
+        silent.wait(60)
+
+    def fails() -> Iterator[taskfarm.Finding]:
+        raise ZeroDivisionError("oh")
+        yield
+    found = list(taskfarm.examine([("slow", hangs), ("broken", fails), ("programs", taskfarm.check_programs)], 0.2))
+    silent.set()
+    assert [(finding.what, finding.verdict) for finding in found] == [
+        ("first", "ok"), ("slow", "FAIL"), ("broken", "FAIL"), ("Python", "ok"), ("SQLite", "ok")]
+    with contextlib.closing(socket.socket()) as mute:       # it takes connections and never says a word
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        status, found_ = doctor("--url", "http://127.0.0.1:%d" % mute.getsockname()[1], HOME=str(tmp_path))
+    assert status == 1 and found_["server"][0] == "FAIL" and found_["Python"][0] == "ok"
+
+
+def test_doctor_knows_the_file_system_of_a_folder() -> None:
+    mounts = ("22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n30 22 0:40 / /home rw - nfs4 server:/home rw,vers=4.2\n"
+              "31 22 0:41 / /scratch\\040two rw - lustre mds@tcp:/s rw\n32 22 0:42 / /home rw - tmpfs x rw\n")
+    assert taskfarm.mount_of("/home/ada/x", mounts) == ("/home", "tmpfs"), "the later mount is the one that is seen"
+    assert taskfarm.mount_of("/scratch two/f", mounts) == ("/scratch two", "lustre")
+    assert taskfarm.mount_of("/homes/ada", mounts) == ("/", "ext4")
+
+
+def test_doctor_finds_locks_that_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [finding.verdict for finding in taskfarm.try_locks(str(tmp_path / "f"), "ext4")] == ["ok"]
+    monkeypatch.setattr(taskfarm.fcntl, "flock", lambda *_: None)       # as where they are mounted away
+    assert [finding.verdict for finding in taskfarm.try_locks(str(tmp_path / "f"), "ext4")] == ["FAIL"]
+
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(taskfarm.fcntl, "flock", refuse)
+    (found,) = taskfarm.try_locks(str(tmp_path / "f"), "lustre")
+    assert found.verdict == "FAIL" and "-o flock" in found.says
 
 
 # ---------------------------------------------------------------- COMMAND LINE
