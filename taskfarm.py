@@ -3221,14 +3221,15 @@ def still_answers(access: Access) -> bool:
 
 
 def find_run_uuid(client: Client, text: str) -> str:
-    """The uuid of the run that is meant by its uuid, the unique beginning of one, or its name. Raises Refusal."""
+    """The uuid of the run that is meant by its uuid or name, or a beginning that no other has. Raises Refusal."""
     if re.fullmatch("[0-9a-f]{32}", text):
         return text
     runs = client.ask("GET", "/api/runs")["data"]
     named = [run for run in runs if run.get("name") == text]
-    meant = named or [run for run in runs if text and run["uuid"].startswith(text.lower())]
+    meant = named or [run for run in runs if text and (
+        run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
     if not meant:
-        raise Refusal("no run is called %r, and no run's uuid begins so: 'taskfarm.py list' shows them all" % text)
+        raise Refusal("no run's name or uuid is %r or begins so: 'taskfarm.py list' shows them all" % text)
     if len(meant) > 1:
         raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
             len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
@@ -3658,12 +3659,11 @@ def counted(number: int, thing: str) -> str:
     return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
 
 
-def per_time(per_s: float) -> str:
-    """A rate of tasks in the unit that makes it readable: 12.3 tasks/s, 4.0 tasks/min, 2.5 tasks/h."""
-    for unit, seconds in (("s", 1), ("min", 60), ("h", 3600)):
-        if per_s * seconds >= 1 or unit == "h":
-            return "%.*f tasks/%s" % (0 if per_s * seconds >= 100 else 1, per_s * seconds, unit)
-    raise AssertionError
+def per_time(*per_s: float) -> str:
+    """A rate of tasks, or the last two of several, in the unit that the first wants: 4.0 tasks/min, 3 to 5 tasks/s."""
+    unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if per_s[0] * pair[1] >= 1), ("h", 3600))
+    return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * seconds >= 100 else 1, rate * seconds)
+                                        for rate in per_s[-2:]), unit)
 
 
 def percent(part: float, whole: float) -> str:
@@ -3679,6 +3679,7 @@ class Column(NamedTuple):
     title: str
     right: bool = False     # numbers stand under each other
     gives: bool = False     # may be cut where the terminal is too narrow
+    spare: bool = False     # is left out where that does not help
 
 
 class Table:
@@ -3690,6 +3691,7 @@ class Table:
     def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
         self.heads, self.columns = heads, columns
         self.widths = [width_of(head.title) for head in heads]
+        self.shown = list(range(len(heads)))
         self.begun = False
 
     def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
@@ -3700,25 +3702,35 @@ class Table:
             shown.insert(0, [head.title for head in self.heads])
         for row in shown:
             self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
+        self._leave_out()
         widths = self._fitting()
         return [self._line(row, widths) for row in shown]
 
+    def _too_much(self, widths: Sequence[int]) -> int:
+        """By how many columns the shown ones are wider than the terminal."""
+        return sum(widths[number] + 2 for number in self.shown) - 2 - self.columns if self.columns else 0
+
+    def _leave_out(self) -> None:
+        """Leave out columns until the rest can be made to fit, the last first; they stay out."""
+        least = [min(width, NARROWEST) if head.gives else width for head, width in zip(self.heads, self.widths)]
+        for number in reversed(range(len(self.heads))):
+            if self.heads[number].spare and self._too_much(least) > 0:
+                self.shown = [other for other in self.shown if other != number]
+
     def _fitting(self) -> List[int]:
         widths = list(self.widths)
-        too_much = sum(widths) + 2 * (len(widths) - 1) - self.columns if self.columns else 0
-        while too_much > 0:
-            able = [number for number, head in enumerate(self.heads) if head.gives and widths[number] > NARROWEST]
+        while self._too_much(widths) > 0:
+            able = [number for number in self.shown if self.heads[number].gives and widths[number] > NARROWEST]
             if not able:
                 break
-            widest = max(able, key=lambda number: widths[number])
-            widths[widest] -= 1
-            too_much -= 1
+            widths[max(able, key=lambda number: widths[number])] -= 1
         return widths
 
     def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
         cells = []
-        for head, cell, width in zip(self.heads, row, widths):
-            text = cut(cell, width) if self.columns else cell
+        for number in self.shown:
+            head, width = self.heads[number], widths[number]
+            text = cut(row[number], width) if self.columns else row[number]
             space = " " * (width - width_of(text))
             cells.append(space + text if head.right else text + space)
         line = "  ".join(cells).rstrip()
@@ -3845,7 +3857,7 @@ def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float)
     """
     spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
     took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
-    window_s = max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
+    window_s = window_of(took_s)
     recent = [(end, start) for end, start in spans if end > now_utc - window_s]
     if not recent:
         return Ends([], took_s)
@@ -3856,6 +3868,11 @@ def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float)
         begin = recent.pop(0)[0]
     points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
     return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+
+
+def window_of(took_s: Sequence[float]) -> float:
+    """The seconds over which a rate is taken, where tasks take so long (ascending)."""
+    return max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
 
 
 def quantile(ordered: Sequence[float], part: float) -> float:
@@ -4621,8 +4638,9 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
 
 VERB_PATIENCE_S = 5.0       # a verb waits so long for a server that is being started or restarted
 SHOWN_TASKS = 5             # longest computing tasks and last failures in a status
-PAGE = 1000                 # rows that are asked for at once
+ROWS_AT_ONCE = 1000                 # rows that are asked for at once
 TABLE_ROWS = 200            # tasks on a terminal, unless told otherwise
+RARE_S = 10.0               # between two questions of a watch that cost the server some milliseconds
 WATCH_S = 2.0               # between two looks at a run
 WATCH_LINE_S = 30.0         # between two lines of a watch that cannot redraw
 
@@ -4715,7 +4733,7 @@ def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
 def cmd_list(args: argparse.Namespace) -> int:
     """list the runs, the newest last
 
-    A run is named by its uuid, a beginning of it that no other run has, or its name.
+    Verbs take a run by its uuid or its name, or by a beginning of them that no other run has.
 
     examples:
       python3 taskfarm.py list
@@ -4728,9 +4746,9 @@ def cmd_list(args: argparse.Namespace) -> int:
         return 0
     screen, now = Screen(sys.stdout, os.environ), time.time() + client.ahead_s
     runs = answer["data"]
-    table = Table([Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True),
-                   Column("computing", True), Column("done", True), Column("failed", True), Column("age", True),
-                   Column("name", gives=True)], screen.columns)
+    table = Table([Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, spare=True),
+                   Column("computing", True, spare=True), Column("done", True, spare=True), Column("failed", True),
+                   Column("age", True, spare=True), Column("name", gives=True)], screen.columns)
     print_table(screen, table, [
         (short, run["numTasks"], percent(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
          run["numComputing"], run["numDone"], run["numFailed"], age(run.get("created"), now), run.get("name"))
@@ -4766,41 +4784,51 @@ class Look(NamedTuple):
 
 
 class Lookout:
-    """Looks at a run again and again; each time it knows more of its pace."""
+    """Looks at a run again and again; each time it knows more of its pace.
 
+    What costs the server more than a few rows is asked for only every RARE_S seconds.
+    """
     def __init__(self, client: Client, run_uuid: str) -> None:
         self.client, self.run_uuid = client, run_uuid
         self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
-        self.ends = Ends([], [])
+        self.asked = -math.inf                                  # tick of the last rare question
+        self.workers: List[Dict[str, Any]] = []
+        self.ended: List[Dict[str, Any]] = []                   # tasks that ended last
+        self.whole = True                                       # there are no others
 
     def look(self) -> Look:
         """Ask the server. Raises FarmError and Unreachable."""
         run = self.client.ask("GET", run_path(self.run_uuid))
-        utc = time.time() + self.client.ahead_s
-        self._remember(run)
-        longest = self._tasks("computing", "started", SHOWN_TASKS)[0]
-        failures = self._tasks("failed", "finished", SHOWN_TASKS)[0] if run["numFailed"] else []
-        if not self.ends.points or self._span_s(self.readings) < self._span_s(self.ends.points):
-            self.ends = self._ends(utc)
-        own = rate_of(self.readings) if self._span_s(self.readings) >= self._span_s(self.ends.points) else None
-        rate = own or rate_of(self.ends.points)
+        tick, utc = time.monotonic(), time.time() + self.client.ahead_s
+        if tick - self.asked >= RARE_S:
+            self._ask_rarely()
+            self.asked = tick
+        longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
+        failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
+        ends = recent_ends(self.ended, self.whole, utc)
+        self._remember(tick, run, ends)
+        told, seen = rate_of(ends.points), rate_of(self.readings)
+        rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
         started = moment(longest[0]["started"]) if longest else None
-        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
-        workers = [worker for page in every_page(self.client, "/api/workers", limit=PAGE) for worker in page]
-        return Look(run, workers, longest, failures, rate, least_s, most_s, why, utc)
+        least_s, most_s, why = outlook(run, rate, ends, None if started is None else utc - started)
+        return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
 
-    def _remember(self, run: Dict[str, Any]) -> None:
-        tick, ended = time.monotonic(), run["numDone"] + run["numFailed"]
+    def _ask_rarely(self) -> None:
+        self.workers = [worker for page_ in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
+                        for worker in page_]
+        lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
+        # Before the time at which one of the lists was cut off, the other alone would count.
+        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
+        self.ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        self.whole = not since
+
+    def _remember(self, tick: float, run: Mapping[str, Any], ends: Ends) -> None:
+        ended = run["numDone"] + run["numFailed"]
         if self.readings and ended < self.readings[-1][1]:      # it was restarted
             self.readings.clear()
         self.readings.append((tick, ended))
-        window_s = max(RECENT_S, RECENT_TASKS * quantile(self.ends.took_s, 0.5)) if self.ends.took_s else RECENT_S
-        while tick - self.readings[0][0] > window_s:
+        while tick - self.readings[0][0] > window_of(ends.took_s):
             self.readings.popleft()
-
-    @staticmethod
-    def _span_s(points: Sequence[Tuple[float, int]]) -> float:
-        return points[-1][0] - points[0][0] if points else 0.0
 
     def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
         """The first tasks of a status in an order, and whether there are no more."""
@@ -4808,22 +4836,14 @@ class Lookout:
             {"status": status, "order": order, "limit": limit})))
         return answer["data"], not answer["next"]
 
-    def _ends(self, utc: float) -> Ends:
-        lists = [self._tasks(status, "finished", PAGE) for status in ("done", "failed")]
-        # Before the time at which one of the lists was cut off, the other alone would count.
-        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
-        tasks = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
-        return recent_ends(tasks, not since, utc)
-
 
 def rate_words(look: Look) -> str:
     """The recent rate in words, with its range."""
     rate = look.rate
     if rate is None:
         return "unknown: no task has ended lately"
-    return "%s over the last %s (%s to %s)" % (
-        per_time(rate.per_s), duration(rate.window_s), per_time(rate.low).split()[0] if rate.low else "0",
-        per_time(rate.high))
+    return "%s over the last %s (%s)" % (
+        per_time(rate.per_s), duration(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
 
 
 def left_words(look: Look) -> str:
@@ -4867,9 +4887,10 @@ def look_lines(look: Look, screen: Screen) -> List[str]:
 
 
 # The columns of tables of tasks by their titles, and which of them stand where.
-TASK_COLUMNS = {column.title: column for column in (
-    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True), Column("failures", True),
-    Column("losses", True), Column("for", True), Column("ago", True), Column("took", True), Column("host", gives=True),
+CELLS = {column.title: column for column in (
+    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, spare=True),
+    Column("failures", True, spare=True), Column("losses", True, spare=True), Column("for", True),
+    Column("ago", True), Column("took", True, spare=True), Column("host", gives=True),
     Column("exit", True), Column("message", gives=True))}
 LONGEST = ("task", "for", "percent", "attempt", "host")
 FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
@@ -4894,7 +4915,7 @@ def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
 
 def task_table(titles: Sequence[str], width: int) -> Table:
     """A table for tasks."""
-    return Table([TASK_COLUMNS[title] for title in titles], width)
+    return Table([CELLS[title] for title in titles], width)
 
 
 def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
@@ -5030,10 +5051,11 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     """
     screen = Screen(sys.stdout, os.environ)
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
-    query = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
+    query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
     with contextlib.closing(farm_client(args)) as client:
         path = run_path(find_run_uuid(client, args.run), "/tasks")
-        rows = limited(every_page(client, path, limit=min(limit + 1, PAGE) if limit else PAGE, **query), limit)
+        query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
+        rows = limited(every_page(client, path, **query), limit)
         if args.json:
             print_json_rows(rows)
             return 0
@@ -5077,12 +5099,12 @@ def cmd_workers(args: argparse.Namespace) -> int:
     screen = Screen(sys.stdout, os.environ)
     query = {"all": True} if args.all else {}
     with contextlib.closing(farm_client(args)) as client:
-        pages = limited(every_page(client, "/api/workers", limit=PAGE, **query), 0)
+        pages = limited(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
         if args.json:
             print_json_rows(pages)
             return 0
         table = Table([Column("host", gives=True), Column("pid", True), Column("state"), Column("holds", True),
-                       Column("heard", True), Column("lease", True), Column("worker", gives=True)], screen.columns)
+                       Column("heard", True), Column("lease", True, spare=True), Column("worker", gives=True, spare=True)], screen.columns)
         for workers, _ in pages:
             utc = time.time() + client.ahead_s
             print_table(screen, table, [
@@ -5281,7 +5303,7 @@ def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], i
     """A verb that asks a server: of a run, when it takes one; with --json when it reads."""
     parser = add_verb(verbs, name, command, needs_db=False)
     if run:
-        parser.add_argument("run", metavar="RUN", help="its uuid, the beginning of it, or its name")
+        parser.add_argument("run", metavar="RUN", help="its uuid or name, or the beginning of one")
     fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")

@@ -1921,6 +1921,14 @@ def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
         assert max(map(len, lines)) <= width and "~" in lines[1]
 
 
+def test_where_a_table_is_too_wide_spare_columns_are_left_out_and_stay_so() -> None:
+    table = taskfarm.Table([taskfarm.Column("task"), taskfarm.Column("losses", spare=True),
+                            taskfarm.Column("took", spare=True), taskfarm.Column("host", gives=True)], 24)
+    assert table.lines([(1, 2, 3, "n1")]) == ["task  losses  took  host", "1     2       3     n1"]
+    assert table.lines([(1, 2, 3, "node1234")]) == ["1     2       node1234"]
+    assert table.lines([(1, 2, 3, "n1")]) == ["1     2       n1"]
+
+
 def test_wide_and_combining_characters_are_counted_as_they_are_shown() -> None:
     table = taskfarm.Table([taskfarm.Column("name", gives=True), taskfarm.Column("n", True)], 14)
     lines = table.lines([("\u6771\u4eac", 1), ("e\u0301e\u0301", 22), ("\u6771\u4eac\u6771\u4eac\u6771\u4eac", 333)])
