@@ -4793,41 +4793,39 @@ class Lookout:
         self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
         self.asked = -math.inf                                  # tick of the last rare question
         self.workers: List[Dict[str, Any]] = []
-        self.ended: List[Dict[str, Any]] = []                   # tasks that ended last
-        self.whole = True                                       # there are no others
+        self.ends = Ends([], [])                                # by the last rare question
 
     def look(self) -> Look:
         """Ask the server. Raises FarmError and Unreachable."""
         run = self.client.ask("GET", run_path(self.run_uuid))
         tick, utc = time.monotonic(), time.time() + self.client.ahead_s
         if tick - self.asked >= RARE_S:
-            self._ask_rarely()
+            self._ask_rarely(utc)
             self.asked = tick
         longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
         failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
-        ends = recent_ends(self.ended, self.whole, utc)
-        self._remember(tick, run, ends)
-        told, seen = rate_of(ends.points), rate_of(self.readings)
+        self._remember(tick, run)
+        told, seen = rate_of(self.ends.points), rate_of(self.readings)
         rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
         started = moment(longest[0]["started"]) if longest else None
-        least_s, most_s, why = outlook(run, rate, ends, None if started is None else utc - started)
+        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
         return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
 
-    def _ask_rarely(self) -> None:
+    def _ask_rarely(self, utc: float) -> None:
         self.workers = [worker for page_ in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
                         for worker in page_]
         lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
         # Before the time at which one of the lists was cut off, the other alone would count.
         since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
-        self.ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
-        self.whole = not since
+        ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        self.ends = recent_ends(ended, not since, utc)
 
-    def _remember(self, tick: float, run: Mapping[str, Any], ends: Ends) -> None:
+    def _remember(self, tick: float, run: Mapping[str, Any]) -> None:
         ended = run["numDone"] + run["numFailed"]
         if self.readings and ended < self.readings[-1][1]:      # it was restarted
             self.readings.clear()
         self.readings.append((tick, ended))
-        while tick - self.readings[0][0] > window_of(ends.took_s):
+        while tick - self.readings[0][0] > window_of(self.ends.took_s):
             self.readings.popleft()
 
     def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
@@ -5104,7 +5102,8 @@ def cmd_workers(args: argparse.Namespace) -> int:
             print_json_rows(pages)
             return 0
         table = Table([Column("host", gives=True), Column("pid", True), Column("state"), Column("holds", True),
-                       Column("heard", True), Column("lease", True, spare=True), Column("worker", gives=True, spare=True)], screen.columns)
+                       Column("heard", True), Column("lease", True, spare=True),
+                       Column("worker", gives=True, spare=True)], screen.columns)
         for workers, _ in pages:
             utc = time.time() + client.ahead_s
             print_table(screen, table, [
