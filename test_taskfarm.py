@@ -18,6 +18,7 @@ import ast
 import base64
 import contextlib
 import decimal
+import fcntl
 import http.client
 import io
 import json
@@ -35,6 +36,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from datetime import datetime, timezone
@@ -495,7 +497,8 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 # ---------------------------------------------------------------- CONTRACT
 
 VERBS = [["serve"], ["check"], ["backup"], ["bench"], ["user", "add"], ["user", "list"], ["user", "passwd"],
-         ["user", "remove"]]
+         ["user", "remove"], ["new"], ["list"], ["status"], ["tasks"], ["workers"], ["restart"], ["delete"], ["login"],
+         ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -2163,6 +2166,368 @@ def test_bench_measures_and_counts(tmp_path: Path) -> None:
 def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
                           env=dict(os.environ, **environ), timeout=60)
+
+
+class Terminal:
+    """A verb on a terminal of so many columns; what it shows is kept in `shown`."""
+
+    def __init__(self, words: List[str], environ: Dict[str, str], columns: int = 100) -> None:
+        self.screen, inside = os.openpty()
+        fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        environ = dict(os.environ, TERM="xterm", **environ)
+        self.process = subprocess.Popen(
+            [sys.executable, str(MODULE), *words], stdin=inside, stdout=inside, stderr=inside, env=environ,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(inside)
+        self.shown = ""
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError):      # EIO: the verb has ended
+            for data in iter(lambda: os.read(self.screen, 65536), b""):
+                self.shown += data.decode(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.shown)
+
+    def type(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+    def end(self) -> int:
+        status = self.process.wait(20)
+        self.thread.join(20)
+        os.close(self.screen)
+        return status
+
+
+def as_ada(farm: Live) -> Dict[str, str]:
+    """The environment in which verbs ask this farm."""
+    return {"TASKFARM_URL": farm.url, "TASKFARM_TOKEN": farm.token}
+
+
+def verb(farm: Live, *words: str, stdin: str = "", status: int = 0) -> str:
+    """What a verb that asks this farm prints; on the error output where it is refused."""
+    done = run_verb(*words, stdin=stdin, **as_ada(farm))
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    if status:
+        assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.stderr if status else done.stdout
+
+
+def fail(farm: Live, run: str, number: int, message: str) -> None:
+    assert farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number),
+                    {"status": "failed", "exitCode": 3, "message": message})[0] == 204
+
+
+def worker(farm: Live, name: str, lease: Optional[int] = None) -> None:
+    body = {"uuid": name, "hostname": "node-" + name, "pid": 7}
+    assert farm.ask("POST", "/api/worker", dict(body, lease=lease) if lease else body)[0] == 201
+
+
+def start_task(farm: Live, run: str, name: str) -> int:
+    status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": name})
+    assert status == 201
+    return int(task["task"])
+
+
+def test_new_prints_the_uuid_alone_and_makes_what_was_asked_for(farm: Live, tmp_path: Path) -> None:
+    shown = verb(farm, "new", "70", "--name", "ant arctica", "--max-failures", "3", "--max-losses", "0")
+    assert re.fullmatch("[0-9a-f]{32}\n", shown)
+    _, run = farm.ask("GET", "/api/runs/" + shown.strip())
+    assert (run["numTasks"], run["name"], run["maxFailures"], run["maxLosses"]) == (70, "ant arctica", 3, 0)
+    for text, lines in (("a b\n\nc\n", 3), ("a\nb", 2), ("x", 1)):
+        (tmp_path / "lines").write_text(text)
+        uuid_ = verb(farm, "new", "--lines", str(tmp_path / "lines")).strip()
+        assert farm.ask("GET", "/api/runs/" + uuid_)[1]["numTasks"] == lines, text
+    (tmp_path / "lines").write_text("")
+    before = farm.ask("GET", "/api/runs")
+    assert "has no lines" in verb(farm, "new", "--lines", str(tmp_path / "lines"), status=1)
+    assert "cannot be read" in verb(farm, "new", "--lines", str(tmp_path / "missing"), status=1)
+    detail = farm.ask("POST", "/api/run", {"numTasks": 0})[1]["detail"]
+    assert verb(farm, "new", "0", status=1) == "taskfarm: %s\n" % detail, "refusals are the server's own sentences"
+    for words in (["new"], ["new", "many"], ["new", "5", "--lines", "x"], ["new", "-5"]):
+        verb(farm, *words, status=2)
+    assert farm.ask("GET", "/api/runs") == before
+
+
+def test_new_may_stand_right_behind_the_first_start_of_a_server(tmp_path: Path) -> None:
+    environ = dict(os.environ, HOME=str(tmp_path))
+    new = subprocess.Popen([sys.executable, str(MODULE), "new", "5"], stdout=subprocess.PIPE, text=True, env=environ)
+    server = subprocess.Popen([sys.executable, str(MODULE), "--db", str(tmp_path / "f"), "--port", "0"], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ)
+    shown, _ = new.communicate(timeout=20)
+    assert new.returncode == 0 and len(shown) == 33
+    server.terminate()
+    assert server.communicate(timeout=20) and server.returncode == 0
+
+
+def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
+    assert verb(farm, "list").split()[:2] == ["run", "tasks"]
+    first, second = verb(farm, "new", "4", "--name", "one").strip(), make_run(farm, 10)
+    assert report(farm, second, 3, status="done") == 204
+    lines = verb(farm, "list").splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [[first, "4"], [second, "10"]] and "\x1b" not in "".join(lines)
+    assert lines[1].endswith("one") and "10.0%" in lines[2] and "\t" not in "".join(lines)
+    assert json.loads(verb(farm, "list", "--json")) == farm.ask("GET", "/api/runs")[1]
+    terminal = Terminal(["list"], as_ada(farm), columns=60)
+    assert terminal.end() == 0
+    shown = terminal.shown.replace("\x1b[1m", "").replace("\x1b[0m", "").split("\r\n")
+    assert max(map(len, shown)) <= 60 and shown[1].split()[0] == first[:8]
+    assert "\x1b[1m" in terminal.shown
+    plain = Terminal(["list"], dict(as_ada(farm), NO_COLOR="1"))
+    assert plain.end() == 0 and "\x1b" not in plain.shown and "one" in plain.shown
+
+
+def test_runs_are_meant_by_beginnings_and_names(farm: Live) -> None:
+    one, two = (verb(farm, "new", "4", "--name", name).strip() for name in ("antarctica", "arctic"))
+    for text, meant in ((one, one), ("antarctica", one), ("ar", two), (two[:20], two)):
+        assert json.loads(verb(farm, "status", text, "--json"))["run"]["uuid"] == meant, text
+    several = verb(farm, "status", "a", status=1)
+    assert "say which" in several and one in several and two in several
+    assert "'taskfarm.py list'" in verb(farm, "status", "greenland", status=1)
+    gone = "0" * 32
+    assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
+
+
+def test_status_shows_states_rate_workers_and_what_failed(farm: Live) -> None:
+    run = verb(farm, "new", "200", "--name", "antarctica").strip()
+    shown = verb(farm, "status", run)
+    assert "200 waiting" in shown and "time left  unknown: nothing is computing" in shown and "none is alive" in shown
+    worker(farm, "w1", 120)
+    for _ in range(60):
+        assert report(farm, run, start_task(farm, run, "w1"), status="done", worker_uuid="w1") == 204
+    fail(farm, run, start_task(farm, run, "w1"), "Segmentation fault\nin \x1b[2Jtile.sh")
+    longest = start_task(farm, run, "w1")
+    found = json.loads(verb(farm, "status", run, "--json"))
+    assert found["run"] == farm.ask("GET", "/api/runs/" + run)[1] and found["over"] is False
+    assert found["workers"] == {"alive": 1, "hosts": 1, "held": 1}
+    assert [task["task"] for task in found["longest"]] == [longest]
+    assert [(task["task"], task["exitCode"]) for task in found["failures"]] == [(60, 3)]
+    rate, left = found["rate"], found["secondsLeft"]
+    assert rate["ended"] in (60, 61) and rate["low"] < rate["perSecond"] < rate["high"]
+    assert left["least"] == pytest.approx(139 / rate["high"]) and left["most"] == pytest.approx(139 / rate["low"])
+    shown = verb(farm, "status", "antarctica")
+    assert "30.0 %" in shown and "\n[" in shown and "60 done" in shown and "1 failed" in shown
+    assert re.search(r"rate +[0-9.]+ tasks/s over the last [0-9.]+ s \([0-9.]+ to [0-9.]+ tasks/s\)\n", shown)
+    assert re.search(r"last failures\n +task .*\n +60 .* 3  node-w1  Segmentation fault in \?\[2Jtile.sh\n", shown)
+    assert re.search(r"longest computing\n +task .*\n +%d .* node-w1\n" % longest, shown)
+
+
+def test_a_run_that_is_over_says_what_is_to_do(farm: Live) -> None:
+    run = make_run(farm, 2)
+    assert report(farm, run, 0, status="done") == 204
+    fail(farm, run, 1, "")
+    shown = verb(farm, "status", run)
+    assert "restart %s --failed" % run[:8] in shown and "time left" not in shown
+    assert json.loads(verb(farm, "status", run, "--json"))["over"] is True
+    watched = run_verb("status", run, "--watch", **as_ada(farm))
+    assert watched.returncode == 0 and watched.stdout.count("\n") == 1 and "over" in watched.stdout
+
+
+def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
+    run = make_run(farm, 2500)
+    worker(farm, "w1")
+    start_task(farm, run, "w1")
+    for number in (7, 8):
+        fail(farm, run, number, "message %d" % number)
+    lines = verb(farm, "tasks", run).splitlines()
+    assert len(lines) == 2501 and [int(line.split()[0]) for line in lines[1:]] == list(range(2500))
+    lines = verb(farm, "tasks", run, "--status", "failed").splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["7", "failed"], ["8", "failed"]]
+    assert lines[1].endswith("message 7")
+    last_first = json.loads(verb(farm, "tasks", run, "--status", "failed", "--order", "finished", "--json"))["data"]
+    assert [task["task"] for task in last_first] == [8, 7]
+    assert last_first[0] == farm.ask("GET", "/api/runs/%s/tasks?status=failed&order=finished" % run)[1]["data"][0]
+    assert len(json.loads(verb(farm, "tasks", run, "--json"))["data"]) == 2500
+    assert json.loads(verb(farm, "tasks", run, "--status", "done", "--json")) == {"data": []}
+    assert len(verb(farm, "tasks", run, "--limit", "1200").splitlines()) == 1201
+    assert "order" in verb(farm, "tasks", run, "--status", "waiting", "--order", "finished", status=1)
+    terminal = Terminal(["tasks", run, "--limit", "3"], as_ada(farm), columns=50)
+    assert terminal.end() == 0
+    assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
+
+
+def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
+    run = make_run(farm, 100000)
+    process = subprocess.Popen([sys.executable, str(MODULE), "tasks", run], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env=dict(os.environ, **as_ada(farm)))
+    assert process.stdout and process.stderr
+    assert process.stdout.readline().startswith("task ")
+    process.stdout.close()
+    assert process.wait(20) == 1 and process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_workers_are_listed_alive_or_all(farm: Live) -> None:
+    worker(farm, "w1", 120)
+    worker(farm, "w2")
+    assert farm.ask("DELETE", "/api/worker/w1")[0] == 204
+    (line,) = verb(farm, "workers").splitlines()[1:]
+    assert line.split()[:4] == ["node-w2", "7", "alive", "0"] and line.endswith("w2")
+    assert len(verb(farm, "workers", "--all").splitlines()) == 3
+    listed = json.loads(verb(farm, "workers", "--all", "--json"))["data"]
+    assert listed == farm.ask("GET", "/api/workers?all=True")[1]["data"] and len(listed) == 2
+
+
+@pytest.mark.parametrize("words, counts", [([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all"], (4, 0, 0))])
+def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], counts: Tuple[int, int, int]) -> None:
+    run = make_run(farm, 4)
+    worker(farm, "w1")
+    assert start_task(farm, run, "w1") == 0
+    assert report(farm, run, 1, status="done") == 204
+    fail(farm, run, 2, "")
+    shown = verb(farm, "restart", run, *words)
+    _, after = farm.ask("GET", "/api/runs/" + run)
+    assert (after["numWaiting"], after["numDone"], after["numFailed"]) == counts
+    assert "%d waiting" % counts[0] in shown
+    verb(farm, "restart", run, "--all", "--failed", status=2)
+
+
+def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
+    run = verb(farm, "new", "4", "--name", "antarctica").strip()
+    assert "--yes" in verb(farm, "delete", run, stdin="y\n", status=1), "a pipe cannot agree"
+    for answer, left in (("n\r", True), ("\r", True), ("yesterday\r", True), ("y\r", False)):
+        terminal = Terminal(["delete", "ant"], as_ada(farm))
+        terminal.wait_for("[y/N]")
+        assert "antarctica" in terminal.shown and "4 waiting" in terminal.shown
+        terminal.type(answer)
+        assert terminal.end() == int(left)
+        assert farm.ask("GET", "/api/runs/" + run)[0] == (200 if left else 404), answer
+    other = make_run(farm, 4)
+    assert other in verb(farm, "delete", other[:12], "--yes")
+    assert farm.ask("GET", "/api/runs")[1] == {"data": []}
+    assert "there is no run" in verb(farm, "delete", other, "--yes", status=1)
+
+
+def access_of(farm: Live) -> Dict[str, str]:
+    """What this farm's access file says, for ada."""
+    return {"url": farm.url, "user": "ada", "token": farm.token, "farm": farm.service.store.identity,
+            "proof": farm.service.store.proof_key.hex()}
+
+
+def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "access.json"
+    environ = {"TASKFARM_ACCESS": str(path)}
+    words = ["login", farm.url + "/api/", "--user", "ada"]
+    done = run_verb(*words, stdin="wrong\n", **environ)
+    assert done.returncode == 1 and "log in" in done.stderr and not path.exists()
+    assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    access = json.loads(path.read_text())
+    assert (access["url"], access["user"]) == (farm.url, "ada") and Live.PASSWORD not in path.read_text()
+    assert run_verb("new", "5", **environ).returncode == 0
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
+    path.unlink()
+    terminal = Terminal(words, environ)
+    terminal.wait_for("password for ada: ")
+    terminal.type(Live.PASSWORD + "\r")
+    assert terminal.end() == 0 and Live.PASSWORD not in terminal.shown
+    assert json.loads(path.read_text())["url"] == farm.url
+
+
+def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of_a_living_farm(
+        farm: Live, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        done = run_verb("login", "127.0.0.1:%d" % unused.getsockname()[1], stdin="", HOME=str(tmp_path))
+    assert done.returncode == 1 and "no farm answers" in done.stderr
+    assert not (tmp_path / ".config").exists()
+    mine = tmp_path / ".config/taskfarm/access.json"
+    taskfarm.write_access(str(mine), access_of(farm))
+    other = Live(str(tmp_path / "other.sqlite"))
+    done = run_verb("login", other.url, "--user", "ada", stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
+    assert done.returncode == 0 and json.loads(mine.read_text()) == access_of(farm)
+    (beside,) = (path for path in mine.parent.iterdir() if path != mine)
+    assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
+    other.close()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_watch_lives_through_a_restart_of_the_server_and_ends_with_the_run(
+        farm: Live, tmp_path: Path, terminal: bool) -> None:
+    path = tmp_path / "access.json"
+    taskfarm.write_access(str(path), access_of(farm))
+    run = make_run(farm, 3)
+    words = ["status", run, "--watch", "--every", "0.1"]
+    if terminal:
+        watch = Terminal(words, {"TASKFARM_ACCESS": str(path)})
+        shown, process = (lambda: watch.shown), watch.process
+    else:
+        log = (tmp_path / "log").open("w+")
+        process = subprocess.Popen([sys.executable, str(MODULE), *words], stdout=log,
+                                   env=dict(os.environ, TASKFARM_ACCESS=str(path)))
+        shown = (tmp_path / "log").read_text
+    wait_until(lambda: "3 waiting" in shown())
+    farm.stop()
+    wait_until(lambda: "the server is away" in shown())
+    farm.local = threading.local()
+    farm.start()
+    taskfarm.write_access(str(path), access_of(farm))       # as a server that starts does: it has another port now
+    assert report(farm, run, 0, status="done") == 204
+    wait_until(lambda: "2 waiting" in shown())
+    for number in (1, 2):
+        assert report(farm, run, number, status="done") == 204
+    if terminal:
+        assert watch.end() == 0
+        before, _, last = watch.shown.rpartition("\x1b[J")
+        assert "all tasks are done" in last and "away" not in last, "the last picture stays"
+        assert re.search(r"\x1b\[[0-9]+A\r$", before), "and stands in the place of the one before"
+    else:
+        assert process.wait(20) == 0
+        log.close()
+        assert "the server is back" in shown() and "\x1b" not in shown()
+        assert "over" in shown().splitlines()[-1] and "100.0 %" in shown().splitlines()[-1]
+
+
+def test_a_watch_of_a_run_that_is_deleted_ends_with_the_sentence_of_the_server(farm: Live) -> None:
+    run = make_run(farm, 3)
+    process = subprocess.Popen([sys.executable, str(MODULE), "status", run, "--watch", "--every", "0.1", "--json"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=dict(os.environ, **as_ada(farm)))
+    assert process.stdout
+    assert json.loads(process.stdout.readline())["run"]["numWaiting"] == 3
+    assert farm.ask("DELETE", "/api/runs/" + run)[0] == 204
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1 and "there is no run" in errors and errors.count("\n") == 1
+
+
+def test_the_pace_of_a_watch_comes_from_its_own_readings_once_they_tell_more(farm: Live) -> None:
+    run = make_run(farm, 5000)
+    for first in (0, 1000):
+        farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": [
+            {"task": number, "status": "done"} for number in range(first, first + 1000)]})
+    with contextlib.closing(taskfarm.Client(lambda: taskfarm.as_access(access_of(farm), "test"))) as client:
+        lookout = taskfarm.Lookout(client, run)
+        assert lookout.look().rate is None or lookout.ends.points, "a list that is cut off tells of its own time"
+        lookout.readings.appendleft((time.monotonic() - 100.0, 0))
+        seen = lookout.look().rate
+        assert seen and seen.ended == 2000 and seen.window_s > 99
+        assert farm.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+        lookout.look()
+        assert len(lookout.readings) == 1, "what was before a restart says nothing"
+
+
+def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(taskfarm, "VERB_PATIENCE_S", 0.2)
+    monkeypatch.setenv("TASKFARM_TOKEN", "tf1.x")
+    with contextlib.closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:%d" % unused.getsockname()[1]
+        for words in (["list"], ["new", "5"], ["status", "x", "--watch"], ["workers"], ["delete", "x", "--yes"]):
+            assert taskfarm.main([*words, "--url", url]) == 1
+            shown = capsys.readouterr()
+            assert shown.out == "" and shown.err.count("\n") == 1 and url in shown.err
+
+
+def test_the_help_shows_every_verb_and_the_first_ones_first() -> None:
+    shown = run_verb("--help").stdout
+    listed = re.findall(r"^  ([a-z]+)  +\S", shown.partition("options:")[0], re.M)
+    assert [name for name in listed if name in ("new", "work", "status")] == listed[:sum(
+        name in listed for name in ("new", "work", "status"))]
+    assert set(listed) == {words[0] for words in VERBS} and len(listed) == len(set(listed))
+    assert max(map(len, shown.splitlines())) <= 120
 
 
 def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> None:
