@@ -12,7 +12,13 @@ Words
     task      one number of a run; it has a status and a percentage
     worker    a process that claims tasks; it registers with a uuid of its own making
     claim     to be given the waiting task with the lowest number
-    report    to tell how far a task is, or that it is done
+    attempt   a claim of a task, counted: 1 is the first
+    hold      what a worker has of a task from its claim until it reports an end, or the task is taken from it
+    lease     how long a worker may be silent, in seconds; any request that names it begins it anew
+    lapse     a hold that lapsed lets others claim the task; until one does, its worker may take it back
+    report    to tell how far a task is, or that it is done, has failed, or is let go
+    failure   an attempt that was reported failed; a loss: one that was started, and whose lease ran out
+    fencing   a report that names worker or attempt counts only for the claim that holds the task
     restart   to let tasks of a run wait again
     user      somebody with a password; every user may do everything
     token     a signed text that stands for a user until it expires or the password changes
@@ -20,26 +26,39 @@ Words
 States of a task
                   claim              report done
       (waiting) --------> computing ------------> done
-          ^                   |                     |
-          +-------------------+---------------------+
-            report waiting, restart
+          ^                |     |                  |
+          |   let go,      |     | report failed,   |
+          +-- sign-off, ---+     | lease runs out   |
+          |   fewer failures     v  too often       |
+          +-- and losses      failed                |
+          |                      |                  |
+          +----------------------+------------------+
+            restart, report waiting
 
-    A report may also set any state from any other; a restart lets tasks wait again: all of them
-    (at 0 percent), or those that are not done at 100 percent (which keep their percentage).
+    A report that names no worker and no attempt may also set any state from any other, and ends every
+    hold. A restart lets tasks wait again: all of them (at 0 percent); or those that are not done at 100
+    percent and that no worker under a lease computes; or the failed ones. The last two keep percentages.
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /livez                         open  200 while the server answers; ?nonce= proves which farm it is
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
-    POST   /api/run                       a new run of numTasks tasks
+    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
     GET    /api/runs                      all runs, in order of creation, as {"data": [...]}
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
-    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one
+    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
     POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
+    POST   /api/runs/<run>/tasks          claim up to count tasks
+    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=, ?limit=, ?after=
+    PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
-    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both
-    POST   /api/worker                    register a worker: uuid, hostname, pid
+    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt
+    POST   /api/worker                    register a worker: uuid, hostname, pid, lease
+    GET    /api/worker/<worker>           a worker and a page of what it holds
+    PUT    /api/worker/<worker>           a heartbeat
+    DELETE /api/worker/<worker>           the worker signs off, its tasks wait
+    GET    /api/workers                   a page of workers
     GET    /api/users                     admin  names of the users
     POST   /api/users                     admin  a new user, with a password hash
     PUT    /api/users/<user>              admin  another password hash; ends the user's tokens
@@ -51,21 +70,28 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
 
     "admin" is whoever can read the lock file beside the database: the verbs of this file.
 
+    A POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
+    and changes nothing more. Remembered for a day; of claims, the last key of each worker.
+
 Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
     Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
-    100-continue, 503 a disk that takes no write, 505 another HTTP, 500 a fault, with an id that is in the log.
+    100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, 505 another
+    HTTP, 500 a fault, with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
-    2. A task is given to exactly one worker; the lowest waiting number comes first.
+    2. A task is given to exactly one worker at a time; the lowest waiting number comes first.
     3. numWaiting + numComputing + numDone + numFailed = numTasks, always.
     4. percentDone is the exact mean of percentCompleted over all tasks.
     5. A refused request has changed nothing; reading never writes.
     6. A run costs the same to create whatever its size, and ids are never used again.
     7. A restart or a deletion happens wholly or not at all, as clients see it.
+    8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
+       claimed the task. A report that comes again counts once.
+    9. A task of a worker whose lease has run out, or who has signed off, waits again.
 
 Contents
     LIMITS AND ERRORS   constants with units; what can go wrong, by status
@@ -99,8 +125,10 @@ import getpass
 import glob
 import hashlib
 import hmac
+import heapq
 import html
 import http.client
+import itertools
 import json
 import logging
 import math
@@ -134,7 +162,8 @@ from collections import deque
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type
+from typing import (
+    Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
 
 __version__ = "1.0.0"
 
@@ -156,12 +185,29 @@ BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in all buffers together, beyond whic
 REQUEST_S = 30.0                    # from first byte to whole request; to a first byte; for a reader to take something
 ACCEPT_S = 0.25                     # a new connection is left alone so long, also at the descriptor limit
 DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
+BATCH_BODY_LIMIT = 4 * 1024 * 1024  # bytes of a body that holds a batch
+MOST_TASKS = 10000                  # of one batch, and held by one worker with a lease
 BATCH_LIMIT = 1000                  # operations in one transaction, and what came with the last of them
 SWEEP_S = 0.02                      # a slice of a large restart or deletion, between two batches
 RETRY_S = 1.0                       # a sweep that met a full disk is tried again so much later
 LOGIN_MEMORY_S = 300.0              # a verified login is remembered so long
 REFUSAL_MEMORY_S = 10.0             # and a refused one
 TOKEN_DAYS = 365.0                  # the published client fetches one token and lives with it
+MOST_LEASE_S = 86400                # seconds
+LOOK_S = 5.0                        # with leases running, the writer looks at the clock at least this often
+STOPPED_S = 1.0                     # it woke so much later than it asked to: the process was stopped
+PAUSE_S = 60                        # the most that Retry-After says
+MOST_TRIES = 1000                   # the largest maxFailures and maxLosses
+PAGE_TASKS, MOST_PAGE = 100, 1000   # entries of a page, unless told otherwise and at most
+PAGE_ROWS = 10000                   # rows looked at for a page: what is rare makes short pages, not slow ones
+MESSAGE_LIMIT = 2000                # characters of a failure's message
+KEY_LIMIT = 128                     # characters of an Idempotency-Key
+KEY_MEMORY_S = 86400.0              # an answer is remembered so long,
+KEYS_REMEMBERED = 100000            # if no more than so many came since
+REPORTS_REMEMBERED = 8              # attempts of a task whose last report is known when it comes again
+WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten so long after it was heard last
+CHORE_S = 3600.0                    # between two looks for workers to forget
+DAY_S = 86400.0
 
 
 class FarmError(RuntimeError):
@@ -241,6 +287,11 @@ class ExpectationFailed(FarmError):
     status = 417
 
 
+class Unprocessable(FarmError):
+    """422: an Idempotency-Key that came with another request before."""
+    status = 422
+
+
 class HeadTooLarge(FarmError):
     """431: a header line, all of them, or their number."""
     status = 431
@@ -280,6 +331,15 @@ def system_clock() -> Now:
 
 WAITING, COMPUTING, DONE, FAILED = range(4)
 STATUS = ("waiting", "computing", "done", "failed")
+
+# What became of the last claim of a task; NULL in the file: it was ended by somebody else, or there was none.
+# Active: HELD was claimed in a batch and not begun, STARTED is being worked on. Lapsed, and to be had back
+# until somebody else claims: LAPSED and LOST by expiry (LOST counted a loss), GIVEN_UP by a sign-off or a
+# partial restart. Ended by a report of its holder, and kept to know the report when it comes again: ENDED.
+HELD, STARTED, LAPSED, LOST, GIVEN_UP = range(1, 6)
+ENDED = {DONE: 6, FAILED: 7, WAITING: 8}
+
+ALIVE, EXPIRED, SIGNED_OFF = range(3)       # states of a worker
 
 APPLICATION_ID = 0x7461736B         # "task", in the header of the file
 
@@ -351,6 +411,110 @@ CREATE VIEW tasks AS
     JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
     LEFT JOIN worker ON worker.id = task.worker
     WHERE run.sweep IS NOT 'delete';
+""", """
+-- The sweep "restart failed" needs another CHECK, and that a table made anew.
+DROP VIEW tasks;
+CREATE TABLE new_run (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uuid TEXT NOT NULL UNIQUE,
+    first_id INTEGER NOT NULL,
+    num_tasks INTEGER NOT NULL CHECK (num_tasks BETWEEN 1 AND 2147483647),
+    created REAL NOT NULL,
+    num_waiting INTEGER NOT NULL CHECK (num_waiting >= 0),      -- touched or not
+    num_computing INTEGER NOT NULL CHECK (num_computing >= 0),
+    num_done INTEGER NOT NULL CHECK (num_done >= 0),
+    num_failed INTEGER NOT NULL CHECK (num_failed >= 0),
+    num_untouched INTEGER NOT NULL CHECK (num_untouched BETWEEN 0 AND num_waiting),
+    num_complete INTEGER NOT NULL CHECK (num_complete BETWEEN 0 AND num_done),  -- done, and at 100 percent
+    millionths INTEGER NOT NULL CHECK (millionths >= 0),        -- sum over the tasks, of a percent
+    head INTEGER NOT NULL,
+    head_end INTEGER NOT NULL CHECK (head_end >= head),
+    sweep TEXT CHECK (sweep IN ('restart', 'restart all', 'restart failed', 'delete')),  -- begun, its rows follow
+    name TEXT,
+    max_failures INTEGER NOT NULL DEFAULT 1,                    -- 0: never too many
+    max_losses INTEGER NOT NULL DEFAULT 5,                      -- 0: never too many
+    last_report REAL,
+    CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
+);
+INSERT INTO new_run
+    SELECT id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed, num_untouched,
+        num_complete, millionths, head, head_end, sweep, NULL, 1, 5, NULL
+    FROM run;
+-- Ids of deleted runs are not to be used again.
+DELETE FROM sqlite_sequence WHERE name = 'new_run';
+INSERT INTO sqlite_sequence (name, seq) SELECT 'new_run', seq FROM sqlite_sequence WHERE name = 'run';
+DROP TABLE run;
+ALTER TABLE new_run RENAME TO run;
+CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
+
+ALTER TABLE farm ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;  -- of servers: revisions begin above those of before
+
+ALTER TABLE worker ADD COLUMN lease INTEGER CHECK (lease BETWEEN 1 AND 86400);  -- seconds; NULL: never timed out
+ALTER TABLE worker ADD COLUMN state INTEGER NOT NULL DEFAULT 0 CHECK (state BETWEEN 0 AND 2);  -- alive, expired, left
+ALTER TABLE worker ADD COLUMN heard REAL NOT NULL DEFAULT 0;    -- written once a day at most; memory knows better
+UPDATE worker SET heard = created;
+CREATE INDEX worker_living ON worker (state) WHERE state = 0;
+CREATE INDEX worker_heard ON worker (heard);
+
+-- A task knows its run only when it has been started or finished, for the indexes by time.
+ALTER TABLE task ADD COLUMN run INTEGER;
+ALTER TABLE task ADD COLUMN attempt INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0);    -- rises with each claim
+-- What became of the claim: see HELD and its like in the program.
+ALTER TABLE task ADD COLUMN hold INTEGER CHECK (hold IS NULL OR hold BETWEEN 1 AND 8 AND worker IS NOT NULL
+    AND attempt > 0 AND (hold > 2 OR status = 1) AND (hold NOT IN (3, 4, 5) OR status IN (0, 3)));
+ALTER TABLE task ADD COLUMN failures INTEGER NOT NULL DEFAULT 0 CHECK (failures >= 0);  -- reported
+ALTER TABLE task ADD COLUMN losses INTEGER NOT NULL DEFAULT 0 CHECK (losses >= 0);      -- of workers that were silent
+ALTER TABLE task ADD COLUMN started INTEGER;                    -- milliseconds since 1970, like finished
+ALTER TABLE task ADD COLUMN finished INTEGER;
+ALTER TABLE task ADD COLUMN exit_code INTEGER;                  -- of the last failure
+ALTER TABLE task ADD COLUMN message TEXT;
+DROP INDEX task_waiting;
+CREATE INDEX task_open ON task (status) WHERE status <> 2;
+CREATE INDEX task_held ON task (worker, hold) WHERE hold <= 4;
+CREATE INDEX task_started ON task (run, status, started) WHERE started IS NOT NULL;
+CREATE INDEX task_finished ON task (run, status, finished) WHERE finished IS NOT NULL;
+
+-- The last report of earlier attempts, so that it is known when it comes again.
+CREATE TABLE ended (
+    task INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,
+    hold INTEGER NOT NULL,                      -- 6, 7 or 8
+    PRIMARY KEY (task, attempt)
+) WITHOUT ROWID;
+-- Workers whose tasks a partial restart leaves alone, while its rows follow.
+CREATE TABLE spared (
+    run INTEGER NOT NULL,
+    worker INTEGER NOT NULL,
+    PRIMARY KEY (run, worker)
+) WITHOUT ROWID;
+-- Answers to requests with an Idempotency-Key; keys and requests as hashes.
+CREATE TABLE answer (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    key BLOB NOT NULL UNIQUE,
+    request BLOB NOT NULL,
+    at REAL NOT NULL,
+    status INTEGER NOT NULL,
+    body BLOB NOT NULL
+);
+-- The last claim of a worker that came with a key. A table of its own: its rows are small, and many to a page.
+CREATE TABLE last_claim (
+    worker INTEGER PRIMARY KEY,
+    key BLOB NOT NULL,
+    request BLOB NOT NULL,
+    given TEXT NOT NULL                         -- run:first-last, ... in ids of tasks
+);
+-- For people who look into the file.
+CREATE VIEW tasks AS
+    SELECT run.uuid AS run, run.name, task.id - run.first_id AS task,
+        CASE task.status WHEN 0 THEN 'waiting' WHEN 1 THEN 'computing' WHEN 2 THEN 'done' ELSE 'failed' END AS status,
+        task.millionths / 1e6 AS percent, worker.hostname, worker.pid, task.attempt, task.failures, task.losses,
+        strftime('%Y-%m-%dT%H:%M:%SZ', task.started / 1000, 'unixepoch') AS started,
+        strftime('%Y-%m-%dT%H:%M:%SZ', task.finished / 1000, 'unixepoch') AS finished, task.exit_code, task.message
+    FROM run
+    JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
+    LEFT JOIN worker ON worker.id = task.worker
+    WHERE run.sweep IS NOT 'delete';
 """]
 
 
@@ -358,8 +522,37 @@ class Task(NamedTuple):
     """A task as operations show it."""
     id: int
     number: int
-    status: int             # WAITING ... FAILED
-    millionths: int         # of a percent, 0 to FULL
+    status: int                     # WAITING ... FAILED
+    millionths: int                 # of a percent, 0 to FULL
+    attempt: int                    # how often it was claimed
+    worker: "Optional[Worker]"      # who claimed it last
+    failures: int                   # reported
+    losses: int                     # of workers that were silent
+    started: Optional[int]          # milliseconds since 1970: when the last attempt began
+    finished: Optional[int]         # and when it ended in done or failed
+    exit_code: Optional[int]        # of the last failure
+    message: Optional[str]
+
+
+class Report(NamedTuple):
+    """What a client says of a task; None where it says nothing."""
+    number: int
+    attempt: Optional[int] = None
+    status: Optional[int] = None
+    millionths: Optional[int] = None
+    exit_code: Optional[int] = None
+    message: Optional[str] = None
+
+
+class Pause(NamedTuple):
+    """No task waits. *retry_s*: when some may come back, because leases run; None when none will by itself."""
+    retry_s: Optional[float]
+
+
+class Page(NamedTuple):
+    """A part of a list, and where the next one begins: *after* is None at the end."""
+    entries: List[Any]
+    after: Optional[str]
 
 
 class User(NamedTuple):
@@ -370,12 +563,104 @@ class User(NamedTuple):
     generation: int
 
 
-class Worker(NamedTuple):
-    """A registered worker."""
-    id: int
-    uuid: str
-    hostname: str
-    pid: int
+class Worker:
+    """A registered worker in the writer's memory."""
+    __slots__ = ("id", "uuid", "hostname", "pid", "lease", "state", "heard", "shown")
+
+    COLUMNS = "id, uuid, hostname, pid, lease, state, heard"
+
+    def __init__(self, row: Tuple[Any, ...]) -> None:
+        self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard = row
+        self.shown = ""                 # uuid and hostname as JSON, kept by who shows them
+
+    def snapshot(self) -> "Worker":
+        """A copy that later operations do not change."""
+        return Worker((self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard))
+
+
+class Presence(NamedTuple):
+    """A worker as it is looked at."""
+    worker: Worker
+    heard: float                    # seconds since 1970
+    held: int                       # tasks
+    revision: int                   # rises whenever a task is taken from it
+
+
+class Leases:
+    """When workers were heard, and until when their leases run: memory alone, in ticks.
+
+    Nothing of it is written, so a heartbeat costs no disk; and it outlives a transaction that is
+    rolled back: that a worker was heard stays true. Revisions need no writing either: those of each
+    start of a server are above all that were before.
+    """
+    REMEMBERED = 200000     # workers without a lease, then they are forgotten here
+
+    def __init__(self, starts: int) -> None:
+        self.heard: Dict[int, float] = {}               # worker id to seconds since 1970
+        self.spans: Dict[int, int] = {}                 # to seconds, of those whose lease runs
+        self.ends: Dict[int, float] = {}                # to the tick at which it ends
+        self.due: List[Tuple[float, int]] = []          # a heap: an entry of each lease, no later than its end
+        self.revisions: Dict[int, int] = {}
+        self.base = self.revision = starts << 32        # of workers not named there; the highest of all
+
+    def renew(self, worker: Worker, now: Now) -> None:
+        """The worker was heard."""
+        self.heard[worker.id] = now.utc
+        if worker.lease is not None:
+            end = now.tick + worker.lease
+            if end < self.ends.get(worker.id, math.inf):        # none yet, or a shorter lease than before
+                heapq.heappush(self.due, (end, worker.id))
+            self.ends[worker.id] = end
+            self.spans[worker.id] = worker.lease
+        elif len(self.heard) > self.REMEMBERED + len(self.ends):
+            self.heard = {key: self.heard[key] for key in self.ends}
+            self.revisions = {key: self.revisions[key] for key in self.ends if key in self.revisions}
+            self.base = self.revision
+
+    def drop(self, worker_id: int) -> None:
+        """The worker has no lease that runs."""
+        self.ends.pop(worker_id, None)
+        self.spans.pop(worker_id, None)
+
+    def runs(self, worker_id: int, now: Now) -> bool:
+        """Whether that worker has a lease that runs."""
+        return self.ends.get(worker_id, -math.inf) > now.tick
+
+    def next_end(self) -> float:
+        """The tick at which one may run out; infinite when none does."""
+        return self.due[0][0] if self.due else math.inf
+
+    def run_out(self, tick: float) -> Optional[int]:
+        """A worker whose lease has ended by that tick; the same again until it is dropped, renewed or postponed."""
+        while self.due and self.due[0][0] <= tick:
+            worker_id = self.due[0][1]
+            end = self.ends.get(worker_id)
+            if end is None:
+                heapq.heappop(self.due)
+            elif end <= tick:
+                return worker_id
+            else:
+                heapq.heapreplace(self.due, (end, worker_id))
+        return None
+
+    def postpone(self, worker_id: int, tick: float) -> None:
+        """Let the lease of a worker that has run out end at that tick instead."""
+        self.ends[worker_id] = tick
+
+    def renew_all(self, tick: float) -> None:
+        """One whole lease for everybody, since nobody could be heard."""
+        for worker_id, span in self.spans.items():
+            self.ends[worker_id] = tick + span
+
+    def taken_from(self, worker_id: int) -> None:
+        """A task was taken from the worker."""
+        if worker_id in self.heard:     # of others, the next start or hearing shows a higher one anyway
+            self.revision += 1
+            self.revisions[worker_id] = self.revision
+
+    def revision_of(self, worker_id: int) -> int:
+        """What rises whenever a task is taken from the worker."""
+        return self.revisions.get(worker_id, self.base)
 
 
 class Run:
@@ -384,19 +669,21 @@ class Run:
     Many tasks of one run change in one batch; its row is then written once.
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
-                 "millionths", "head", "head_end", "sweep")
+                 "millionths", "head", "head_end", "sweep", "last_report", "name", "max_failures", "max_losses")
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
-        num_untouched, num_complete, millionths, head, head_end, sweep"""
+        num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses"""
 
     def __init__(self, row: Tuple[Any, ...]) -> None:
         (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
-         self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep) = row
+         self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
+         self.last_report, self.name, self.max_failures, self.max_losses) = row
         self.counts = [waiting, computing, done, failed]
 
     def snapshot(self) -> "Run":
         """A copy that later operations do not change."""
-        return Run((self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1]))
+        return Run((self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1],
+                    self.name, self.max_failures, self.max_losses))
 
     @property
     def end_id(self) -> int:
@@ -406,13 +693,13 @@ class Run:
     def saved(self) -> Tuple[Any, ...]:
         """What SAVE_RUN takes."""
         return (*self.counts, self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end,
-                self.sweep, self.id)
+                self.sweep, self.last_report, self.id)
 
 
 SAVE_RUN = """
     UPDATE run
     SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
-        millionths = ?, head = ?, head_end = ?, sweep = ?
+        millionths = ?, head = ?, head_end = ?, sweep = ?, last_report = ?
     WHERE id = ?"""
 
 
@@ -451,7 +738,7 @@ class Operation:
     *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
     the writer after COMMIT with the result, or with the exception that the operation ended in.
     """
-    __slots__ = ("function", "args", "reads", "show", "extra", "long", "done")
+    __slots__ = ("function", "args", "reads", "show", "extra", "long", "large", "done")
 
     def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
         self.function = function
@@ -460,13 +747,19 @@ class Operation:
         self.show: Optional[Callable[..., Any]] = None
         self.extra: Tuple[Any, ...] = ()
         self.long = False
+        self.large = False
         self.done: Optional[Callable[["Operation", Any], None]] = None
 
-    def shown_as(self, show: Callable[..., Any], *extra: Any, long: bool = False) -> "Operation":
-        """Say how the result becomes a reply; *long* when that may take long and wants a thread of its own."""
+    def shown_as(self, show: Callable[..., Any], *extra: Any, long: bool = False, large: bool = False) -> "Operation":
+        """Say how the result becomes a reply.
+
+        *long*: that may take long and wants a thread of its own. *large*: the operation itself may
+        take some ten milliseconds, and the writer should run no other such with it.
+        """
         self.show = show
         self.extra = extra
         self.long = long
+        self.large = large
         return self
 
 
@@ -486,13 +779,18 @@ class Ledger:
 
     Memory is a copy of rows: it is dropped whenever a transaction is rolled back.
     """
-    REMEMBERED = 20000      # rows of a kind, then all of them are looked up again
+    REMEMBERED = 40000      # runs and workers, then all of them are looked up again
 
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         self.path = path
         self.execute = connection.execute
+        self.execute_many = connection.executemany
         self.runs: Dict[str, Run] = {}
+        self.runs_by_id: Dict[int, Run] = {}
         self.workers: Dict[str, Worker] = {}
+        self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
+        self.leases = Leases(0)
+        self.leavers: List[int] = []            # signed off, with more tasks than one operation lets go
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
         self.effects: List[Callable[[], None]] = []
@@ -519,6 +817,16 @@ class Ledger:
         self.begun.append(run)
         self.flush()
 
+    def keep_run(self, run: Run) -> Run:
+        """Remember a run."""
+        self.runs[run.uuid] = self.runs_by_id[run.id] = run
+        return run
+
+    def keep_worker(self, worker: Worker) -> Worker:
+        """Remember a worker."""
+        self.workers[worker.uuid] = self.workers_by_id[worker.id] = worker
+        return worker
+
     def learn_users(self) -> None:
         """Have the users read again into memory, once the transaction is on the disk."""
         users = {user.name: user for user in every_user(self)}
@@ -535,8 +843,7 @@ class Ledger:
 
     def forget(self) -> None:
         """Drop all memory: the transaction was rolled back."""
-        self.runs.clear()
-        self.workers.clear()
+        self.forget_rows()
         self.changed.clear()
         self.begun.clear()
         self.effects.clear()
@@ -547,9 +854,13 @@ class Ledger:
         for effect in self.effects:
             effect()
         self.effects.clear()
-        for memory in (self.runs, self.workers):
-            if len(memory) > self.REMEMBERED:
-                memory.clear()
+        if len(self.runs_by_id) + len(self.workers_by_id) > self.REMEMBERED:
+            self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Have runs and workers looked up again; not within an operation that has hold of one."""
+        for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id):
+            memory.clear()
 
 
 def find_run(sql: Ledger, run_uuid: str, reading: bool = False) -> Run:
@@ -559,38 +870,123 @@ def find_run(sql: Ledger, run_uuid: str, reading: bool = False) -> Run:
         row = sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE uuid = ? AND sweep IS NOT 'delete'", run_uuid)
         if row is None:
             raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
-        run = sql.runs[run_uuid] = Run(row)
+        run = sql.keep_run(Run(row))
     if run.sweep and not reading:
         raise Parked(run_uuid)
     return run
 
 
-def find_task(sql: Ledger, run: Run, number: int) -> Tuple[Task, bool]:
-    """Task *number* of a run and whether it has a row. Raises NotFound when out of range."""
+def run_of_task(sql: Ledger, run_id: int) -> Run:
+    """The run that a held task names, also one that is being swept."""
+    run = sql.runs_by_id.get(run_id)
+    if run is None:
+        run = Run(sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE id = ?", run_id))
+        sql.runs_by_id[run_id] = run
+        if run.sweep != "delete":
+            sql.keep_run(run)
+    return run
+
+
+TASK_COLUMNS = "id, status, millionths, worker, attempt, hold, failures, losses, started, finished, exit_code, message"
+TaskRow = Tuple[int, int, int, Optional[int], int, Optional[int], int, int, Optional[int], Optional[int],
+                Optional[int], Optional[str]]
+
+
+def find_task(sql: Ledger, run: Run, number: int) -> Tuple[TaskRow, bool]:
+    """The row of task *number*, and whether it is written down. Raises NotFound when out of range."""
     if not 0 <= number < run.num_tasks:
-        raise NotFound("run %s has %d tasks (0 to %d), not %s"
-                       % (run.uuid, run.num_tasks, run.num_tasks - 1, shortened(str(number))))
+        raise NotFound(out_of_range(run, number))
     task_id = run.first_id + number
-    row = sql.one("SELECT status, millionths FROM task WHERE id = ?", task_id)
+    row = sql.execute("SELECT " + TASK_COLUMNS + " FROM task WHERE id = ?", (task_id,)).fetchone()
     if row is None:
-        return Task(task_id, number, WAITING, 0), False
-    status, millionths = row
-    if run.sweep == "restart all":          # what the sweep makes, or has made, of the row
-        status, millionths = WAITING, 0
-    elif run.sweep and (status, millionths) != (DONE, FULL):
-        status = WAITING
-    return Task(task_id, number, status, millionths), True
+        return untouched_row(task_id), False
+    return (after_sweep(sql, run, row) if run.sweep else row), True
+
+
+def untouched_row(task_id: int) -> TaskRow:
+    """The row of a task that nothing has happened to."""
+    return (task_id, WAITING, 0, None, 0, None, 0, 0, None, None, None, None)
+
+
+def out_of_range(run: Run, number: int) -> str:
+    """What is wrong with the number of a task."""
+    return "run %s has %d tasks (0 to %d), not %s" % (
+        run.uuid, run.num_tasks, run.num_tasks - 1, shortened(str(number)))
+
+
+def after_sweep(sql: Ledger, run: Run, row: TaskRow) -> TaskRow:
+    """What the sweep of a run makes, or has made, of a row; see SWEEP_TASKS."""
+    task_id, status, millionths, worker, attempt, hold, _, _, started, finished, exit_code, message = row
+    if run.sweep == "restart all":
+        return (task_id, WAITING, 0, worker, attempt, None, 0, 0, None, None, None, None)
+    if run.sweep == "restart failed":
+        waits = status == FAILED
+    else:
+        waits = (status, millionths) != (DONE, FULL) and not (hold in (HELD, STARTED) and sql.one(
+            "SELECT 1 FROM spared WHERE run = ? AND worker = ?", run.id, worker))
+    return (task_id, WAITING, millionths, worker, attempt, None, 0, 0, started, finished, exit_code, message
+            ) if waits else row
+
+
+def task_of(sql: Ledger, run: Run, row: TaskRow) -> Task:
+    """A row as operations show it."""
+    task_id, status, millionths, worker, attempt, _, failures, losses, started, finished, exit_code, message = row
+    return Task(task_id, task_id - run.first_id, status, millionths, attempt,
+                None if worker is None else worker_of_task(sql, worker), failures, losses, started, finished,
+                exit_code, message)
 
 
 def find_worker(sql: Ledger, worker_uuid: str) -> Worker:
     """The worker of that uuid. Raises NotFound."""
     worker = sql.workers.get(worker_uuid)
     if worker is None:
-        row = sql.one("SELECT id, uuid, hostname, pid FROM worker WHERE uuid = ?", worker_uuid)
+        row = sql.one("SELECT " + Worker.COLUMNS + " FROM worker WHERE uuid = ?", worker_uuid)
         if row is None:
             raise NotFound("there is no worker %s: POST /api/worker registers one" % worker_uuid)
-        worker = sql.workers[worker_uuid] = Worker(*row)
+        worker = sql.keep_worker(Worker(row))
     return worker
+
+
+def worker_of_task(sql: Ledger, worker_id: int) -> Optional[Worker]:
+    """The worker that a task names; None when it was forgotten."""
+    if worker_id not in sql.workers_by_id:
+        row = sql.one("SELECT " + Worker.COLUMNS + " FROM worker WHERE id = ?", worker_id)
+        if row is None:
+            sql.workers_by_id[worker_id] = None
+        else:
+            sql.keep_worker(Worker(row))
+    return sql.workers_by_id[worker_id]
+
+
+def hear(sql: Ledger, now: Now, worker: Worker) -> None:
+    """A request named the worker: its lease is renewed, and it lives again if it had expired.
+
+    With a disk that takes no writes memory alone is changed, so that heartbeats are answered.
+    """
+    if worker.state == SIGNED_OFF:
+        return
+    sql.leases.renew(worker, now)
+    if (worker.state == EXPIRED or now.utc - worker.heard >= DAY_S) and not sql.trouble:
+        worker.state, worker.heard = ALIVE, now.utc
+        save_worker(sql, worker)
+
+
+def save_worker(sql: Ledger, worker: Worker) -> None:
+    """Write what changes of a worker."""
+    sql.execute("UPDATE worker SET lease = ?, state = ?, heard = ? WHERE id = ?",
+                (worker.lease, worker.state, worker.heard, worker.id))
+
+
+def refuse_signed_off(worker: Worker) -> None:
+    """Raise Conflict for a worker that has signed off."""
+    if worker.state == SIGNED_OFF:
+        raise Conflict("worker %s has signed off: POST /api/worker registers it again" % worker.uuid)
+
+
+def number_held(sql: Ledger, worker_id: int) -> int:
+    """How many tasks a worker holds."""
+    return int(sql.one("SELECT count(*) FROM task INDEXED BY task_held WHERE worker = ? AND hold <= 2 AND hold <= 4",
+                       worker_id)[0])
 
 
 def shortened(text: str) -> str:
@@ -598,21 +994,26 @@ def shortened(text: str) -> str:
     return text if len(text) <= 64 else text[:61] + "..."
 
 
+def milliseconds(utc: float) -> int:
+    """Seconds as tasks keep them."""
+    return int(utc * 1000)
+
+
 @operation
-def create_run(sql: Ledger, now: Now, run_uuid: str, num_tasks: int) -> Run:
+def create_run(sql: Ledger, now: Now, run_uuid: str, num_tasks: int, name: Optional[str] = None,
+               max_failures: int = 1, max_losses: int = 5) -> Run:
     """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out."""
     (first_id,) = sql.one("SELECT next_task_id FROM farm")
     if first_id + num_tasks > 2 ** 53:
         raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
     sql.execute("UPDATE farm SET next_task_id = ?", (first_id + num_tasks,))
     row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
-           first_id, first_id + num_tasks, None)
+           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses)
     cursor = sql.execute("""
         INSERT INTO run (uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
-            num_untouched, num_complete, millionths, head, head_end, sweep)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", row)
-    run = sql.runs[run_uuid] = Run((cursor.lastrowid,) + row)
-    return run.snapshot()
+            num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", row)
+    return sql.keep_run(Run((cursor.lastrowid,) + row)).snapshot()
 
 
 @operation(reads=True)
@@ -636,116 +1037,715 @@ def delete_run(sql: Ledger, now: Now, run_uuid: str) -> None:
 
 
 @operation
-def restart_run(sql: Ledger, now: Now, run_uuid: str, everything: bool) -> None:
-    """Tasks wait again: all at 0 percent, or those not done at 100 percent, which keep theirs. Raises NotFound.
+def restart_run(sql: Ledger, now: Now, run_uuid: str, which: str) -> None:
+    """Tasks wait again. Raises NotFound.
 
-    The run's figures change at once and its rows follow in slices; what changes the run waits meanwhile.
+    *which*: "restart all" takes every one, to 0 percent; "restart" those not done at 100 percent,
+    but for what a worker under a running lease computes; "restart failed" the failed ones. The
+    run's figures change at once and its rows follow in slices; what changes the run waits meanwhile.
     """
     run = find_run(sql, run_uuid)
-    if everything:
+    if which == "restart all":
         run.counts = [run.num_tasks, 0, 0, 0]
         run.num_complete = run.millionths = 0
+    elif which == "restart failed":
+        run.counts[WAITING] += run.counts[FAILED]
+        run.counts[FAILED] = 0
     else:
-        run.counts = [run.num_tasks - run.num_complete, 0, run.num_complete, 0]
-    sql.begin_sweep(run, "restart all" if everything else "restart")
+        computing = spare_leased(sql, now, run)
+        run.counts = [run.num_tasks - run.num_complete - computing, computing, run.num_complete, 0]
+    sql.begin_sweep(run, which)
+
+
+def spare_leased(sql: Ledger, now: Now, run: Run) -> int:
+    """Note the workers with a lease that runs and tasks of this run, and count these tasks.
+
+    The note is written down, so that the sweep spares the same tasks after a crash, when other leases run.
+    """
+    tasks = 0
+    for worker_id in sql.leases.ends:
+        if sql.leases.runs(worker_id, now):
+            (held,) = sql.one("""
+                SELECT count(*) FROM task INDEXED BY task_held
+                WHERE worker = ? AND hold IN (1, 2) AND hold <= 4 AND id >= ? AND id < ?""",
+                              worker_id, run.first_id, run.end_id)
+            if held:
+                sql.execute("INSERT INTO spared (run, worker) VALUES (?, ?)", (run.id, worker_id))
+                tasks += held
+    return tasks
 
 
 @operation
-def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str) -> Optional[Task]:
-    """Give the lowest waiting task to the worker; None when none waits. Raises NotFound for worker and run."""
+def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str,
+          keyed: "Optional[Keyed]" = None) -> Union[Task, Pause]:
+    """Give the lowest waiting task to the worker, or say that none waits.
+
+    Raises NotFound for worker and run; Conflict for a worker that has signed off, or has a lease
+    and holds all it may; Unprocessable for a key that came with another claim.
+    """
     worker = find_worker(sql, worker_uuid)
+    hear(sql, now, worker)
+    refuse_signed_off(worker)
     run = find_run(sql, run_uuid)
+    given = given_before(sql, worker, run, keyed)
+    if given:
+        return task_of(sql, run, given[0])
     if not run.counts[WAITING]:
-        return None
-    sql.changed[run.id] = run
-    run.counts[WAITING] -= 1
-    run.counts[COMPUTING] += 1
-    row = None
-    if run.counts[WAITING] >= run.num_untouched:      # some task that waits has a row
-        row = sql.one(LOWEST_WAITING, run.first_id, run.head if run.num_untouched else run.end_id)
-    if row is not None:
-        task_id, millionths = row
-        sql.execute("UPDATE task SET status = 1, worker = ? WHERE id = ?", (worker.id, task_id))
-    else:
-        task_id, millionths = run.head, 0
-        touch(sql, run, task_id)
-        sql.execute("INSERT INTO task (id, status, millionths, worker) VALUES (?, 1, 0, ?)", (task_id, worker.id))
-    return Task(task_id, task_id - run.first_id, COMPUTING, millionths)
+        return pause(sql, now, run)
+    if worker.lease is not None:
+        room_for(sql, worker)
+    row = take_one(sql, now, run, worker)
+    remember_claim(sql, worker, run, keyed, [row])
+    return task_of(sql, run, row)
+
+
+@operation
+def claim_many(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str, count: int,
+               keyed: "Optional[Keyed]" = None) -> Union[List[Tuple[int, int, int]], Pause]:
+    """Give up to *count* of the lowest waiting tasks: number, attempt and millionths of each. Raises as claim."""
+    worker = find_worker(sql, worker_uuid)
+    hear(sql, now, worker)
+    refuse_signed_off(worker)
+    run = find_run(sql, run_uuid)
+    rows = given_before(sql, worker, run, keyed)
+    if not rows:
+        if not run.counts[WAITING]:
+            return pause(sql, now, run)
+        rows = take_many(sql, run, worker, min(count, room_for(sql, worker)))
+        remember_claim(sql, worker, run, keyed, rows)
+    return [(row[0] - run.first_id, row[4], row[2]) for row in rows]
+
+
+def room_for(sql: Ledger, worker: Worker) -> int:
+    """How many tasks the worker may still claim. Raises Conflict when none."""
+    room = MOST_TASKS - number_held(sql, worker.id)
+    if room <= 0:
+        raise Conflict("worker %s holds %d tasks, and no worker more: report some first, or let some go"
+                       % (worker.uuid, MOST_TASKS))
+    return room
+
+
+def pause(sql: Ledger, now: Now, run: Run) -> Pause:
+    """Nothing waits: whether leased tasks compute that may come back, and when the first lease of theirs may end.
+
+    The tasks that began first are looked at: most of the time, one of them answers.
+    """
+    for most in (1000, -1):
+        workers = sql.all("""
+            SELECT DISTINCT worker
+            FROM (SELECT worker, hold FROM task INDEXED BY task_open
+                  WHERE status = 1 AND status <> 2 AND id >= ? AND id < ? LIMIT ?)
+            WHERE hold <= 2""", run.first_id, run.end_id, most)
+        ends = [sql.leases.ends[worker] for worker, in workers if worker in sql.leases.ends]
+        if ends:
+            return Pause(max(0.0, min(ends) - now.tick))
+        if run.counts[COMPUTING] <= most:
+            break
+    return Pause(None)
 
 
 # Without the hint the planner takes the primary key, and walks over every task that is done.
-LOWEST_WAITING = """
-    SELECT id, millionths
-    FROM task INDEXED BY task_waiting
-    WHERE status = 0 AND id >= ? AND id < ?
+LOWEST_WAITING = "SELECT " + TASK_COLUMNS + """
+    FROM task INDEXED BY task_open
+    WHERE status = 0 AND status <> 2 AND id >= ? AND id < ?
     ORDER BY id
-    LIMIT 1"""
+    LIMIT ?"""
 
 
-def touch(sql: Ledger, run: Run, task_id: int) -> None:
-    """Take one task out of the run's untouched intervals; the caller gives it a row."""
-    run.num_untouched -= 1
-    if task_id == run.head:
-        run.head += 1
-    elif task_id < run.head_end:
-        if task_id + 1 < run.head_end:
-            sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (run.head_end - 1, task_id + 1))
-        run.head_end = task_id
+def take_one(sql: Ledger, now: Now, run: Run, worker: Worker) -> TaskRow:
+    """Let the worker hold, and start, the lowest waiting task, of which there is one."""
+    sql.changed[run.id] = run
+    run.counts[WAITING] -= 1
+    run.counts[COMPUTING] += 1
+    started = milliseconds(now.utc)
+    row = None
+    if run.counts[WAITING] >= run.num_untouched:      # some task that waits has a row
+        row = sql.one(LOWEST_WAITING, run.first_id, run.head if run.num_untouched else run.end_id, 1)
+    if row is None:
+        task_id, attempt = run.head, 1
+        touch(sql, run, task_id)
+        sql.execute("""
+            INSERT INTO task (id, status, millionths, worker, run, attempt, hold, started)
+            VALUES (?, 1, 0, ?, ?, 1, 2, ?)""", (task_id, worker.id, run.id, started))
+        return (task_id, COMPUTING, 0, worker.id, 1, STARTED, 0, 0, started, None, None, None)
+    keep_ended(sql, row)
+    task_id, _, millionths, _, attempt, _, failures, losses, _, _, exit_code, message = row
+    sql.execute("""
+        UPDATE task SET status = 1, worker = ?, run = ?, attempt = ?, hold = 2, started = ?, finished = NULL
+        WHERE id = ?""", (worker.id, run.id, attempt + 1, started, task_id))
+    return (task_id, COMPUTING, millionths, worker.id, attempt + 1, STARTED, failures, losses, started, None,
+            exit_code, message)
+
+
+def take_many(sql: Ledger, run: Run, worker: Worker, count: int) -> List[TaskRow]:
+    """Let the worker hold up to *count* of the lowest waiting tasks, from rows and untouched intervals in turn."""
+    taken: List[TaskRow] = []
+    count = min(count, run.counts[WAITING])
+    sql.changed[run.id] = run
+    while len(taken) < count:
+        wanted = count - len(taken)
+        if run.counts[WAITING] > run.num_untouched:
+            rows = sql.all(LOWEST_WAITING, run.first_id, run.head if run.num_untouched else run.end_id, wanted)
+            for row in rows:
+                keep_ended(sql, row)
+            sql.execute_many("""
+                UPDATE task SET status = 1, worker = ?, run = ?, attempt = attempt + 1, hold = 1, started = NULL,
+                    finished = NULL
+                WHERE id = ?""", [(worker.id, run.id, row[0]) for row in rows])
+            taken += [(row[0], COMPUTING, row[2], worker.id, row[4] + 1, HELD, *row[6:8], None, None, *row[10:])
+                      for row in rows]
+            run.counts[WAITING] -= len(rows)
+            run.counts[COMPUTING] += len(rows)
+            wanted -= len(rows)
+        if wanted and run.num_untouched:
+            first = run.head
+            last = min(first + wanted, run.head_end) - 1
+            touch(sql, run, first, last)
+            sql.execute("""
+                INSERT INTO task (id, status, millionths, worker, run, attempt, hold)
+                WITH RECURSIVE fresh (id) AS (SELECT ? UNION ALL SELECT id + 1 FROM fresh WHERE id < ?)
+                SELECT id, 1, 0, ?, ?, 1, 1 FROM fresh""", (first, last, worker.id, run.id))
+            taken += [(task_id, COMPUTING, 0, worker.id, 1, HELD, 0, 0, None, None, None, None)
+                      for task_id in range(first, last + 1)]
+            run.counts[WAITING] -= last + 1 - first
+            run.counts[COMPUTING] += last + 1 - first
+    return taken
+
+
+def touch(sql: Ledger, run: Run, first: int, last: Optional[int] = None) -> None:
+    """Take a task, or those up to *last*, out of the untouched interval that holds them; the caller gives them rows."""
+    last = first if last is None else last
+    run.num_untouched -= last + 1 - first
+    if first == run.head:
+        run.head = last + 1
+    elif first < run.head_end:
+        if last + 1 < run.head_end:
+            sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (run.head_end - 1, last + 1))
+        run.head_end = first
     else:
-        last, first = sql.one("SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMIT 1", task_id)
-        if task_id < last:
-            sql.execute("UPDATE untouched SET first = ? WHERE last = ?", (task_id + 1, last))
+        end, begin = sql.one(INTERVAL, first)
+        if last < end:
+            sql.execute("UPDATE untouched SET first = ? WHERE last = ?", (last + 1, end))
         else:
-            sql.execute("DELETE FROM untouched WHERE last = ?", (last,))
-        if first < task_id:
-            sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (task_id - 1, first))
+            sql.execute("DELETE FROM untouched WHERE last = ?", (end,))
+        if begin < first:
+            sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (first - 1, begin))
     if run.head == run.head_end and run.num_untouched:
-        last, first = sql.one("SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMIT 1", run.head)
-        sql.execute("DELETE FROM untouched WHERE last = ?", (last,))
-        run.head, run.head_end = first, last + 1
+        end, begin = sql.one(INTERVAL, run.head)
+        sql.execute("DELETE FROM untouched WHERE last = ?", (end,))
+        run.head, run.head_end = begin, end + 1
+
+
+INTERVAL = "SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMIT 1"
+
+
+def keep_ended(sql: Ledger, row: TaskRow) -> None:
+    """A task is claimed again: keep how its last attempt was ended by its holder, and that of some attempts before."""
+    task_id, worker, attempt, hold = row[0], row[3], row[4], row[5]
+    if hold is not None and hold > GIVEN_UP:
+        sql.execute("INSERT OR REPLACE INTO ended (task, attempt, worker, hold) VALUES (?, ?, ?, ?)",
+                    (task_id, attempt, worker, hold))
+        sql.execute("DELETE FROM ended WHERE task = ? AND attempt <= ?", (task_id, attempt - REPORTS_REMEMBERED))
+
+
+class Keyed(NamedTuple):
+    """An Idempotency-Key, and the request that came with it: both as hashes of 16 bytes."""
+    key: bytes          # over user and key
+    request: bytes      # over method, path and body
+
+    def compare(self, request: bytes) -> None:
+        """Raise Unprocessable unless the key came with that request before."""
+        if request != self.request:
+            raise Unprocessable("this Idempotency-Key came with another request before: use a new key for each")
+
+
+def given_before(sql: Ledger, worker: Worker, run: Run, keyed: Optional[Keyed]) -> List[TaskRow]:
+    """The tasks that the worker was given for a claim with this key, if that was its last one with a key."""
+    if keyed is None:
+        return []
+    row = sql.one("SELECT key, request, given FROM last_claim WHERE worker = ?", worker.id)
+    if row is None or row[0] != keyed.key:
+        return []
+    keyed.compare(row[1])
+    given: List[TaskRow] = []
+    for span in row[2].split(","):
+        first, last, attempt = map(int, span.split(":"))
+        for task in sql.all("SELECT " + TASK_COLUMNS + " FROM task WHERE id BETWEEN ? AND ?", first, last):
+            given.append((task[0], COMPUTING, task[2], worker.id, attempt, *task[5:]))
+    return given
+
+
+def remember_claim(sql: Ledger, worker: Worker, run: Run, keyed: Optional[Keyed], rows: Sequence[TaskRow]) -> None:
+    """Note which tasks a claim with a key was given, as spans of ids with one attempt: first:last:attempt,..."""
+    if keyed is None:
+        return
+    spans: List[List[int]] = []
+    for row in rows:
+        if spans and spans[-1][1] == row[0] - 1 and spans[-1][2] == row[4]:
+            spans[-1][1] = row[0]
+        else:
+            spans.append([row[0], row[0], row[4]])
+    sql.execute("INSERT OR REPLACE INTO last_claim (worker, key, request, given) VALUES (?, ?, ?, ?)",
+                (worker.id, keyed.key, keyed.request, ",".join("%d:%d:%d" % tuple(span) for span in spans)))
+
+
+@operation
+def answer_once(sql: Ledger, now: Now, keyed: Keyed, named: Operation,
+         render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
+    """Run an operation once for a key: status and body of its answer, or those that were given before.
+
+    *render* turns its result into them. What is refused is not remembered, since it has changed
+    nothing. Raises what the operation raises, and Unprocessable for a key that came with another request.
+    """
+    row = sql.one("SELECT request, status, body FROM answer WHERE key = ? AND at > ?",
+                  keyed.key, now.utc - KEY_MEMORY_S)
+    if row is not None:
+        keyed.compare(row[0])
+        return row[1], row[2]
+    status, body = render(named.function(sql, now, *named.args))
+    cursor = sql.execute("INSERT OR REPLACE INTO answer (key, request, at, status, body) VALUES (?, ?, ?, ?, ?)",
+                         (keyed.key, keyed.request, now.utc, status, body))
+    sql.execute("DELETE FROM answer WHERE id <= ?", (int(cursor.lastrowid or 0) - KEYS_REMEMBERED,))
+    sql.execute("DELETE FROM answer WHERE id IN (SELECT id FROM answer ORDER BY id LIMIT 4) AND at <= ?",
+                (now.utc - KEY_MEMORY_S,))
+    return status, body
 
 
 @operation(reads=True)
 def read_task(sql: Ledger, now: Now, run_uuid: str, number: int) -> Task:
     """One task. Raises NotFound for the run and the number."""
-    return find_task(sql, find_run(sql, run_uuid, reading=True), number)[0]
+    run = find_run(sql, run_uuid, reading=True)
+    return task_of(sql, run, find_task(sql, run, number)[0])
 
 
 @operation
-def report(sql: Ledger, now: Now, run_uuid: str, number: int, status: Optional[int], millionths: Optional[int]) -> None:
-    """Set what is named of a task: its status, its percentage; done alone means 100 percent. Raises NotFound."""
+def report(sql: Ledger, now: Now, run_uuid: str, worker_uuid: Optional[str], said: Report) -> None:
+    """Set what is named of a task; done alone means 100 percent.
+
+    Somebody who names no worker and no attempt may set anything, and ends every hold. Otherwise the
+    claim that is named must hold the task, or have it back. Raises NotFound for the run and the
+    number, Conflict when the claim does not hold the task.
+    """
+    worker = reporter(sql, now, worker_uuid)
     run = find_run(sql, run_uuid)
-    before, has_row = find_task(sql, run, number)
-    if millionths is None:
-        millionths = FULL if status == DONE else before.millionths
-    if status is None:
-        status = before.status
-    sql.changed[run.id] = run
-    run.counts[before.status] -= 1
-    run.counts[status] += 1
-    run.millionths += millionths - before.millionths
-    run.num_complete += ((status == DONE and millionths == FULL)
-                         - (before.status == DONE and before.millionths == FULL))
-    if has_row:
-        sql.execute("UPDATE task SET status = ?, millionths = ? WHERE id = ?", (status, millionths, before.id))
-    else:
-        touch(sql, run, before.id)
-        sql.execute("INSERT INTO task (id, status, millionths) VALUES (?, ?, ?)", (before.id, status, millionths))
+    report_one(sql, now, run, worker_uuid, worker, said)
 
 
 @operation
-def register_worker(sql: Ledger, now: Now, worker_uuid: str, hostname: str, pid: int) -> Worker:
-    """A new worker, or the same one again. Raises Conflict when the uuid is another's."""
+def report_many(sql: Ledger, now: Now, run_uuid: str, worker_uuid: Optional[str],
+                reports: List[Report]) -> Tuple[int, List[Tuple[int, str]]]:
+    """Report each of many tasks; gives how many were accepted, and number and sentence of those refused.
+
+    Raises NotFound for the run; BadRequest, having changed nothing, when a number is out of range.
+    """
+    worker = reporter(sql, now, worker_uuid)
+    run = find_run(sql, run_uuid)
+    wrong = [number for number in (said[0] for said in reports) if number >= run.num_tasks]
+    if wrong:
+        raise BadRequest("; ".join(out_of_range(run, number) for number in wrong[:5]))
+    refused: List[Tuple[int, str]] = []
+    for alike in spans_alike(reports):
+        if len(alike) > 1 and worker and finish_span(sql, now, run, worker, alike[0], alike[-1]):
+            continue
+        for said in alike:
+            try:
+                report_one(sql, now, run, worker_uuid, worker, said)
+            except Conflict as conflict:
+                refused.append((said.number, str(conflict)))
+    return len(reports) - len(refused), refused
+
+
+def reporter(sql: Ledger, now: Now, worker_uuid: Optional[str]) -> Optional[Worker]:
+    """The worker who reports, now heard; None when it is not named or not known."""
+    if worker_uuid is None:
+        return None
     try:
         worker = find_worker(sql, worker_uuid)
     except NotFound:
-        cursor = sql.execute("INSERT INTO worker (uuid, hostname, pid, created) VALUES (?, ?, ?, ?)",
-                             (worker_uuid, hostname, pid, now.utc))
-        worker = sql.workers[worker_uuid] = Worker(int(cursor.lastrowid), worker_uuid, hostname, pid)  # type: ignore
+        return None
+    hear(sql, now, worker)
+    return worker
+
+
+def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
+    """Reports by number, those of consecutive tasks that say the same together."""
+    span: List[Report] = []
+    follows: Tuple[Any, ...] = ()
+    for said in sorted(reports):
+        if span and said[1:] == follows and said[0] == span[-1][0] + 1:
+            span.append(said)
+        else:
+            if span:
+                yield span
+            span, follows = [said], said[1:]
+    if span:
+        yield span
+
+
+def finish_span(sql: Ledger, now: Now, run: Run, worker: Worker, first: Report, last: Report) -> bool:
+    """Take `done` for consecutive tasks in one statement, if the worker holds them all: a sixth of the cost."""
+    if first.status != DONE or worker.state == SIGNED_OFF:
+        return False
+    millionths = FULL if first.millionths is None else first.millionths
+    span = run.first_id + first.number, run.first_id + last.number
+    count, before = sql.one("""
+        SELECT count(*), sum(millionths) FROM task
+        WHERE id BETWEEN ? AND ? AND worker = ? AND hold <= 2 AND attempt = coalesce(?, attempt)""",
+                            *span, worker.id, first.attempt)
+    if count != last.number - first.number + 1:
+        return False
+    sql.execute("""
+        UPDATE task SET status = 2, millionths = ?, hold = ?, run = ?, finished = ?, exit_code = NULL, message = NULL
+        WHERE id BETWEEN ? AND ?""", (millionths, ENDED[DONE], run.id, milliseconds(now.utc), *span))
+    sql.changed[run.id] = run
+    run.last_report = now.utc
+    run.counts[COMPUTING] -= count
+    run.counts[DONE] += count
+    run.num_complete += count * (millionths == FULL)
+    run.millionths += count * millionths - before
+    return True
+
+
+def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], worker: Optional[Worker],
+               said: Report) -> None:
+    """One report, judged and written."""
+    number, attempt, status, millionths, exit_code, message = said
+    row, has_row = find_task(sql, run, number)
+    task_id, was, had, owner, _, hold, failures, losses, started, finished, old_code, old_message = row
+    fenced = worker_uuid is not None or attempt is not None
+    if fenced:
+        if not judge(sql, row, worker_uuid, worker, said):
+            return
+        if status is None:
+            status = COMPUTING
+        losses -= hold == LOST and losses > 0
+        hold = ENDED.get(status, STARTED)
+    else:
+        if hold is not None and hold <= STARTED and owner is not None:
+            sql.leases.taken_from(owner)
+        hold = None if hold is None or hold <= GIVEN_UP else hold
+        if status is None:
+            status = was
+    if millionths is None:
+        millionths = FULL if status == DONE else had
+    stamp = milliseconds(now.utc)
+    if status == COMPUTING:
+        finished = None
+        if started is None or was != COMPUTING and not fenced:
+            started = stamp
+    elif status in (DONE, FAILED):
+        finished = stamp
+        old_code, old_message = (exit_code, message) if status == FAILED else (None, None)
+    if status == FAILED:
+        failures += 1
+        if not 0 < run.max_failures <= failures:
+            status = WAITING
+    if has_row:
+        sql.execute("""
+            UPDATE task
+            SET status = ?, millionths = ?, run = ?, hold = ?, failures = ?, losses = ?, started = ?, finished = ?,
+                exit_code = ?, message = ?
+            WHERE id = ?""", (status, millionths, run.id, hold, failures, losses, started, finished, old_code,
+                              old_message, task_id))
+    else:
+        touch(sql, run, task_id)
+        sql.execute("""
+            INSERT INTO task (id, status, millionths, run, failures, started, finished, exit_code, message)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", (task_id, status, millionths, run.id, failures, started, finished,
+                                                    old_code, old_message))
+    run.last_report = now.utc
+    count_change(sql, run, was, had, status, millionths)
+
+
+def count_change(sql: Ledger, run: Run, was: int, had: int, status: int, millionths: int) -> None:
+    """Bring the run's figures in line with a task that had a status and millionths, and has others now."""
+    sql.changed[run.id] = run
+    run.counts[was] -= 1
+    run.counts[status] += 1
+    run.millionths += millionths - had
+    run.num_complete += (status == DONE and millionths == FULL) - (was == DONE and had == FULL)
+
+
+def judge(sql: Ledger, row: TaskRow, worker_uuid: Optional[str], worker: Optional[Worker], said: Report) -> bool:
+    """Whether a report that names a claim is to be written; False when it came before. Raises Conflict."""
+    task_id, status, _, owner, present, hold = row[:6]
+    ours = (worker_uuid is None or worker is not None and owner == worker.id) and said.attempt in (None, present)
+    if ours and hold is not None:
+        if hold <= STARTED:
+            return True
+        if hold <= GIVEN_UP:
+            if worker is None or worker.state != SIGNED_OFF or said.status in (DONE, FAILED):
+                return True
+            refuse_signed_off(worker)
+        return repeats(said, hold)
+    if worker is not None and said.attempt is not None:
+        ended = sql.one("SELECT hold FROM ended WHERE task = ? AND attempt = ? AND worker = ?",
+                        task_id, said.attempt, worker.id)
+        if ended:
+            return repeats(said, ended[0])
+    raise Conflict("task %d is not held by %s%s: it is %s, at attempt %d; what was computed is not wanted" % (
+        said.number, "worker %s" % worker_uuid if worker_uuid is not None else "anybody",
+        "" if said.attempt is None else " in attempt %d" % said.attempt, STATUS[status], present))
+
+
+def repeats(said: Report, hold: int) -> bool:
+    """False when a report says what has ended the claim, or comes late from before. Raises Conflict."""
+    if said.status in (None, COMPUTING) or ENDED[said.status] == hold:
+        return False
+    (ended,) = [STATUS[status] for status, number in ENDED.items() if number == hold]
+    raise Conflict("task %d was reported %s in this attempt, and cannot be %s in it too" % (
+        said.number, ended, STATUS[said.status]))
+
+
+@operation
+def register_worker(sql: Ledger, now: Now, worker_uuid: str, hostname: str, pid: int,
+                    lease: Optional[int] = None) -> Worker:
+    """A new worker, or the same one again, with a lease in seconds or none; Conflict when the uuid is another's."""
+    try:
+        worker = find_worker(sql, worker_uuid)
+    except NotFound:
+        cursor = sql.execute("INSERT INTO worker (uuid, hostname, pid, created, lease, heard) VALUES (?,?,?,?,?,?)",
+                             (worker_uuid, hostname, pid, now.utc, lease, now.utc))
+        worker = sql.keep_worker(Worker((cursor.lastrowid, worker_uuid, hostname, pid, lease, ALIVE, now.utc)))
     if (worker.hostname, worker.pid) != (hostname, pid):
         raise Conflict("worker %s is process %d on %s: a new worker needs a uuid of its own"
                        % (worker_uuid, worker.pid, shortened(worker.hostname)))
-    return worker
+    if (worker.lease, worker.state) != (lease, ALIVE):
+        worker.lease, worker.state, worker.heard = lease, ALIVE, now.utc
+        save_worker(sql, worker)
+    if lease is None:
+        sql.leases.drop(worker.id)
+    hear(sql, now, worker)
+    return worker.snapshot()
+
+
+@operation(reads=True)
+def beat(sql: Ledger, now: Now, worker_uuid: str) -> Presence:
+    """The worker lives: renew its lease, and give it back what has lapsed and nobody claimed since.
+
+    Writes only if something has. Raises NotFound, and Conflict when it has signed off.
+    """
+    worker = find_worker(sql, worker_uuid)
+    refuse_signed_off(worker)
+    hear(sql, now, worker)
+    counts = dict(sql.all("""
+        SELECT hold, count(*) FROM task INDEXED BY task_held
+        WHERE worker = ? AND hold <= 4 GROUP BY hold""", worker.id))
+    held = counts.get(HELD, 0) + counts.get(STARTED, 0)
+    if len(counts) > (HELD in counts) + (STARTED in counts) and not sql.trouble:
+        held += take_back(sql, worker)
+    return presence(sql, worker, held)
+
+
+def take_back(sql: Ledger, worker: Worker) -> int:
+    """Let a worker hold again what lapsed when its lease ran out; how many. Not of a run that is being restarted."""
+    number = 0
+    for task_id, run_id, status, hold, losses, started in sql.all("""
+            SELECT id, run, status, hold, losses, started FROM task INDEXED BY task_held
+            WHERE worker = ? AND hold IN (3, 4) AND hold <= 4""", worker.id):
+        run = run_of_task(sql, run_id)
+        if not run.sweep:
+            lost = hold == LOST
+            sql.execute("UPDATE task SET status = 1, hold = ?, losses = ?, finished = NULL WHERE id = ?",
+                        (HELD if started is None else STARTED, losses - (lost and losses > 0), task_id))
+            count_change(sql, run, status, 0, COMPUTING, 0)
+            number += 1
+    return number
+
+
+def presence(sql: Ledger, worker: Worker, held: Optional[int] = None) -> Presence:
+    """A worker as it is looked at."""
+    return Presence(worker.snapshot(), sql.leases.heard.get(worker.id, worker.heard),
+                    number_held(sql, worker.id) if held is None else held, sql.leases.revision_of(worker.id))
+
+
+@operation
+def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> None:
+    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound."""
+    worker = find_worker(sql, worker_uuid)
+    if worker.state == SIGNED_OFF:
+        return
+    if not release_some(sql, now, worker.id, signed_off=True):
+        sql.after_commit(lambda: sql.leavers.append(worker.id))
+    worker.state, worker.heard = SIGNED_OFF, now.utc
+    save_worker(sql, worker)
+    sql.leases.drop(worker.id)
+
+
+def release_some(sql: Ledger, now: Now, worker_id: int, signed_off: bool, most: int = MOST_TASKS) -> bool:
+    """Let up to *most* tasks of a worker wait again; True when it holds no more.
+
+    A started task whose worker was silent counts a loss, and fails with too many. Raises Parked,
+    having changed nothing, when one is of a run that is being restarted.
+    """
+    rows = sql.all("""
+        SELECT id, run, status, hold, losses, finished FROM task INDEXED BY task_held
+        WHERE worker = ? AND hold <= 2 AND hold <= 4
+        LIMIT ?""", worker_id, most)
+    runs = {run_id: run_of_task(sql, run_id) for run_id in {row[1] for row in rows}}
+    for run in runs.values():
+        if run.sweep:
+            raise Parked(run.uuid)
+    changes = []
+    for task_id, run_id, was, hold, losses, finished in rows:
+        run, status = runs[run_id], WAITING
+        if signed_off:
+            hold = GIVEN_UP
+        elif hold == HELD:
+            hold = LAPSED
+        else:
+            hold, losses = LOST, losses + 1
+            if 0 < run.max_losses <= losses:
+                status, finished = FAILED, milliseconds(now.utc)
+        changes.append((status, hold, losses, finished, task_id))
+        count_change(sql, run, was, 0, status, 0)
+    sql.execute_many("UPDATE task SET status = ?, hold = ?, losses = ?, finished = ? WHERE id = ?", changes)
+    if rows and not signed_off:
+        sql.leases.taken_from(worker_id)
+    return len(rows) < most
+
+
+def expire_one(sql: Ledger, now: Now, worker_id: int) -> bool:
+    """The lease of a worker has run out: a slice of its tasks waits again; True when it was the last. Raises Parked."""
+    if not release_some(sql, now, worker_id, signed_off=False, most=EXPIRY_SLICE):
+        return False
+    worker = worker_of_task(sql, worker_id)
+    if worker is not None and worker.state == ALIVE:
+        worker.state, worker.heard = EXPIRED, sql.leases.heard.get(worker_id, worker.heard)
+        save_worker(sql, worker)
+    return True
+
+
+EXPIRY_SLICE = 500      # tasks between two looks at the clock
+
+
+def forget_workers(sql: Ledger, now: Now) -> bool:
+    """Forget some workers that were not heard for long and hold nothing; True when there may be more."""
+    gone = [worker_id for worker_id, in sql.all("""
+        SELECT id FROM worker INDEXED BY worker_heard
+        WHERE heard < ? AND NOT EXISTS (SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 4)
+        ORDER BY heard
+        LIMIT 200""", now.utc - WORKER_MEMORY_S) if not sql.leases.runs(worker_id, now)]
+    for table, column in (("worker", "id"), ("last_claim", "worker")):
+        sql.execute_many("DELETE FROM %s WHERE %s = ?" % (table, column), [(worker_id,) for worker_id in gone])
+    if gone:
+        sql.forget_rows()
+    return len(gone) == 200
+
+
+@operation(reads=True)
+def list_workers(sql: Ledger, now: Now, everyone: bool, limit: int, after: int) -> Page:
+    """A page of workers by id: Presence of each. *everyone*: also those that have expired or signed off."""
+    rows = sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
+        "WHERE id > ? ORDER BY id LIMIT ?" if everyone else
+        "INDEXED BY worker_living WHERE state = 0 AND id > ? ORDER BY id LIMIT ?"), after, limit)
+    return Page([presence(sql, Worker(row)) for row in rows], str(rows[-1][0]) if len(rows) == limit else None)
+
+
+@operation(reads=True)
+def read_worker(sql: Ledger, now: Now, worker_uuid: str, limit: int, after: int) -> Tuple[Presence, Page]:
+    """A worker, and a page of the tasks that it holds by id: (run uuid, Task) of each. Raises NotFound."""
+    worker = find_worker(sql, worker_uuid)
+    rows: List[Any] = []
+    for hold in (HELD, STARTED):
+        rows += sql.all("SELECT run, " + TASK_COLUMNS + """
+            FROM task INDEXED BY task_held
+            WHERE worker = ? AND hold = ? AND hold <= 4 AND id > ?
+            ORDER BY id
+            LIMIT ?""", worker.id, hold, after, limit)
+    rows = sorted(rows, key=lambda row: row[1])[:limit]
+    entries = []
+    for run_id, *row in rows:
+        run = run_of_task(sql, run_id)
+        entries.append((run.uuid, task_of(sql, run, tuple(row))))
+    return presence(sql, worker), Page(entries, str(rows[-1][1]) if len(rows) == limit else None)
+
+
+@operation(reads=True)
+def list_tasks(sql: Ledger, now: Now, run_uuid: str, status: Optional[int], order: str, limit: int, after: str) -> Page:
+    """A page of a run's tasks: Task of each.
+
+    *order*: "task" by number, "started" those that were begun, the longest ago first, "finished"
+    those that are, the latest first. *after*: what the page before said, or "". Untouched tasks are
+    listed too, and not written. Raises NotFound, and BadRequest for another *after*.
+    """
+    run = find_run(sql, run_uuid)
+    if order != "task":
+        rows, after_page = by_time(sql, run, status, order, limit, after)
+    else:
+        if after and not (after.isascii() and after.isdigit()) or len(after) > 18:
+            raise BadRequest("after must be what the page before gave as next")
+        first = run.first_id + (int(after) + 1 if after else 0)
+        rows, last = by_number(sql, run, status, limit, first)
+        after_page = None if last is None else str(last - run.first_id)
+    return Page([task_of(sql, run, row) for row in rows], after_page)
+
+
+def by_number(sql: Ledger, run: Run, status: Optional[int], limit: int,
+              first: int) -> Tuple[List[TaskRow], Optional[int]]:
+    """Rows of up to *limit* tasks with ids from *first* on, and the last id that was looked at, None at the end.
+
+    Waiting, computing and failed ones are found by an index, untouched ones in their intervals.
+    Those that are done, by looking at PAGE_ROWS rows at most.
+    """
+    select, end = "SELECT " + TASK_COLUMNS + " FROM task ", run.end_id
+    if status is None:
+        last = min(first + limit, end) - 1
+        touched = {row[0]: row for row in sql.all(select + "WHERE id BETWEEN ? AND ?", first, last)}
+        rows = [touched.get(task_id) or untouched_row(task_id) for task_id in range(first, last + 1)]
+        return rows, last if last + 1 < end else None
+    if status == DONE:
+        beyond = sql.one("SELECT id FROM task WHERE id >= ? AND id < ? ORDER BY id LIMIT 1 OFFSET ?",
+                         first, end, PAGE_ROWS)
+        bound = beyond[0] if beyond else end
+        rows = sql.all(select + "WHERE id >= ? AND id < ? AND status = 2 ORDER BY id LIMIT ?", first, bound, limit)
+        if len(rows) < limit:
+            return rows, bound - 1 if bound < end else None
+        return rows, rows[-1][0]
+    rows = sql.all(select + """
+        INDEXED BY task_open
+        WHERE status = ? AND status <> 2 AND id >= ? AND id < ?
+        ORDER BY id
+        LIMIT ?""", status, first, end, limit)
+    if status == WAITING:
+        rows = sorted(rows + untouched_rows(sql, run, first, limit))[:limit]
+    return rows, rows[-1][0] if len(rows) == limit else None
+
+
+def untouched_rows(sql: Ledger, run: Run, first: int, limit: int) -> List[TaskRow]:
+    """Rows, as if they were written down, of up to *limit* untouched tasks with ids from *first* on."""
+    spans = [(run.head, run.head_end - 1)] if first < run.head_end else []
+    spans += [(begin, end) for end, begin in sql.all("""
+        SELECT last, first FROM untouched
+        WHERE last >= ? AND last < ?
+        ORDER BY last
+        LIMIT ?""", max(first, run.head_end), run.end_id, limit)]
+    ids = itertools.chain.from_iterable(range(max(begin, first), end + 1) for begin, end in spans)
+    return [untouched_row(task_id) for task_id in itertools.islice(ids, limit)]
+
+
+def by_time(sql: Ledger, run: Run, status: Optional[int], order: str, limit: int,
+            after: str) -> Tuple[List[TaskRow], Optional[str]]:
+    """Rows of up to *limit* tasks in order of time, and where the next page begins: milliseconds.id, None at the end.
+
+    The indexes begin with the status, so that each has its own order; without one, the four are merged.
+    """
+    match = re.fullmatch(r"(-?[0-9]{1,18})\.([0-9]{1,18})", after, re.ASCII)
+    if after and not match:
+        raise BadRequest("after must be what the page before gave as next")
+    backward = order == "finished"
+    at, last_id = map(int, match.groups()) if match else ((2 ** 62, 2 ** 62) if backward else (-2 ** 62, 0))
+    rows: List[TaskRow] = []
+    for each in range(4) if status is None else [status]:
+        rows += sql.all("SELECT " + TASK_COLUMNS + """
+            FROM task INDEXED BY task_%(order)s
+            WHERE run = ? AND status = ? AND %(order)s IS NOT NULL AND (%(order)s, id) %(than)s (?, ?)
+            ORDER BY %(order)s %(way)s, id %(way)s
+            LIMIT ?""" % {"order": order, "than": "<" if backward else ">", "way": "DESC" if backward else "ASC"},
+                        run.id, each, at, last_id, limit)
+    column = 9 if backward else 8
+    rows = sorted(rows, key=lambda row: (row[column], row[0]), reverse=backward)[:limit]
+    return rows, "%s.%d" % (rows[-1][column], rows[-1][0]) if len(rows) == limit else None
 
 
 @operation
@@ -832,13 +1832,24 @@ def give_up_copy(sql: Ledger, now: Now, path: str) -> None:
         sql.copy.unwanted = True
 
 
-# What a sweep does to the tasks with ids from ? to ?.
+# What a sweep does to the tasks of a run with ids from :first to :last, and which of them it touches. A lapsed
+# hold whose loss is no longer counted has none to undo; of ended ones, the report may still come again.
 SWEEP_TASKS = {
-    "restart": """
-        UPDATE task SET status = 0
-        WHERE id BETWEEN ? AND ? AND (status <> 2 OR millionths < 100000000)""",
-    "restart all": "UPDATE task SET status = 0, millionths = 0 WHERE id BETWEEN ? AND ?",
-    "delete": "DELETE FROM task WHERE id BETWEEN ? AND ?",
+    "restart": ("""
+        UPDATE task
+        SET status = 0, failures = 0, losses = 0, hold = CASE WHEN hold <= 2 THEN 5 WHEN hold = 4 THEN 3 ELSE hold END
+        WHERE""", """ id BETWEEN :first AND :last AND (status <> 2 OR millionths < 100000000)
+            AND NOT (coalesce(hold, 9) <= 2 AND worker IN (SELECT worker FROM spared WHERE run = :run))"""),
+    "restart all": ("""
+        UPDATE task
+        SET status = 0, millionths = 0, failures = 0, losses = 0, started = NULL, finished = NULL, exit_code = NULL,
+            message = NULL, hold = CASE WHEN hold > 5 THEN hold END
+        WHERE""", " id BETWEEN :first AND :last"),
+    "restart failed": ("""
+        UPDATE task
+        SET status = 0, failures = 0, losses = 0, hold = CASE WHEN hold = 4 THEN 3 ELSE hold END
+        WHERE""", " id BETWEEN :first AND :last AND status = 3 AND status <> 2"),
+    "delete": ("DELETE FROM task WHERE", " id BETWEEN :first AND :last"),
 }
 
 
@@ -865,11 +1876,7 @@ class Sweep:
         """Do one slice; True when it was the last."""
         run, kind = self.run, self.kind
         if self.reached < run.end_id:
-            row = sql.one("SELECT id FROM task WHERE id >= ? AND id < ? ORDER BY id LIMIT 1 OFFSET ?",
-                          self.reached, run.end_id, self.SLICE - 1)
-            last = row[0] if row else run.end_id - 1
-            sql.execute(SWEEP_TASKS[kind], (self.reached, last))
-            self.reached = last + 1
+            self.reached = self._rows(sql) + 1
             return False
         if kind == "delete":
             gone = sql.execute("""
@@ -879,10 +1886,28 @@ class Sweep:
             if gone.rowcount == self.SLICE:
                 return False
             sql.execute("DELETE FROM run WHERE id = ?", (run.id,))
+            sql.runs_by_id.pop(run.id, None)
         else:
             run.sweep = None
-            sql.changed[run.id] = sql.runs[run.uuid] = run
+            sql.changed[run.id] = sql.keep_run(run)
+            sql.execute("DELETE FROM spared WHERE run = ?", (run.id,))
         return True
+
+    def _rows(self, sql: Ledger) -> int:
+        """Change the next slice of rows, and give the id of its last."""
+        run = self.run
+        change, which = SWEEP_TASKS[self.kind]
+        rows = "INDEXED BY task_open WHERE status = 3 AND status <> 2 AND" if self.kind == "restart failed" else "WHERE"
+        row = sql.one("SELECT id FROM task " + rows + " id >= ? AND id < ? ORDER BY id LIMIT 1 OFFSET ?",
+                      self.reached, run.end_id, self.SLICE - 1)
+        values = {"first": self.reached, "last": row[0] if row else run.end_id - 1, "run": run.id}
+        if self.kind != "restart failed":       # nobody holds a failed task
+            for worker_id, in sql.execute("SELECT DISTINCT worker FROM task WHERE" + which + " AND hold <= 2", values):
+                sql.leases.taken_from(worker_id)
+        sql.execute(change + which, values)
+        if self.kind == "delete":
+            sql.execute("DELETE FROM ended WHERE task BETWEEN :first AND :last", values)
+        return int(values["last"])
 
 
 TASKS_BETWEEN = "SELECT count(*) FROM task WHERE id >= ? AND id < ?"
@@ -906,11 +1931,21 @@ def check(sql: Ledger, now: Now) -> List[str]:
     lost += sql.one(TASKS_BETWEEN, taken, 2 ** 62)[0]
     if lost:
         wrong.append("%d tasks belong to no run" % lost)
-    (unknown,) = sql.one("""
-        SELECT count(*) FROM task
-        WHERE worker IS NOT NULL AND NOT EXISTS (SELECT 1 FROM worker WHERE worker.id = task.worker)""")
-    if unknown:
-        wrong.append("%d tasks are held by workers that never registered" % unknown)
+    for (count,), sentence in (
+            (sql.one("""
+                SELECT count(*) FROM task INDEXED BY task_held
+                WHERE hold <= 4 AND NOT EXISTS (SELECT 1 FROM worker WHERE worker.id = task.worker)"""),
+             "%d tasks are held by workers that never registered"),
+            (sql.one("""
+                SELECT count(*) FROM task
+                WHERE run IS NOT NULL AND NOT EXISTS (
+                    SELECT 1 FROM run WHERE run.id = task.run AND task.id >= run.first_id
+                        AND task.id < run.first_id + run.num_tasks)"""),
+             "%d tasks name a run that they are not of"),
+            (sql.one("SELECT count(*) FROM spared WHERE run NOT IN (SELECT id FROM run WHERE sweep IS NOT NULL)"),
+             "%d workers are spared by no restart")):
+        if count:
+            wrong.append(sentence % count)
     return wrong + [row[0] for row in sql.all("PRAGMA integrity_check(20)") if row[0] != "ok"]
 
 
@@ -969,9 +2004,12 @@ class Store:
         self.path = path = os.path.realpath(path)       # SQLite keeps the log beside the file, not beside a link to it
         self.clock = clock
         self.due: List[Operation] = []                  # were parked, and come first in the next batch
+        self.large: "deque[Operation]" = deque()        # wait for their turn
         self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
         self.refused: List[Tuple[Operation, Any]] = []  # waited in vain
         self.sweep_again = 0.0                          # the tick of the next try, after one that failed
+        self.chore_at = 0.0                             # the tick of the next look for workers to forget
+        self.awake = time.monotonic()                   # when the writer last had a batch
         self.queue: "queue.SimpleQueue[Optional[List[Operation]]]" = queue.SimpleQueue()
         self.stopping = False
         self.writer: Optional[threading.Thread] = None
@@ -988,12 +2026,34 @@ class Store:
                 "SELECT identity, signing_key, proof_key FROM farm")
             self.sql.learn_users()
             self.sql.settle()
+            self._begin_leases()
             self.sweeps = [Sweep(Run(row)) for row in self.sql.all(
                 "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id")]
         except (sqlite3.Error, Refusal) as error:
             self.connection.close()
             raise error if isinstance(error, Refusal) else Refusal("%s cannot be opened: %s" % (
                 path, "another program has it open, end that first" if "locked" in str(error) else error))
+
+    def _begin_leases(self) -> None:
+        """Each worker with a lease has a whole one from here on; those who left but were not let go yet are."""
+        try:
+            self.sql.execute("UPDATE farm SET starts = starts + 1")
+        except sqlite3.Error as error:      # a disk that is full should not keep a farm from being looked at
+            self.sql.trouble = disk_trouble(error)
+            if self.sql.trouble is None:
+                raise
+        now = self.clock()
+        self.sql.leases = Leases(self.sql.one("SELECT starts FROM farm")[0])
+        for row in self.sql.all("SELECT " + Worker.COLUMNS + """
+                FROM worker INDEXED BY worker_living
+                WHERE state = 0 AND lease IS NOT NULL"""):
+            worker = Worker(row)
+            self.sql.leases.renew(worker, Now(worker.heard, now.tick))
+        self.sql.leavers = [worker_id for worker_id, in self.sql.all("""
+            SELECT id FROM worker
+            WHERE state = 2 AND EXISTS (
+                SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 2 AND hold <= 4)""")]
+        self.chore_at = now.tick
 
     @property
     def users(self) -> Dict[str, User]:
@@ -1027,43 +2087,81 @@ class Store:
         self.writer.start()
 
     def _write(self) -> None:
-        while not self.stopping:
+        while not self.stopping or self.large:
             self._round(None)
             if self.sql.copy and not self.sql.copy.begun:
                 self.copy(self.sql.copy, lambda: self._round(0.0))
 
     def _round(self, patience_s: Optional[float]) -> None:
         """Run one batch, and answer."""
-        for named, outcome in self.apply(self._waiting(patience_s)):
+        batch = self._waiting(patience_s)
+        tick = self.clock().tick
+        for named, outcome in self.apply(batch):
             try:
                 if named.done:
                     named.done(named, outcome)
             except Exception:       # whoever is told may fail, and the writer must not end with it
                 log.exception("an answer could not be given")
-        if self.sweeps and self.clock().tick >= self.sweep_again and not (self.sql.trouble and self._copying()):
+        self.turn(tick)
+
+    def turn(self, tick: Optional[float] = None) -> None:
+        """What the writer does between two batches: leases that ended by *tick*, by now if None, slices of sweeps.
+
+        A lease is judged only after the requests that were there: a heartbeat among them has renewed it.
+        """
+        now = self.clock()
+        if now.tick < self.sweep_again or self.sql.trouble and self._copying():
+            return
+        until = now.tick if tick is None else tick
+        if self.sql.leavers or self.sql.leases.next_end() <= until:
+            self._spend(lambda sql, now: self._expire(sql, now, until))
+        if self.sweeps:
             self.sweep()
+        if now.tick >= self.chore_at and not self._spend(forget_workers):
+            self.chore_at = now.tick + CHORE_S
 
     def _copying(self) -> bool:
         return self.sql.copy is not None and self.sql.copy.begun and not self.sql.copy.ended
 
     def _waiting(self, patience_s: Optional[float]) -> List[Operation]:
-        """All that wait for the writer, at least one unless something is due without a request, or patience ends."""
-        if self.due or self.refused:
+        """All that wait for the writer, at least one unless something is due without a request, or patience ends.
+
+        Of large operations one alone, so that others wait for no more than one.
+        """
+        if self.due or self.refused or self.large:
             patience_s = 0.0
-        elif self.sweeps and patience_s is None:
-            patience_s = max(0.0, self.sweep_again - self.clock().tick)
+        elif patience_s is None:
+            patience_s = self._idle_s()
         batch: List[Operation] = []
+        began = time.monotonic()
         try:
             more = self.queue.get(timeout=patience_s)
             while more is not None:
                 batch += more
                 if len(batch) >= BATCH_LIMIT:
-                    return batch
+                    break
                 more = self.queue.get_nowait()
-            self.stopping = True
+            else:
+                self.stopping = True
         except queue.Empty:
             pass
+        woken = time.monotonic()
+        if patience_s is not None and (woken - began > patience_s + STOPPED_S or began - self.awake > LOOK_S):
+            self.sql.leases.renew_all(self.clock().tick)        # this process was stopped, and could hear nobody
+        self.awake = woken
+        if self.large or any(named.large for named in batch):
+            self.large += [named for named in batch if named.large]
+            batch = [named for named in batch if not named.large] + [self.large.popleft()]
         return batch
+
+    def _idle_s(self) -> Optional[float]:
+        """How long the writer may wait for requests; None for ever."""
+        now, wait = self.clock().tick, math.inf
+        if self.sweeps or self.sql.leavers:     # the mark of a sweep, or of a sign-off, is on the disk: go on at once
+            wait = 0.0
+        elif self.sql.leases.next_end() < math.inf:
+            wait = min(LOOK_S, max(0.0, self.sql.leases.next_end() - now))
+        return None if wait == math.inf else max(wait, self.sweep_again - now)
 
     def copy(self, copy: Copy, between: Callable[[], None]) -> None:
         """Make a consistent copy of the file in steps, calling *between* after each; a part of one is removed.
@@ -1185,12 +2283,44 @@ class Store:
             log.error("the disk takes writes again")
 
     def sweep(self) -> None:
-        """Take slices of what is to follow, for SWEEP_S at most, in a transaction of their own."""
+        """Take slices of restarts and deletions, for SWEEP_S at most."""
+        self._spend(self._sweep)
+
+    def _sweep(self, sql: Ledger, now: Now) -> bool:
+        """One slice of the rows that are to follow; True when there are more."""
+        if self.sweeps and self.sweeps[0].step(sql):
+            del self.sweeps[0]
+        return bool(self.sweeps)
+
+    def _expire(self, sql: Ledger, now: Now, tick: float) -> bool:
+        """One slice of the tasks of a worker who left, or whose lease had ended by *tick*; True when there are more."""
+        if sql.leavers:
+            if not release_some(sql, now, sql.leavers[0], signed_off=True, most=EXPIRY_SLICE):
+                return True
+            sql.after_commit(lambda: sql.leavers.__delitem__(0))
+            return False
+        leases = sql.leases
+        worker_id = leases.run_out(tick)
+        if worker_id is None:
+            return False
+        end = leases.ends[worker_id]
+        leases.postpone(worker_id, now.tick + RETRY_S)      # and tried again then, if this transaction fails
+        try:
+            if expire_one(sql, now, worker_id):
+                sql.after_commit(functools.partial(leases.drop, worker_id))
+            else:
+                leases.postpone(worker_id, end)
+        except Parked:      # what a restart that has begun does with the worker's tasks is decided already
+            pass
+        return True
+
+    def _spend(self, slice_of: Callable[[Ledger, Now], bool]) -> bool:
+        """Do slices of what nobody waits for, for SWEEP_S at most, in one transaction; whether there are more."""
+        more = True
         try:
             with self._transaction("BEGIN IMMEDIATE") as (sql, now):
-                while self.sweeps:
-                    if self.sweeps[0].step(sql):
-                        del self.sweeps[0]
+                while more:
+                    more = slice_of(sql, now)
                     if self.clock().tick >= now.tick + SWEEP_S:
                         break
         except Exception as error:
@@ -1199,10 +2329,11 @@ class Store:
             if trouble:
                 self._note_trouble(trouble)
             else:
-                log.exception("the rows of a restart or a deletion cannot be changed; tried again every %d s: "
-                              "stop the server and run 'check'", RETRY_S)
+                log.exception("the tasks of a restart, a deletion or a worker who is gone cannot be changed; tried "
+                              "again every %d s: stop the server and run 'check'", RETRY_S)
         if self.parked:
             self._unpark()
+        return more
 
     def _unpark(self) -> None:
         """Sort those that wait for a run: due when its sweep has ended, or cannot go on; parked until then."""
@@ -1480,6 +2611,11 @@ def signature(key: bytes, text: str) -> str:
     return base64.urlsafe_b64encode(hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256")).decode()[:43]
 
 
+def digest(text: str) -> bytes:
+    """16 bytes that stand for a text."""
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
 def read_token(key: bytes, token: str) -> Tuple[int, int, float]:
     """User id, generation and expiry of a token. Raises Unauthorized when the signature is not ours."""
     body, _, signed = token.rpartition(".")
@@ -1710,6 +2846,36 @@ class Text(Field):
         return value
 
 
+class Message(Field):
+    """Any text that can be kept, also an empty one and one of many lines."""
+
+    def __init__(self, longest: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.longest = longest
+        self.expected = "a string of at most %d characters" % longest
+
+    def check(self, name: str, value: Any) -> str:
+        """The text; half a surrogate pair, which is no character, becomes a question mark."""
+        if not isinstance(value, str) or len(value) > self.longest:
+            raise self.wrong(name, value)
+        return value.encode("utf-8", "replace").decode()
+
+
+class Count(Field):
+    """An integer in a query: ASCII digits."""
+
+    def __init__(self, low: int, high: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.low, self.high = low, high
+        self.expected = "a number from %d to %d" % (low, high)
+
+    def check(self, name: str, value: Any) -> int:
+        """The integer."""
+        if not (value.isascii() and value.isdigit() and len(value) < 20 and self.low <= int(value) <= self.high):
+            raise self.wrong(name, value)
+        return int(value)
+
+
 class Choice(Field):
     """One of a few words; handlers get what it stands for."""
 
@@ -1725,9 +2891,67 @@ class Choice(Field):
         return self.choices[value]
 
 
+class Entries(Field):
+    """An array of objects with these fields, the first of which tells them apart; handlers get *kind* of their values.
+
+    *judge(entry)* gives a sentence when its values will not do together, else None.
+    """
+    NAMED = 5       # of the entries that are wrong
+
+    def __init__(self, most: int, fields: Dict[str, Field], kind: Callable[..., Any],
+                 judge: Callable[[Any], Optional[str]], **options: Any) -> None:
+        super().__init__(**options)
+        self.most = most
+        self.fields = fields
+        self.kind = kind
+        self.judge = judge
+        self.slots = {name: (at, field.check) for at, (name, field) in enumerate(fields.items())}
+        self.expected = "an array of 1 to %d objects with %s" % (most, ", ".join(fields))
+
+    def check(self, name: str, value: Any) -> List[Any]:
+        """The entries. Raises BadRequest, naming those that are wrong."""
+        if not isinstance(value, list) or not 1 <= len(value) <= self.most:
+            raise self.wrong(name, value)
+        entries: List[Any] = []
+        wrong: List[str] = []
+        nothing = [None] * len(self.slots)
+        for index, entry in enumerate(value):
+            values: List[Any] = nothing[:]
+            try:
+                for key, content in entry.items():
+                    at, check = self.slots[key]
+                    values[at] = check(key, content)
+            except (FarmError, KeyError, AttributeError):
+                wrong.append("%s[%d]: %s" % (name, index, self._what_is_wrong(entry))
+                             if len(wrong) < self.NAMED else "")
+                continue
+            made = self.kind(*values)
+            sentence = "%s is missing" % next(iter(self.slots)) if made[0] is None else self.judge(made)
+            if sentence:
+                wrong.append("%s[%d]: %s" % (name, index, sentence))
+            entries.append(made)
+        if len({entry[0] for entry in entries}) < len(entries):
+            seen: Set[Any] = set()
+            wrong += ["%s: %s %s comes twice" % (name, next(iter(self.slots)), entry[0]) for entry in entries
+                      if entry[0] in seen or seen.add(entry[0])]    # type: ignore[func-returns-value]
+        if wrong:
+            more = len(wrong) - self.NAMED
+            raise BadRequest("; ".join(wrong[:self.NAMED]) + ("; and %d more" % more if more > 0 else ""))
+        return entries
+
+    def _what_is_wrong(self, entry: Any) -> str:
+        if not isinstance(entry, dict):
+            return "it must be an object"
+        try:
+            checked(self.fields, entry, "field")
+        except FarmError as error:
+            return str(error)
+        return "it is malformed"
+
+
 class Route:
     """A line of the API's table: method, path, who may ask, what the body and the query may name."""
-    __slots__ = ("method", "path", "handler", "access", "body", "query")
+    __slots__ = ("method", "path", "handler", "access", "body", "query", "body_limit")
 
     def __init__(self, method: str, path: str, handler: Callable[..., Any], access: str,
                  body: Optional[Dict[str, Field]], query: Dict[str, Field]) -> None:
@@ -1737,6 +2961,8 @@ class Route:
         self.access = access
         self.body = body or {}
         self.query = query
+        self.body_limit = BATCH_BODY_LIMIT if any(isinstance(field, Entries) for field in self.body.values()) else (
+            BODY_LIMIT)
 
 
 class Routes:
@@ -1788,13 +3014,15 @@ TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
 TOKEN_FIELD = re.compile(rb"(?:^|\n)Authorization: " + TOKEN_SHOWN.pattern)
-SINGLE = frozenset((b"host", b"content-length", b"content-type", b"authorization", b"transfer-encoding"))
+KEY_FIELD = re.compile(rb"(?:^|\r\n)[Ii]dempotency-[Kk]ey:([ -~]*)(?=\r\n|$)")
+SINGLE = frozenset((b"host", b"content-length", b"content-type", b"authorization", b"transfer-encoding",
+                    b"idempotency-key"))
 
 
 class Request:
     """One request, its head parsed; handlers read *farm*, *login*, *fields*, *query* and nothing else."""
     __slots__ = ("method", "target", "minor", "headers", "length", "keep", "began", "route", "variables",
-                 "farm", "login", "fields", "query", "admitted", "expects")
+                 "farm", "login", "fields", "query", "admitted", "expects", "key")
     variables: List[str]
     farm: Any
     fields: Dict[str, Any]
@@ -1818,9 +3046,27 @@ class Request:
             raise BadRequest("the target of a request is a path that begins with /, or a whole http:// address")
         if major != b"1":
             raise VersionNotSupported("HTTP/%s is not spoken here, only HTTP/1.1" % major.decode())
+        keyed = KEY_FIELD.search(block) if b"dempotency-" in block else None
+        if keyed:       # it is another one with each request, and cut out, the rest comes again
+            block = block[:keyed.start()] + block[keyed.end():]
+            block = block[2:] if block.startswith(b"\r\n") else block
         parse = parse_fields if len(block) <= 1024 and TOKEN_FIELD.search(block) else parse_fields.__wrapped__
-        self.headers, self.length, self.keep = parse(block if mark else None, self.minor)
+        self.headers, self.length, self.keep = parse(block if block or not keyed and mark else None, self.minor)
+        self.key = self._key(keyed[1] if keyed else None) if self.method == "POST" else ""
         self.expects = b"expect" in self.headers
+
+
+    def _key(self, cut_out: Optional[bytes]) -> str:
+        """The Idempotency-Key, "" when there is none. Raises BadRequest."""
+        left = self.headers.get(b"idempotency-key")
+        value = left if cut_out is None else cut_out
+        if value is None:
+            return ""
+        key = value.strip(b" \t").decode("latin-1")
+        if left is not None and cut_out is not None or not 1 <= len(key) <= KEY_LIMIT or not (
+                key.isascii() and key.isprintable()):
+            raise BadRequest("an Idempotency-Key is one field of 1 to %d printable ASCII characters" % KEY_LIMIT)
+        return key
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2334,7 +3580,8 @@ class Server(ThreadingHTTPServer):
         self._watch(c)
 
     def _watch(self, c: Connection) -> None:
-        reading = not c.eof and len(c.inbox) <= BODY_LIMIT + HEAD_LIMIT
+        most = c.request.length if c.request is not None and c.request.admitted else BODY_LIMIT
+        reading = not c.eof and len(c.inbox) <= max(most, BODY_LIMIT) + HEAD_LIMIT
         if reading and c.inbox and self.buffered > BUFFER_LIMIT:
             reading = False
             self.paused.append(c)
@@ -2426,8 +3673,8 @@ class Server(ThreadingHTTPServer):
         request.route = route
         if request.length < 0:
             raise LengthRequired("a body must come with a Content-Length, not chunked")
-        if request.length > BODY_LIMIT:
-            raise TooLarge("a body has at most %d bytes here" % BODY_LIMIT)
+        if request.length > route.body_limit:
+            raise TooLarge("a body has at most %d bytes here" % route.body_limit)
         if request.length and route.method != "GET":
             content_type = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if content_type != b"application/json":
@@ -2550,11 +3797,50 @@ class Farm:
         return hmac.new(self.store.proof_key, nonce.encode(), "sha256").hexdigest()
 
 
+    def once(self, req: Request, named: Operation) -> Operation:
+        """The operation; with an Idempotency-Key, once for all requests that come with it."""
+        if not req.key:
+            return named
+
+        def render(result: Any) -> Tuple[int, bytes]:
+            reply = named.show(result, *named.extra)    # type: ignore[misc]
+            return reply.status, reply.body
+        return answer_once(self.keyed(req), named, render).shown_as(lambda answer: Reply(*answer))
+
+    def keyed(self, req: Request) -> Optional[Keyed]:
+        """The Idempotency-Key of a request, which is its user's own, and what came with it; None without one."""
+        if not req.key:
+            return None
+        user_id = req.login.user.id if req.login and req.login.user else 0
+        return Keyed(digest("%d %s" % (user_id, req.key)), digest(encode_json([req.method, req.target, req.fields])))
+
+
+@functools.lru_cache(maxsize=256)
+def to_the_second(second: int) -> str:
+    """A time without its fraction, made once a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def shown_time(milliseconds: Optional[int]) -> Optional[str]:
+    """Milliseconds since 1970 as RFC 3339 in UTC; None for none."""
+    if milliseconds is None:
+        return None
+    second, fraction = divmod(milliseconds, 1000)
+    return "%s.%03dZ" % (to_the_second(second), fraction)
+
+
+def shown_seconds(utc: Optional[float]) -> Optional[str]:
+    """Seconds since 1970 likewise."""
+    return None if utc is None else shown_time(int(utc * 1000))
+
+
 def run_json(run: Run) -> Dict[str, Any]:
     """A run as clients see it."""
     waiting, computing, done, failed = run.counts
     return {"id": run.id, "uuid": run.uuid, "numTasks": run.num_tasks, "percentDone": percent_done(run),
-            "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed}
+            "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed,
+            "name": run.name, "maxFailures": run.max_failures, "maxLosses": run.max_losses,
+            "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report)}
 
 
 def percent_done(run: Run) -> float:
@@ -2565,7 +3851,20 @@ def percent_done(run: Run) -> float:
 def task_json(task: Task) -> Dict[str, Any]:
     """A task as clients see it."""
     return {"id": task.id, "task": task.number, "status": STATUS[task.status],
-            "percentCompleted": task.millionths / 1000000}
+            "percentCompleted": task.millionths / 1000000, "attempt": task.attempt,
+            "worker": task.worker and task.worker.uuid, "hostname": task.worker and task.worker.hostname,
+            "failures": task.failures, "losses": task.losses, "started": shown_time(task.started),
+            "finished": shown_time(task.finished), "exitCode": task.exit_code, "message": task.message}
+
+
+def worker_json(seen: Presence) -> Dict[str, Any]:
+    """A worker as clients see it."""
+    worker = seen.worker
+    return {"uuid": worker.uuid, "id": worker.id, "hostname": worker.hostname, "pid": worker.pid, "lease": worker.lease,
+            "state": WORKER_STATE[worker.state], "heard": shown_seconds(seen.heard), "held": seen.held}
+
+
+WORKER_STATE = ("alive", "expired", "signed off")
 
 
 def show_run(run: Run, status: int, info: Optional[str] = None) -> Reply:
@@ -2574,14 +3873,41 @@ def show_run(run: Run, status: int, info: Optional[str] = None) -> Reply:
     return json_reply(status, {info: shown[info]} if info else shown)
 
 
-def show_task(task: Optional[Task], status: int, info: Optional[str] = None) -> Reply:
-    """A task, or one of its figures; nothing when there is none."""
-    if task is None:
-        return Reply(204)
+def show_task(task: Task, status: int, info: Optional[str] = None) -> Reply:
+    """A task, or one of its figures."""
     shown = task_json(task)
     if info:
         shown = {info: shown["percentCompleted" if info == "percentDone" else info]}
     return json_reply(status, shown)
+
+
+def show_claimed(given: Union[Task, Pause]) -> Reply:
+    """The task that was claimed, or that none waits."""
+    return show_pause(given) if isinstance(given, Pause) else show_task(given, 201)
+
+
+def show_batch(given: Union[List[Tuple[int, int, int]], Pause]) -> Reply:
+    """The tasks that were claimed, or that none waits."""
+    if isinstance(given, Pause):
+        return show_pause(given)
+    return Reply(201, ('{"data":[%s]}' % ",".join([
+        '{"task":%d,"attempt":%d,"percentCompleted":%r}' % (number, attempt, millionths / 1000000)
+        for number, attempt, millionths in given])).encode())
+
+
+def show_pause(pause: Pause) -> Reply:
+    """None waits; when some may come back, the clients are spread over the time after."""
+    if pause.retry_s is None:
+        return Reply(204)
+    wait_s = min(max(pause.retry_s, 1.0), PAUSE_S * 0.75) * random.uniform(1.0, 4 / 3)
+    return Reply(204, headers=(("Retry-After", "%d" % min(math.ceil(wait_s), PAUSE_S)),))
+
+
+def show_page(page: Page, shown: Callable[[Any], Dict[str, Any]], head: Optional[Dict[str, Any]] = None) -> Reply:
+    """A page of a list, after what *head* says; one call of the encoder for all would hold up every other thread."""
+    before = encode_json(head)[:-1] + "," if head else "{"
+    return Reply(200, (before + '"data":[' + ",".join([encode_json(shown(entry)) for entry in page.entries])
+                       + '],"next":%s}' % encode_json(page.after)).encode())
 
 
 def show_nothing(result: Any) -> Reply:
@@ -2596,12 +3922,17 @@ def task_number(text: str) -> int:
     return int(text) if len(text) < 20 else 10 ** 20
 
 
+PAGE: Dict[str, Field] = {"limit": Count(1, MOST_PAGE, required=False), "after": Count(0, 2 ** 62, required=False)}
+LONG_PAGE = 200         # entries that are shown in a thread of their own
+
+
 def choices(*words: str) -> Dict[str, Any]:
     """Words that stand for themselves, and the empty one for none."""
     return dict({"": None}, **{word: word for word in words})
 
 
-UUID = Text(64, "[A-Za-z0-9._-]+")
+UUID_PATTERN = "[A-Za-z0-9._-]+"
+UUID = Text(64, UUID_PATTERN)
 
 
 @route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False)})
@@ -2638,13 +3969,21 @@ def give_token(req: Request) -> Reply:
     return json_reply(200, {"token": req.farm.token(login.user, expires)})
 
 
-@route("POST", "/api/run", body={"numTasks": Integer(1, MAX_TASKS)})
+@route("POST", "/api/run", body={
+    "numTasks": Integer(1, MAX_TASKS), "name": Text(128, required=False),
+    "maxFailures": Integer(0, MOST_TRIES, required=False), "maxLosses": Integer(0, MOST_TRIES, required=False)})
 def new_run(req: Request) -> Operation:
     """Make a run.
 
+    maxFailures: a task fails for good when so many failures of it were reported (1); maxLosses: when it
+    has taken so many workers down (5); 0 for never.
+
     201: the run
     """
-    return create_run(uuid.uuid4().hex, req.fields["numTasks"]).shown_as(show_run, 201)
+    fields = req.fields
+    return req.farm.once(req, create_run(
+        uuid.uuid4().hex, fields["numTasks"], fields.get("name"), fields.get("maxFailures", 1),
+        fields.get("maxLosses", 5)).shown_as(show_run, 201))
 
 
 def show_runs(rows: List[Tuple[Any, ...]]) -> Reply:
@@ -2682,15 +4021,19 @@ def drop_run(req: Request, run: str) -> Operation:
     return delete_run(run).shown_as(show_nothing)
 
 
-@route("POST", "/api/runs/<run>/restart", query={"all": Choice(
-    {"True": True, "False": False}, required=False, refusal=NotFound)})
+@route("POST", "/api/runs/<run>/restart", query={
+    "all": Choice({"True": "restart all", "False": "restart"}, required=False, refusal=NotFound),
+    "status": Choice({"failed": "restart failed"}, required=False, refusal=NotFound)})
 def begin_again(req: Request, run: str) -> Operation:
-    """Let tasks wait again: those not done at 100 percent, or with ?all=True every one, at 0 percent.
+    """Let tasks wait again: those not done at 100 percent, or with ?status=failed the failed ones, ?all=True every one.
 
     204: they wait
-    errors: 404 no such run, or another value of all
+    errors: 404 no such run, or another value of all or status; 400 both of them
     """
-    return restart_run(run, req.query.get("all", False)).shown_as(show_nothing)
+    if len(req.query) > 1:
+        raise BadRequest("all and status do not go together: status=failed restarts the failed tasks alone")
+    which = next(iter(req.query.values()), "restart")
+    return req.farm.once(req, restart_run(run, which).shown_as(show_nothing))
 
 
 @route("POST", "/api/runs/<run>/task", body={"worker_uuid": UUID})
@@ -2698,10 +4041,73 @@ def claim_task(req: Request, run: str) -> Operation:
     """Hand out the lowest waiting task.
 
     201: the task, now computing
-    204: nothing is waiting at this moment
-    errors: 400 worker_uuid missing, 404 no such worker or run
+    204: nothing is waiting; with Retry-After when leased tasks may come back
+    errors: 400 worker_uuid missing, 404 no such worker or run, 409 the worker has signed off, or holds all it may
     """
-    return claim(run, req.fields["worker_uuid"]).shown_as(show_task, 201)
+    return claim(run, req.fields["worker_uuid"], req.farm.keyed(req)).shown_as(show_claimed)
+
+
+@route("POST", "/api/runs/<run>/tasks", body={"worker_uuid": UUID, "count": Integer(1, MOST_TASKS)})
+def claim_tasks(req: Request, run: str) -> Operation:
+    """Hand out up to count of the lowest waiting tasks; one is started when its worker reports `computing` or progress.
+
+    201: {"data": [{"task", "attempt", "percentCompleted"}, ...]}
+    204: as for one
+    errors: as for one
+    """
+    count = req.fields["count"]
+    return claim_many(run, req.fields["worker_uuid"], count, req.farm.keyed(req)).shown_as(
+        show_batch, large=count > LARGE)
+
+
+LARGE = 500             # tasks of a batch that is the only one in its transaction
+
+REPORT = {
+    "attempt": Integer(1, 2 ** 53, required=False),
+    "status": Choice(dict(zip(STATUS, range(4))), required=False),
+    "percentCompleted": Percent(required=False),
+    "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
+    "message": Message(MESSAGE_LIMIT, required=False)}
+
+
+def will_not_do(said: Report) -> Optional[str]:
+    """What is wrong with a report whose fields are right one by one; None when nothing is."""
+    if said.status is None and said.millionths is None:
+        return "a report names percentCompleted, status or both"
+    if said.status != FAILED and (said.exit_code is not None or said.message is not None):
+        return "exitCode and message go with status failed"
+    return None
+
+
+@route("GET", "/api/runs/<run>/tasks", query={
+    "status": Choice(dict(zip(STATUS, range(4))), required=False),
+    "order": Choice({word: word for word in ("task", "started", "finished")}, required=False),
+    "limit": PAGE["limit"], "after": Text(40, required=False)})
+def tasks_page(req: Request, run: str) -> Operation:
+    """A page of the tasks of a run, by number, or those started or finished by time; pass next as after for more.
+
+    200: {"data": [task, ...], "next"}; next is null at the end
+    errors: 404 no such run
+    """
+    query = req.query
+    limit = query.get("limit", PAGE_TASKS)
+    return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", "")).shown_as(
+        show_page, task_json, long=limit > LONG_PAGE)
+
+
+@route("PUT", "/api/runs/<run>/tasks", body={
+    "worker_uuid": Text(64, UUID_PATTERN, required=False),
+    "data": Entries(MOST_TASKS, dict({"task": Integer(0, MAX_TASKS - 1)}, **REPORT), Report, will_not_do)})
+def report_tasks(req: Request, run: str) -> Operation:
+    """Report the states of many tasks, each judged by itself.
+
+    200: {"accepted": n, "refused": [{"task", "detail"}, ...]}
+    errors: 400 a malformed entry, a task twice or out of range, and nothing was changed; 404 no such run
+    """
+    reports = req.fields["data"]
+    return report_many(run, req.fields.get("worker_uuid"), reports).shown_as(
+        lambda taken: json_reply(200, {"accepted": taken[0], "refused": [
+            {"task": number, "detail": sentence} for number, sentence in taken[1]]}), large=len(reports) > LARGE)
 
 
 @route("GET", "/api/runs/<run>/tasks/<task>", query={"info": Choice(
@@ -2715,30 +4121,85 @@ def task_info(req: Request, run: str, task: str) -> Operation:
     return read_task(run, task_number(task)).shown_as(show_task, 200, req.query.get("info"))
 
 
-@route("PUT", "/api/runs/<run>/tasks/<task>", body={
-    "percentCompleted": Percent(required=False),
-    "status": Choice({"waiting": WAITING, "computing": COMPUTING, "done": DONE}, required=False)})
+@route("PUT", "/api/runs/<run>/tasks/<task>", body=dict(
+    {"worker_uuid": Text(64, UUID_PATTERN, required=False)}, **REPORT))
 def report_task(req: Request, run: str, task: str) -> Operation:
-    """Report the state of a task.
+    """Report the state of a task; who names a worker or an attempt must hold it, who names none ends every hold.
 
-    204: noted
-    errors: 400 bad or empty body, 404 no such run, number out of range
+    204: noted, or known already
+    errors: 400 bad or empty body, 404 no such run, number out of range, 409 the claim that is named does not hold it
     """
-    if not req.fields:
-        raise BadRequest("a report names percentCompleted, status or both")
-    return report(run, task_number(task), req.fields.get("status"),
-                  req.fields.get("percentCompleted")).shown_as(show_nothing)
+    fields = req.fields
+    said = Report(task_number(task), *[fields.get(name) for name in REPORT])
+    sentence = will_not_do(said)
+    if sentence:
+        raise BadRequest(sentence)
+    return report(run, fields.get("worker_uuid"), said).shown_as(show_nothing)
 
 
-@route("POST", "/api/worker", body={"uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID)})
+@route("POST", "/api/worker", body={"uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID),
+                                    "lease": Integer(1, MOST_LEASE_S, required=False)})
 def new_worker(req: Request) -> Operation:
-    """Register a worker; the same one again is the same.
+    """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
 
-    201: {"uuid", "id"}
+    201: {"uuid", "id", "lease"}
     errors: 409 the uuid belongs to another hostname or pid
     """
-    return register_worker(req.fields["uuid"], req.fields["hostname"], req.fields["pid"]).shown_as(
-        lambda worker: json_reply(201, {"uuid": worker.uuid, "id": worker.id}))
+    fields = req.fields
+    return req.farm.once(req, register_worker(
+        fields["uuid"], fields["hostname"], fields["pid"], fields.get("lease")).shown_as(
+            lambda worker: json_reply(201, {"uuid": worker.uuid, "id": worker.id, "lease": worker.lease})))
+
+
+@route("GET", "/api/worker/<worker>", query=PAGE)
+def worker_info(req: Request, worker: str) -> Operation:
+    """A worker and a page of the tasks that it holds.
+
+    200: the worker, "revision", "data": [{"run", task fields but worker and hostname}, ...], "next"
+    errors: 404 no such worker
+    """
+    limit = req.query.get("limit", PAGE_TASKS)
+    return read_worker(worker, limit, req.query.get("after", 0)).shown_as(show_worker, long=limit > LONG_PAGE)
+
+
+def show_worker(seen: Tuple[Presence, Page]) -> Reply:
+    """A worker and a page of its tasks."""
+    def held(entry: Tuple[str, Task]) -> Dict[str, Any]:
+        shown = dict({"run": entry[0]}, **task_json(entry[1]))
+        del shown["worker"], shown["hostname"]
+        return shown
+    return show_page(seen[1], held, dict(worker_json(seen[0]), revision=seen[0].revision))
+
+
+@route("PUT", "/api/worker/<worker>")
+def heartbeat(req: Request, worker: str) -> Operation:
+    """Tell that a worker lives: its lease is renewed, and what lapsed comes back to it if nobody has claimed it.
+
+    200: {"held": number of tasks, "revision": rises whenever one is taken from it}
+    errors: 404 no such worker, 409 it has signed off
+    """
+    return beat(worker).shown_as(lambda seen: json_reply(200, {"held": seen.held, "revision": seen.revision}))
+
+
+@route("DELETE", "/api/worker/<worker>")
+def worker_leaves(req: Request, worker: str) -> Operation:
+    """Sign a worker off: its tasks wait again.
+
+    204: it has
+    errors: 404 no such worker
+    """
+    return sign_off(worker).shown_as(show_nothing)
+
+
+@route("GET", "/api/workers", query=dict(PAGE, all=Choice({"True": True, "False": False}, required=False)))
+def workers_page(req: Request) -> Operation:
+    """A page of the workers that live, or with ?all=True of all, in order of registration; pass next as after for more.
+
+    200: {"data": [{"uuid", "id", "hostname", "pid", "lease", "state", "heard", "held"}, ...], "next"}
+    """
+    limit = req.query.get("limit", PAGE_TASKS)
+    return list_workers(req.query.get("all", False), limit, req.query.get("after", 0)).shown_as(
+        show_page, worker_json, long=limit > LONG_PAGE)
 
 
 @route("GET", "/api/users", access=ADMIN)
@@ -3031,7 +4492,7 @@ def refusal_of(status: int, detail: str) -> FarmError:
     return error
 
 
-def duration(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
     if seconds < 100:
         return "%.*f s" % (2 if seconds < 10 else 0, seconds)
@@ -3103,7 +4564,7 @@ class Client:
                 raise trouble
             tries += 1
             if tries == 3:
-                self.say("%s; tried again for %s" % (trouble, duration(began + patience_s - time.monotonic())))
+                self.say("%s; tried again for %s" % (trouble, span(began + patience_s - time.monotonic())))
             self.hurry.wait(wait_s)
 
     def _look_again(self) -> Optional[Access]:
@@ -3515,10 +4976,10 @@ FLUSH_S = 0.1                       # reports are sent together so often, at mos
 GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
 LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
 CLOSING_S = 4.0                     # and so long the last reports are tried
-LOOK_S = 5.0                        # between two looks at the whole run, for the bar on a terminal
+VIEW_S = 5.0                        # between two looks at the whole run, for the bar on a terminal
 AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
 TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
-LINE_MAX = 2000                     # characters of a message
+MESSAGE_LIMIT = 2000                     # characters of a message
 BATCH_BYTES = 40000                 # of reports in one request
 
 STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
@@ -3817,7 +5278,7 @@ class Courier:
         if wanted:
             self._claim(wanted)
         if now >= self.look_at:
-            self.look_at = now + LOOK_S
+            self.look_at = now + VIEW_S
             self._tell("run", self.client.ask("GET", "/api/runs/" + self.run))
 
     def _claim(self, count: int) -> None:
@@ -4228,7 +5689,7 @@ class Farmhand:
             return False
         self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
         self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
-                            message=("cannot be started: " + sentence)[:LINE_MAX])
+                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT])
         return True
 
     def _read(self, command: Command) -> None:
@@ -4303,7 +5764,7 @@ class Farmhand:
             if command.ending or code > 128 and os.WIFSIGNALED(command.status):
                 message = self._why(command, code) + (": " + message if message else "")
             self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
-                                message=message[:LINE_MAX])
+                                message=message[:MESSAGE_LIMIT])
         self._forget_log(command, failed=code != 0)
 
     def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
@@ -4332,7 +5793,7 @@ class Farmhand:
                 tail = file.read(TAIL)
         lines = [line.strip() for line in re.split(r"[\r\n]+", tail.decode("utf-8", "replace"))]
         said = next((line for line in reversed(lines) if line), "")
-        return "".join(letter if letter.isprintable() else " " for letter in said)[:LINE_MAX]
+        return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
 
     def _forget_log(self, command: Command, failed: bool) -> None:
         if command.log and self.orders.log_failed and not failed:
@@ -4490,7 +5951,7 @@ class Display:
         """A task is over."""
         self.waiting = False
         if not self.quiet or failed:
-            line = "task %d %s%s" % (task, how, " in %s" % duration(took_s) if not failed else "")
+            line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
             self._add("\033[31m%s\033[0m" % line if failed and self.colour else line)
 
     def say(self, sentence: str) -> None:
@@ -4572,7 +6033,7 @@ class Display:
         (first_at, first), (last_at, last) = self.looks[0], self.looks[-1]
         if last > first and last_at > first_at:
             rate = (last - first) / (last_at - first_at)
-            text += ", %.3g/s, %s left" % (rate, duration((total - over) / rate))
+            text += ", %.3g/s, %s left" % (rate, span((total - over) / rate))
         columns = shutil.get_terminal_size().columns
         write_all(2, ("\r" + text[:columns - 1] + "\x1b[K").encode())
         self.drawn = True
@@ -4896,7 +6357,8 @@ def fill(db: str, case: str, rows: int, progress: Callable[[float, float], None]
         count = rows if case == "rows" else min(rows, 10 ** 6) if case == "random" else 1000
         numbers = random.Random(1).sample(range(count), count) if case == "random" else range(count)
         for first in range(0, count, BATCH_LIMIT):
-            store.apply([report(run, number, DONE, None) for number in numbers[first:first + BATCH_LIMIT]])
+            store.apply([report_many(run, None, [Report(number, status=DONE) for number in numbers[
+                first:first + BATCH_LIMIT]])])
             progress(first, count)
 
 

@@ -87,7 +87,7 @@ class Direct:
 
     def ask(self, method: str, path: str, body: Any = None) -> Answer:
         request = taskfarm.Request.__new__(taskfarm.Request)
-        request.farm = self.farm
+        request.farm, request.method, request.target, request.key = self.farm, method, path, ""
         try:
             by_method, request.variables = taskfarm.ROUTES.find(path.partition("?")[0])
             route = by_method[method]
@@ -701,7 +701,7 @@ def test_requests_for_a_run_wait_while_it_is_swept_and_others_do_not(tmp_path: P
         report(direct, run, number, status="done")
     store = direct.store
     read, claim_other = taskfarm.read_run(run), taskfarm.claim(other, "w")
-    ended = store.apply([taskfarm.restart_run(run, True), read, claim_other])
+    ended = store.apply([taskfarm.restart_run(run, "restart all"), read, claim_other])
     assert [named.function.__name__ for named, _ in ended] == ["restart_run", "read_run", "claim"]
     assert ended[1][1].counts == [3000, 0, 0, 0], "the figures change at once, and reading does not wait"
     assert direct.ask("GET", "/api/runs/%s/tasks/2999" % run)[1]["status"] == "waiting"
@@ -969,7 +969,7 @@ def test_a_copy_on_a_full_disk_is_not_begun_anew_by_writes_that_fail(store: Dire
 
 def test_a_copy_that_nobody_waits_for_is_given_up(store: Direct) -> None:
     run = make_run(store, 10 ** 6)
-    store.store.apply([taskfarm.report(run, number, taskfarm.DONE, None) for number in range(40000)])
+    store.store.apply([taskfarm.report(run, None, taskfarm.Report(number, None, taskfarm.DONE, None)) for number in range(40000)])
     copy = store.store.call(taskfarm.begin_copy("1"))
     store.store.copy(copy, lambda: store.store.call(taskfarm.give_up_copy(copy.path)))
     assert "nobody waits" in copy.ended
@@ -988,7 +988,7 @@ def test_a_copy_made_under_load_holds_what_changed_meanwhile(tmp_path: Path) -> 
     direct = Direct(str(tmp_path / "f"), FakeClock())
     run = make_run(direct, 10 ** 6)
     for first in range(0, 100000, 1000):
-        direct.store.apply([taskfarm.report(run, number, taskfarm.DONE, None) for number in range(first, first + 1000)])
+        direct.store.apply([taskfarm.report(run, None, taskfarm.Report(number, None, taskfarm.DONE, None)) for number in range(first, first + 1000)])
     copy, steps = taskfarm.Copy(str(tmp_path / "copy")), []
 
     def between() -> None:
@@ -1713,7 +1713,7 @@ def test_kill_9_leaves_a_large_restart_or_deletion_whole_or_undone(
     with contextlib.closing(Store(db)) as store:
         run = store.call(taskfarm.create_run("a" * 32, count)).uuid
         for first in range(0, count, 1000):
-            store.apply([taskfarm.report(run, number, taskfarm.COMPUTING, taskfarm.FULL // 2)
+            store.apply([taskfarm.report(run, None, taskfarm.Report(number, None, taskfarm.COMPUTING, taskfarm.FULL // 2))
                          for number in range(first, first + 1000)])
     server = Process(db)
     raw = server.raw(request_bytes(method, "/api/runs/" + run + path, Authorization=basic(server.token, "")))
