@@ -102,6 +102,7 @@ Contents
     PAGES               what a person sees in a browser
     SERVICE             lock, store and address made into one server
     CLIENT              how programs and this file's own verbs talk to a server
+    WORKER              runs a command for each task it is given
     BENCH               how many workers this machine can feed
     TERMINAL            what a person sees on a terminal: tables, bars, durations
     DOCTOR              whether a node is fit to serve and to work
@@ -116,7 +117,9 @@ if sys.version_info < (3, 9):
 import argparse
 import array
 import base64
+import bisect
 import contextlib
+import datetime
 import errno
 import fcntl
 import functools
@@ -131,6 +134,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import pwd
@@ -148,6 +152,7 @@ import socketserver
 import sqlite3
 import stat
 import struct
+import subprocess
 import tempfile
 import textwrap
 import threading
@@ -156,13 +161,13 @@ import traceback
 import unicodedata
 import urllib.parse
 import uuid
+import weakref
 from collections import deque
-from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import (Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type,
-                    Union)
+from typing import (
+    Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
 
 __version__ = "1.0.0"
 
@@ -4492,6 +4497,16 @@ def refusal_of(status: int, detail: str) -> FarmError:
     return error
 
 
+def span(seconds: float) -> str:
+    """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
+    if seconds < 100:
+        return "%.*f s" % (2 if seconds < 10 else 0, seconds)
+    for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return "%d %s %d %s" % (seconds // size, name, seconds % size // below, small)
+    raise AssertionError(seconds)
+
+
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
@@ -4507,9 +4522,11 @@ class Client:
         self.retry_after: Optional[float] = None
         self.date, self.heard_utc = "", 0.0     # what the last answer said, and when by our clock
         self.hurry = threading.Event()      # set by another thread: be patient no more
+        self.say: Callable[[str], Any] = log.warning    # told when it takes long, and when it goes on
         self.access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPConnection] = None
         self.welcome = False                # this login has worked
+        self.pid = os.getpid()              # whose connection it is: a fork makes its own
 
     def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
         """Send one request and return the JSON of the answer, None for 204.
@@ -4525,11 +4542,14 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body).encode()
-        began, pause_s = time.monotonic(), PAUSES_S[0]
+        began, pause_s, tries = time.monotonic(), PAUSES_S[0], 0
         while True:
             access, fresh = self.access, self.connection is None
             try:
-                return self._once(method, path, content, headers)
+                answer = self._once(method, path, content, headers)
+                if tries > 2:
+                    self.say("%s answers again" % (self.access or access).url)  # type: ignore[union-attr]
+                return answer
             except Unauthorized as error:
                 self.close()
                 trouble: Exception = error
@@ -4544,10 +4564,14 @@ class Client:
                     continue        # a connection that was kept may have ended long ago
             if access is not None and self._look_again() != access:
                 continue
+            wait_s = max(random.uniform(pause_s / 2, pause_s), self.retry_after or 0.0)
             pause_s = min(2 * pause_s, PAUSES_S[1])
-            wait_s = max(random.uniform(pause_s / 4, pause_s / 2), self.retry_after or 0.0)
-            if time.monotonic() + wait_s > began + patience_s or self.hurry.wait(wait_s):
+            if time.monotonic() + wait_s > began + patience_s or self.hurry.is_set():
                 raise trouble
+            tries += 1
+            if tries == 3:
+                self.say("%s; tried again for %s" % (trouble, span(began + patience_s - time.monotonic())))
+            self.hurry.wait(wait_s)
 
     def _look_again(self) -> Optional[Access]:
         """Read again where the farm is; a new address or login is used from here on."""
@@ -4577,6 +4601,8 @@ class Client:
         if self.access is None:
             self.access = self.find()
         access = self.access
+        if self.pid != os.getpid():
+            self.connection, self.pid = None, os.getpid()
         if self.connection is None:
             self.connection = self._open(access)
             try:
@@ -4697,6 +4723,243 @@ def find_run_uuid(client: Client, text: str) -> str:
     return str(meant[0]["uuid"])
 
 
+LEASE_S = 120                       # a worker that is not heard of for so long is taken for dead
+BEAT_S = 30.0                       # between two heartbeats
+PATIENCE_S = 900.0                  # a worker goes on trying for so long
+START_PATIENCE_S = 30.0             # and a script, when it starts
+
+
+def register(client: Client, worker: str) -> None:
+    """Make a worker of this process known, with a lease; again is the same as once, and revives one that had gone."""
+    client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": os.getpid(),
+                                       "lease": LEASE_S})
+
+
+class Heartbeat:
+    """A thread that keeps the lease of a worker while this process lives. *find* gives farm and login."""
+
+    def __init__(self, find: Callable[[], Access], worker: str) -> None:
+        self.client = Client(find, START_PATIENCE_S)
+        self.worker = worker
+        self.pid = os.getpid()
+        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def _beat(self) -> None:
+        while not self.client.hurry.wait(random.uniform(0.8, 1.0) * BEAT_S):
+            try:
+                self.client.ask("PUT", "/api/worker/" + self.worker)
+            except NotFound:        # the server went back to an older file
+                with contextlib.suppress(FarmError, Unreachable):
+                    register(self.client, self.worker)
+            except Conflict:        # signed off by somebody else
+                return
+            except (FarmError, Unreachable, Refusal) as error:
+                log.warning("no heartbeat: %s", error)
+
+    def sign_off(self) -> None:
+        """Beat no more, and let what the worker still holds wait for others."""
+        if self.pid != os.getpid() or self.client.hurry.is_set():       # a fork of it is not it
+            return
+        self.client.hurry.set()
+        with contextlib.closing(Client(self.client.find, timeout_s=3.0)) as client:
+            with contextlib.suppress(FarmError, Unreachable, Refusal):
+                client.ask("DELETE", "/api/worker/" + self.worker)
+
+
+def script_access(username: Optional[str], password: Optional[str], url_base: Optional[str]) -> Access:
+    """Farm and login of a script: as it says, else as `find_access`; with a login alone, localhost as ever."""
+    access = read_access(access_path(os.environ)).get("url")
+    if username and not (url_base or access or os.environ.get("TASKFARM_URL")):
+        url_base = "http://localhost:5000/api/"
+    return find_access(os.environ, url_base or "", username or "", password or "")
+
+
+def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
+           url_base: Optional[str] = None) -> List[Dict[str, Any]]:
+    """All runs, as the server shows them. Without arguments farm and login are those of the access file."""
+    find = functools.partial(script_access, username, password, url_base)
+    with contextlib.closing(Client(find, START_PATIENCE_S)) as client:
+        runs: List[Dict[str, Any]] = client.ask("GET", "/api/runs")["data"]
+        return runs
+
+
+class TaskFarm:
+    """A run: the one with *uuid*, or a new one of *numTasks* tasks.
+
+    Names, arguments and behaviour are those of the published client, but that farm and login may be
+    left out (then the access file tells them), that everything is tried again for 15 minutes when
+    the server is away, and that one object may be used by several threads. Raises FarmError, which
+    is a RuntimeError, with the server's own sentence, and Unreachable, which is an OSError.
+    """
+    def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
+                 numTasks: Optional[int] = None, url_base: Optional[str] = None) -> None:
+        self._client = Client(functools.partial(script_access, username, password, url_base), START_PATIENCE_S)
+        self._lock = threading.Lock()
+        self._token = str(self._ask("GET", "/api/token")["token"])
+        if uuid is None and numTasks is None:
+            raise RuntimeError("numTasks must be set when creating a new task")
+        if uuid is None:
+            run = self._ask("POST", "/api/run", {"numTasks": numTasks})
+        else:
+            run = self._ask("GET", "/api/runs/" + urllib.parse.quote(uuid, safe=""))
+        self._uuid, self._numTasks = str(run["uuid"]), int(run["numTasks"])
+        self._client.patience_s = PATIENCE_S
+
+    def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
+        with self._lock:
+            return self._client.ask(method, path, body)
+
+    def url(self, url: str) -> str:
+        """The whole URL of an end point, as "runs"."""
+        return "%s/api/%s" % (self._client.access.url if self._client.access else "", url)
+
+    @property
+    def session(self) -> Client:
+        """What the requests go over; a Client here, a session of `requests` in the published client."""
+        return self._client
+
+    @property
+    def token_auth(self) -> Tuple[str, str]:
+        """A token as user name with an empty password, which is what `requests` takes for auth."""
+        return self._token, ""
+
+    @property
+    def uuid(self) -> str:
+        """The uuid of the run."""
+        return self._uuid
+
+    @property
+    def numTasks(self) -> int:
+        """The number of its tasks."""
+        return self._numTasks
+
+    def info(self, info: str) -> Any:
+        """One figure of the run, or all of them for ""."""
+        answer = self._ask("GET", "/api/runs/%s?info=%s" % (self.uuid, urllib.parse.quote(info, safe="")))
+        return answer[info] if info else answer
+
+    @property
+    def percentDone(self) -> float:
+        """The mean percentage of its tasks."""
+        return float(self.info("percentDone"))
+
+    @property
+    def numDone(self) -> int:
+        """How many tasks are done."""
+        return int(self.info("numDone"))
+
+    @property
+    def numWaiting(self) -> int:
+        """How many tasks wait."""
+        return int(self.info("numWaiting"))
+
+    @property
+    def numComputing(self) -> int:
+        """How many tasks are being computed."""
+        return int(self.info("numComputing"))
+
+    def _task_path(self, task: int) -> str:
+        if task < 0 or task >= self.numTasks:
+            raise RuntimeError("task ID outside range 0 %d" % (self.numTasks - 1))
+        return "/api/runs/%s/tasks/%d" % (self.uuid, task)
+
+    def getTaskInfo(self, task: int, info: str) -> Any:
+        """One figure of a task, or all of them for ""."""
+        answer = self._ask("GET", "%s?info=%s" % (self._task_path(task), urllib.parse.quote(info, safe="")))
+        return answer[info] if info else answer
+
+    def setTaskInfo(self, task: int, info: str, value: Any) -> None:
+        """Set percentCompleted or status of a task, whoever computes it."""
+        self._ask("PUT", self._task_path(task), {info: value})
+
+    def restart(self, everything: bool = False) -> None:
+        """Let the tasks that are not done wait again, or with *everything* all of them."""
+        self._ask("POST", "/api/runs/%s/restart?all=%s" % (self.uuid, str(everything)))
+
+    def delete(self) -> None:
+        """Delete the run and its tasks."""
+        self._ask("DELETE", "/api/runs/" + self.uuid)
+
+
+class TaskFarmWorker(TaskFarm):
+    """A worker of a run, by the published client's names, with a lease that a thread keeps.
+
+    What it reports is fenced: a task that was given to somebody else meanwhile (this process was
+    taken for dead) raises Conflict and changes nothing. When the process ends, or the worker is
+    dropped, what it still holds waits for others.
+    """
+    def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
+                 url_base: Optional[str] = None) -> None:
+        super().__init__(username, password, uuid=uuid, url_base=url_base)
+        self._task: Optional[int] = None
+        self._attempt = 0
+        self._percentageDone: Optional[float] = None
+        self._worker_uuid = secrets.token_hex(16)
+        self._ask_to_register()
+        self._heartbeat = Heartbeat(self._client.find, self._worker_uuid)
+        self._end = weakref.finalize(self, self._heartbeat.sign_off)
+
+    def _ask_to_register(self) -> None:
+        with self._lock:
+            register(self._client, self._worker_uuid)
+
+    @property
+    def worker_uuid(self) -> str:
+        """The uuid of the worker."""
+        return self._worker_uuid
+
+    @property
+    def task(self) -> Optional[int]:
+        """The task in hand; when there is none, a new one is claimed. None when nothing waits."""
+        if self._task is None:
+            self._percentageDone = None
+            claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid})
+            if claimed is not None:
+                self._task, self._attempt = int(claimed["task"]), int(claimed["attempt"])
+                self._percentageDone = float(claimed["percentCompleted"])
+        return self._task
+
+    @property
+    def tasks(self) -> Iterator[int]:
+        """Tasks, one after the other, until none waits."""
+        while True:
+            task = self.task
+            if task is None:
+                return
+            yield task
+
+    def setTaskInfo(self, task: int, info: str, value: Any) -> None:
+        """Set percentCompleted or status of a task; of the one in hand only while this worker holds it."""
+        body = {info: value}
+        if task == self._task:
+            body.update(worker_uuid=self.worker_uuid, attempt=self._attempt)
+        self._ask("PUT", self._task_path(task), body)
+
+    def update(self, percentage: float) -> None:
+        """Report how far the task in hand is, 0 to 100."""
+        if self._task is None:
+            return
+        if percentage < 0 or percentage > 100:
+            raise ValueError("percentage {} out of range".format(percentage))
+        self._percentageDone = percentage
+        self.setTaskInfo(self._task, "percentCompleted", percentage)
+
+    def done(self) -> None:
+        """Let go of the task in hand; it is done when its percentage is 100, else it stays computing."""
+        task = self._task
+        try:
+            if task is not None and self._percentageDone is not None and abs(self._percentageDone - 100) < 1e-6:
+                self.setTaskInfo(task, "status", "done")
+        finally:
+            self._task = None
+
+    def close(self) -> None:
+        """Sign off: what the worker still holds waits for others. Also happens by itself at the end of the process."""
+        self._end()
+        self._client.close()
+
+
 class Progress:
     """A bar on a terminal for work that takes longer than a moment; nothing where there is no terminal."""
     WIDTH = 30
@@ -4722,6 +4985,1152 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         if self.shown:
             sys.stderr.write("\r\x1b[K")
+
+
+# ---------------------------------------------------------------- WORKER
+# Runs a command for each task it is given. One thread starts and ends commands and never waits for the network;
+# another, the courier, claims and reports and never waits for a command.
+
+AHEAD_S = 1.5                       # work of so long is claimed ahead, at most
+AHEAD_LIMIT = 4000                  # tasks claimed ahead, at most: a worker may hold 10 000
+UNUSED_S = 5.0                      # what was claimed ahead and could not be started by then is given back
+MOMENT_S = 1.0                      # a command that runs longer is reported as computing
+FLUSH_S = 0.1                       # reports are sent together so often, at most
+GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
+LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
+CLOSING_S = 4.0                     # and so long the last reports are tried
+VIEW_S = 5.0                        # between two looks at the whole run, for the bar on a terminal
+AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
+TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
+MESSAGE_LIMIT = 2000                     # characters of a message
+BATCH_BYTES = 40000                 # of reports in one request
+
+STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
+
+
+class Lines:
+    """The lines of a file by number, from 0, without keeping them: 10 million lines take 0.2 MB of memory.
+
+    Only the number of lines before each block is known; a block is read when a line of it is wanted.
+    """
+    BLOCK = 65536
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.file = open(path, "rb")      # noqa: SIM115
+            self.before = array.array("Q", [0])     # lines that end before block n
+            last = b""
+            for block in iter(lambda: self.file.read(self.BLOCK), b""):
+                self.before.append(self.before[-1] + block.count(b"\n"))
+                last = block[-1:]
+        except OSError as error:
+            raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+        self.number = self.before[-1] + (last not in (b"", b"\n"))
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, number: int) -> bytes:
+        """A line without what ends it."""
+        if not 0 <= number < self.number:
+            raise IndexError(number)
+        block = bisect.bisect_left(self.before, number, 1) - 1 if number else 0     # holds the end of the line before
+        skip = number - self.before[block]
+        self.file.seek(block * self.BLOCK)
+        text = self.file.read(self.BLOCK)
+        while text.count(b"\n") <= skip:
+            more = self.file.read(self.BLOCK)
+            if not more:
+                break
+            text += more
+        return text.split(b"\n", skip + 1)[skip].rstrip(b"\r")
+
+
+class Template:
+    """A command in whose arguments {task}, {run}, {attempt} and {line} are to be replaced.
+
+    What is put in stays one argument and is never read by a shell, unless the whole command is
+    {line}: then each line is a command for sh.
+    """
+    FIELD = re.compile(r"\{(task|run|attempt|line)\}")
+
+    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None) -> None:
+        self.words = ["/bin/sh", "-c", "{line}"] if list(words) == ["{line}"] else list(words)
+        self.run = run
+        self.lines = lines
+        fields = {field for word in self.words for field in self.FIELD.findall(word)}
+        self.plain = [os.fsencode(word) for word in self.words] if not fields else None
+        self.wants_line = "line" in fields
+        if self.wants_line and lines is None:
+            raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
+        self.program = self.words[0]
+        if self.FIELD.search(self.program):
+            return
+        found = shutil.which(self.program)
+        if not found:
+            raise Refusal("there is no program %s that can be run here (chmod +x makes a script one)" % self.program)
+        self.words[0] = found
+        if self.plain:
+            self.plain[0] = os.fsencode(found)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every task runs the same program."""
+        return not self.FIELD.search(self.words[0])
+
+    def arguments(self, task: int, attempt: int) -> List[bytes]:
+        """The words for one task."""
+        if self.plain:
+            return self.plain
+        line = self.lines[task] if self.wants_line and self.lines else b""
+        values = {"task": str(task), "run": self.run, "attempt": str(attempt), "line": os.fsdecode(line)}
+        return [os.fsencode(self.FIELD.sub(lambda found: values[found.group(1)], word)) for word in self.words]
+
+
+class Command:
+    """A command that runs for a task."""
+    __slots__ = ("task", "attempt", "pid", "slot", "started", "told", "pipe", "watched", "tail", "log", "status",
+                 "ending", "kill_at")
+
+    def __init__(self, task: int, attempt: int, slot: int, log_path: Optional[str]) -> None:
+        self.task, self.attempt, self.slot = task, attempt, slot
+        self.pid = 0                # and its process group
+        self.started = 0.0          # ticks
+        self.told = False           # that it is computing
+        self.pipe = -1              # where its error output comes from
+        self.watched = False        # the pipe is
+        self.tail = b""             # the last of the error output
+        self.log = log_path
+        self.status: Optional[int] = None       # as waitpid tells it, once it has ended
+        self.ending = ""            # why it is being ended: "timeout", "stopping" or "lost"
+        self.kill_at = 0.0          # when what is left of its group is killed
+
+
+class Guard:
+    """A small process that ends the commands when the worker is killed, which leaves it no time to do so itself.
+
+    It sleeps on a pipe that closes with the worker, however that ends, and reads from memory that
+    both share which groups run: nothing is said to it while tasks come and go. (PR_SET_PDEATHSIG
+    would want code between fork and exec, which makes each start twice as dear.)
+    """
+    def __init__(self, jobs: int, grace_s: float) -> None:
+        self.groups = mmap.mmap(-1, 4 * jobs)
+        reader, self.leash = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self.leash)
+                self._watch(reader, jobs, grace_s)
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def _watch(self, reader: int, jobs: int, grace_s: float) -> None:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+            file.write("taskfarm-guard")
+        os.closerange(3, reader)        # connections that were open when we were forked
+        os.closerange(reader + 1, 256)
+        null = os.open(os.devnull, os.O_RDWR)       # whoever reads the worker's output must not wait for the guard
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        while os.read(reader, 1):
+            pass
+        groups = [group for group in struct.unpack("%di" % jobs, self.groups) if group]
+        for group in groups:
+            signal_group(group, signal.SIGTERM)
+        end = time.monotonic() + grace_s
+        while time.monotonic() < end and any(signal_group(group, 0) for group in groups):
+            time.sleep(0.05)
+        for group in groups:
+            signal_group(group, signal.SIGKILL)
+
+    def note(self, slot: int, group: int) -> None:
+        """A group runs in a slot; 0 for none."""
+        struct.pack_into("i", self.groups, 4 * slot, group)
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self.leash)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether there is one."""
+    try:
+        os.killpg(group, number)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:     # some of it have become another user's
+        return True
+
+
+class Courier:
+    """The thread that talks to the farm: registers, beats, sends reports, claims. Never forgets a report.
+
+    What it learns is put in `news` as (word, value), and *wake* is called: "claimed" [(task, attempt), ...],
+    "none" seconds until work may come back or None, "held" the tasks that are still ours, "refused" (report, sentence),
+    "run" its figures, "said" a sentence for a person, "ended" the error that ends it all.
+    """
+    def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], look: bool) -> None:
+        self.client, self.run, self.worker, self.wake = client, run, worker, wake
+        self.news: "deque[Tuple[str, Any]]" = deque()
+        self.changed = threading.Condition()
+        self.reports: Dict[int, Dict[str, Any]] = {}        # to be sent, by task: the last word on each
+        self.wanted = 0
+        self.closing = False
+        self.idle = True                    # no command runs: nothing is lost by giving up
+        self.revision: Optional[int] = None
+        self.unknown = False                # the farm did not know us, and nothing went well since
+        self.flushed = 0.0
+        self.beat_at = 0.0
+        self.look_at = 0.0 if look else math.inf
+        self.thread = threading.Thread(target=self._work, name="courier", daemon=True)
+
+    # For the thread that runs the commands
+
+    def report(self, task: int, attempt: int, **said: Any) -> None:
+        """Have a task's report sent soon."""
+        with self.changed:
+            if not self.reports:
+                self.changed.notify()
+            self.reports[task] = dict(said, task=task, attempt=attempt)
+
+    def want(self, count: int) -> None:
+        """Have so many tasks claimed, after the reports that there are."""
+        with self.changed:
+            self.wanted = count
+            self.changed.notify()
+
+    def close(self) -> List[Dict[str, Any]]:
+        """Stop, within a second or so; the reports that were not taken."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.client.hurry.set()
+        self.thread.join(1.0)
+        with self.changed:
+            return list(self.reports.values())
+
+    # The thread itself
+
+    def say(self, sentence: str) -> None:
+        """Have a person told."""
+        self._tell("said", sentence)
+
+    def _tell(self, word: str, value: Any) -> None:
+        self.news.append((word, value))
+        self.wake()
+
+    def _work(self) -> None:
+        while not self.closing:
+            try:
+                if self.revision is None:
+                    self._register()
+                self._step()
+                self.unknown = False
+            except Unreachable as error:
+                if self.closing:
+                    return
+                if self.idle and not self.reports:
+                    self._tell("ended", error)
+                    return
+            except NotFound as error:
+                if self.unknown or not self._run_is_there():
+                    self._tell("ended", error)
+                    return
+                self.unknown = True
+                self.revision = None            # we register again: the server went back to an older file
+            except Exception as error:
+                self._tell("ended", error)
+                return
+
+    def _run_is_there(self) -> bool:
+        try:
+            self.client.ask("GET", "/api/runs/" + self.run)
+        except NotFound:
+            return False
+        except (FarmError, Unreachable, Refusal):
+            pass        # the next request will show
+        return True
+
+    def _register(self) -> None:
+        register(self.client, self.worker)
+        self._beat()
+
+    def _beat(self) -> None:
+        """Keep the lease, and learn whether a task was taken from us meanwhile."""
+        answer = self.client.ask("PUT", "/api/worker/" + self.worker)
+        self.beat_at = time.monotonic() + random.uniform(0.8, 1.0) * BEAT_S
+        if self.revision not in (None, answer["revision"]):
+            self._tell("held", self._held())
+        self.revision = answer["revision"]
+
+    def _held(self) -> Set[Tuple[int, int]]:
+        """The tasks of our run that we still hold, each with its attempt."""
+        held: Set[Tuple[int, int]] = set()
+        after = ""
+        while True:
+            page = self.client.ask("GET", "/api/worker/%s?limit=1000%s" % (self.worker, after))
+            held.update((entry["task"], entry["attempt"]) for entry in page["data"] if entry["run"] == self.run)
+            if not page["next"]:
+                return held
+            after = "&after=" + urllib.parse.quote(str(page["next"]), safe="")
+
+    def _step(self) -> None:
+        """Wait until something is due, and do it."""
+        with self.changed:
+            while not self.closing:
+                now = time.monotonic()
+                due = min(self.beat_at, self.look_at, now if self.wanted else math.inf,
+                          self.flushed + FLUSH_S if self.reports else math.inf)
+                if due <= now:
+                    break
+                self.changed.wait(due - now)
+            wanted = self.wanted
+        if self.closing:
+            return
+        if self.reports:
+            self._flush()
+        if now >= self.beat_at:
+            self._beat()
+        if wanted:
+            self._claim(wanted)
+        if now >= self.look_at:
+            self.look_at = now + VIEW_S
+            self._tell("run", self.client.ask("GET", "/api/runs/" + self.run))
+
+    def _claim(self, count: int) -> None:
+        """Claim so many; of a run that is near its end a quarter of what waits, so that others get some too."""
+        if count > 16:
+            waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
+            count = min(count, max(16, waiting // 4))
+        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run, {"worker_uuid": self.worker, "count": count})
+        with self.changed:
+            self.wanted = 0
+        if answer is None:
+            self._tell("none", self.client.retry_after)
+        else:
+            self._tell("claimed", [(entry["task"], entry["attempt"]) for entry in answer["data"]])
+
+    def _flush(self) -> None:
+        """Send the reports that there are; each is forgotten when the farm has judged it."""
+        with self.changed:
+            batch = list(self.reports.values())
+        for part in in_parts(batch):
+            for refused in send_reports(self.client, self.run, self.worker, part):
+                self._tell("refused", refused)
+            with self.changed:
+                for sent in part:
+                    if self.reports.get(sent["task"]) is sent:      # another may have come since
+                        del self.reports[sent["task"]]
+        self.flushed = time.monotonic()
+
+
+def in_parts(reports: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+    """Reports in parts that fit a request."""
+    part: List[Dict[str, Any]] = []
+    size = 0
+    for report in reports:
+        length = len(json.dumps(report)) + 2
+        if part and (size + length > BATCH_BYTES or len(part) >= 1000):
+            yield part
+            part, size = [], 0
+        part.append(report)
+        size += length
+    if part:
+        yield part
+
+
+def send_reports(client: Client, run: str, worker: str,
+                 reports: List[Dict[str, Any]]) -> List[Tuple[Dict[str, Any], str]]:
+    """Send reports of a worker in one request; those that were refused, each with the reason."""
+    answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": reports})
+    by_task = {report["task"]: report for report in reports}
+    return [(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
+
+
+def state_folder(environ: Mapping[str, str]) -> str:
+    """Where reports are left that could not be sent: in $XDG_STATE_HOME, else ~/.local/state."""
+    base = environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(base, "taskfarm")
+
+
+def leave_reports(access: Access, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
+    """Write down what could not be sent, for the next worker or verb; the path. Raises OSError."""
+    path = os.path.join(state_folder(os.environ), "left-%s.json" % worker)
+    write_access(path, {"farm": access.farm, "url": access.url, "run": run, "worker": worker, "reports": reports})
+    return path
+
+
+def send_leftovers(client: Client) -> List[str]:
+    """Send what workers that could not reach this farm have left; a sentence for each of them.
+
+    Two may send the same at once: a report that comes again changes nothing. What cannot be sent
+    now stays. Costs a look into a folder when there is nothing.
+    """
+    said = []
+    for path in glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json")):
+        left = read_access(path)
+        try:
+            access = client.connect()
+            if not (left["farm"] == access.farm if left["farm"] and access.farm else left["url"] == access.url):
+                continue
+            said.append(send_left(client, left["run"], left["worker"], left["reports"]))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        except (KeyError, TypeError):
+            said.append("%s cannot be read: look at it, and remove it" % path)
+        except (FarmError, Unreachable, OSError) as error:
+            said.append("%s could not be sent: %s" % (path, error))
+    return said
+
+
+def send_left(client: Client, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
+    """Send what one worker has left, and sign it off; a sentence of how it went."""
+    refused: List[Tuple[Dict[str, Any], str]] = []
+    try:
+        for part in in_parts(reports):
+            refused += send_reports(client, run, worker, part)
+        with contextlib.suppress(NotFound):
+            client.ask("DELETE", "/api/worker/" + worker)
+    except NotFound as error:
+        return "%d reports that worker %s left are dropped: %s" % (len(reports), worker[:8], error)
+    sentence = "%d reports that worker %s left are sent" % (len(reports), worker[:8])
+    return sentence + ("; %d were not wanted any more, as of %s" % (
+        len(refused), "task %d: %s" % (refused[0][0]["task"], refused[0][1])) if refused else "")
+
+
+class Orders(NamedTuple):
+    """What `work` was told."""
+    jobs: int
+    timeout_s: float                # inf for none
+    grace_s: float
+    drain: bool
+    wait: bool                      # for tasks that may come back
+    task_time_s: Optional[float]    # what a task takes, when that is known
+    end: Optional[float]            # of the job, in UTC seconds since 1970
+    log_dir: str                    # "" for none
+    log_failed: bool                # keep the output of failed tasks alone
+
+
+def status_of(error: Exception) -> int:
+    """The exit status of a worker that an error ends."""
+    return next((status for kind, status in ((NotFound, RUN_DELETED), (Unauthorized, NO_LOGIN),
+                                             (Unreachable, NO_SERVER)) if isinstance(error, kind)), 1)
+
+
+TEMPORARY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+             errno.ESTALE, errno.ETXTBSY)
+
+
+class Farmhand:
+    """Runs a command for each task, so many at a time, until nothing is left or it is told to stop."""
+
+    def __init__(self, client: Client, run: Dict[str, Any], template: Template, orders: Orders,
+                 display: "Display") -> None:
+        self.client, self.run, self.template, self.orders, self.display = client, run, template, orders, display
+        self.uuid = secrets.token_hex(16)
+        self.ready: "deque[Tuple[int, int]]" = deque()      # claimed and not started
+        self.ready_since = 0.0
+        self.running: Dict[int, Command] = {}               # by process id
+        self.ended: List[Command] = []                      # whose group may not have ended yet
+        self.slots = list(range(orders.jobs - 1, -1, -1))
+        self.took: "deque[float]" = deque(maxlen=100)       # seconds, of the last tasks
+        self.mean_s: Optional[float] = None                 # of tasks lately
+        self.finished = 0
+        self.due = 0.0                      # tick of the next look at the time
+        self.none_left = False              # the last claim got nothing ...
+        self.ask_at = 0.0                   # ... and may be tried again then
+        self.asked = False
+        self.finished_at_none = 0           # what was finished when that claim was asked for
+        self.signals = 0
+        self.signal_at = -math.inf
+        self.stopping = ""                  # why
+        self.exit_status = STOPPED          # when it is to stop
+        self.status: Optional[int] = None   # once it has ended
+        self.hold_until = 0.0               # nothing is started until then: the system had no room for more
+
+    def work(self) -> int:
+        """Do it; the exit status."""
+        self.selector = selectors.DefaultSelector()
+        self.wake_in, self.wake_out = os.pipe()
+        for descriptor in (self.wake_in, self.wake_out):
+            os.set_blocking(descriptor, False)
+        self.selector.register(self.wake_in, selectors.EVENT_READ)
+        self.guard = Guard(self.orders.jobs, self.orders.grace_s)
+        self._prepare_environment()
+        access = self.client.connect()
+        self.courier = Courier(self.client, self.run["uuid"], self.uuid, self._wake, self.display.bar)
+        self.client.say = self.courier.say
+        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup's
+                signal.signal(number, self._signalled)
+        self.courier.thread.start()
+        try:
+            while self.status is None:
+                self._turn()
+        finally:
+            left = self.courier.close()
+            self._close(left, access)
+        return self.status
+
+    def _prepare_environment(self) -> None:
+        access = self.client.connect()
+        environ = dict(os.environ, TASKFARM_RUN=self.run["uuid"], TASKFARM_WORKER=self.uuid)
+        if not environ.get("TASKFARM_URL"):
+            # The address is in the access file, where `progress` looks again: it may change while a command runs.
+            environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
+        self.environ = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
+        self.start_options: Dict[str, Any] = {
+            "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}   # which Python ignores
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):      # full: it wakes anyhow
+            os.write(self.wake_out, b"\0")
+
+    def _signalled(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if self.signals and now < self.signal_at + AGAIN_S:
+            return
+        self.signals += 1
+        self.signal_at = now
+        self.due = 0.0
+        if self.signals == 1:
+            self.signal_name = signal.Signals(number).name
+
+    # One turn of the loop
+
+    def _turn(self) -> None:
+        while self.courier.news:
+            word, value = self.courier.news.popleft()
+            getattr(self, "_on_" + word)(value)
+        now = time.monotonic()
+        if self.ready and self.slots and not self.stopping and now >= self.hold_until:
+            self._start_commands(now)
+        if now >= min(self.due, self.display.flush_at):
+            self._see_to_time(now)
+        self._ask_for_more(now)
+        if not self.running and not self.ended and self._over():
+            return
+        for key, _ in self.selector.select(
+                max(0.0, min(self.due, self.display.flush_at, now + 3600.0) - time.monotonic())):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    while len(os.read(self.wake_in, 4096)) == 4096:
+                        pass
+            else:
+                self._read(key.data)
+        self._reap()
+
+    def _over(self) -> bool:
+        """Whether all is said and done, with no command running; sets the status then."""
+        if self.stopping:
+            self.status = self.exit_status
+            return True
+        if self.ready or not self.none_left or self.asked or self.courier.reports:
+            return False
+        if self.ask_at == math.inf or not self.orders.wait:
+            self.status = FINISHED
+            return True
+        if self.finished == self.finished_at_none:
+            self.display.waits()
+        return False
+
+    def _ask_for_more(self, now: float) -> None:
+        self.courier.idle = not (self.running or self.ended)
+        if self.asked or self.stopping or now < self.hold_until:
+            return
+        here = len(self.ready) + len(self.running)
+        ahead = self._ahead(now)
+        if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
+            if not here and self.finished != self.finished_at_none:     # our own reports may have changed that
+                self.none_left = False
+            else:
+                self.due = min(self.due, self.ask_at) if here < self.orders.jobs else self.due
+                return
+        if here < self.orders.jobs or len(self.ready) < ahead // 2:
+            if not self._fits(now):
+                if not here:
+                    self._stop(now, "no task is likely to fit before the job ends")
+                return
+            self.asked = True
+            self.finished_at_none = self.finished
+            self.courier.want(self.orders.jobs + ahead - here)
+
+    def _ahead(self, now: float) -> int:
+        """How many tasks to have at hand beside those that run: for AHEAD_S, and none when tasks take longer."""
+        if self.mean_s is None:
+            return 0
+        seconds = max(self.mean_s, 1e-4)
+        if self.running:
+            seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
+        if seconds > AHEAD_S:
+            return 0
+        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * self.finished, AHEAD_LIMIT)
+
+    def _fits(self, now: float) -> bool:
+        """Whether a task that begins now is likely to end before the job does."""
+        if self.orders.end is None:
+            return True
+        needs_s = self.orders.task_time_s
+        if needs_s is None:
+            ordered = sorted(self.took)
+            needs_s = ordered[int(0.95 * len(ordered))] if ordered else 0.0
+        return time.time() + needs_s < self.leave_at
+
+    @property
+    def leave_at(self) -> float:
+        """When to begin to leave, in UTC seconds."""
+        return math.inf if self.orders.end is None else self.orders.end - self.orders.grace_s - LEAVE_S
+
+    # What the courier says
+
+    def _on_claimed(self, tasks: List[Tuple[int, int]]) -> None:
+        self.asked, self.none_left = False, False
+        if self.stopping:
+            return              # signing off gives them back
+        if not self.ready:
+            self.ready_since = time.monotonic()
+        self.ready.extend(tasks)
+        self.due = min(self.due, self.ready_since + UNUSED_S)
+
+    def _on_none(self, retry_after: Optional[float]) -> None:
+        self.asked, self.none_left = False, True
+        self.ask_at = math.inf if retry_after is None else time.monotonic() + retry_after
+
+    def _on_held(self, held: Set[Tuple[int, int]]) -> None:
+        now = time.monotonic()
+        self.ready = deque(pair for pair in self.ready if pair in held)
+        for command in self.running.values():
+            if (command.task, command.attempt) not in held and not command.ending:
+                self.display.say("task %d is not ours any more: its command is ended" % command.task)
+                self._end(command, now, "lost")
+
+    def _on_refused(self, refused: Tuple[Dict[str, Any], str]) -> None:
+        report, detail = refused
+        self.display.say("task %d: %s is not wanted: %s" % (report["task"], report["status"], detail))
+        for command in self.running.values():
+            if (command.task, command.attempt) == (report["task"], report["attempt"]) and not command.ending:
+                self._end(command, time.monotonic(), "lost")
+
+    def _on_run(self, run: Dict[str, Any]) -> None:
+        self.run = run
+        self.display.look(run)
+
+    def _on_said(self, sentence: str) -> None:
+        self.display.say(sentence)
+
+    def _on_ended(self, error: Exception) -> None:
+        if not isinstance(error, (FarmError, Unreachable, Refusal)):
+            raise error
+        self.exit_status = status_of(error)
+        self._stop(time.monotonic(), str(error))
+
+    # Commands
+
+    def _start_commands(self, now: float) -> None:
+        while self.ready and self.slots:
+            if self.orders.end is not None and not self._fits(now):
+                self._give_back_ready()
+                return
+            task, attempt = self.ready.popleft()
+            slot = self.slots.pop()
+            try:
+                self._start(task, attempt, slot)
+            except (OSError, ValueError) as error:
+                self.slots.append(slot)
+                if not self._could_not_start(task, attempt, error, now):
+                    return
+        self.ready_since = now
+
+    def _start(self, task: int, attempt: int, slot: int) -> None:
+        orders, log_path = self.orders, None
+        actions: List[Tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        pipe = -1
+        if orders.log_dir:
+            log_path = os.path.join(orders.log_dir, "%d.log" % task)
+            actions += [(os.POSIX_SPAWN_OPEN, 1, log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666),
+                        (os.POSIX_SPAWN_DUP2, 1, 2)]
+            far = -1
+        else:
+            pipe, far = os.pipe()
+            actions.append((os.POSIX_SPAWN_DUP2, far, 2))
+            if self.display.terminal:       # it has to go above the bar
+                actions.append((os.POSIX_SPAWN_DUP2, far, 1))
+        command = Command(task, attempt, slot, log_path)
+        command.started = now = time.monotonic()
+        try:
+            words = self.template.arguments(task, attempt)
+            self.environ[b"TASKFARM_TASK"] = b"%d" % task
+            self.environ[b"TASKFARM_ATTEMPT"] = b"%d" % attempt
+            command.pid = self._spawn(words, actions)
+        except BaseException:
+            if pipe >= 0:
+                os.close(pipe)
+            raise
+        finally:
+            if far >= 0:
+                os.close(far)
+        self.guard.note(slot, command.pid)
+        if pipe >= 0:
+            os.set_blocking(pipe, False)
+            command.pipe = pipe
+        self.running[command.pid] = command
+        self.due = min(self.due, now + 0.05)
+
+    def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
+        try:
+            return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.start_options)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+        # A script without a first line that says #!: every shell runs it with sh, and so do we.
+        return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
+                               **self.start_options)
+
+    def _could_not_start(self, task: int, attempt: int, error: Exception, now: float) -> bool:
+        """A command that did not even start: the task's fault, or this machine's. Whether to go on with the next."""
+        number = getattr(error, "errno", None)
+        sentence = getattr(error, "strerror", None) or str(error)
+        if number in TEMPORARY:
+            self.ready.appendleft((task, attempt))
+            self.hold_until = now + 1.0
+            self.due = min(self.due, self.hold_until)
+            self.display.once("commands cannot be started just now (%s): trying again every second" % sentence)
+            return False
+        if number in (errno.ENOENT, errno.EACCES) and self.template.fixed:      # it could be, when we began
+            self.ready.appendleft((task, attempt))
+            self.exit_status = 1
+            self._stop(now, "%s cannot be started here any more (%s)" % (self.template.program, sentence))
+            return False
+        self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
+        self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
+                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT])
+        return True
+
+    def _read(self, command: Command) -> None:
+        """Take what a command has written, and pass it on."""
+        try:
+            text = os.read(command.pipe, 65536)
+        except BlockingIOError:
+            return
+        if not text:
+            self._close_pipe(command)
+            return
+        command.tail = (command.tail + text)[-TAIL:] if len(text) < TAIL else text[-TAIL:]
+        self.display.pass_on(command.pid, text)
+
+    def _close_pipe(self, command: Command) -> None:
+        if command.pipe >= 0:
+            if command.watched:
+                self.selector.unregister(command.pipe)
+            os.close(command.pipe)
+            command.pipe = -1
+        self.display.pass_on(command.pid, b"")
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            command = self.running.pop(pid, None)
+            if command is None:
+                continue
+            command.status = status
+            if command.pipe >= 0:       # what is in it; a process that lives on may hold it open for ever
+                for _ in range(16):
+                    before = command.tail
+                    self._read(command)
+                    if command.pipe < 0 or command.tail is before:
+                        break
+                self._close_pipe(command)
+            if command.ending and signal_group(pid, 0):
+                self.ended.append(command)
+                self.due = 0.0
+            else:
+                self._settle(command)
+
+    def _settle(self, command: Command) -> None:
+        """A command has ended with all its group: report it."""
+        assert command.status is not None
+        self.guard.note(command.slot, 0)
+        self.slots.append(command.slot)
+        code = os.WEXITSTATUS(command.status) if os.WIFEXITED(command.status) else 128 + os.WTERMSIG(command.status)
+        took_s = time.monotonic() - command.started
+        if command.ending in ("stopping", "lost"):
+            self._forget_log(command, failed=True)
+            if command.ending == "stopping":
+                self.courier.report(command.task, command.attempt, status="waiting")
+                self.finished += 1
+            return
+        if command.ending == "timeout":
+            code = 124
+        self.took.append(took_s)
+        self.mean_s = took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * took_s
+        if code == 0:
+            self._finished(command.task, took_s, "done", failed=False)
+            self.courier.report(command.task, command.attempt, status="done")
+        else:
+            message = self._message(command)
+            self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
+                ": " + message if message else ""), failed=True)
+            if command.ending or code > 128 and os.WIFSIGNALED(command.status):
+                message = self._why(command, code) + (": " + message if message else "")
+            self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
+                                message=message[:MESSAGE_LIMIT])
+        self._forget_log(command, failed=code != 0)
+
+    def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
+        self.finished += 1
+        if failed:
+            self.none_left = False      # it may wait again
+        self.display.finished(task, took_s, how, failed)
+
+    def _why(self, command: Command, code: int) -> str:
+        if command.ending == "timeout":
+            return "ended after %g s" % self.orders.timeout_s
+        if command.status is not None and os.WIFSIGNALED(command.status):
+            number = os.WTERMSIG(command.status)
+            try:
+                return "killed by " + signal.Signals(number).name
+            except ValueError:      # a real-time signal
+                return "killed by signal %d" % number
+        return "exit status %d" % code
+
+    def _message(self, command: Command) -> str:
+        """The last line of the error output that says something."""
+        tail = command.tail
+        if command.log:
+            with contextlib.suppress(OSError), open(command.log, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+                tail = file.read(TAIL)
+        lines = [line.strip() for line in re.split(r"[\r\n]+", tail.decode("utf-8", "replace"))]
+        said = next((line for line in reversed(lines) if line), "")
+        return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
+
+    def _forget_log(self, command: Command, failed: bool) -> None:
+        if command.log and self.orders.log_failed and not failed:
+            remove_if_there(command.log)
+
+    # Time, and ends
+
+    def _see_to_time(self, now: float) -> None:
+        """All that is due by the clock; says when to look again."""
+        due = math.inf
+        if self.signals and not self.stopping:
+            self._stop(now, self.signal_name, drain=self.orders.drain)
+        elif self.signals > 1:
+            for command in list(self.running.values()) + self.ended:
+                command.ending = command.ending or "stopping"
+                command.kill_at = min(command.kill_at or now, now)
+        if self.orders.end is not None and not self.stopping:
+            left_s = self.leave_at - time.time()
+            if left_s <= 0:
+                self._stop(now, "the job ends soon")
+            due = min(due, now + left_s)
+        for command in list(self.running.values()):
+            due = min(due, self._see_to(command, now))
+        for command in list(self.ended):
+            if command.kill_at <= now:
+                signal_group(command.pid, signal.SIGKILL)
+            if command.kill_at <= now or not signal_group(command.pid, 0):
+                self.ended.remove(command)
+                self._settle(command)
+            else:
+                due = min(due, now + 0.05)
+        if self.ready:
+            if now >= self.ready_since + UNUSED_S:
+                self._give_back_ready()
+            else:
+                due = min(due, max(self.ready_since + UNUSED_S, now + 0.05))
+        if self.hold_until > now:
+            due = min(due, self.hold_until)
+        due = min(due, self.display.tick(now, len(self.running)))
+        self.due = due
+
+    def _see_to(self, command: Command, now: float) -> float:
+        """What is due for one command; when to look again."""
+        age_s = now - command.started
+        if command.pipe >= 0 and not command.watched:
+            if age_s < 0.05:
+                return now + 0.05
+            self.selector.register(command.pipe, selectors.EVENT_READ, command)
+            command.watched = True
+        if command.ending:
+            if command.kill_at <= now:
+                signal_group(command.pid, signal.SIGKILL)
+                return now + 0.5
+            return command.kill_at
+        if age_s >= self.orders.timeout_s:
+            self._end(command, now, "timeout")
+            return command.kill_at
+        if not command.told:
+            if age_s < MOMENT_S:
+                return min(command.started + MOMENT_S, command.started + self.orders.timeout_s)
+            command.told = True
+            self.courier.report(command.task, command.attempt, status="computing")
+        return command.started + self.orders.timeout_s
+
+    def _end(self, command: Command, now: float, why: str) -> None:
+        command.ending, command.kill_at = why, now + self.orders.grace_s
+        signal_group(command.pid, signal.SIGTERM)
+        signal_group(command.pid, signal.SIGCONT)       # a stopped one would not hear it
+        self.due = min(self.due, command.kill_at)
+
+    def _stop(self, now: float, why: str, drain: bool = False) -> None:
+        """Take nothing more, and end what runs, or let it finish."""
+        if self.stopping:
+            return
+        self.stopping = why
+        count = len(self.running)
+        self.display.say("stopping: %s%s" % (why, "" if not count else "; %d command%s %s" % (
+            count, "s" * (count > 1), "may finish" if drain else "are ended" if count > 1 else "is ended")))
+        self._give_back_ready()
+        if not drain:
+            for command in list(self.running.values()):
+                if not command.ending:
+                    self._end(command, now, "stopping")
+
+    def _give_back_ready(self) -> None:
+        for task, attempt in self.ready:
+            self.courier.report(task, attempt, status="waiting")
+        self.ready.clear()
+
+    def _close(self, left: List[Dict[str, Any]], access: Optional[Access]) -> None:
+        """Send the last reports, sign off, and leave for later what cannot be sent."""
+        for command in list(self.running.values()):     # only when something went wrong here
+            signal_group(command.pid, signal.SIGKILL)
+        self.guard.close()
+        if self.exit_status == RUN_DELETED:
+            left = []
+        patience_s = CLOSING_S if self.signals < 2 else 1.0
+        with contextlib.closing(Client(self.client.find, patience_s, timeout_s=CLOSING_S)) as client:
+            try:
+                for part in in_parts(left):
+                    for refused in send_reports(client, self.run["uuid"], self.uuid, part):
+                        self._on_refused(refused)
+                client.ask("DELETE", "/api/worker/" + self.uuid)
+                run = client.ask("GET", "/api/runs/" + self.run["uuid"])
+            except NotFound:
+                self.display.end("run %s was deleted" % self.run["uuid"])
+                self.status = RUN_DELETED
+                return
+            except (FarmError, Unreachable, Refusal) as error:
+                self._leave(client.access or access, left, error)
+                return
+        self.display.look(run)
+        self.display.end("%d done, %d failed, %d waiting, %d computing" % tuple(
+            run[name] for name in ("numDone", "numFailed", "numWaiting", "numComputing")))
+        if self.stopping:
+            self.status = self.exit_status
+        elif run["numFailed"]:
+            self.status = TASKS_FAILED
+
+    def _leave(self, access: Optional[Access], left: List[Dict[str, Any]], error: Exception) -> None:
+        results = [report for report in left if report["status"] != "computing"]
+        if self.stopping:
+            self.status = self.exit_status
+        elif results:
+            self.status = status_of(error)
+        if not results or access is None:
+            self.display.end(str(error))
+            return
+        try:
+            path = leave_reports(access, self.run["uuid"], self.uuid, results)
+            self.display.end("%s; %d reports are left in %s, which the next worker sends" % (error, len(results), path))
+        except OSError as trouble:
+            self.display.end("%s; %d reports are lost: %s" % (error, len(results), trouble))
+
+
+class Display:
+    """What a person sees of a worker: a line for each task, under which a bar lives where there is a terminal."""
+    WIDTH = 24
+
+    def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stdout.isatty()
+        self.bar = sys.stderr.isatty() and environ.get("TERM") != "dumb"
+        self.colour = self.terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        self.lines: List[str] = []
+        self.flush_at = math.inf
+        self.partial: Dict[int, bytes] = {}     # output of commands that has no end of line yet
+        self.said: Set[str] = set()
+        self.run: Dict[str, Any] = {}
+        self.looks: "deque[Tuple[float, int]]" = deque(maxlen=24)      # (tick, tasks that are over)
+        self.drawn = False
+        self.waiting = False
+
+    def finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
+        """A task is over."""
+        self.waiting = False
+        if not self.quiet or failed:
+            line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
+            self._add("\033[31m%s\033[0m" % line if failed and self.colour else line)
+
+    def say(self, sentence: str) -> None:
+        """A line about the work as a whole."""
+        self._add(sentence)
+        self._write()
+
+    def once(self, sentence: str) -> None:
+        """The same, the first time only."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            self.say(sentence)
+
+    def waits(self) -> None:
+        """Nothing is left to claim, and some of it may come back."""
+        if not self.waiting:
+            self.waiting = True
+            self.say("nothing waits; other workers still compute, and what they lose comes back: waiting for that")
+
+    def pass_on(self, pid: int, text: bytes) -> None:
+        """Write what a command wrote, in whole lines; the rest at the end, which is b""."""
+        text = self.partial.pop(pid, b"") + (text or b"\n" * (pid in self.partial))
+        whole, end, rest = text.rpartition(b"\n")
+        if not end and len(rest) > 65536:
+            whole, end, rest = rest, b"\n", b""
+        if rest:
+            self.partial[pid] = rest
+        if end:
+            self._write()
+            self._clear()
+            write_all(2 if not self.terminal else 1, whole + end)
+
+    def look(self, run: Dict[str, Any]) -> None:
+        """Figures of the whole run have come."""
+        self.run = run
+        self.looks.append((time.monotonic(), run["numDone"] + run["numFailed"]))
+        self.flush_at = 0.0
+
+    def tick(self, now: float, running: int) -> float:
+        """Write and draw what is due; when to be called again."""
+        if now >= self.flush_at or self.bar:
+            self._write()
+            self._draw(running)
+        return now + 0.5 if self.bar and running else self.flush_at
+
+    def end(self, sentence: str) -> None:
+        """The last line."""
+        self._add(sentence)
+        self._write()
+        self._clear()
+
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        if self.flush_at == math.inf:
+            self.flush_at = time.monotonic() + 0.1
+
+    def _write(self) -> None:
+        if self.lines:
+            self._clear()
+            text = "\n".join(self.lines) + "\n"
+            self.lines = []
+            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"))
+        self.flush_at = math.inf
+
+    def _clear(self) -> None:
+        if self.drawn:
+            write_all(2, b"\r\x1b[K")
+            self.drawn = False
+
+    def _draw(self, running: int) -> None:
+        if not self.bar or not self.run:
+            return
+        total, over = self.run["numTasks"], self.run["numDone"] + self.run["numFailed"]
+        filled = self.WIDTH * over // total
+        text = "[%s%s] %d of %d" % ("#" * filled, "." * (self.WIDTH - filled), over, total)
+        if self.run["numFailed"]:
+            text += ", %d failed" % self.run["numFailed"]
+        text += ", %d here" % running
+        (first_at, first), (last_at, last) = self.looks[0], self.looks[-1]
+        if last > first and last_at > first_at:
+            rate = (last - first) / (last_at - first_at)
+            text += ", %.3g/s, %s left" % (rate, span((total - over) / rate))
+        columns = shutil.get_terminal_size().columns
+        write_all(2, ("\r" + text[:columns - 1] + "\x1b[K").encode())
+        self.drawn = True
+
+
+def write_all(descriptor: int, text: bytes) -> None:
+    """Write to standard output or error; where nobody reads any more, the work goes on all the same."""
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(descriptor, text):]
+
+
+def answer_of(words: Sequence[str]) -> str:
+    """What another program prints, "" when it cannot or takes longer than 20 s."""
+    try:
+        return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=20, universal_newlines=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ""
+
+
+def hours(text: str) -> float:
+    """Seconds of a time like 12:00:00, or of a number of seconds. Raises ValueError."""
+    total = 0.0
+    for part in text.split(":"):
+        total = 60 * total + float(part)
+    return total
+
+
+def pbs_end(text: str, now: float) -> Optional[float]:
+    """When a job ends by what `qstat -f` says of it, of PBS Pro, OpenPBS or Torque; UTC seconds, None when it does not.
+
+    Long values go on in lines that begin with a tab. etime is when the job could begin, not its end.
+    """
+    known = dict(re.findall(r"^\s+([A-Za-z_.]+) = (.*)$", text.replace("\n\t", ""), re.M))
+    try:
+        whole_s = hours(known["Resource_List.walltime"])
+        started = known.get("stime") or known.get("start_time")
+        if started:
+            return time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y")) + whole_s
+        return now + whole_s - hours(known.get("resources_used.walltime", "0"))
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
+def job_end(environ: Mapping[str, str], now: float) -> Optional[float]:
+    """When the batch job that we are in ends, in UTC seconds; None when there is none, or it cannot be had.
+
+    The batch system is asked at most once: it has more to do than to answer every worker.
+    """
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(environ["SLURM_JOB_END_TIME"])
+    job = environ.get("SLURM_JOB_ID")
+    if job:
+        if environ.get("SLURM_ARRAY_JOB_ID"):       # the last task of an array has the id of the whole array
+            job = "%s_%s" % (environ["SLURM_ARRAY_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID"))
+        said = answer_of(["squeue", "-h", "-j", job, "-o", "%e"]) or answer_of(["scontrol", "show", "job", job])
+        found = re.search(r"(?:^|EndTime=)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", said)
+        return time.mktime(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S")) if found else None
+    if environ.get("PBS_JOBID"):
+        return pbs_end(answer_of(["qstat", "-f", environ["PBS_JOBID"]]), now)
+    return None
+
+
+def moment_of(text: str, now: float) -> float:
+    """The UTC seconds of "+3600" (seconds from now), "17:30" (the next) or RFC 3339. Raises ValueError."""
+    if text.startswith("+"):
+        return now + float(text)
+    found = re.fullmatch(r"(\d\d?):(\d\d)", text)
+    if found:
+        today = datetime.datetime.fromtimestamp(now).replace(
+            hour=int(found.group(1)), minute=int(found.group(2)), second=0, microsecond=0)
+        return today.timestamp() if today.timestamp() > now else (today + datetime.timedelta(days=1)).timestamp()
+    return datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
 
 
 # ---------------------------------------------------------------- BENCH
@@ -5292,7 +6701,7 @@ def in_words(least: Optional[float], most: Optional[float]) -> str:
 
 def moment(text: Optional[str]) -> Optional[float]:
     """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
+    return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
 
 
 def age(text: Optional[str], now_utc: float) -> str:
@@ -5604,6 +7013,19 @@ def own_threads() -> int:
     return threads
 
 
+def check_job() -> Iterator[Finding]:
+    """Whether a worker would know when the batch job ends; and what workers have left that could not be sent."""
+    now = time.time()
+    if os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"):
+        end = job_end(os.environ, now)
+        yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until") if (
+            end is None) else Finding(OK, "job", "ends in %s, and workers leave in time" % duration(end - now))
+    left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))
+    if left:
+        yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "
+                      "could not" % (counted(len(left), "file"), state_folder(os.environ)))
+
+
 def check_server(url: str) -> Iterator[Finding]:
     """Whether this node reaches the server that verbs and workers use, and whether the login works.
 
@@ -5841,6 +7263,130 @@ def cmd_bench(args: argparse.Namespace) -> int:
     if "flat" in profiles:
         print(flat_table(points[-1]))
     return 0
+
+
+def parse_moment(text: str) -> float:
+    """An argparse type: a moment, as UTC seconds. Raises ArgumentTypeError."""
+    try:
+        return moment_of(text, time.time())
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError("a time looks like 17:30, 2026-11-24T17:30:00 or +3600 (seconds from now), "
+                                         "not like %r" % text)
+
+
+def cmd_work(args: argparse.Namespace) -> int:
+    """run a command for each task of a run, until none is left
+
+    RUN is the uuid of a run, the beginning of one, or its name. In the arguments {task}, {run},
+    {attempt} and {line} are replaced (what is put in stays one argument); TASKFARM_TASK, _RUN,
+    _ATTEMPT and _WORKER are in the environment. A command that exits with 0 has done its task;
+    another status, a signal or --timeout is a failure, with the last line of its error output as
+    message. {line} is line number {task}, from 0, of the file of --lines; a command that is {line}
+    alone runs each line with sh.
+
+    Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
+    access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
+    commands and give their tasks back; a second signal does it at once.
+
+    exit status: 0 the run is finished, 3 finished with failed tasks, 4 the run was deleted, 5 the
+    server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused, 2 usage
+
+    examples:
+      python3 taskfarm.py work antarctica -- ./tile.sh {task}
+      python3 taskfarm.py work 3f2a -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
+      python3 taskfarm.py work sweep --lines params.txt -- ./simulate --seed {task} {line}
+      sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
+    """
+    display = Display(args.quiet, os.environ)
+    client = Client(functools.partial(find_access, os.environ), PATIENCE_S)
+    client.say = display.say
+    try:
+        for sentence in send_leftovers(client):
+            display.say(sentence)
+        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
+    except (FarmError, Unreachable) as error:
+        print("taskfarm: %s" % error, file=sys.stderr)
+        return status_of(error)
+    lines = Lines(args.lines) if args.lines else None
+    if lines is not None and len(lines) != run["numTasks"]:
+        raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
+            args.lines, len(lines), run["numTasks"], args.lines))
+    template = Template(args.words, run["uuid"], lines)
+    if args.log_dir:
+        try:
+            os.makedirs(args.log_dir, exist_ok=True)
+        except OSError as error:
+            raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
+    end = args.until or job_end(os.environ, time.time())
+    orders = Orders(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
+                    end, args.log_dir or "", args.log_failed)
+    worker = Farmhand(client, run, template, orders, display)
+    display.say("worker %s on %s: run %s, %d tasks, %d at a time%s" % (
+        worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs,
+        "; the job ends at %s" % time.strftime("%F %T", time.localtime(end)) if end else ""))
+    return worker.work()
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """How to run the commands."""
+    parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
+    parser.add_argument("-j", "--jobs", type=positive(int), default=1, metavar="N",
+                        help="so many commands at a time; by default 1")
+    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
+    parser.add_argument("--timeout", type=positive(float), metavar="SECONDS", help="a command that runs longer is "
+                        "ended, and has failed")
+    parser.add_argument("--grace", type=positive(float), default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
+                        "SIGKILL to a command; by default 5, and less than the batch system gives")
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
+    parser.add_argument("--log-failed", action="store_true", help="of failed tasks alone")
+    parser.add_argument("--until", type=parse_moment, metavar="TIME", help="leave before 17:30, "
+                        "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
+    parser.add_argument("--task-time", type=positive(float), metavar="SECONDS", help="what a task takes: none is begun "
+                        "that would not fit; by default judged by those before")
+    parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
+    parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
+    parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
+    parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="what to run for each task")
+
+
+def cmd_progress(args: argparse.Namespace) -> int:
+    """report from inside a task's command how far it is
+
+    For commands that `work` runs, which tells them by the environment which task they are at. When
+    the server is away the command is not disturbed: that is said, and the exit status is 0. It is 1
+    when the task is not this command's any more.
+
+    example:
+      python3 taskfarm.py progress 50
+    """
+    try:
+        run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
+        body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
+    except (KeyError, ValueError):
+        print("taskfarm: %g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" %
+              args.percent, file=sys.stderr)
+        return 0
+    environ = dict(os.environ)
+    farm = environ.pop("TASKFARM_FARM", "")
+    if farm and read_access(access_path(environ)).get("farm") == farm:
+        environ.pop("TASKFARM_URL", None)       # the access file knows better where that farm is by now
+    with contextlib.closing(Client(functools.partial(find_access, environ), 5.0, timeout_s=5.0)) as client:
+        try:
+            client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
+        except Unreachable as error:
+            print("taskfarm: %g percent are not reported: %s" % (args.percent, error), file=sys.stderr)
+    return 0
+
+
+def percentage(text: str) -> float:
+    """An argparse type: 0 to 100. Raises ArgumentTypeError."""
+    try:
+        percent = float(text.rstrip("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise argparse.ArgumentTypeError("a percentage is a number from 0 to 100, not %r" % text)
+    return percent
 
 
 def number_list(text: str) -> List[int]:
@@ -6107,9 +7653,22 @@ WATCH_S = 2.0               # between two looks at a run
 WATCH_LINE_S = 30.0         # between two lines of a watch that cannot redraw
 
 
-def farm_client(args: argparse.Namespace) -> Client:
-    """The client of a verb, with some patience: `new` may stand in a script right behind the start of a server."""
-    return Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)
+@contextlib.contextmanager
+def asking(args: argparse.Namespace) -> Iterator[Client]:
+    """The client of a verb. It has some patience: `new` may stand in a script right behind the start of a server.
+
+    What workers have left, since they could not reach the farm, is sent first.
+    """
+    with contextlib.closing(Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)) as client:
+        client.say = tell
+        for sentence in send_leftovers(client):
+            tell(sentence)
+        yield client
+
+
+def tell(sentence: str) -> None:
+    """Tell a person something that is not what a verb prints."""
+    print("taskfarm: %s" % sentence, file=sys.stderr)
 
 
 def wait_for_access(args: argparse.Namespace) -> None:
@@ -6149,20 +7708,6 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def count_lines(path: str) -> int:
-    """The lines of a file; one at the end that no newline ends is counted too. Raises Refusal."""
-    lines, last = 0, b"\n"
-    try:
-        with open(path, "rb") as file:
-            for part in iter(lambda: file.read(2 ** 20), b""):
-                lines, last = lines + part.count(b"\n"), part[-1:]
-    except OSError as error:
-        raise Refusal("%s cannot be read: %s" % (path, error.strerror))
-    if not lines and last == b"\n":
-        raise Refusal("%s has no lines, and a run has one task at least" % path)
-    return lines + (last != b"\n")
-
-
 def cmd_new(args: argparse.Namespace) -> int:
     """make a run of N tasks, and print its uuid
 
@@ -6174,10 +7719,12 @@ def cmd_new(args: argparse.Namespace) -> int:
       python3 taskfarm.py new --lines params.txt              then: work RUN --lines params.txt -- ./sim {line}
       python3 taskfarm.py new 5000 --max-failures 3           a task that fails is tried three times
     """
-    body = {"numTasks": args.tasks if args.lines is None else count_lines(args.lines), "name": args.name,
-            "maxFailures": args.max_failures, "maxLosses": args.max_losses}
+    number = args.tasks if args.lines is None else len(Lines(args.lines))
+    if args.lines is not None and not number:
+        raise Refusal("%s has no lines, and a run has one task at least" % args.lines)
+    body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
     wait_for_access(args)
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
     print(run["uuid"])
     return 0
@@ -6201,7 +7748,7 @@ def cmd_list(args: argparse.Namespace) -> int:
       python3 taskfarm.py list
       python3 taskfarm.py list --json
     """
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         answer = client.ask("GET", "/api/runs")
     if args.json:
         print_json(answer)
@@ -6425,7 +7972,7 @@ def cmd_status(args: argparse.Namespace) -> int:
       python3 taskfarm.py status 3f2a --json
     """
     screen = Screen(sys.stdout, os.environ)
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         lookout = Lookout(client, find_run_uuid(client, args.run))
         if args.watch:
             return Watch(lookout, screen, args.every, args.json).run()
@@ -6512,7 +8059,7 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     screen = Screen(sys.stdout, os.environ)
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
     query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         path = run_path(find_run_uuid(client, args.run), "/tasks")
         query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
         rows = limited(every_page(client, path, **query), limit)
@@ -6558,7 +8105,7 @@ def cmd_workers(args: argparse.Namespace) -> int:
     """
     screen = Screen(sys.stdout, os.environ)
     query = {"all": True} if args.all else {}
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         pages = limited(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
         if args.json:
             print_json_rows(pages)
@@ -6585,7 +8132,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
       python3 taskfarm.py restart antarctica --all       from the beginning: every result counts as not there
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         run_uuid = find_run_uuid(client, args.run)
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
@@ -6607,7 +8154,7 @@ def cmd_delete(args: argparse.Namespace) -> int:
       python3 taskfarm.py delete antarctica
       python3 taskfarm.py delete 3f2a --yes       does not ask: for scripts
     """
-    with contextlib.closing(farm_client(args)) as client:
+    with asking(args) as client:
         run_uuid = find_run_uuid(client, args.run)
         run = client.ask("GET", run_path(run_uuid))
         if not args.yes and not agreed("delete run %s%s: %s?" % (
@@ -6681,7 +8228,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     checks: List[Tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("programs", check_programs), ("folder", lambda: check_folder(args.db)),
         ("port %d" % args.port, lambda: check_port(args.host, args.port)), ("limits", check_limits),
-        ("server", lambda: check_server(args.url))]
+        ("job", check_job), ("server", lambda: check_server(args.url))]
     for finding in examine(checks):
         found.append(finding)
         if not args.json:
@@ -6832,6 +8379,9 @@ and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells m
     fallback(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
              "password changes; by default 365", number_of_days)
     add_verb(verbs, "check", cmd_check)
+    add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
+    add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(
+        "percent", type=percentage, metavar="PERCENT", help="0 to 100")
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
@@ -6858,7 +8408,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return int(args.command(args))
     except (Refusal, FarmError, Unreachable) as error:
-        print("taskfarm: %s" % error, file=sys.stderr)
+        tell(str(error))
+        return NO_SERVER if isinstance(error, Unreachable) else NO_LOGIN if isinstance(error, Unauthorized) else 1
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:     # the reader of our output has ended
