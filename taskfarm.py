@@ -6619,10 +6619,16 @@ def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
                          for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
 
 
-def state_words(run: Mapping[str, Any], screen: Screen) -> str:
-    """What the marks of the bar mean, with the numbers."""
-    return "   ".join("%s %s %s" % (screen.paint(rich if screen.unicode else plain, colour), grouped(run[field]), name)
-                      for name, field, colour, plain, rich in STATES)
+def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
+    """What the marks of the bar mean, with the numbers; on a narrow terminal in several lines."""
+    lines, used = [""], 0
+    for name, field, colour, plain, rich in STATES:
+        words = " %s %s" % (grouped(run[field]), name)
+        if used and screen.columns and used + 4 + len(words) > screen.columns:
+            lines, used = lines + [""], 0
+        lines[-1] += "   " * (used > 0) + screen.paint(rich if screen.unicode else plain, colour) + words
+        used += 3 * (used > 0) + 1 + len(words)
+    return lines
 
 
 class Rate(NamedTuple):
@@ -7855,8 +7861,7 @@ def left_words(look: Look) -> str:
 def worker_words(look: Look) -> str:
     """How many workers there are."""
     if not look.workers:
-        return "none is alive" + ("" if look.over else ": 'taskfarm.py work %s -- COMMAND' starts one" % (
-            look.run["uuid"][:8]))
+        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % look.run["uuid"][:8]
     hosts = len({worker["hostname"] for worker in look.workers})
     return "%s alive on %s, they hold %s (of all runs)" % (
         grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
@@ -7871,13 +7876,12 @@ def look_lines(look: Look, screen: Screen) -> List[str]:
     share = percent(run["percentDone"], 100)
     lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
              "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
-             state_words(run, screen)]
-    facts = [("workers", worker_words(look))]
+             *state_lines(run, screen)]
     if look.over:
-        facts.insert(0, ("over", "all tasks are done" if not run["numFailed"] else
-                         "'taskfarm.py restart %s --failed' lets the failed ones wait again" % run["uuid"][:8]))
+        facts = [("over", "all tasks are done" if not run["numFailed"] else
+                  "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts[:0] = [("rate", rate_words(look)), ("time left", left_words(look))]
+        facts = [("rate", rate_words(look)), ("time left", left_words(look)), ("workers", worker_words(look))]
     for name, words in facts:
         line = "%-11s%s" % (name, words)
         lines.append(cut(line, columns) if columns else line)

@@ -1954,9 +1954,16 @@ def test_the_bar_is_ascii_where_the_encoding_is() -> None:
     run = {"numDone": 5, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
     plain = taskfarm.Screen(Stream(False, "ascii"), {})
     assert taskfarm.state_bar(run, 10, plain) == "[#####x++..]"
-    assert "5 done" in taskfarm.state_words(run, plain) and taskfarm.state_words(run, plain).isascii()
+    assert taskfarm.state_lines(run, plain) == ["# 5 done   x 1 failed   + 2 computing   . 2 waiting"]
     rich = taskfarm.state_bar(run, 10, taskfarm.Screen(Stream(False), {}))
     assert len(rich) == 12 and not rich.isascii()
+
+
+def test_what_the_bar_means_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"numDone": 5 * 10 ** 6, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
+    monkeypatch.setenv("COLUMNS", "32")
+    lines = taskfarm.state_lines(run, taskfarm.Screen(Stream(True, "ascii"), {}))
+    assert lines == ["# 5 000 000 done   x 1 failed", "+ 2 computing   . 2 waiting"]
 
 
 def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_terminal(
