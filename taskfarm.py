@@ -4547,11 +4547,11 @@ class Client:
             content = json.dumps(body).encode()
         began, pause_s, tries = time.monotonic(), PAUSES_S[0], 0
         while True:
-            access, fresh = self.access, self.connection is None
+            fresh = self.connection is None
             try:
                 answer = self._once(method, path, content, headers)
                 if tries > 2:
-                    self.say("%s answers again" % (self.access or access).url)  # type: ignore[union-attr]
+                    self.say("the farm answers again")
                 return answer
             except Unauthorized as error:
                 self.close()
@@ -4565,7 +4565,7 @@ class Client:
                 trouble, patience_s = error, self.patience_s
                 if not fresh and isinstance(error, Unreachable):
                     continue        # a connection that was kept may have ended long ago
-            if access is not None and self._look_again() != access:
+            if self._look_again():
                 continue
             wait_s = max(random.uniform(pause_s / 2, pause_s), self.retry_after or 0.0)
             pause_s = min(2 * pause_s, PAUSES_S[1])
@@ -4576,14 +4576,15 @@ class Client:
                 self.say("%s; tried again for %s" % (trouble, span(began + patience_s - time.monotonic())))
             self.hurry.wait(wait_s)
 
-    def _look_again(self) -> Optional[Access]:
-        """Read again where the farm is; a new address or login is used from here on."""
+    def _look_again(self) -> bool:
+        """Read again where the farm is; whether there is a new address or login, which is used from here on."""
         with contextlib.suppress(Refusal):
             found = self.find()
             if found != self.access:
                 self.close()
                 self.access = found
-        return self.access
+                return True
+        return False
 
     def _once(self, method: str, path: str, content: Optional[bytes], headers: Dict[str, str]) -> Any:
         self.retry_after = None
@@ -4809,9 +4810,9 @@ class TaskFarm:
         self._uuid, self._numTasks = str(run["uuid"]), int(run["numTasks"])
         self._client.patience_s = PATIENCE_S
 
-    def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
+    def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
         with self._lock:
-            return self._client.ask(method, path, body)
+            return self._client.ask(method, path, body, key)
 
     def url(self, url: str) -> str:
         """The whole URL of an end point, as "runs"."""
@@ -4897,6 +4898,7 @@ class TaskFarmWorker(TaskFarm):
         super().__init__(username, password, uuid=uuid, url_base=url_base)
         self._task: Optional[int] = None
         self._attempt = 0
+        self._key = secrets.token_hex(16)       # of the next claim, or of one whose answer was lost
         self._percentageDone: Optional[float] = None
         self._worker_uuid = secrets.token_hex(16)
         self._ask_to_register()
@@ -4917,7 +4919,9 @@ class TaskFarmWorker(TaskFarm):
         """The task in hand; when there is none, a new one is claimed. None when nothing waits."""
         if self._task is None:
             self._percentageDone = None
-            claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid})
+            claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid},
+                                self._key)
+            self._key = secrets.token_hex(16)
             if claimed is not None:
                 self._task, self._attempt = int(claimed["task"]), int(claimed["attempt"])
                 self._percentageDone = float(claimed["percentCompleted"])
@@ -5001,12 +5005,11 @@ MOMENT_S = 1.0                      # a command that runs longer is reported as 
 FLUSH_S = 0.1                       # reports are sent together so often, at most
 GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
 LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
-CLOSING_S = 4.0                     # and so long the last reports are tried
-VIEW_S = 5.0                        # between two looks at the whole run, for the bar on a terminal
+CLOSING_S = 2.0                     # and so long the last reports are tried: PBS may kill after 10 s in all
+VIEW_S = 2.0                        # between two looks at the whole run, for the bar on a terminal
 AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
 TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
-MESSAGE_LIMIT = 2000                     # characters of a message
-BATCH_BYTES = 40000                 # of reports in one request
+BATCH_BYTES = 500000                # of reports in one request
 
 STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
 
@@ -5092,18 +5095,19 @@ class Template:
 
 class Command:
     """A command that runs for a task."""
-    __slots__ = ("task", "attempt", "pid", "slot", "started", "told", "pipe", "watched", "tail", "log", "status",
-                 "ending", "kill_at")
+    __slots__ = ("task", "attempt", "pid", "slot", "started", "told", "pipes", "watched", "tail", "log", "log_path",
+                 "status", "ending", "kill_at")
 
-    def __init__(self, task: int, attempt: int, slot: int, log_path: Optional[str]) -> None:
+    def __init__(self, task: int, attempt: int, slot: int, started: float) -> None:
         self.task, self.attempt, self.slot = task, attempt, slot
         self.pid = 0                # and its process group
-        self.started = 0.0          # ticks
+        self.started = started      # tick
         self.told = False           # that it is computing
-        self.pipe = -1              # where its error output comes from
-        self.watched = False        # the pipe is
+        self.pipes: Dict[int, int] = {}         # where its output comes from, and whether that is 1 or 2
+        self.watched = False        # they are
         self.tail = b""             # the last of the error output
-        self.log = log_path
+        self.log = -1               # the open file, and its path
+        self.log_path = ""
         self.status: Optional[int] = None       # as waitpid tells it, once it has ended
         self.ending = ""            # why it is being ended: "timeout", "stopping" or "lost"
         self.kill_at = 0.0          # when what is left of its group is killed
@@ -5185,6 +5189,7 @@ class Courier:
         self.changed = threading.Condition()
         self.reports: Dict[int, Dict[str, Any]] = {}        # to be sent, by task: the last word on each
         self.wanted = 0
+        self.claim: Optional[Tuple[int, str]] = None        # asked for and not answered: how many, and the key
         self.closing = False
         self.idle = True                    # no command runs: nothing is lost by giving up
         self.revision: Optional[int] = None
@@ -5210,12 +5215,12 @@ class Courier:
             self.changed.notify()
 
     def close(self) -> List[Dict[str, Any]]:
-        """Stop, within a second or so; the reports that were not taken."""
+        """Stop, within half a second; the reports that were not taken."""
         with self.changed:
             self.closing = True
             self.changed.notify()
         self.client.hurry.set()
-        self.thread.join(1.0)
+        self.thread.join(0.5)
         with self.changed:
             return list(self.reports.values())
 
@@ -5308,13 +5313,19 @@ class Courier:
             self._tell("run", self.client.ask("GET", "/api/runs/" + self.run))
 
     def _claim(self, count: int) -> None:
-        """Claim so many; of a run that is near its end a quarter of what waits, so that others get some too."""
-        if count > 16:
-            waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
-            count = min(count, max(16, waiting // 4))
-        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run, {"worker_uuid": self.worker, "count": count})
+        """Claim so many; of a run that is near its end a quarter of what waits, so that others get some too.
+
+        A claim whose answer was lost is repeated as it was, however late: what it gave is ours to do.
+        """
+        if self.claim is None:
+            if count > 16:
+                waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
+                count = min(count, max(16, waiting // 4))
+            self.claim = count, secrets.token_hex(16)
+        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
+                                 {"worker_uuid": self.worker, "count": self.claim[0]}, self.claim[1])
         with self.changed:
-            self.wanted = 0
+            self.wanted, self.claim = 0, None
         if answer is None:
             self._tell("none", self.client.retry_after)
         else:
@@ -5448,6 +5459,7 @@ class Farmhand:
         self.finished = 0
         self.due = 0.0                      # tick of the next look at the time
         self.none_left = False              # the last claim got nothing ...
+        self.none_since = 0.0               # ... the first of them then ...
         self.ask_at = 0.0                   # ... and may be tried again then
         self.asked = False
         self.finished_at_none = 0           # what was finished when that claim was asked for
@@ -5529,7 +5541,7 @@ class Farmhand:
                     while len(os.read(self.wake_in, 4096)) == 4096:
                         pass
             else:
-                self._read(key.data)
+                self._read(key.data, key.fd)
         self._reap()
 
     def _over(self) -> bool:
@@ -5605,8 +5617,12 @@ class Farmhand:
         self.due = min(self.due, self.ready_since + UNUSED_S)
 
     def _on_none(self, retry_after: Optional[float]) -> None:
+        now = time.monotonic()
+        self.none_since = self.none_since if self.none_left else now
         self.asked, self.none_left = False, True
-        self.ask_at = math.inf if retry_after is None else time.monotonic() + retry_after
+        # Retry-After tells when a lease may end; the others may be done long before, so that we need not stay.
+        self.ask_at = math.inf if retry_after is None else now + min(
+            retry_after, random.uniform(0.5, 1.0) * max(1.0, (now - self.none_since) / 4))
 
     def _on_held(self, held: Set[Tuple[int, int]]) -> None:
         now = time.monotonic()
@@ -5654,39 +5670,36 @@ class Farmhand:
         self.ready_since = now
 
     def _start(self, task: int, attempt: int, slot: int) -> None:
-        orders, log_path = self.orders, None
+        command = Command(task, attempt, slot, time.monotonic())
         actions: List[Tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-        pipe = -1
-        if orders.log_dir:
-            log_path = os.path.join(orders.log_dir, "%d.log" % task)
-            actions += [(os.POSIX_SPAWN_OPEN, 1, log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666),
-                        (os.POSIX_SPAWN_DUP2, 1, 2)]
-            far = -1
-        else:
-            pipe, far = os.pipe()
-            actions.append((os.POSIX_SPAWN_DUP2, far, 2))
-            if self.display.terminal:       # it has to go above the bar
-                actions.append((os.POSIX_SPAWN_DUP2, far, 1))
-        command = Command(task, attempt, slot, log_path)
-        command.started = now = time.monotonic()
+        far: List[int] = []         # the other ends, which are the command's
         try:
             words = self.template.arguments(task, attempt)
             self.environ[b"TASKFARM_TASK"] = b"%d" % task
             self.environ[b"TASKFARM_ATTEMPT"] = b"%d" % attempt
+            if self.orders.log_dir:
+                command.log_path = os.path.join(self.orders.log_dir, "%d.log" % task)
+                command.log = os.open(command.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+                actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
+            # The error output comes through us: its last line is wanted, and in one file with the other it need not
+            # be the last. So does the other where it has to go above a bar.
+            for target in (1, 2) if self.display.terminal and not self.orders.log_dir else (2,):
+                near, other = os.pipe()
+                command.pipes[near] = target
+                far.append(other)
+                os.set_blocking(near, False)
+                actions.append((os.POSIX_SPAWN_DUP2, other, target))
             command.pid = self._spawn(words, actions)
         except BaseException:
-            if pipe >= 0:
-                os.close(pipe)
+            for near in list(command.pipes) + [command.log] * (command.log >= 0):
+                os.close(near)
             raise
         finally:
-            if far >= 0:
-                os.close(far)
+            for other in far:
+                os.close(other)
         self.guard.note(slot, command.pid)
-        if pipe >= 0:
-            os.set_blocking(pipe, False)
-            command.pipe = pipe
         self.running[command.pid] = command
-        self.due = min(self.due, now + 0.05)
+        self.due = min(self.due, command.started + 0.05)
 
     def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
         try:
@@ -5718,25 +5731,29 @@ class Farmhand:
                             message=("cannot be started: " + sentence)[:MESSAGE_LIMIT])
         return True
 
-    def _read(self, command: Command) -> None:
-        """Take what a command has written, and pass it on."""
+    def _read(self, command: Command, near: int) -> bool:
+        """Take what a command has written, and pass it on; whether there was any."""
         try:
-            text = os.read(command.pipe, 65536)
+            text = os.read(near, 65536)
         except BlockingIOError:
-            return
+            return False
         if not text:
-            self._close_pipe(command)
-            return
-        command.tail = (command.tail + text)[-TAIL:] if len(text) < TAIL else text[-TAIL:]
-        self.display.pass_on(command.pid, text)
+            self._close_pipe(command, near)
+            return False
+        target = command.pipes[near]
+        if target == 2:
+            command.tail = (command.tail + text)[-TAIL:]
+        if command.log >= 0:
+            write_all(command.log, text)
+        else:
+            self.display.pass_on((command.pid, target), text)
+        return True
 
-    def _close_pipe(self, command: Command) -> None:
-        if command.pipe >= 0:
-            if command.watched:
-                self.selector.unregister(command.pipe)
-            os.close(command.pipe)
-            command.pipe = -1
-        self.display.pass_on(command.pid, b"")
+    def _close_pipe(self, command: Command, near: int) -> None:
+        if command.watched:
+            self.selector.unregister(near)
+        os.close(near)
+        self.display.pass_on((command.pid, command.pipes.pop(near)), b"")
 
     def _reap(self) -> None:
         while True:
@@ -5750,13 +5767,12 @@ class Farmhand:
             if command is None:
                 continue
             command.status = status
-            if command.pipe >= 0:       # what is in it; a process that lives on may hold it open for ever
-                for _ in range(16):
-                    before = command.tail
-                    self._read(command)
-                    if command.pipe < 0 or command.tail is before:
+            for near in list(command.pipes):
+                for _ in range(16):     # what is in it: a process that lives on may hold it open, or fill it, for ever
+                    if not self._read(command, near):
                         break
-                self._close_pipe(command)
+                if near in command.pipes:
+                    self._close_pipe(command, near)
             if command.ending and signal_group(pid, 0):
                 self.ended.append(command)
                 self.due = 0.0
@@ -5771,7 +5787,7 @@ class Farmhand:
         code = os.WEXITSTATUS(command.status) if os.WIFEXITED(command.status) else 128 + os.WTERMSIG(command.status)
         took_s = time.monotonic() - command.started
         if command.ending in ("stopping", "lost"):
-            self._forget_log(command, failed=True)
+            self._close_log(command, failed=True)
             if command.ending == "stopping":
                 self.courier.report(command.task, command.attempt, status="waiting")
                 self.finished += 1
@@ -5791,7 +5807,7 @@ class Farmhand:
                 message = self._why(command, code) + (": " + message if message else "")
             self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
                                 message=message[:MESSAGE_LIMIT])
-        self._forget_log(command, failed=code != 0)
+        self._close_log(command, failed=code != 0)
 
     def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
         self.finished += 1
@@ -5812,18 +5828,16 @@ class Farmhand:
 
     def _message(self, command: Command) -> str:
         """The last line of the error output that says something."""
-        tail = command.tail
-        if command.log:
-            with contextlib.suppress(OSError), open(command.log, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-                tail = file.read(TAIL)
-        lines = [line.strip() for line in re.split(r"[\r\n]+", tail.decode("utf-8", "replace"))]
+        lines = [line.strip() for line in re.split(r"[\r\n]+", command.tail.decode("utf-8", "replace"))]
         said = next((line for line in reversed(lines) if line), "")
         return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
 
-    def _forget_log(self, command: Command, failed: bool) -> None:
-        if command.log and self.orders.log_failed and not failed:
-            remove_if_there(command.log)
+    def _close_log(self, command: Command, failed: bool) -> None:
+        if command.log >= 0:
+            os.close(command.log)
+            if self.orders.log_failed and not failed:
+                with contextlib.suppress(OSError):
+                    os.remove(command.log_path)
 
     # Time, and ends
 
@@ -5864,10 +5878,11 @@ class Farmhand:
     def _see_to(self, command: Command, now: float) -> float:
         """What is due for one command; when to look again."""
         age_s = now - command.started
-        if command.pipe >= 0 and not command.watched:
-            if age_s < 0.05:
+        if not command.watched:
+            if age_s < 0.05:        # most short ones have ended by then, and are spared this
                 return now + 0.05
-            self.selector.register(command.pipe, selectors.EVENT_READ, command)
+            for near in command.pipes:
+                self.selector.register(near, selectors.EVENT_READ, command)
             command.watched = True
         if command.ending:
             if command.kill_at <= now:
@@ -5966,16 +5981,18 @@ class Display:
         self.colour = self.terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
         self.lines: List[str] = []
         self.flush_at = math.inf
-        self.partial: Dict[int, bytes] = {}     # output of commands that has no end of line yet
+        self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands that has no end of line yet
         self.said: Set[str] = set()
         self.run: Dict[str, Any] = {}
-        self.looks: "deque[Tuple[float, int]]" = deque(maxlen=24)      # (tick, tasks that are over)
+        self.since = 0                          # tasks that were finished here since the last look at the run
+        self.looks: "deque[Tuple[float, int]]" = deque(maxlen=60)      # (tick, tasks that are over)
         self.drawn = False
         self.waiting = False
 
     def finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
         """A task is over."""
         self.waiting = False
+        self.since += 1
         if not self.quiet or failed:
             line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
             self._add("\033[31m%s\033[0m" % line if failed and self.colour else line)
@@ -5997,22 +6014,24 @@ class Display:
             self.waiting = True
             self.say("nothing waits; other workers still compute, and what they lose comes back: waiting for that")
 
-    def pass_on(self, pid: int, text: bytes) -> None:
-        """Write what a command wrote, in whole lines; the rest at the end, which is b""."""
-        text = self.partial.pop(pid, b"") + (text or b"\n" * (pid in self.partial))
+    def pass_on(self, source: Tuple[int, int], text: bytes) -> None:
+        """Write what a command wrote to 1 or 2, in whole lines; the rest at the end, which is b""."""
+        if not text and source not in self.partial:
+            return
+        text = self.partial.pop(source, b"") + (text or b"\n")
         whole, end, rest = text.rpartition(b"\n")
         if not end and len(rest) > 65536:
             whole, end, rest = rest, b"\n", b""
         if rest:
-            self.partial[pid] = rest
+            self.partial[source] = rest
         if end:
             self._write()
             self._clear()
-            write_all(2 if not self.terminal else 1, whole + end)
+            write_all(source[1], whole + end)
 
     def look(self, run: Dict[str, Any]) -> None:
         """Figures of the whole run have come."""
-        self.run = run
+        self.run, self.since = run, 0
         self.looks.append((time.monotonic(), run["numDone"] + run["numFailed"]))
         self.flush_at = 0.0
 
@@ -6050,7 +6069,8 @@ class Display:
     def _draw(self, running: int) -> None:
         if not self.bar or not self.run:
             return
-        total, over = self.run["numTasks"], self.run["numDone"] + self.run["numFailed"]
+        total = self.run["numTasks"]
+        over = min(total, self.run["numDone"] + self.run["numFailed"] + self.since)
         filled = self.WIDTH * over // total
         text = "[%s%s] %d of %d" % ("#" * filled, "." * (self.WIDTH - filled), over, total)
         if self.run["numFailed"]:
@@ -7295,9 +7315,9 @@ def cmd_work(args: argparse.Namespace) -> int:
     client = Client(functools.partial(find_access, os.environ), PATIENCE_S)
     client.say = display.say
     try:
+        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
         for sentence in send_leftovers(client):
             display.say(sentence)
-        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
     except (FarmError, Unreachable) as error:
         print("taskfarm: %s" % error, file=sys.stderr)
         return status_of(error)
@@ -7314,7 +7334,10 @@ def cmd_work(args: argparse.Namespace) -> int:
     end = args.until or job_end(os.environ, time.time())
     orders = Orders(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
                     end, args.log_dir or "", args.log_failed)
+    if args.jobs > 400:
+        raise_descriptor_limit()    # not otherwise: commands inherit it
     worker = Farmhand(client, run, template, orders, display)
+    display.look(run)
     display.say("worker %s on %s: run %s, %d tasks, %d at a time%s" % (
         worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs,
         "; the job ends at %s" % time.strftime("%F %T", time.localtime(end)) if end else ""))
@@ -7364,7 +7387,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
     farm = environ.pop("TASKFARM_FARM", "")
     if farm and read_access(access_path(environ)).get("farm") == farm:
         environ.pop("TASKFARM_URL", None)       # the access file knows better where that farm is by now
-    with contextlib.closing(Client(functools.partial(find_access, environ), 5.0, timeout_s=5.0)) as client:
+    with contextlib.closing(Client(functools.partial(find_access, environ), 2.0, timeout_s=3.0)) as client:
         try:
             client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
         except Unreachable as error:

@@ -7,6 +7,8 @@
     HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
+    Client              logins that go to the right farm, patience, lost answers, the published client's scripts
+    Worker              real commands and signals, a server that goes and comes, the end of a job, a terminal
     Terminal            tables that fit, bars, rates with their range
     Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
@@ -496,9 +498,9 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 # ---------------------------------------------------------------- CONTRACT
 
-VERBS = [["serve"], ["check"], ["backup"], ["bench"], ["user", "add"], ["user", "list"], ["user", "passwd"],
-         ["user", "remove"], ["new"], ["list"], ["status"], ["tasks"], ["workers"], ["restart"], ["delete"], ["login"],
-         ["doctor"]]
+VERBS = [["serve"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
+         ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
+         ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -547,9 +549,10 @@ def test_only_the_store_speaks_sql() -> None:
 
 
 @pytest.mark.parametrize("name, allowed", [
-    ("sqlite3", {"STORE"}), ("selectors", {"HTTP", "BENCH"}), ("socketserver", {"HTTP"}),
+    ("sqlite3", {"STORE"}), ("selectors", {"HTTP", "WORKER", "BENCH"}), ("socketserver", {"HTTP"}),
     ("argparse", {"COMMAND LINE"}),
-    ("socket", {"HTTP", "SERVICE", "BENCH", "DOCTOR", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
+    ("socket", {"HTTP", "SERVICE", "CLIENT", "BENCH", "DOCTOR", "COMMAND LINE"}), ("hashlib", {"LOGIN"}),
+    ("fcntl", {"STORE"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "API", "PAGES"}),
     ("Store", {"STORE", "API", "SERVICE", "BENCH", "DOCTOR", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
 ])
@@ -575,8 +578,8 @@ def test_a_section_uses_those_above_it_and_none_below() -> None:
 def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
     defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     used = {defined[node.id] for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in defined
-            and section_of(node) == "CLIENT"}
-    assert used <= {"LIMITS AND ERRORS", "CLIENT"}
+            and section_of(node) in ("CLIENT", "WORKER")}
+    assert used <= {"LIMITS AND ERRORS", "CLIENT", "WORKER"}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -1641,9 +1644,9 @@ if not QUICK:
 class Process(Caller):
     """A server as a process of its own, from the command line; its user's token comes from the access file."""
 
-    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None) -> None:
+    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None, home: str = "") -> None:
         super().__init__()
-        self.home = tempfile.mkdtemp()
+        self.home = home or tempfile.mkdtemp()
         environ = dict(os.environ, HOME=self.home, PYTHONFAULTHANDLER="1")
         self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
         self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", "0", *words], text=True,
@@ -1864,6 +1867,713 @@ def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert raw.answer()[0] == 201
     raw.close()
     assert server.end(signal.SIGTERM) == 0
+
+
+# ---------------------------------------------------------------- CLIENT
+
+def access_of(farm: Any, **changes: str) -> taskfarm.Access:
+    """Farm and login of a live farm."""
+    proof = farm.service.store.proof_key.hex()
+    access = taskfarm.Access(farm.url, "ada", farm.token, "", proof, farm.service.store.identity, "the test")
+    return access._replace(**changes)
+
+
+class Flaky:
+    """A port in front of a farm that can be shut, and can swallow answers to requests that reached the farm."""
+
+    def __init__(self, port: int) -> None:
+        self.port_behind = port
+        self.swallow = 0                # so many answers to come
+        self.seen: List[bytes] = []     # requests, as they came
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.open: List[socket.socket] = []
+        self.thread = threading.Thread(target=self._accept, daemon=True)
+        self.thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                self.open.append(client)
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+
+    def _carry(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(client), contextlib.closing(
+                socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
+            while True:
+                data = client.recv(65536)
+                if not data:
+                    return
+                while b"\r\n\r\n" not in data:
+                    data += client.recv(65536)
+                head, _, body = data.partition(b"\r\n\r\n")
+                length = int((re.findall(rb"Content-Length: (\d+)", head) or [0])[0])
+                while len(body) < length:
+                    body += client.recv(65536)
+                self.seen.append(head)
+                behind.sendall(head + b"\r\n\r\n" + body)
+                answer = behind.recv(65536)
+                if self.swallow and b"livez" not in head:
+                    self.swallow -= 1
+                    return
+                client.sendall(answer)
+
+    def close(self) -> None:
+        self.listener.close()
+        for sock in self.open:
+            sock.close()
+
+
+def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Live) -> None:
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        for path, kind, sentence in (("/api/runs/" + "0" * 32, taskfarm.NotFound, "run"),
+                                     ("/api/users", taskfarm.Forbidden, "")):
+            with pytest.raises(kind) as refused:
+                client.ask("GET", path)
+            assert sentence in str(refused.value) and isinstance(refused.value, RuntimeError)
+        assert client.ask("GET", "/api/runs") == {"data": []}
+    wrong = taskfarm.Client(lambda: access_of(farm, token="tf1.wrong"))
+    with pytest.raises(taskfarm.Unauthorized):
+        wrong.ask("GET", "/api/runs")
+    wrong.close()
+
+
+def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
+    relay = Flaky(farm.port)
+    for proof in ("00" * 32, "no hex"):
+        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url="http://127.0.0.1:%d" % relay.port))  # noqa: B023
+        with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
+            client.ask("GET", "/api/runs")
+        client.close()
+    assert relay.seen and not any(b"authorization" in head.lower() for head in relay.seen)
+    good = taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:%d" % relay.port))
+    good.ask("GET", "/api/runs")
+    good.ask("GET", "/api/runs")
+    good.close()
+    assert sum(b"authorization" in head.lower() for head in relay.seen) == 2
+    assert sum(b"/livez" in head for head in relay.seen) == 3, "one proof a connection"
+    relay.close()
+
+
+def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live) -> None:
+    relay = Flaky(farm.port)
+    access = access_of(farm, url="http://127.0.0.1:%d" % relay.port)
+    with contextlib.closing(taskfarm.Client(lambda: access, patience_s=20)) as client:
+        relay.swallow = 1
+        run = client.ask("POST", "/api/run", {"numTasks": 5})["uuid"]
+        assert len(client.ask("GET", "/api/runs")["data"]) == 1
+        taskfarm.register(client, "w")
+        for number in range(5):
+            relay.swallow = 2
+            assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})["task"] == number
+        assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"}) is None
+        assert client.retry_after is not None, "its own lease may end"
+    relay.close()
+
+
+def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) -> None:
+    said: List[str] = []
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm), patience_s=60)) as client:
+        client.say = said.append
+        client.ask("GET", "/api/runs")
+        farm.stop()
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(client.ask("POST", "/api/run", {"numTasks": 1})))
+        thread.start()
+        wait_until(lambda: said)
+        farm.local = threading.local()
+        farm.start()
+        thread.join(30)
+        assert answers[0]["numTasks"] == 1
+        assert "is the server running" in said[0] and said[-1] == "the farm answers again"
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
+        with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
+            client.ask("GET", "/api/runs")
+
+
+def test_a_login_that_was_renewed_is_read_again(farm: Live) -> None:
+    tokens = ["tf1.old", farm.token]
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm, token=tokens.pop(0)))) as client:
+        assert client.ask("GET", "/api/runs") == {"data": []}
+
+
+def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
+    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}
+    with pytest.raises(Refusal, match="TASKFARM_URL"):
+        taskfarm.find_access(environ)
+    with pytest.raises(Refusal, match="there is no login"):
+        taskfarm.find_access(dict(environ, TASKFARM_URL="http://a:1"))
+    taskfarm.write_access(environ["TASKFARM_ACCESS"], {"url": "http://home:5000", "user": "ada", "token": "t",
+                                                       "farm": "f", "proof": "aa"})
+
+    def found(**more: str) -> Tuple[str, str, str, str, str]:
+        access = taskfarm.find_access(dict(environ, **more))
+        return access.url, access.user, access.token, access.password, access.proof
+
+    assert found() == ("http://home:5000", "ada", "t", "", "aa")
+    assert found(TASKFARM_URL="http://[::1]:6000/api/") == ("http://[::1]:6000", "ada", "t", "", "aa"), \
+        "a tunnel: the login goes only where the proof is given"
+    assert found(TASKFARM_TOKEN="u") == ("http://home:5000", "", "u", "", "aa")
+    assert found(TASKFARM_URL="http://b:1/", TASKFARM_USER="eve", TASKFARM_PASSWORD="p") == (
+        "http://b:1", "eve", "", "p", "")
+    with pytest.raises(Refusal, match="TASKFARM_PASSWORD"):
+        found(TASKFARM_USER="eve")
+    assert taskfarm.find_access(environ, "http://c:2", "bob", "pw")[:4] == ("http://c:2", "bob", "", "pw")
+    for url in ("home:5000", "http://", "ftp://x", "http://x:port", "http://[::1"):
+        with pytest.raises(Refusal, match="looks like"):
+            taskfarm.Client(lambda: taskfarm.find_access(environ, url)).ask("GET", "/livez")   # noqa: B023
+
+
+def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
+    for host in ("::1", "localhost"):
+        service = Service(str(tmp_path / "f"), host, 0)
+        thread = threading.Thread(target=service.serve)
+        thread.start()
+        access = taskfarm.Access(service.url, "", "", "", service.store.proof_key.hex(), "", "the test")
+        assert taskfarm.still_answers(access)
+        service.stop()
+        thread.join(20)
+
+
+def test_a_run_is_found_by_uuid_beginning_or_name(farm: Live) -> None:
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        runs = [client.ask("POST", "/api/run", {"numTasks": 1, "name": name})["uuid"] for name in ("ice", "sea", "sea")]
+        assert taskfarm.find_run_uuid(client, "ice") == runs[0]
+        assert taskfarm.find_run_uuid(client, runs[1]) == runs[1]
+        length = next(n for n in range(1, 32) if len({run[:n] for run in runs}) == 3)
+        assert taskfarm.find_run_uuid(client, runs[2][:length].upper()) == runs[2]
+        for text, sentence in (("sea", "2 runs"), ("", "no run"), ("land", "no run")):
+            with pytest.raises(Refusal, match=sentence):
+                taskfarm.find_run_uuid(client, text)
+
+
+@pytest.mark.parametrize("published", [pytest.param(True, marks=pytest.mark.skipif(QUICK, reason="wants it")), False])
+def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published: bool) -> None:
+    if published:
+        import taskfarm_worker as module
+    else:
+        module = taskfarm
+    login = ("ada", Live.PASSWORD)
+    base = farm.url + "/api/"
+    with pytest.raises(RuntimeError):
+        module.TaskFarm("ada", "wrong", numTasks=1, url_base=base)
+    with pytest.raises(RuntimeError):
+        module.TaskFarm(*login, url_base=base)
+    with pytest.raises(RuntimeError):
+        module.TaskFarm(*login, "0" * 32, url_base=base)
+    run = module.TaskFarm(*login, None, 4, base)
+    assert (run.numTasks, run.numWaiting, run.numDone, run.numComputing, run.percentDone) == (4, 4, 0, 0, 0)
+    assert [entry["uuid"] for entry in module.tfRuns(*login, base)] == [run.uuid]
+    assert run.url("runs") == base + "runs" and run.info("")["uuid"] == run.uuid
+    worker = module.TaskFarmWorker(*login, run.uuid, base)
+    done = []
+    for task in worker.tasks:
+        assert worker.task == task
+        worker.update(50)
+        assert run.getTaskInfo(task, "percentCompleted") == 50
+        with pytest.raises(ValueError):
+            worker.update(101)
+        if task != 2:
+            worker.update(100)
+        worker.done()
+        done.append(task)
+    assert done == [0, 1, 2, 3] and worker.task is None
+    assert (run.numDone, run.numComputing) == (3, 1)
+    assert run.getTaskInfo(3, "")["status"] == "done"
+    for task in (-1, 4):
+        with pytest.raises(RuntimeError):
+            run.getTaskInfo(task, "")
+    run.setTaskInfo(2, "status", "waiting")
+    run.restart(True)
+    assert run.numWaiting == 4
+    run.delete()
+    with pytest.raises(RuntimeError):
+        run.info("")
+
+
+def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch: pytest.MonkeyPatch,
+                                                         tmp_path: Path) -> None:
+    monkeypatch.setenv("TASKFARM_ACCESS", str(tmp_path / "access.json"))
+    monkeypatch.setattr(taskfarm, "BEAT_S", 0.02)
+    taskfarm.write_access(str(tmp_path / "access.json"), dict(zip(
+        ("url", "user", "token", "password", "proof", "farm"), access_of(farm))))
+    run = taskfarm.TaskFarm(numTasks=3)
+    worker = taskfarm.TaskFarmWorker(uuid=run.uuid)
+    assert worker.task == 0
+    path = "/api/worker/" + worker.worker_uuid
+    first = farm.ask("GET", path)[1]
+    assert first["lease"] == taskfarm.LEASE_S and first["held"] == 1
+    wait_until(lambda: farm.ask("GET", path)[1]["heard"] > first["heard"])
+    run.restart(everything=True)
+    with pytest.raises(taskfarm.Conflict):
+        worker.update(50)
+    worker.done()
+    assert worker.task == 0
+    worker.close()
+    assert farm.ask("GET", path)[1]["state"] == "signed off" and run.numWaiting == 3
+    second = taskfarm.TaskFarmWorker(uuid=run.uuid)
+    assert second.task == 0
+    path = "/api/worker/" + second.worker_uuid
+    del second
+    assert wait_until(lambda: farm.ask("GET", path)[1]["state"]) == "signed off"
+
+
+# ---------------------------------------------------------------- WORKER
+
+class Hand:
+    """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
+
+    def __init__(self, server: Process, *words: str, tweak: str = "", **environ: str) -> None:
+        self.server = server
+        self.output = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        start = [str(MODULE)] if not tweak else [
+            "-c", "import sys; sys.path.insert(0, %r); import taskfarm; %s; sys.exit(taskfarm.main())" % (
+                str(HERE), tweak)]
+        self.process = subprocess.Popen(
+            [sys.executable, *start, "work", *words], text=True, stdout=self.output, stderr=self.errors,
+            stdin=subprocess.DEVNULL, env=dict(os.environ, HOME=server.home, **environ))
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def erred(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def end(self, status: int, number: int = 0) -> str:
+        """Its lines, once it has ended, by a signal or of its own; with that status."""
+        if number:
+            self.process.send_signal(number)
+        try:
+            assert self.process.wait(40) == status, self.said() + self.erred()
+        finally:
+            self.process.kill()
+            self.process.wait()
+        return self.said()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Process]:
+    served = Process(str(tmp_path / "f"))
+    yield served
+    if served.process.poll() is None:
+        served.end(signal.SIGTERM)
+    with contextlib.closing(Store(str(tmp_path / "f"))) as store:
+        assert store.call(taskfarm.check()) == []
+
+
+def new_run(server: Caller, tasks: int, **more: Any) -> str:
+    return str(server.ask("POST", "/api/run", dict(more, numTasks=tasks))[1]["uuid"])
+
+
+def counts(server: Caller, run: str) -> Tuple[int, int, int, int]:
+    entry = server.ask("GET", "/api/runs/" + run)[1]
+    return entry["numWaiting"], entry["numComputing"], entry["numDone"], entry["numFailed"]
+
+
+def task_of(server: Caller, run: str, number: int) -> Dict[str, Any]:
+    answer: Dict[str, Any] = server.ask("GET", "/api/runs/%s/tasks/%d" % (run, number))[1]
+    return answer
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and was not reaped does not."""
+    try:
+        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def pids_in(folder: Path) -> List[int]:
+    """The processes that wrote a file of their number."""
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def test_every_task_is_run_once_and_told_about(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 300, name="tiles")
+    script = tmp_path / "tile.sh"
+    script.write_text("echo x >> %s/ran-$1\n[ $1 != 7 ] || { echo so it goes >&2; exit 3; }\n" % tmp_path)
+    script.chmod(0o755)         # and it has no first line with #!
+    hands = [Hand(server, "tiles", "-j", "3", "--", str(script), "{task}") for _ in range(2)]
+    outputs = [hand.end(3) for hand in hands]
+    assert counts(server, run) == (0, 0, 299, 1)
+    assert {path.name: path.read_text() for path in tmp_path.glob("ran-*")} == {"ran-%d" % n: "x\n" for n in range(300)}
+    failed = task_of(server, run, 7)
+    assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
+    assert sum(output.count(" done in ") for output in outputs) == 299
+    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
+    assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
+
+
+def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"a b; exit 1\r\n'\"$HOME {task}\n\xff")
+    show = tmp_path / "show.py"
+    show.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], {n: v for n, v in os.environ.items() if "
+                    "n.startswith('TASKFARM')}, sys.stdin.read(), os.getpgid(0) == os.getpid()]))\n")
+    Hand(server, run[:8], "--lines", str(lines), "--log-dir", str(tmp_path / "logs"), "--", sys.executable, str(show),
+         "{task}/{attempt}", "{run}", "<{line}>", "{other}").end(0)
+    words = ["a b; exit 1", "'\"$HOME {task}", "\udcff"]
+    for task in range(3):
+        argv, environ, stdin, leads = json.loads((tmp_path / "logs" / ("%d.log" % task)).read_text())
+        assert argv == ["%d/1" % task, run, "<%s>" % words[task], "{other}"] and stdin == "" and leads
+        assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
+        assert environ.pop("TASKFARM_FARM") and environ == {
+            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
+            "TASKFARM_URL": "http://127.0.0.1:%d" % server.port}, "and no secret"
+
+
+def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "commands").write_text("echo one > %s/1 && true\n\nexit 4\n" % tmp_path)
+    run = new_run(server, 3)
+    Hand(server, run, "--lines", str(tmp_path / "commands"), "--", "{line}").end(3)
+    assert (tmp_path / "1").read_text() == "one\n"
+    assert [task_of(server, run, task)["status"] for task in range(3)] == ["done", "done", "failed"]
+    assert task_of(server, run, 2)["exitCode"] == 4
+
+
+def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    for ended in (b"", b"\n"):
+        content = [b"%d " % number + b"x" * generator.choice([0, 1, 200, 70000 if number % 97 == 0 else 3])
+                   for number in range(3000)]
+        (tmp_path / "lines").write_bytes(b"\n".join(content) + ended)
+        lines = taskfarm.Lines(str(tmp_path / "lines"))
+        assert len(lines) == 3000 and [lines[number] for number in range(3000)] == content
+        for number in (-1, 3000):
+            with pytest.raises(IndexError):
+                lines[number]
+    (tmp_path / "lines").write_bytes(b"")
+    assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["{run}", "--", "no-such-program"], "there is no program no-such-program"),
+    (["{run}", "--", "echo", "{line}"], "--lines FILE"),
+    (["{run}", "--lines", "{dir}/two", "--", "echo", "{line}"], "has 2 lines, and the run 3 tasks"),
+    (["{run}", "--lines", "{dir}/none", "--", "echo", "{line}"], "cannot be read"),
+    (["{run}", "--log-dir", "{dir}/two/logs", "--", "true"], "cannot be made"),
+    (["harvest", "--", "true"], "no run is called 'harvest'"),
+])
+def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tmp_path: Path, words: List[str],
+                                                             sentence: str) -> None:
+    (tmp_path / "two").write_text("1\n2\n")
+    run = new_run(server, 3)
+    hand = Hand(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
+    hand.end(1)
+    assert sentence in hand.erred() and hand.erred().count("\n") == 1
+    assert counts(server, run) == (3, 0, 0, 0)
+
+
+def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "commands").write_text("\n".join([
+        "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
+        "(sleep 1000; echo late) & echo short >&2; exit 5"]))
+    run = new_run(server, 4)
+    hand = Hand(server, run, "-j", "4", "--timeout", "1", "--grace", "0.1", "--lines", str(tmp_path / "commands"),
+                "--", "{line}")
+    hand.end(3)
+    shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
+    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
+    assert "first\nlast" in hand.erred(), "the error output is passed on"
+
+
+def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 5, maxFailures=3)
+    Hand(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
+         'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
+    assert counts(server, run) == (0, 0, 4, 1)
+    assert task_of(server, run, 4)["attempt"] == 3
+    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {"4.log": "why\n3\n"}
+    assert task_of(server, run, 4)["message"] == "why"
+
+
+def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/told; until [ -e %s/go ]; do "
+                "sleep 0.01; done" % (sys.executable, MODULE, tmp_path, tmp_path))
+    wait_until((tmp_path / "told").exists)
+    task = task_of(server, run, 0)
+    assert (task["percentCompleted"], task["status"]) == (37.5, "computing") and task["started"]
+    mine = dict(TASKFARM_RUN=run, TASKFARM_TASK="0", TASKFARM_WORKER=task["worker"], HOME=server.home)
+    stranger = run_verb("progress", "90", TASKFARM_ATTEMPT="2", **mine)
+    assert stranger.returncode == 1 and task_of(server, run, 0)["percentCompleted"] == 37.5
+    alone = run_verb("progress", "90", HOME=server.home)
+    assert alone.returncode == 0 and "not reported" in alone.stderr
+    away = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **dict(mine, TASKFARM_URL="http://127.0.0.1:1"))
+    assert away.returncode == 0 and "not reported" in away.stderr
+    assert run_verb("progress", "101").returncode == 2
+    (tmp_path / "go").touch()
+    hand.end(0)
+    assert task_of(server, run, 0)["percentCompleted"] == 100
+
+
+def stubborn(folder: Path) -> Tuple[str, ...]:
+    """A command that leaves its process ids in a folder, and that only SIGKILL ends."""
+    return "sh", "-c", "trap '' TERM; sleep 1000 & touch %s/$$ %s/$!; wait; sleep 1000" % (folder, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_the_commands_and_gives_the_tasks_back(server: Process, tmp_path: Path, number: int) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "-j", "2", "--grace", "0.3", "--", *stubborn(tmp_path / "pids"))
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    said = hand.end(7, number)
+    assert signal.Signals(number).name in said
+    assert not any(map(alive, pids_in(tmp_path / "pids"))), "the whole groups are gone"
+    assert counts(server, run) == (10, 0, 0, 0)
+    task = task_of(server, run, 0)
+    assert (task["failures"], task["losses"]) == (0, 0)
+    (worker,) = server.ask("GET", "/api/workers?all=True")[1]["data"]
+    assert worker["state"] == "signed off"
+
+
+def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "--grace", "1000", "--", *stubborn(tmp_path / "pids"), tweak="taskfarm.AGAIN_S = 0")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 2)
+    hand.process.terminate()
+    wait_until(lambda: "stopping" in hand.said())
+    hand.end(7, signal.SIGTERM)
+    assert not any(map(alive, pids_in(tmp_path / "pids"))) and counts(server, run) == (10, 0, 0, 0)
+
+
+def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'touch %s/saved; exit 0' TERM; touch %s/on; "
+                "while :; do sleep 0.01; done" % (tmp_path, tmp_path))
+    wait_until((tmp_path / "on").exists)
+    hand.process.terminate()            # srun sends it twice
+    hand.end(7, signal.SIGTERM)
+    assert (tmp_path / "saved").exists(), "the command had its grace"
+    assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
+
+
+def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    hand = Hand(server, run, "-j", "2", "--drain", "--", "sh", "-c", "touch %s/on-{task}; until [ -e %s/go ]; do "
+                "sleep 0.01; done" % (tmp_path, tmp_path))
+    wait_until(lambda: len(list(tmp_path.glob("on-*"))) == 2)
+    hand.process.terminate()
+    wait_until(lambda: "may finish" in hand.said())
+    (tmp_path / "go").touch()
+    hand.end(7)
+    assert counts(server, run) == (8, 0, 2, 0)
+
+
+def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    hand.end(-signal.SIGKILL, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
+
+
+def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path,
+                tweak="taskfarm.MOMENT_S = 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"] and task_of(server, run, 1)["started"])
+    assert counts(server, run) == (0, 2, 0, 0)
+    (tmp_path / "go").touch()
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 60)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ran-*"))) > 10)
+    server.process.kill()
+    server.process.wait()
+    ran = len(list(tmp_path.glob("ran-*")))
+    wait_until(lambda: "is the server running" in hand.said())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    assert again.port != server.port, "the access file tells where it is now"
+    hand.end(0)
+    assert counts(again, run) == (0, 0, 60, 0) and ran < 60
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
+    wait_until(lambda: counts(server, run)[2] > 4)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: "is the server running" in hand.said())
+    said = hand.end(7, signal.SIGTERM)
+    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
+    assert str(left) in said and stat.S_IMODE(left.stat().st_mode) == 0o600
+    again = Process(str(tmp_path / "f"), home=server.home)
+    before, reports = counts(again, run)[2], json.loads(left.read_text())["reports"]
+    said = Hand(again, run, "-j", "2", "--", "touch", str(tmp_path) + "/ran-{task}").end(0)
+    assert "%d reports" % len(reports) in said and not left.exists()
+    assert before < 40 and any(report["status"] == "done" for report in reports)
+    assert counts(again, run) == (0, 0, 40, 0)
+    for report in reports:
+        if report["status"] == "done":
+            assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
+                tweak="taskfarm.BEAT_S = 0.05")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    assert server.ask("DELETE", "/api/runs/" + run)[0] == 204
+    assert "was deleted" in hand.end(4)
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+
+
+def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
+                "[ {task} = 1 ] || sleep 1000" % tmp_path, tweak="taskfarm.BEAT_S = 0.05")
+    wait_until((tmp_path / "on-0-1").exists)
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    said = hand.end(0)
+    assert "task 0 is not ours any more" in said and (tmp_path / "on-0-2").exists()
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_a_worker_stays_while_tasks_may_come_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    for body in ({"uuid": "other", "hostname": "h", "pid": 1, "lease": 1},):
+        server.ask("POST", "/api/worker", body)
+    assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
+    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
+    Hand(server, run, "--no-wait", "--", "true").end(0)
+    assert counts(server, run) == (0, 1, 1, 0)
+    hand = Hand(server, run, "--", "true")
+    wait_until(lambda: "waiting for that" in hand.said())
+    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 1})
+    server.ask("PUT", "/api/runs/%s/tasks/1" % run, {"status": "waiting"})
+    hand.process.kill()
+    hand.process.wait()
+    Hand(server, run, "--", "true").end(0)
+    assert counts(server, run) == (0, 0, 2, 0) and task_of(server, run, 0)["losses"] == 1
+
+
+def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    Hand(server, "0" * 32, "--", "true").end(4)
+    Hand(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:%d" % server.port, TASKFARM_TOKEN="tf1.x").end(6)
+    Hand(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:1", tweak="taskfarm.PATIENCE_S = 0.5").end(5)
+    assert counts(server, run) == (3, 0, 0, 0)
+    user = run_verb("user", "list", "--db", str(tmp_path / "f")).stdout.strip()
+    assert run_verb("user", "passwd", user, "--db", str(tmp_path / "f"), stdin="sesame\n").returncode == 0
+    Hand(server, run, "--", "true", TASKFARM_USER=user, TASKFARM_PASSWORD="sesame").end(0)
+    server.token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
+    assert counts(server, run) == (0, 0, 3, 0)
+
+
+def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
+    run = new_run(server, 50)
+    end, soon = str(int(time.time()) + 4), "taskfarm.LEAVE_S = 0.5"
+    said = Hand(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
+                SLURM_JOB_ID="1", tweak=soon).end(7)
+    assert "fit" in said or "the job ends" in said
+    waiting, computing, done, failed = counts(server, run)
+    assert computing == failed == 0 < done
+    Hand(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
+    assert counts(server, run) == (waiting, 0, done, 0)
+    said = Hand(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
+    assert "the job ends soon" in said and counts(server, run) == (waiting, 0, done, 0)
+
+
+def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        def program(name: str, text: str) -> None:
+            (tmp_path / name).write_text("#!/bin/sh\n%s\n" % text)
+            (tmp_path / name).chmod(0o755)
+
+        def end(**environ: str) -> Optional[float]:
+            return taskfarm.job_end(environ, 1000.0)
+
+        assert end() is None and end(SLURM_JOB_END_TIME="1800000000") == 1800000000
+        program("squeue", 'echo "$@" > %s/asked; echo 2026-11-23T19:59:03' % tmp_path)
+        local = 1795431543.0        # 2026-11-23T10:59:03Z
+        assert end(SLURM_JOB_ID="7") == local
+        assert end(SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3") == local
+        assert "-j 7_3 " in (tmp_path / "asked").read_text()
+        program("squeue", "exit 1")
+        program("scontrol", "echo '   StartTime=2026-11-23T18:00:00 EndTime=2026-11-23T19:59:03 Deadline=N/A'")
+        assert end(SLURM_JOB_ID="7") == local
+        program("scontrol", "echo EndTime=Unknown")
+        assert end(SLURM_JOB_ID="7") is None
+        for text, expected in (
+                ("    Resource_List.walltime = 02:00:00\n    stime = Mon Nov 23 17:59:03 2026\n    etime = x\n", local),
+                ("    Resource_List.walltime = 02:00:00\n    start_time = Mon Nov 23 17:59:03 2026\n", local),
+                ("    resources_used.walltime = 00:30:00\n    Resource_List.walltime = 02:00:00\n", 1000 + 5400.0),
+                ("    Resource_List.ncpus = 2\n", None), ("", None)):
+            program("qstat", "cat <<'END'\nJob Id: 1.host\n%sEND" % text)
+            assert end(PBS_JOBID="1.host") == expected
+        now = local - 3600
+        for text, moment in (("+90", now + 90), ("19:59", local - 3), ("18:59", local - 3603 + 86400),
+                             ("2026-11-23T19:59:03", local), ("2026-11-23T10:59:03Z", local)):
+            assert taskfarm.moment_of(text, now) == moment
+        for text in ("25:00", "tomorrow", "+x", ""):
+            with pytest.raises(ValueError):
+                taskfarm.moment_of(text, now)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    logged = Process(str(tmp_path / "g"), "--access-log", str(log))
+    run = new_run(logged, 1500)
+    Hand(logged, run, "-j", "4", "--quiet", "--", "true").end(0)
+    assert counts(logged, run) == (0, 0, 1500, 0)
+    assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
+    assert logged.end(signal.SIGTERM) == 0
+
+
+def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 200)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000",
+                tweak="taskfarm.UNUSED_S = 0.1")
+    wait_until(lambda: counts(server, run)[:3] == (179, 1, 20))
+    hand.end(7, signal.SIGTERM)
+    assert counts(server, run) == (180, 0, 20, 0)
+
+
+def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 4)
+    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        screen, inside = os.openpty()
+        process = subprocess.Popen(
+            [sys.executable, str(MODULE), "work", run, "--", "sh", "-c", "echo from the command; [ {task} != 2 ]"],
+            stdin=subprocess.DEVNULL, stdout=inside, stderr=inside,
+            env=dict(os.environ, HOME=server.home, TERM="xterm", COLUMNS="60", **environ))
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):      # EIO at the end
+            for part in iter(lambda: os.read(screen, 65536), b""):      # noqa: B023
+                shown += part
+        os.close(screen)
+        assert process.wait(20) == 3
+        text = shown.decode()
+        assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
+        assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
+        assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
+        assert text.endswith("0 computing\r\n"), "the bar is gone at the end"
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
 
 # ---------------------------------------------------------------- TERMINAL
