@@ -594,7 +594,7 @@ def test_the_readme_names_every_route_and_verb() -> None:
     readme = (HERE / "README.md").read_text()
     for route in taskfarm.ROUTES.table:
         if route.access != taskfarm.ADMIN:
-            path = route.path.replace("<run>", "RUN").replace("<task>", "N")
+            path = route.path.replace("<run>", "RUN").replace("<task>", "N").replace("<worker>", "WORKER")
             assert "| `%s %s`" % (route.method, path) in readme, path
     for verb in VERBS:
         assert "taskfarm.py %s" % " ".join(verb) in readme, verb
@@ -3134,7 +3134,7 @@ def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
     assert "there is no run" in verb(farm, "delete", other, "--yes", status=1)
 
 
-def access_of(farm: Live) -> Dict[str, str]:
+def file_of(farm: Live) -> Dict[str, str]:
     """What this farm's access file says, for ada."""
     return {"url": farm.url, "user": "ada", "token": farm.token, "farm": farm.service.store.identity,
             "proof": farm.service.store.proof_key.hex()}
@@ -3149,7 +3149,7 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
-    assert dict(access, token=farm.token) == access_of(farm) and Live.PASSWORD not in path.read_text()
+    assert dict(access, token=farm.token) == file_of(farm) and Live.PASSWORD not in path.read_text()
     assert taskfarm.still_answers(taskfarm.as_access(access, "")), "it can know the farm again"
     assert run_verb("new", "5", **environ).returncode == 0
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
@@ -3169,10 +3169,10 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
     assert done.returncode == 5 and "no farm answers" in done.stderr
     assert not (tmp_path / ".config").exists()
     mine = tmp_path / ".config/taskfarm/access.json"
-    taskfarm.write_access(str(mine), access_of(farm))
+    taskfarm.write_access(str(mine), file_of(farm))
     other = Live(str(tmp_path / "other.sqlite"))
     done = run_verb("login", other.url, "--user", "ada", stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
-    assert done.returncode == 0 and json.loads(mine.read_text()) == access_of(farm)
+    assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
     (beside,) = (path for path in mine.parent.iterdir() if path != mine)
     assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
     other.close()
@@ -3182,7 +3182,7 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
 def test_a_watch_lives_through_a_restart_of_the_server_and_ends_with_the_run(
         farm: Live, tmp_path: Path, terminal: bool) -> None:
     path = tmp_path / "access.json"
-    taskfarm.write_access(str(path), access_of(farm))
+    taskfarm.write_access(str(path), file_of(farm))
     run = make_run(farm, 3)
     words = ["status", run, "--watch", "--every", "0.1"]
     if terminal:
@@ -3198,7 +3198,7 @@ def test_a_watch_lives_through_a_restart_of_the_server_and_ends_with_the_run(
     wait_until(lambda: "the server is away" in shown())
     farm.local = threading.local()
     farm.start()
-    taskfarm.write_access(str(path), access_of(farm))       # as a server that starts does: it has another port now
+    taskfarm.write_access(str(path), file_of(farm))       # as a server that starts does: it has another port now
     assert report(farm, run, 0, status="done") == 204
     wait_until(lambda: "2 waiting" in shown())
     for number in (1, 2):
@@ -3232,7 +3232,7 @@ def test_the_pace_of_a_watch_comes_from_its_own_readings_once_they_tell_more(far
     for first in (0, 1000):
         farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": [
             {"task": number, "status": "done"} for number in range(first, first + 1000)]})
-    with contextlib.closing(taskfarm.Client(lambda: taskfarm.as_access(access_of(farm), "test"))) as client:
+    with contextlib.closing(taskfarm.Client(lambda: taskfarm.as_access(file_of(farm), "test"))) as client:
         lookout = taskfarm.Lookout(client, run)
         assert lookout.look().rate is None or lookout.ends.points, "a list that is cut off tells of its own time"
         lookout.readings.appendleft((time.monotonic() - 100.0, 0))
