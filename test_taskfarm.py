@@ -586,7 +586,7 @@ def test_the_readme_names_every_route_and_verb() -> None:
     readme = (HERE / "README.md").read_text()
     for route in taskfarm.ROUTES.table:
         if route.access != taskfarm.ADMIN:
-            path = route.path.replace("<run>", "RUN").replace("<task>", "N")
+            path = route.path.replace("<run>", "RUN").replace("<task>", "N").replace("<worker>", "WORKER")
             assert "| `%s %s`" % (route.method, path) in readme, path
     for verb in VERBS:
         assert "taskfarm.py %s" % " ".join(verb) in readme, verb
