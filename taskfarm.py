@@ -5350,11 +5350,11 @@ class Courier:
         held: Set[Tuple[int, int]] = set()
         after = ""
         while True:
-            page = self.client.ask("GET", "/api/worker/%s?limit=1000%s" % (self.worker, after))
-            held.update((entry["task"], entry["attempt"]) for entry in page["data"] if entry["run"] == self.run)
-            if not page["next"]:
+            answer = self.client.ask("GET", "/api/worker/%s?limit=1000%s" % (self.worker, after))
+            held.update((entry["task"], entry["attempt"]) for entry in answer["data"] if entry["run"] == self.run)
+            if not answer["next"]:
                 return held
-            after = "&after=" + urllib.parse.quote(str(page["next"]), safe="")
+            after = "&after=" + urllib.parse.quote(str(answer["next"]), safe="")
 
     def _step(self) -> None:
         """Wait until something is due, and do it."""
@@ -5416,12 +5416,12 @@ def in_parts(reports: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
     """Reports in parts that fit a request."""
     part: List[Dict[str, Any]] = []
     size = 0
-    for report in reports:
-        length = len(json.dumps(report)) + 2
+    for entry in reports:
+        length = len(json.dumps(entry)) + 2
         if part and (size + length > BATCH_BYTES or len(part) >= 1000):
             yield part
             part, size = [], 0
-        part.append(report)
+        part.append(entry)
         size += length
     if part:
         yield part
@@ -5431,7 +5431,7 @@ def send_reports(client: Client, run: str, worker: str,
                  reports: List[Dict[str, Any]]) -> List[Tuple[Dict[str, Any], str]]:
     """Send reports of a worker in one request; those that were refused, each with the reason."""
     answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": reports})
-    by_task = {report["task"]: report for report in reports}
+    by_task = {entry["task"]: entry for entry in reports}
     return [(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
 
 
@@ -5700,10 +5700,10 @@ class Farmhand:
                 self._end(command, now, "lost")
 
     def _on_refused(self, refused: Tuple[Dict[str, Any], str]) -> None:
-        report, detail = refused
-        self.display.say("task %d: %s is not wanted: %s" % (report["task"], report["status"], detail))
+        entry, detail = refused
+        self.display.say("task %d: %s is not wanted: %s" % (entry["task"], entry["status"], detail))
         for command in self.running.values():
-            if (command.task, command.attempt) == (report["task"], report["attempt"]) and not command.ending:
+            if (command.task, command.attempt) == (entry["task"], entry["attempt"]) and not command.ending:
                 self._end(command, time.monotonic(), "lost")
 
     def _on_run(self, run: Dict[str, Any]) -> None:
@@ -6022,7 +6022,7 @@ class Farmhand:
             self.status = TASKS_FAILED
 
     def _leave(self, access: Optional[Access], left: List[Dict[str, Any]], error: Exception) -> None:
-        results = [report for report in left if report["status"] != "computing"]
+        results = [entry for entry in left if entry["status"] != "computing"]
         if self.stopping:
             self.status = self.exit_status
         elif results:
@@ -7531,7 +7531,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
     return 0
 
 
-def percentage(text: str) -> float:
+def percent_number(text: str) -> float:
     """An argparse type: 0 to 100. Raises ArgumentTypeError."""
     try:
         percent = float(text.rstrip("%"))
@@ -8536,7 +8536,7 @@ and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells m
     add_verb(verbs, "check", cmd_check)
     add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(
-        "percent", type=percentage, metavar="PERCENT", help="0 to 100")
+        "percent", type=percent_number, metavar="PERCENT", help="0 to 100")
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 

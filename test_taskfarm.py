@@ -2299,7 +2299,7 @@ def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> No
     wait_until((tmp_path / "told").exists)
     task = task_of(server, run, 0)
     assert (task["percentCompleted"], task["status"]) == (37.5, "computing") and task["started"]
-    mine = dict(TASKFARM_RUN=run, TASKFARM_TASK="0", TASKFARM_WORKER=task["worker"], HOME=server.home)
+    mine = {"TASKFARM_RUN": run, "TASKFARM_TASK": "0", "TASKFARM_WORKER": task["worker"], "HOME": server.home}
     stranger = run_verb("progress", "90", TASKFARM_ATTEMPT="2", **mine)
     assert stranger.returncode == 1 and task_of(server, run, 0)["percentCompleted"] == 37.5
     alone = run_verb("progress", "90", HOME=server.home)
