@@ -6911,7 +6911,7 @@ def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
         return None, None, "nothing is computing"
     if waiting or not ends.took_s or longest_s is None:
         least, most = time_left(waiting + computing, rate)
-        return least, most, "" if rate else "no task has ended lately"
+        return least, most, "" if rate else "too few tasks have ended lately"
     most_s = quantile(ends.took_s, 0.9)
     if longest_s > most_s:
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
@@ -6998,20 +6998,39 @@ def mount_of(folder: str, mountinfo: str) -> Tuple[str, str]:
     return best
 
 
-def check_folder(db: Optional[str]) -> Iterator[Finding]:
-    """The file system of the farm's file, or of this folder: its locks and SQLite, tried on a file beside it."""
-    folder = os.path.dirname(os.path.realpath(db)) if db else os.getcwd()
+def kind_of(folder: str) -> str:
+    """The kind of the file system of a folder, in words."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             kind = mount_of(os.path.realpath(folder), file.read())[1]
     except OSError:
         kind = ""
-    kind = kind or "unknown kind"
+    return (kind or "of unknown kind") + ", over the network" * (kind in NETWORK_FILE_SYSTEMS)
+
+
+def check_home() -> Iterator[Finding]:
+    """Whether a server could write the access file, and workers what they could not send."""
+    for path in (os.path.dirname(access_path(os.environ)) or ".", state_folder(os.environ)):
+        there = path
+        while not os.path.exists(there):
+            there = os.path.dirname(there) or "."
+        if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+            yield Finding(WARN, "home", "%s cannot be written: set HOME, or XDG_CONFIG_HOME and XDG_STATE_HOME, to "
+                          "folders that can" % there)
+            return
+    home = os.path.expanduser("~")
+    yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, kind_of(home)))
+
+
+def check_folder(db: Optional[str]) -> Iterator[Finding]:
+    """The file system of the farm's file, or of this folder: its locks and SQLite, tried on a file beside it."""
+    folder = os.path.dirname(os.path.realpath(db)) if db else os.getcwd()
+    kind = kind_of(folder)
     if kind in ("tmpfs", "ramfs"):
         yield Finding(WARN, "folder", "%s lies in memory (%s): a farm there is gone when the node starts again"
                       % (folder, kind))
     else:
-        yield Finding(OK, "folder", "%s (%s%s)" % (folder, kind, ", over the network" * (kind in NETWORK_FILE_SYSTEMS)))
+        yield Finding(OK, "folder", "%s (%s)" % (folder, kind))
     try:
         with tempfile.TemporaryDirectory(prefix=".taskfarm-doctor-", dir=folder) as trial:
             yield from try_locks(os.path.join(trial, "trial"), kind)
@@ -8005,7 +8024,7 @@ def rate_words(look: Look) -> str:
     """The recent rate in words, with its range."""
     rate = look.rate
     if rate is None:
-        return "unknown: no task has ended lately"
+        return "unknown: too few tasks have ended lately"
     return "%s over the last %s (%s)" % (
         per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
 
@@ -8170,7 +8189,7 @@ class Watch:
 
     def _say(self, sentence: str) -> None:
         if not self.redraws:
-            print("%s  %s" % (time.strftime("%H:%M:%S"), sentence), flush=True, file=(
+            print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
                 sys.stderr if self.as_json else sys.stdout))
 
     def _gone(self, error: Exception) -> None:
@@ -8383,7 +8402,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     checks: List[Tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("programs", check_programs), ("folder", lambda: check_folder(args.db)),
         ("port %d" % args.port, lambda: check_port(args.host, args.port)), ("limits", check_limits),
-        ("job", check_job), ("server", lambda: check_server(args.url))]
+        ("job", check_job), ("home", check_home), ("server", lambda: check_server(args.url))]
     for finding in examine(checks):
         found.append(finding)
         if not args.json:

@@ -2745,7 +2745,7 @@ def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
         return taskfarm.outlook({"numWaiting": waiting, "numComputing": computing}, rate, ends, longest_s)
     assert left(0, 0, rate, None) == (0.0, 0.0, "")
     assert left(90, 10, rate, 5.0) == (50.0, 200.0, "")
-    assert left(90, 10, None, 5.0)[:2] == (None, None) and "no task" in left(90, 10, None, 5.0)[2]
+    assert left(90, 10, None, 5.0)[:2] == (None, None) and "too few" in left(90, 10, None, 5.0)[2]
     assert left(90, 0, None, None)[2] == "nothing is computing"
     assert left(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the tasks tell more than the rate"
     assert "1 h 0 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
@@ -2799,6 +2799,13 @@ def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
     assert server.end(signal.SIGTERM) == 0
     status, found = doctor("--db", "/nowhere/at/all/f", "--url", "http://no.such.host.invalid:5000", HOME=str(tmp_path))
     assert status == 1 and found["file system"][0] == "FAIL" and "--advertise" in found["server"][1]
+
+
+def test_doctor_says_where_nothing_can_be_written_for_workers(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for environ in ({"XDG_CONFIG_HOME": str(tmp_path / "file")}, {"XDG_STATE_HOME": str(tmp_path / "file")}):
+        _, found = doctor(HOME=str(tmp_path), **environ)
+        assert found["home"][0] == "warn" and "XDG_" in found["home"][1], environ
 
 
 def test_doctor_says_who_has_the_port(tmp_path: Path) -> None:
