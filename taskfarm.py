@@ -106,6 +106,7 @@ Contents
     BENCH               how many workers this machine can feed
     TERMINAL            what a person sees on a terminal: tables, bars, rates
     DOCTOR              whether a node is fit to serve and to work
+    STATUS              how a run gets on, once or until it is over
     COMMAND LINE        verbs, options, start and end of the server
 """
 import sys
@@ -6944,9 +6945,9 @@ def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
     """What the checks find, in their order; they run at the same time, each in a thread that nobody waits for long."""
     until = time.monotonic() + limit_s
     begun = []
-    for what, check_ in checks:
+    for what, look in checks:
         found: "queue.SimpleQueue[Optional[Finding]]" = queue.SimpleQueue()
-        thread = threading.Thread(target=one_check, args=(what, check_, found.put), daemon=True)
+        thread = threading.Thread(target=one_check, args=(what, look, found.put), daemon=True)
         try:
             thread.start()
         except RuntimeError:
@@ -6965,10 +6966,10 @@ def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
     return found.get(timeout=max(until - time.monotonic(), 0.01))
 
 
-def one_check(what: str, check_: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
+def one_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
     """Hand out what one check finds, then None; also where it ends in an error that nobody thought of."""
     try:
-        for finding in check_():
+        for finding in look():
             found(finding)
     except Exception as error:
         found(Finding(FAIL, what, "%s: %s" % (type(error).__name__, error)))
@@ -7087,7 +7088,7 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
     except OSError as error:
         owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
         known = as_access(read_access(access_path(os.environ)), "")
-        if owner == getpass_user() and url_port(known.url) == port and still_answers(known):
+        if owner == user_name(os.getuid()) and url_port(known.url) == port and still_answers(known):
             yield Finding(OK, what, "in use by your own farm")
         else:
             yield Finding(WARN, what, "%s%s" % ("user %s has it. " % owner if owner else "",
@@ -7100,11 +7101,6 @@ def url_port(url: str) -> Optional[int]:
         return urllib.parse.urlsplit(url).port
     except ValueError:
         return None
-
-
-def getpass_user() -> str:
-    """The name of the user of this process, by the system and not by the environment."""
-    return user_name(os.getuid())
 
 
 def user_name(uid: int) -> str:
@@ -7277,6 +7273,281 @@ def check_login(client: Client, access: Access) -> Iterator[Finding]:
         yield Finding(OK, "ready", "the server takes work")
     except (FarmError, Unreachable, Refusal) as error:
         yield Finding(FAIL, "ready", str(error))
+
+
+# ---------------------------------------------------------------- STATUS
+# How a run gets on, asked for once or until it is over: what a person looks at and a program reads.
+
+SHOWN_TASKS = 5                     # longest computing tasks and last failures
+ROWS_AT_ONCE = 1000                 # that are asked for
+RARE_S = 10.0                       # between two questions of a watch that cost the server some milliseconds
+WATCH_S = 2.0                       # between two looks at a run
+WATCH_LINE_S = 30.0                 # between two lines of a watch that cannot redraw
+
+
+def run_path(run_uuid: str, tail: str = "") -> str:
+    """The path of a run."""
+    return "/api/runs/%s%s" % (run_uuid, tail)
+
+
+def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[str, Any]]]:
+    """The rows of a paged list, page by page."""
+    while True:
+        answer = client.ask("GET", path + "?" + urllib.parse.urlencode(query))
+        yield answer["data"]
+        if not answer.get("next"):
+            return
+        query["after"] = answer["next"]
+
+
+class Look(NamedTuple):
+    """What a person wants to know about a run at one moment."""
+    run: Dict[str, Any]
+    workers: List[Dict[str, Any]]       # those alive in the whole farm
+    longest: List[Dict[str, Any]]       # tasks, the one that computes longest first
+    failures: List[Dict[str, Any]]      # tasks, the one that failed last first
+    rate: Optional[Rate]
+    least_s: Optional[float]            # time left
+    most_s: Optional[float]
+    why: str                            # there is no time left to tell
+    utc: float                          # seconds since 1970, by the server's clock
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing waits and nothing computes."""
+        return not self.run["numWaiting"] + self.run["numComputing"]
+
+
+class Lookout:
+    """Looks at a run again and again; each time it knows more of its pace.
+
+    What costs the server more than a few rows is asked for only every RARE_S seconds.
+    """
+    def __init__(self, client: Client, run_uuid: str) -> None:
+        self.client, self.run_uuid = client, run_uuid
+        self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
+        self.asked = -math.inf                                  # tick of the last rare question
+        self.workers: List[Dict[str, Any]] = []
+        self.ends = Ends([], [])                                # by the last rare question
+
+    def look(self) -> Look:
+        """Ask the server. Raises FarmError and Unreachable."""
+        run = self.client.ask("GET", run_path(self.run_uuid))
+        tick, utc = time.monotonic(), time.time() + self.client.ahead_s
+        if tick - self.asked >= RARE_S:
+            self._ask_rarely(utc)
+            self.asked = tick
+        longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
+        failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
+        self._remember(tick, run)
+        told, seen = rate_of(self.ends.points), rate_of(self.readings)
+        rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
+        started = moment(longest[0]["started"]) if longest else None
+        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
+        return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
+
+    def _ask_rarely(self, utc: float) -> None:
+        self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
+                        for worker in rows]
+        lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
+        # Before the time at which one of the lists was cut off, the other alone would count.
+        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
+        ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        self.ends = recent_ends(ended, not since, utc)
+
+    def _remember(self, tick: float, run: Mapping[str, Any]) -> None:
+        ended = run["numDone"] + run["numFailed"]
+        if self.readings and ended < self.readings[-1][1]:      # it was restarted
+            self.readings.clear()
+        self.readings.append((tick, ended))
+        while tick - self.readings[0][0] > window_of(self.ends.took_s):
+            self.readings.popleft()
+
+    def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
+        """The first tasks of a status in an order, and whether there are no more."""
+        answer = self.client.ask("GET", run_path(self.run_uuid, "/tasks?" + urllib.parse.urlencode(
+            {"status": status, "order": order, "limit": limit})))
+        return answer["data"], not answer["next"]
+
+
+def rate_words(look: Look) -> str:
+    """The recent rate in words, with its range."""
+    rate = look.rate
+    if rate is None:
+        return "unknown: too few tasks have ended lately"
+    return "%s over the last %s (%s)" % (
+        per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
+
+
+def left_words(look: Look) -> str:
+    """The time left in words."""
+    if look.least_s is None and look.why:
+        return "unknown: " + look.why
+    return in_words(look.least_s, look.most_s)
+
+
+def worker_words(look: Look) -> str:
+    """How many workers there are."""
+    if not look.workers:
+        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % look.run["uuid"][:8]
+    hosts = len({worker["hostname"] for worker in look.workers})
+    return "%s alive on %s, they hold %s (of all runs)" % (
+        grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
+
+
+def look_lines(look: Look, screen: Screen) -> List[str]:
+    """A status as a person reads it; each line fits the terminal."""
+    run, columns = look.run, screen.columns
+    named = harmless(run.get("name") or "run")
+    rest = "  %s   %s, made %s ago" % (run["uuid"], counted(run["numTasks"], "task"), age(run.get("created"), look.utc))
+    head = cut(named + rest, columns) if columns else named + rest
+    share = percent(run["percentDone"], 100)
+    lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
+             "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
+             *state_lines(run, screen)]
+    if look.over:
+        facts = [("over", "all tasks are done" if not run["numFailed"] else
+                  "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
+    else:
+        facts = [("rate", rate_words(look)), ("time left", left_words(look)), ("workers", worker_words(look))]
+    for name, words in facts:
+        line = "%-11s%s" % (name, words)
+        lines.append(cut(line, columns) if columns else line)
+    return lines + task_lines("longest computing", look.longest, LONGEST, look, screen) + task_lines(
+        "last failures", look.failures, FAILURES, look, screen)
+
+
+# The columns of tables of tasks by their titles, and which of them stand where.
+CELLS = {column.title: column for column in (
+    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, spare=True),
+    Column("failures", True, spare=True), Column("losses", True, spare=True), Column("for", True),
+    Column("ago", True), Column("took", True, spare=True), Column("host", gives=True),
+    Column("exit", True), Column("message", gives=True))}
+LONGEST = ("task", "for", "percent", "attempt", "host")
+FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
+TASKS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
+
+
+def took(task: Mapping[str, Any], now_utc: float) -> str:
+    """How long the last attempt took, or takes so far; "" when that is not known."""
+    started, finished = moment(task["started"]), moment(task["finished"])
+    if started is None or finished is None and task["status"] != "computing":
+        return ""
+    return span(max((finished or now_utc) - started, 0.0))
+
+
+def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
+    """What stands in each column for a task."""
+    return {"task": task["task"], "status": task["status"], "percent": "%.1f" % task["percentCompleted"],
+            "attempt": task["attempt"], "failures": task["failures"], "losses": task["losses"],
+            "for": age(task["started"], now_utc), "ago": age(task["finished"], now_utc), "took": took(task, now_utc),
+            "host": task["hostname"], "exit": task["exitCode"], "message": task["message"]}
+
+
+def task_table(titles: Sequence[str], width: int) -> Table:
+    """A table for tasks."""
+    return Table([CELLS[title] for title in titles], width)
+
+
+def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
+    """The rows of such a table."""
+    cells = [task_cells(task, now_utc) for task in tasks]
+    return [[row[title] for title in titles] for row in cells]
+
+
+def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: Look,
+               screen: Screen) -> List[str]:
+    """A small table under a title; nothing when there are no tasks."""
+    table = task_table(titles, max(screen.columns - 2, 1) if screen.columns else 0)
+    rows = task_rows(tasks, titles, look.utc)
+    return ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))] if tasks else []
+
+
+def look_json(look: Look) -> Dict[str, Any]:
+    """A status for programs."""
+    rate = look.rate
+    return {"run": look.run, "over": look.over,
+            "rate": rate and {"perSecond": rate.per_s, "low": rate.low, "high": rate.high, "ended": rate.ended,
+                              "seconds": rate.window_s},
+            "secondsLeft": {"least": look.least_s, "most": look.most_s},
+            "workers": {"alive": len(look.workers), "hosts": len({worker["hostname"] for worker in look.workers}),
+                        "held": sum(worker["held"] for worker in look.workers)},
+            "longest": look.longest, "failures": look.failures}
+
+
+def look_line(look: Look) -> str:
+    """A status in one line, for a log."""
+    run = look.run
+    pace = "over" if look.over else "%s, time left %s" % (
+        per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
+    return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
+
+
+def state_counts(run: Mapping[str, Any]) -> str:
+    """The tasks of a run by state, in words."""
+    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
+
+
+class Watch:
+    """Shows a run until it is over: redrawn in place on a terminal, else as lines. A server that is away is waited for.
+
+    *every_s*: between two pictures or lines; None for what is usual.
+    """
+    def __init__(self, lookout: Lookout, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
+        self.lookout, self.screen, self.as_json = lookout, screen, as_json
+        self.redraws = screen.moves and not as_json
+        self.every_s = every_s or (WATCH_S if self.redraws else WATCH_LINE_S)
+        self.last: Optional[Look] = None
+        self.shown: Optional[float] = None      # tick of the last line
+        self.away: Optional[float] = None       # tick at which the server was found to be away
+
+    def run(self) -> int:
+        """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
+        while True:
+            try:
+                self.last = self.lookout.look()
+                self._back()
+            except (Unreachable, FarmError) as error:
+                if self.last is None or isinstance(error, FarmError) and error.status < 500:
+                    raise
+                self._gone(error)
+            self._show()
+            if self.last.over and self.away is None:
+                return 0
+            self.lookout.client.patience_s = 0.0        # from here on it is this loop that is patient
+            time.sleep(min(self.every_s, WATCH_S))
+
+    def _say(self, sentence: str) -> None:
+        if not self.redraws:
+            print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
+                sys.stderr if self.as_json else sys.stdout))
+
+    def _gone(self, error: Exception) -> None:
+        self.trouble = str(error)
+        if self.away is None:
+            self.away = time.monotonic()
+            self._say("the server is away: %s" % error)
+
+    def _back(self) -> None:
+        if self.away is not None:
+            self._say("the server is back after %s" % span(time.monotonic() - self.away))
+            self.away = None
+
+    def _show(self) -> None:
+        assert self.last
+        now = time.monotonic()
+        if self.redraws:
+            lines = look_lines(self.last, self.screen)
+            if self.away is not None:
+                said = "the server is away, for %s now: %s" % (span(now - self.away), self.trouble)
+                lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
+            self.screen.redraw(lines)
+        elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
+            self.shown = now
+            if self.as_json:
+                print(json.dumps(look_json(self.last)), flush=True)
+            else:
+                self._say(look_line(self.last))
 
 
 # ---------------------------------------------------------------- COMMAND LINE
@@ -7816,13 +8087,8 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
     return 0
 
 
-VERB_PATIENCE_S = 5.0       # a verb waits so long for a server that is being started or restarted
-SHOWN_TASKS = 5             # longest computing tasks and last failures in a status
-ROWS_AT_ONCE = 1000                 # rows that are asked for at once
-TABLE_ROWS = 200            # tasks on a terminal, unless told otherwise
-RARE_S = 10.0               # between two questions of a watch that cost the server some milliseconds
-WATCH_S = 2.0               # between two looks at a run
-WATCH_LINE_S = 30.0         # between two lines of a watch that cannot redraw
+VERB_PATIENCE_S = 5.0               # a verb waits so long for a server that is being started or restarted
+TABLE_ROWS = 200                    # tasks on a terminal, unless told otherwise
 
 
 @contextlib.contextmanager
@@ -7855,21 +8121,6 @@ def wait_for_access(args: argparse.Namespace) -> None:
                 tell("no farm is known here yet: waiting a moment for one that is being started")
                 told = True
         time.sleep(0.1)
-
-
-def run_path(run_uuid: str, tail: str = "") -> str:
-    """The path of a run."""
-    return "/api/runs/%s%s" % (run_uuid, tail)
-
-
-def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[str, Any]]]:
-    """The rows of a paged list, page by page."""
-    while True:
-        answer = client.ask("GET", path + "?" + urllib.parse.urlencode(query))
-        yield answer["data"]
-        if not answer.get("next"):
-            return
-        query["after"] = answer["next"]
 
 
 def print_json(value: Any) -> None:
@@ -7950,189 +8201,6 @@ def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> 
     screen.print([screen.paint(line, "bold") if first and not number else line for number, line in enumerate(lines)])
 
 
-class Look(NamedTuple):
-    """What a person wants to know about a run at one moment."""
-    run: Dict[str, Any]
-    workers: List[Dict[str, Any]]       # those alive in the whole farm
-    longest: List[Dict[str, Any]]       # tasks, the one that computes longest first
-    failures: List[Dict[str, Any]]      # tasks, the one that failed last first
-    rate: Optional[Rate]
-    least_s: Optional[float]            # time left
-    most_s: Optional[float]
-    why: str                            # there is no time left to tell
-    utc: float                          # seconds since 1970, by the server's clock
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing waits and nothing computes."""
-        return not self.run["numWaiting"] + self.run["numComputing"]
-
-
-class Lookout:
-    """Looks at a run again and again; each time it knows more of its pace.
-
-    What costs the server more than a few rows is asked for only every RARE_S seconds.
-    """
-    def __init__(self, client: Client, run_uuid: str) -> None:
-        self.client, self.run_uuid = client, run_uuid
-        self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
-        self.asked = -math.inf                                  # tick of the last rare question
-        self.workers: List[Dict[str, Any]] = []
-        self.ends = Ends([], [])                                # by the last rare question
-
-    def look(self) -> Look:
-        """Ask the server. Raises FarmError and Unreachable."""
-        run = self.client.ask("GET", run_path(self.run_uuid))
-        tick, utc = time.monotonic(), time.time() + self.client.ahead_s
-        if tick - self.asked >= RARE_S:
-            self._ask_rarely(utc)
-            self.asked = tick
-        longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
-        failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
-        self._remember(tick, run)
-        told, seen = rate_of(self.ends.points), rate_of(self.readings)
-        rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
-        started = moment(longest[0]["started"]) if longest else None
-        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
-        return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
-
-    def _ask_rarely(self, utc: float) -> None:
-        self.workers = [worker for page_ in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
-                        for worker in page_]
-        lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
-        # Before the time at which one of the lists was cut off, the other alone would count.
-        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
-        ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
-        self.ends = recent_ends(ended, not since, utc)
-
-    def _remember(self, tick: float, run: Mapping[str, Any]) -> None:
-        ended = run["numDone"] + run["numFailed"]
-        if self.readings and ended < self.readings[-1][1]:      # it was restarted
-            self.readings.clear()
-        self.readings.append((tick, ended))
-        while tick - self.readings[0][0] > window_of(self.ends.took_s):
-            self.readings.popleft()
-
-    def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
-        """The first tasks of a status in an order, and whether there are no more."""
-        answer = self.client.ask("GET", run_path(self.run_uuid, "/tasks?" + urllib.parse.urlencode(
-            {"status": status, "order": order, "limit": limit})))
-        return answer["data"], not answer["next"]
-
-
-def rate_words(look: Look) -> str:
-    """The recent rate in words, with its range."""
-    rate = look.rate
-    if rate is None:
-        return "unknown: too few tasks have ended lately"
-    return "%s over the last %s (%s)" % (
-        per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
-
-
-def left_words(look: Look) -> str:
-    """The time left in words."""
-    if look.least_s is None and look.why:
-        return "unknown: " + look.why
-    return in_words(look.least_s, look.most_s)
-
-
-def worker_words(look: Look) -> str:
-    """How many workers there are."""
-    if not look.workers:
-        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % look.run["uuid"][:8]
-    hosts = len({worker["hostname"] for worker in look.workers})
-    return "%s alive on %s, they hold %s (of all runs)" % (
-        grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
-
-
-def look_lines(look: Look, screen: Screen) -> List[str]:
-    """A status as a person reads it; each line fits the terminal."""
-    run, columns = look.run, screen.columns
-    named = harmless(run.get("name") or "run")
-    rest = "  %s   %s, made %s ago" % (run["uuid"], counted(run["numTasks"], "task"), age(run.get("created"), look.utc))
-    head = cut(named + rest, columns) if columns else named + rest
-    share = percent(run["percentDone"], 100)
-    lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
-             "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
-             *state_lines(run, screen)]
-    if look.over:
-        facts = [("over", "all tasks are done" if not run["numFailed"] else
-                  "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
-    else:
-        facts = [("rate", rate_words(look)), ("time left", left_words(look)), ("workers", worker_words(look))]
-    for name, words in facts:
-        line = "%-11s%s" % (name, words)
-        lines.append(cut(line, columns) if columns else line)
-    return lines + task_lines("longest computing", look.longest, LONGEST, look, screen) + task_lines(
-        "last failures", look.failures, FAILURES, look, screen)
-
-
-# The columns of tables of tasks by their titles, and which of them stand where.
-CELLS = {column.title: column for column in (
-    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, spare=True),
-    Column("failures", True, spare=True), Column("losses", True, spare=True), Column("for", True),
-    Column("ago", True), Column("took", True, spare=True), Column("host", gives=True),
-    Column("exit", True), Column("message", gives=True))}
-LONGEST = ("task", "for", "percent", "attempt", "host")
-FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
-TASKS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
-
-
-def took(task: Mapping[str, Any], now_utc: float) -> str:
-    """How long the last attempt took, or takes so far; "" when that is not known."""
-    started, finished = moment(task["started"]), moment(task["finished"])
-    if started is None or finished is None and task["status"] != "computing":
-        return ""
-    return span(max((finished or now_utc) - started, 0.0))
-
-
-def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
-    """What stands in each column for a task."""
-    return {"task": task["task"], "status": task["status"], "percent": "%.1f" % task["percentCompleted"],
-            "attempt": task["attempt"], "failures": task["failures"], "losses": task["losses"],
-            "for": age(task["started"], now_utc), "ago": age(task["finished"], now_utc), "took": took(task, now_utc),
-            "host": task["hostname"], "exit": task["exitCode"], "message": task["message"]}
-
-
-def task_table(titles: Sequence[str], width: int) -> Table:
-    """A table for tasks."""
-    return Table([CELLS[title] for title in titles], width)
-
-
-def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
-    """The rows of such a table."""
-    cells = [task_cells(task, now_utc) for task in tasks]
-    return [[row[title] for title in titles] for row in cells]
-
-
-def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: Look,
-               screen: Screen) -> List[str]:
-    """A small table under a title; nothing when there are no tasks."""
-    table = task_table(titles, max(screen.columns - 2, 1) if screen.columns else 0)
-    rows = task_rows(tasks, titles, look.utc)
-    return ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))] if tasks else []
-
-
-def look_json(look: Look) -> Dict[str, Any]:
-    """A status for programs."""
-    rate = look.rate
-    return {"run": look.run, "over": look.over,
-            "rate": rate and {"perSecond": rate.per_s, "low": rate.low, "high": rate.high, "ended": rate.ended,
-                              "seconds": rate.window_s},
-            "secondsLeft": {"least": look.least_s, "most": look.most_s},
-            "workers": {"alive": len(look.workers), "hosts": len({worker["hostname"] for worker in look.workers}),
-                        "held": sum(worker["held"] for worker in look.workers)},
-            "longest": look.longest, "failures": look.failures}
-
-
-def look_line(look: Look) -> str:
-    """A status in one line, for a log."""
-    run = look.run
-    pace = "over" if look.over else "%s, time left %s" % (
-        per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
-    return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
-
-
 def cmd_status(args: argparse.Namespace) -> int:
     """show how far a run is: its tasks by state, rate, time left, workers, failures
 
@@ -8156,68 +8224,6 @@ def cmd_status(args: argparse.Namespace) -> int:
     else:
         screen.print(look_lines(look, screen))
     return 0
-
-
-class Watch:
-    """Shows a run until it is over: redrawn in place on a terminal, else as lines. A server that is away is waited for.
-
-    *every_s*: between two pictures or lines; None for what is usual.
-    """
-    def __init__(self, lookout: Lookout, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
-        self.lookout, self.screen, self.as_json = lookout, screen, as_json
-        self.redraws = screen.moves and not as_json
-        self.every_s = every_s or (WATCH_S if self.redraws else WATCH_LINE_S)
-        self.last: Optional[Look] = None
-        self.shown: Optional[float] = None      # tick of the last line
-        self.away: Optional[float] = None       # tick at which the server was found to be away
-
-    def run(self) -> int:
-        """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
-        while True:
-            try:
-                self.last = self.lookout.look()
-                self._back()
-            except (Unreachable, FarmError) as error:
-                if self.last is None or isinstance(error, FarmError) and error.status < 500:
-                    raise
-                self._gone(error)
-            self._show()
-            if self.last.over and self.away is None:
-                return 0
-            self.lookout.client.patience_s = 0.0        # from here on it is this loop that is patient
-            time.sleep(min(self.every_s, WATCH_S))
-
-    def _say(self, sentence: str) -> None:
-        if not self.redraws:
-            print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
-                sys.stderr if self.as_json else sys.stdout))
-
-    def _gone(self, error: Exception) -> None:
-        self.trouble = str(error)
-        if self.away is None:
-            self.away = time.monotonic()
-            self._say("the server is away: %s" % error)
-
-    def _back(self) -> None:
-        if self.away is not None:
-            self._say("the server is back after %s" % span(time.monotonic() - self.away))
-            self.away = None
-
-    def _show(self) -> None:
-        assert self.last
-        now = time.monotonic()
-        if self.redraws:
-            lines = look_lines(self.last, self.screen)
-            if self.away is not None:
-                said = "the server is away since %s: %s" % (span(now - self.away), self.trouble)
-                lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
-            self.screen.redraw(lines)
-        elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
-            self.shown = now
-            if self.as_json:
-                print(json.dumps(look_json(self.last)), flush=True)
-            else:
-                self._say(look_line(self.last))
 
 
 def cmd_tasks(args: argparse.Namespace) -> int:
@@ -8261,10 +8267,10 @@ def limited(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple
 
 def print_json_rows(pages: Iterator[Tuple[List[Dict[str, Any]], bool]]) -> None:
     """Print pages of rows as one JSON object {"data": [...]}, a row a line, in bounded memory."""
-    rows = (json.dumps(row) for page_, _ in pages for row in page_)
-    sys.stdout.write('{"data": [' + next(rows, ""))
-    for row in rows:
-        sys.stdout.write(",\n" + row)
+    lines = (json.dumps(row) for rows, _ in pages for row in rows)
+    sys.stdout.write('{"data": [' + next(lines, ""))
+    for line in lines:
+        sys.stdout.write(",\n" + line)
     sys.stdout.write("]}\n")
 
 
@@ -8312,11 +8318,6 @@ def cmd_restart(args: argparse.Namespace) -> int:
         run = client.ask("GET", run_path(run_uuid))
     print("run %s: %s" % (run_uuid, state_counts(run)))
     return 0
-
-
-def state_counts(run: Mapping[str, Any]) -> str:
-    """The tasks of a run by state, in words."""
-    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
 
 
 def cmd_delete(args: argparse.Namespace) -> int:
