@@ -7084,23 +7084,15 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
         with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((host, port))
-        yield Finding(OK, what, "free on %s" % host)
+        yield Finding(OK, what, "free on %s" % host if port else "the system picks one that is free")
     except OSError as error:
-        owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
-        known = as_access(read_access(access_path(os.environ)), "")
-        if owner == user_name(os.getuid()) and url_port(known.url) == port and still_answers(known):
+        here = url_of(reachable_as(host, "")[1], port)
+        if still_answers(as_access(dict(read_access(access_path(os.environ)), url=here), "")):
             yield Finding(OK, what, "in use by your own farm")
-        else:
-            yield Finding(WARN, what, "%s%s" % ("user %s has it. " % owner if owner else "",
-                                                address_refused(host, port, error)))
-
-
-def url_port(url: str) -> Optional[int]:
-    """The port of a URL; None when there is none or it makes no sense."""
-    try:
-        return urllib.parse.urlsplit(url).port
-    except ValueError:
-        return None
+            return
+        owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
+        yield Finding(WARN, what, "%s%s" % ("user %s has it. " % owner if owner else "",
+                                            address_refused(host, port, error)))
 
 
 def user_name(uid: int) -> str:

@@ -2780,8 +2780,8 @@ def test_doctor_finds_a_node_fit_and_leaves_nothing_behind(tmp_path: Path) -> No
 
 
 def test_doctor_before_anything_is_there_warns_and_says_what_to_do(tmp_path: Path) -> None:
-    status, found = doctor(HOME=str(tmp_path))
-    assert status == 0 and found["server"][0] == "warn" and "login URL" in found["server"][1]
+    status, found = doctor("--port", "0", HOME=str(tmp_path))
+    assert status == 0 and found["port 0"][0] == "ok" and found["server"][0] == "warn" and "login URL" in found["server"][1]
 
 
 def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
@@ -2816,6 +2816,14 @@ def test_doctor_says_who_has_the_port(tmp_path: Path) -> None:
         _, found = doctor("--port", str(port), HOME=str(tmp_path))
         assert found["port %d" % port][0] == "warn" and "--port 0" in found["port %d" % port][1]
         assert "user %s has it" % pwd.getpwuid(os.getuid()).pw_name in found["port %d" % port][1]
+
+
+def test_doctor_takes_a_farm_for_yours_when_it_can_prove_it(farm: Live, tmp_path: Path) -> None:
+    path = tmp_path / "access.json"
+    for proof, verdict in (("00" * 32, "warn"), (file_of(farm)["proof"], "ok")):
+        taskfarm.write_access(str(path), dict(file_of(farm), proof=proof))
+        _, found = doctor("--port", str(farm.port), TASKFARM_ACCESS=str(path))
+        assert found["port %d" % farm.port][0] == verdict
 
 
 def test_doctor_does_not_wait_for_what_hangs(tmp_path: Path) -> None:
