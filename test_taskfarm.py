@@ -2439,22 +2439,44 @@ def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path)
     assert counts(server, run) == (0, 0, 2, 0)
 
 
-def test_a_worker_stays_while_tasks_may_come_back(server: Process, tmp_path: Path) -> None:
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
+                "sleep 0.01; done" % (tmp_path, tmp_path),
+                tweak="taskfarm.LEASE_S, taskfarm.BEAT_S, taskfarm.MOMENT_S = 1, 0.2, 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"])
+    hand.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
+    assert task_of(server, run, 0)["losses"] == 1
+    if taken:
+        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
+        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
+    hand.process.send_signal(signal.SIGCONT)
+    if taken:
+        wait_until(lambda: "task 0 is not ours any more" in hand.said())
+        hand.end(0)
+        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
+    else:
+        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
+        (tmp_path / "go").touch()
+        hand.end(0)
+        task = task_of(server, run, 0)
+        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
+
+
+def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     run = new_run(server, 2)
-    for body in ({"uuid": "other", "hostname": "h", "pid": 1, "lease": 1},):
-        server.ask("POST", "/api/worker", body)
+    other = {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600}
+    server.ask("POST", "/api/worker", other)
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
-    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
     Hand(server, run, "--no-wait", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
     hand = Hand(server, run, "--", "true")
     wait_until(lambda: "waiting for that" in hand.said())
-    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 1})
-    server.ask("PUT", "/api/runs/%s/tasks/1" % run, {"status": "waiting"})
-    hand.process.kill()
-    hand.process.wait()
-    Hand(server, run, "--", "true").end(0)
-    assert counts(server, run) == (0, 0, 2, 0) and task_of(server, run, 0)["losses"] == 1
+    assert server.ask("DELETE", "/api/worker/other")[0] == 204
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
 
 
 def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
@@ -2472,7 +2494,7 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
 
 def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
     run = new_run(server, 50)
-    end, soon = str(int(time.time()) + 4), "taskfarm.LEAVE_S = 0.5"
+    end, soon = str(int(time.time()) + 5), "taskfarm.LEAVE_S = 0.5"
     said = Hand(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
                 SLURM_JOB_ID="1", tweak=soon).end(7)
     assert "fit" in said or "the job ends" in said
