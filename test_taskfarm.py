@@ -1871,50 +1871,56 @@ def access_of(farm: Any, **changes: str) -> taskfarm.Access:
 
 
 class Flaky:
-    """A port in front of a farm that can be shut, and can swallow answers to requests that reached the farm."""
+    """A port in front of a farm that swallows answers to requests that have reached the farm."""
 
     def __init__(self, port: int) -> None:
         self.port_behind = port
-        self.swallow = 0                # so many answers to come
-        self.seen: List[bytes] = []     # requests, as they came
+        self.swallow: Callable[[], bool] = lambda: False     # the next answer
+        self.seen: List[bytes] = []     # heads of requests
+        self.lost = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.open: List[socket.socket] = []
-        self.thread = threading.Thread(target=self._accept, daemon=True)
-        self.thread.start()
+        self.url = "http://127.0.0.1:%d" % self.port
+        threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                self.open.append(client)
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
     def _carry(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), contextlib.closing(client), contextlib.closing(
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(client), contextlib.closing(
                 socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
             while True:
-                data = client.recv(65536)
-                if not data:
-                    return
-                while b"\r\n\r\n" not in data:
-                    data += client.recv(65536)
-                head, _, body = data.partition(b"\r\n\r\n")
-                length = int((re.findall(rb"Content-Length: (\d+)", head) or [0])[0])
-                while len(body) < length:
-                    body += client.recv(65536)
-                self.seen.append(head)
-                behind.sendall(head + b"\r\n\r\n" + body)
-                answer = behind.recv(65536)
-                if self.swallow and b"livez" not in head:
-                    self.swallow -= 1
+                request = self._message(client)
+                self.seen.append(request.partition(b"\r\n\r\n")[0])
+                behind.sendall(request)
+                answer = self._message(behind)
+                if b"GET /livez" not in request and self.swallow():
+                    self.lost += 1
                     return
                 client.sendall(answer)
 
+    @staticmethod
+    def _message(sock: socket.socket) -> bytes:
+        """A whole request or answer. Raises EOFError at the end of the connection."""
+        def more() -> bytes:
+            received = sock.recv(65536)
+            if not received:
+                raise EOFError
+            return received
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += more()
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int((re.findall(rb"(?i)\r\ncontent-length: (\d+)", head) or [b"0"])[0])
+        while len(body) < length:
+            body += more()
+        return head + b"\r\n\r\n" + body
+
     def close(self) -> None:
         self.listener.close()
-        for sock in self.open:
-            sock.close()
 
 
 def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Live) -> None:
@@ -1934,12 +1940,12 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
 def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
     relay = Flaky(farm.port)
     for proof in ("00" * 32, "no hex"):
-        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url="http://127.0.0.1:%d" % relay.port))  # noqa: B023
+        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url=relay.url))  # noqa: B023
         with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
             client.ask("GET", "/api/runs")
         client.close()
     assert relay.seen and not any(b"authorization" in head.lower() for head in relay.seen)
-    good = taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:%d" % relay.port))
+    good = taskfarm.Client(lambda: access_of(farm, url=relay.url))
     good.ask("GET", "/api/runs")
     good.ask("GET", "/api/runs")
     good.close()
@@ -1950,17 +1956,19 @@ def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
 
 def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live) -> None:
     relay = Flaky(farm.port)
-    access = access_of(farm, url="http://127.0.0.1:%d" % relay.port)
+    access, swallow = access_of(farm, url=relay.url), [False]
+    relay.swallow = lambda: bool(swallow) and swallow.pop()
     with contextlib.closing(taskfarm.Client(lambda: access, patience_s=20)) as client:
-        relay.swallow = 1
+        swallow[:] = [True]
         run = client.ask("POST", "/api/run", {"numTasks": 5})["uuid"]
         assert len(client.ask("GET", "/api/runs")["data"]) == 1
         taskfarm.register(client, "w")
         for number in range(5):
-            relay.swallow = 2
+            swallow[:] = [True, True]
             assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})["task"] == number
         assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"}) is None
         assert client.retry_after is not None, "its own lease may end"
+    assert relay.lost == 11
     relay.close()
 
 
@@ -2393,6 +2401,21 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, t
     assert counts(again, run) == (0, 0, 60, 0) and ran < 60
     assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
     assert again.end(signal.SIGTERM) == 0
+
+
+def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 400)
+    relay, generator = Flaky(server.port), random.Random(1)
+    relay.swallow = lambda: generator.random() < 0.3
+    hand = Hand(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
+                tweak="taskfarm.FLUSH_S = 0.01; taskfarm.AHEAD_S = 0.05; taskfarm.PAUSES_S = (0.01, 0.02)",
+                TASKFARM_URL=relay.url)
+    hand.end(0)
+    relay.close()
+    assert relay.lost > 5
+    assert counts(server, run) == (0, 0, 400, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
 
 
 def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
