@@ -2282,6 +2282,34 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     assert "first\nlast" in hand.erred(), "the error output is passed on"
 
 
+def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    script = tmp_path / "tile.sh"
+    script.write_text("#!/bin/sh\n[ $1 != 3 ] || rm %s\n" % script)
+    script.chmod(0o755)
+    assert "tile.sh cannot be started here" in Hand(server, run, "--", str(script), "{task}").end(1)
+    assert counts(server, run) == (6, 0, 4, 0)
+    (tmp_path / "lines").write_text("true\n" * 4 + "/no/such/program\n" * 2 + "true\n" * 4)
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "env", "{line}").end(3)
+    assert counts(server, run) == (0, 0, 8, 2)
+    run = new_run(server, 2)
+    (tmp_path / "lines").write_text("/no/such/program\nnul\0\n")
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "{task}").end(3)
+    assert [task_of(server, run, number)["exitCode"] for number in range(2)] == [127, 126]
+
+
+def test_a_system_that_is_full_is_waited_for(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 6)
+    logs = tmp_path / "logs"
+    hand = Hand(server, run, "--log-dir", str(logs), "--", "sh", "-c", "[ {task} != 2 ] || [ -e %s/full ] || { touch "
+                "%s/full; mv %s %s; }" % (tmp_path, tmp_path, logs, tmp_path / "away"),
+                tweak="taskfarm.TEMPORARY += (taskfarm.errno.ENOENT,)")
+    wait_until(lambda: "trying again" in hand.said())
+    (tmp_path / "away").rename(logs)
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 6, 0)
+
+
 def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 5, maxFailures=3)
     Hand(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
