@@ -5569,10 +5569,10 @@ class Farmhand:
             word, value = self.courier.news.popleft()
             getattr(self, "_on_" + word)(value)
         now = time.monotonic()
-        if self.ready and self.slots and not self.stopping and now >= self.hold_until:
-            self._start_commands(now)
         if now >= min(self.due, self.display.flush_at) or self.signals > self.signals_seen:
             self._see_to_time(now)
+        if self.ready and self.slots and not self.stopping and now >= self.hold_until:
+            self._start_commands(now)
         self._ask_for_more(now)
         if not self.running and not self.ended and self._over():
             return
@@ -5604,7 +5604,7 @@ class Farmhand:
         self.courier.idle = not (self.running or self.ended)
         if self.asked or self.stopping or now < self.hold_until:
             return
-        here = len(self.ready) + len(self.running)
+        here = len(self.ready) + len(self.running) + len(self.ended)
         ahead = self._ahead(now)
         if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
             if not here and self.finished != self.finished_when_asked:     # our own reports may have changed that
