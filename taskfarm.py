@@ -53,7 +53,7 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=, ?limit=, ?after=
     PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
-    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt
+    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed
     POST   /api/worker                    register a worker: uuid, hostname, pid, lease
     GET    /api/worker/<worker>           a worker and a page of what it holds
     PUT    /api/worker/<worker>           a heartbeat
@@ -196,6 +196,7 @@ TOKEN_DAYS = 365.0                  # the published client fetches one token and
 MOST_LEASE_S = 86400                # seconds
 LOOK_S = 5.0                        # with leases running, the writer looks at the clock at least this often
 STOPPED_S = 1.0                     # it woke so much later than it asked to: the process was stopped
+MOST_ELAPSED_S = 10 ** 9            # seconds that a task may have taken
 PAUSE_S = 60                        # the most that Retry-After says
 MOST_TRIES = 1000                   # the largest maxFailures and maxLosses
 PAGE_TASKS, MOST_PAGE = 100, 1000   # entries of a page, unless told otherwise and at most
@@ -542,6 +543,7 @@ class Report(NamedTuple):
     millionths: Optional[int] = None
     exit_code: Optional[int] = None
     message: Optional[str] = None
+    elapsed_ms: Optional[int] = None        # since the attempt was begun, by the worker's clock
 
 
 class Pause(NamedTuple):
@@ -791,6 +793,7 @@ class Ledger:
         self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
         self.leases = Leases(0)
         self.leavers: List[int] = []            # signed off, with more tasks than one operation lets go
+        self.claim_keys: Optional[Dict[bytes, int]] = None      # of the last claims, to worker ids; None: to be read
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
         self.effects: List[Callable[[], None]] = []
@@ -844,6 +847,7 @@ class Ledger:
     def forget(self) -> None:
         """Drop all memory: the transaction was rolled back."""
         self.forget_rows()
+        self.claim_keys = None
         self.changed.clear()
         self.begun.clear()
         self.effects.clear()
@@ -1087,7 +1091,7 @@ def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str,
     hear(sql, now, worker)
     refuse_signed_off(worker)
     run = find_run(sql, run_uuid)
-    given = given_before(sql, worker, keyed) if keyed else []
+    given = given_before(sql, now, worker, keyed) if keyed else []
     if given:
         return task_of(sql, run, given[0])
     if not run.counts[WAITING]:
@@ -1108,7 +1112,7 @@ def claim_many(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str, count: in
     hear(sql, now, worker)
     refuse_signed_off(worker)
     run = find_run(sql, run_uuid)
-    given = given_before(sql, worker, keyed) if keyed else []
+    given = given_before(sql, now, worker, keyed) if keyed else []
     if given:
         return [(row[0] - run.first_id, row[4], row[2]) for row in given]
     if not run.counts[WAITING]:
@@ -1257,18 +1261,49 @@ class Keyed(NamedTuple):
             raise Unprocessable("this Idempotency-Key came with another request before: use a new key for each")
 
 
-def given_before(sql: Ledger, worker: Worker, keyed: Keyed) -> List[TaskRow]:
-    """The tasks that the worker was given for a claim with this key, if that was its last one with a key."""
-    row = sql.one("SELECT key, request, given FROM last_claim WHERE worker = ?", worker.id)
-    if row is None or row[0] != keyed.key:
+def given_before(sql: Ledger, now: Now, worker: Worker, keyed: Keyed) -> List[TaskRow]:
+    """The tasks that the worker was given for a claim with this key, if that was its last one with a key.
+
+    Raises Unprocessable when the key came with another request, whoever claimed with it.
+    """
+    before = claim_with(sql, keyed.key)
+    if before is None:
+        row = sql.one(ANSWER, keyed.key, now.utc - KEY_MEMORY_S)
+        if row is not None:
+            keyed.compare(row[0])
         return []
-    keyed.compare(row[1])
+    keyed.compare(before[0])
     given: List[TaskRow] = []
-    for span in row[2].split(","):
+    for span in before[1].split(","):
         first, last, attempt = map(int, span.split(":"))
         for task in sql.all("SELECT " + TASK_COLUMNS + " FROM task WHERE id BETWEEN ? AND ?", first, last):
             given.append((task[0], COMPUTING, task[2], worker.id, attempt, *task[5:]))
     return given
+
+
+ANSWER = "SELECT request, status, body FROM answer WHERE key = ? AND at > ?"
+
+
+def claim_with(sql: Ledger, key: bytes) -> Optional[Tuple[bytes, str]]:
+    """The request that a key came with, and what was given, if it is the last key of some worker's claims.
+
+    Memory knows which worker's: an index would have another page written with every claim.
+    """
+    if sql.claim_keys is None:
+        sql.claim_keys = dict(sql.all("SELECT key, worker FROM last_claim"))
+    if key not in sql.claim_keys:
+        return None
+    found: Tuple[bytes, str] = sql.one("SELECT request, given FROM last_claim WHERE worker = ?", sql.claim_keys[key])
+    return found
+
+
+def forget_claim(sql: Ledger, worker_id: int) -> None:
+    """The worker's last claim with a key is not to be repeated any more."""
+    row = sql.one("SELECT key FROM last_claim WHERE worker = ?", worker_id)
+    if row is not None:
+        sql.execute("DELETE FROM last_claim WHERE worker = ?", (worker_id,))
+        if sql.claim_keys is not None:
+            sql.claim_keys.pop(row[0], None)
 
 
 def remember_claim(sql: Ledger, worker: Worker, keyed: Keyed, given: Sequence[Tuple[int, int]]) -> None:
@@ -1279,23 +1314,28 @@ def remember_claim(sql: Ledger, worker: Worker, keyed: Keyed, given: Sequence[Tu
             spans[-1][1] = task_id
         else:
             spans.append([task_id, task_id, attempt])
-    sql.execute("INSERT OR REPLACE INTO last_claim (worker, key, request, given) VALUES (?, ?, ?, ?)",
+    forget_claim(sql, worker.id)
+    sql.execute("INSERT INTO last_claim (worker, key, request, given) VALUES (?, ?, ?, ?)",
                 (worker.id, keyed.key, keyed.request, ",".join("%d:%d:%d" % tuple(span) for span in spans)))
+    if sql.claim_keys is not None:
+        sql.claim_keys[keyed.key] = worker.id
 
 
 @operation
 def answer_once(sql: Ledger, now: Now, keyed: Keyed, named: Operation,
-         render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
+                render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
     """Run an operation once for a key: status and body of its answer, or those that were given before.
 
     *render* turns its result into them. What is refused is not remembered, since it has changed
     nothing. Raises what the operation raises, and Unprocessable for a key that came with another request.
     """
-    row = sql.one("SELECT request, status, body FROM answer WHERE key = ? AND at > ?",
-                  keyed.key, now.utc - KEY_MEMORY_S)
+    row = sql.one(ANSWER, keyed.key, now.utc - KEY_MEMORY_S)
     if row is not None:
         keyed.compare(row[0])
         return row[1], row[2]
+    claimed = claim_with(sql, keyed.key)
+    if claimed is not None:
+        keyed.compare(claimed[0])
     status, body = render(named.function(sql, now, *named.args))
     cursor = sql.execute("INSERT OR REPLACE INTO answer (key, request, at, status, body) VALUES (?, ?, ?, ?, ?)",
                          (keyed.key, keyed.request, now.utc, status, body))
@@ -1392,7 +1432,7 @@ def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
 
 def finish_span(sql: Ledger, now: Now, run: Run, worker: Worker, first: Report, last: Report) -> bool:
     """Take `done` for consecutive tasks in one statement, if the worker holds them all: a sixth of the cost."""
-    if first.status != DONE or worker.state == SIGNED_OFF:
+    if first.status != DONE or first.elapsed_ms is not None or worker.state == SIGNED_OFF:
         return False
     millionths = FULL if first.millionths is None else first.millionths
     span = run.first_id + first.number, run.first_id + last.number
@@ -1417,7 +1457,7 @@ def finish_span(sql: Ledger, now: Now, run: Run, worker: Worker, first: Report, 
 def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], worker: Optional[Worker],
                said: Report) -> None:
     """One report, judged and written."""
-    number, attempt, status, millionths, exit_code, message = said
+    number, attempt, status, millionths, exit_code, message, elapsed_ms = said
     row, has_row = find_task(sql, run, number)
     task_id, was, had, owner, _, hold, failures, losses, started, finished = row[:10]
     if worker_uuid is None and attempt is None:
@@ -1438,10 +1478,12 @@ def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], work
         begins = status == COMPUTING and started is None
     if millionths is None:
         millionths = FULL if status == DONE else had
-    if status == was and not begins and (hold, losses) == (row[5], row[7]) and status <= COMPUTING and has_row:
+    if begins or elapsed_ms is not None and status != WAITING:
+        started = milliseconds(now.utc) - (elapsed_ms or 0)
+    if status == was and started == row[8] and (hold, losses) == (row[5], row[7]) and status <= COMPUTING and has_row:
         # Progress, the most frequent report: what stands in an index is better not named.
         sql.execute("UPDATE task SET millionths = ? WHERE id = ?", (millionths, task_id))
-    elif status == DONE and has_row and started is not None:    # the most frequent end, told in few words
+    elif status == DONE and has_row and started is not None and started == row[8]:      # the most frequent end
         sql.execute("""
             UPDATE task
             SET status = 2, millionths = ?, hold = ?, losses = ?, finished = ?, exit_code = NULL, message = NULL
@@ -1450,7 +1492,7 @@ def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], work
         if status == FAILED:
             failures += 1
         if status == COMPUTING:
-            finished, started = None, milliseconds(now.utc) if begins else started
+            finished = None
         elif status != WAITING:
             finished = milliseconds(now.utc)
         if status == FAILED and not 0 < run.max_failures <= failures:
@@ -1599,6 +1641,7 @@ def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> None:
         sql.after_commit(lambda: sql.leavers.append(worker.id))
     worker.state, worker.heard = SIGNED_OFF, now.utc
     save_worker(sql, worker)
+    forget_claim(sql, worker.id)
     sql.leases.drop(worker.id)
 
 
@@ -1656,8 +1699,9 @@ def forget_workers(sql: Ledger, now: Now) -> bool:
         WHERE heard < ? AND NOT EXISTS (SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 4)
         ORDER BY heard
         LIMIT 200""", now.utc - WORKER_MEMORY_S) if not sql.leases.runs(worker_id, now)]
-    for table, column in (("worker", "id"), ("last_claim", "worker")):
-        sql.execute_many("DELETE FROM %s WHERE %s = ?" % (table, column), [(worker_id,) for worker_id in gone])
+    for worker_id in gone:
+        forget_claim(sql, worker_id)
+        sql.execute("DELETE FROM worker WHERE id = ?", (worker_id,))
     if gone:
         sql.forget_rows()
     return len(gone) == 200
@@ -1764,15 +1808,24 @@ def by_time(sql: Ledger, run: Run, status: Optional[int], order: str, limit: int
     if after and not match:
         raise BadRequest("after must be what the page before gave as next")
     backward = order == "finished"
-    at, last_id = map(int, match.groups()) if match else ((2 ** 62, 2 ** 62) if backward else (-2 ** 62, 0))
+    than, way = ("<", "DESC") if backward else (">", "ASC")
+    words = {"columns": TASK_COLUMNS, "order": order, "than": than, "way": way}
+    # Those of the very time at which the page before ended, then those beyond: asked for together, they are walked to.
+    parts: List[Tuple[str, Tuple[int, ...]]] = [("%(order)s IS NOT NULL", ())]
+    if match:
+        at, last_id = map(int, match.groups())
+        parts = [("%(order)s = ? AND id %(than)s ?", (at, last_id)), ("%(order)s %(than)s ?", (at,))]
     rows: List[TaskRow] = []
     for each in range(4) if status is None else [status]:
-        rows += sql.all("SELECT " + TASK_COLUMNS + """
-            FROM task INDEXED BY task_%(order)s
-            WHERE run = ? AND status = ? AND %(order)s IS NOT NULL AND (%(order)s, id) %(than)s (?, ?)
-            ORDER BY %(order)s %(way)s, id %(way)s
-            LIMIT ?""" % {"order": order, "than": "<" if backward else ">", "way": "DESC" if backward else "ASC"},
-                        run.id, each, at, last_id, limit)
+        wanted = limit
+        for where, values in parts:
+            found = sql.all(("""
+                SELECT %(columns)s FROM task INDEXED BY task_%(order)s
+                WHERE run = ? AND status = ? AND %(order)s IS NOT NULL AND """ + where + """
+                ORDER BY %(order)s %(way)s, id %(way)s
+                LIMIT ?""") % words, run.id, each, *values, wanted)
+            rows += found
+            wanted -= len(found)
     column = 9 if backward else 8
     rows = sorted(rows, key=lambda row: (row[column], row[0]), reverse=backward)[:limit]
     return rows, "%s.%d" % (rows[-1][column], rows[-1][0]) if len(rows) == limit else None
@@ -2714,9 +2767,9 @@ class Logins:
         """Who sent this Authorization field. Raises Unauthorized, or Later when a password has to be hashed."""
         if self.users() is not self.known:
             self.known, self.memory = self.users(), {}
-        now = self.clock()
-        # A token need not be hidden from a memory that can sign tokens.
-        key = header if TOKEN_SHOWN.match(header) else hmac.digest(self.memory_key, header, "sha256")
+        now, key = self.clock(), header
+        if header not in self.memory and not TOKEN_SHOWN.match(header):     # a token need not be hidden from a memory
+            key = hmac.digest(self.memory_key, header, "sha256")            # that can sign tokens
         login, until = self.memory.get(key, (None, 0.0))
         if until <= now.tick:
             login = self._verify(header, key, now)
@@ -2888,6 +2941,21 @@ class Text(Field):
         return value
 
 
+class Seconds(Field):
+    """A JSON number of seconds, taken in milliseconds."""
+
+    def __init__(self, most: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.most = most
+        self.expected = "a number of seconds from 0 to %d" % most
+
+    def check(self, name: str, value: Any) -> int:
+        """Milliseconds."""
+        if type(value) not in (int, float) or not 0 <= value <= self.most:
+            raise self.wrong(name, value)
+        return int(value * 1000)
+
+
 class Message(Field):
     """Any text that can be kept, also an empty one and one of many lines."""
 
@@ -3013,6 +3081,7 @@ class Routes:
     def __init__(self) -> None:
         self.table: List[Route] = []
         self.tree: Dict[Optional[str], Any] = {}    # segment, or "/" for any, to the rest; None to routes by method
+        self.walked = functools.lru_cache(maxsize=4096)(self._walk)     # to all but the last segment, the same for many
 
     def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
               query: Optional[Dict[str, Field]] = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -3024,6 +3093,7 @@ class Routes:
 
     def add(self, route: Route) -> None:
         """Enter a line."""
+        self.walked.cache_clear()
         self.table.append(route)
         node = self.tree
         for segment in route.path[1:].split("/"):
@@ -3032,17 +3102,25 @@ class Routes:
 
     def find(self, path: str) -> Tuple[Dict[str, Route], List[str]]:
         """The routes of a path by method, none when it is unknown, and its variable segments."""
-        node: Any = self.tree
-        variables = []
-        for segment in path[1:].split("/"):
-            branch = node.get(segment)
-            if branch is None and "/" in node and segment:
-                branch = node["/"]
-                variables.append(urllib.parse.unquote(segment, errors="replace"))
-            if branch is None:
-                return {}, []
-            node = branch
-        return node.get(None, {}), variables
+        before, _, last = path.rpartition("/")
+        node, variables = self.walked(before)
+        node, variable = self._step(node, last)
+        return node.get(None, {}), variables + variable
+
+    def _walk(self, path: str) -> Tuple[Dict[Optional[str], Any], List[str]]:
+        node, variables = self.tree, []
+        for segment in path.split("/")[1:]:
+            node, variable = self._step(node, segment)
+            variables += variable
+        return node, variables
+
+    def _step(self, node: Dict[Optional[str], Any], segment: str) -> Tuple[Dict[Optional[str], Any], List[str]]:
+        """Where a segment leads, nowhere when it is unknown, and what it holds if it is a variable."""
+        if segment in node:
+            return node[segment], []
+        if "/" in node and segment:
+            return node["/"], [urllib.parse.unquote(segment, errors="replace")]
+        return {}, []
 
     def copy(self) -> "Routes":
         """Another table with the same lines, to add to."""
@@ -3092,8 +3170,9 @@ class Request:
         if keyed:       # it is another one with each request, and cut out, the rest comes again
             block = block[:keyed.start()] + block[keyed.end():]
             block = block[2:] if block.startswith(b"\r\n") else block
-        parse = parse_fields if len(block) <= 1024 and TOKEN_FIELD.search(block) else parse_fields.__wrapped__
-        self.headers, self.length, self.keep = parse(block if block or not keyed and mark else None, self.minor)
+        parsed = PARSED.get((block, self.minor)) or parse_fields(block if block or not keyed and mark else None,
+                                                                 self.minor)
+        self.headers, self.length, self.keep = parsed
         self.key = self._key(keyed[1] if keyed else None) if self.method == "POST" else ""
         self.expects = b"expect" in self.headers
 
@@ -3111,12 +3190,16 @@ class Request:
         return key
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_fields(block: Optional[bytes], minor: int) -> Tuple[Dict[bytes, bytes], int, bool]:
+Fields = Tuple[Dict[bytes, bytes], int, bool]
+# Workers send the same fields with each request, so they are parsed once; never kept where they may hold a password.
+PARSED: Dict[Tuple[bytes, int], Fields] = {}
+MOST_PARSED = 1024
+
+
+def parse_fields(block: Optional[bytes], minor: int) -> Fields:
     """Header fields by name in small letters, the length of the body, and whether the connection is to be kept.
 
-    A length of -1: the body is chunked. Workers send the same fields with each request, so they are
-    parsed once; but never kept where they may hold a password. Raises FarmError.
+    A length of -1: the body is chunked. Raises FarmError.
     """
     lines = [] if block is None else block.split(b"\r\n")
     if len(lines) > FIELD_LIMIT:
@@ -3138,7 +3221,12 @@ def parse_fields(block: Optional[bytes], minor: int) -> Tuple[Dict[bytes, bytes]
         raise BadRequest("a request of HTTP/1.1 has a Host field")
     connection = headers.get(b"connection", b"").lower()
     keep = b"close" not in connection and (minor > 0 or b"keep-alive" in connection)
-    return headers, body_length(headers), keep
+    fields = headers, body_length(headers), keep
+    if block and len(block) <= 1024 and TOKEN_FIELD.search(block):
+        if len(PARSED) >= MOST_PARSED:
+            PARSED.clear()
+        PARSED[block, minor] = fields
+    return fields
 
 
 def body_length(headers: Dict[bytes, bytes]) -> int:
@@ -4132,7 +4220,8 @@ REPORT = {
     "status": Choice(dict(zip(STATUS, range(4))), required=False),
     "percentCompleted": Percent(required=False),
     "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
-    "message": Message(MESSAGE_LIMIT, required=False)}
+    "message": Message(MESSAGE_LIMIT, required=False),
+    "elapsed": Seconds(MOST_ELAPSED_S, required=False)}
 
 
 def will_not_do(said: Report) -> Optional[str]:
@@ -4197,7 +4286,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
     fields = req.fields
     get = fields.get
     said = Report(task_number(task), get("attempt"), get("status"), get("percentCompleted"), get("exitCode"),
-                  get("message"))
+                  get("message"), get("elapsed"))
     sentence = will_not_do(said)
     if sentence:
         raise BadRequest(sentence)
