@@ -5619,9 +5619,11 @@ class Farmhand:
         self.none_since = 0.0               # ... the first of them then ...
         self.ask_at = 0.0                   # ... and may be tried again then
         self.asked = False
-        self.finished_at_none = 0           # what was finished when that claim was asked for
+        self.finished_when_asked = 0        # for tasks, last
         self.signals = 0
+        self.signals_seen = 0
         self.signal_at = -math.inf
+        self.signal_name = ""               # of the first
         self.stopping = ""                  # why
         self.exit_status = STOPPED          # when it is to stop
         self.status: Optional[int] = None   # once it has ended
@@ -5662,6 +5664,7 @@ class Farmhand:
         self.environ = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
         self.start_options: Dict[str, Any] = {
             "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}   # which Python ignores
+        self.by_shell = False
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):      # full: it wakes anyhow
@@ -5673,9 +5676,7 @@ class Farmhand:
             return
         self.signals += 1
         self.signal_at = now
-        self.due = 0.0
-        if self.signals == 1:
-            self.signal_name = signal.Signals(number).name
+        self.signal_name = self.signal_name or signal.Signals(number).name
 
     # One turn of the loop
 
@@ -5684,10 +5685,10 @@ class Farmhand:
             word, value = self.courier.news.popleft()
             getattr(self, "_on_" + word)(value)
         now = time.monotonic()
+        if now >= min(self.due, self.display.flush_at) or self.signals > self.signals_seen:
+            self._see_to_time(now)
         if self.ready and self.slots and not self.stopping and now >= self.hold_until:
             self._start_commands(now)
-        if now >= min(self.due, self.display.flush_at):
-            self._see_to_time(now)
         self._ask_for_more(now)
         if not self.running and not self.ended and self._over():
             return
@@ -5711,7 +5712,7 @@ class Farmhand:
         if self.ask_at == math.inf or not self.orders.wait:
             self.status = FINISHED
             return True
-        if self.finished == self.finished_at_none:
+        if self.finished == self.finished_when_asked:
             self.display.waits()
         return False
 
@@ -5719,10 +5720,10 @@ class Farmhand:
         self.courier.idle = not (self.running or self.ended)
         if self.asked or self.stopping or now < self.hold_until:
             return
-        here = len(self.ready) + len(self.running)
+        here = len(self.ready) + len(self.running) + len(self.ended)
         ahead = self._ahead(now)
         if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
-            if not here and self.finished != self.finished_at_none:     # our own reports may have changed that
+            if not here and self.finished != self.finished_when_asked:     # our own reports may have changed that
                 self.none_left = False
             else:
                 self.due = min(self.due, self.ask_at) if here < self.orders.jobs else self.due
@@ -5733,7 +5734,7 @@ class Farmhand:
                     self._stop(now, "no task is likely to fit before the job ends")
                 return
             self.asked = True
-            self.finished_at_none = self.finished
+            self.finished_when_asked = self.finished
             self.courier.want(self.orders.jobs + ahead - here)
 
     def _ahead(self, now: float) -> int:
@@ -5860,10 +5861,12 @@ class Farmhand:
 
     def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
         try:
-            return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.start_options)
+            if not self.by_shell:
+                return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.start_options)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
+            self.by_shell = self.template.fixed
         # A script without a first line that says #!: every shell runs it with sh, and so do we.
         return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
                                **self.start_options)
@@ -5881,7 +5884,7 @@ class Farmhand:
         if number in (errno.ENOENT, errno.EACCES) and self.template.fixed:      # it could be, when we began
             self.ready.appendleft((task, attempt))
             self.exit_status = 1
-            self._stop(now, "%s cannot be started here any more (%s)" % (self.template.program, sentence))
+            self._stop(now, "%s cannot be started here (%s)" % (self.template.program, str(error).partition("] ")[2]))
             return False
         self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
         self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
@@ -5947,7 +5950,7 @@ class Farmhand:
             self._close_log(command, failed=True)
             if command.ending == "stopping":
                 self.courier.report(command.task, command.attempt, status="waiting")
-                self.finished += 1
+            self.none_left = False      # this very task may wait
             return
         if command.ending == "timeout":
             code = 124
@@ -6001,6 +6004,7 @@ class Farmhand:
     def _see_to_time(self, now: float) -> None:
         """All that is due by the clock; says when to look again."""
         due = math.inf
+        self.signals_seen = self.signals
         if self.signals and not self.stopping:
             self._stop(now, self.signal_name, drain=self.orders.drain)
         elif self.signals > 1:
@@ -6081,7 +6085,7 @@ class Farmhand:
             self.courier.report(task, attempt, status="waiting")
         self.ready.clear()
 
-    def _close(self, left: List[Dict[str, Any]], access: Optional[Access]) -> None:
+    def _close(self, left: List[Dict[str, Any]], access: Access) -> None:
         """Send the last reports, sign off, and leave for later what cannot be sent."""
         for command in list(self.running.values()):     # only when something went wrong here
             signal_group(command.pid, signal.SIGKILL)
@@ -6111,13 +6115,13 @@ class Farmhand:
         elif run["numFailed"]:
             self.status = TASKS_FAILED
 
-    def _leave(self, access: Optional[Access], left: List[Dict[str, Any]], error: Exception) -> None:
+    def _leave(self, access: Access, left: List[Dict[str, Any]], error: Exception) -> None:
         results = [entry for entry in left if entry["status"] != "computing"]
         if self.stopping:
             self.status = self.exit_status
         elif results:
             self.status = status_of(error)
-        if not results or access is None:
+        if not results:
             self.display.end(str(error))
             return
         try:

@@ -1879,50 +1879,56 @@ def access_of(farm: Any, **changes: str) -> taskfarm.Access:
 
 
 class Flaky:
-    """A port in front of a farm that can be shut, and can swallow answers to requests that reached the farm."""
+    """A port in front of a farm that swallows answers to requests that have reached the farm."""
 
     def __init__(self, port: int) -> None:
         self.port_behind = port
-        self.swallow = 0                # so many answers to come
-        self.seen: List[bytes] = []     # requests, as they came
+        self.swallow: Callable[[], bool] = lambda: False     # the next answer
+        self.seen: List[bytes] = []     # heads of requests
+        self.lost = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.open: List[socket.socket] = []
-        self.thread = threading.Thread(target=self._accept, daemon=True)
-        self.thread.start()
+        self.url = "http://127.0.0.1:%d" % self.port
+        threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                self.open.append(client)
                 threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
     def _carry(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), contextlib.closing(client), contextlib.closing(
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(client), contextlib.closing(
                 socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
             while True:
-                data = client.recv(65536)
-                if not data:
-                    return
-                while b"\r\n\r\n" not in data:
-                    data += client.recv(65536)
-                head, _, body = data.partition(b"\r\n\r\n")
-                length = int((re.findall(rb"Content-Length: (\d+)", head) or [0])[0])
-                while len(body) < length:
-                    body += client.recv(65536)
-                self.seen.append(head)
-                behind.sendall(head + b"\r\n\r\n" + body)
-                answer = behind.recv(65536)
-                if self.swallow and b"livez" not in head:
-                    self.swallow -= 1
+                request = self._message(client)
+                self.seen.append(request.partition(b"\r\n\r\n")[0])
+                behind.sendall(request)
+                answer = self._message(behind)
+                if b"GET /livez" not in request and self.swallow():
+                    self.lost += 1
                     return
                 client.sendall(answer)
 
+    @staticmethod
+    def _message(sock: socket.socket) -> bytes:
+        """A whole request or answer. Raises EOFError at the end of the connection."""
+        def more() -> bytes:
+            received = sock.recv(65536)
+            if not received:
+                raise EOFError
+            return received
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += more()
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int((re.findall(rb"(?i)\r\ncontent-length: (\d+)", head) or [b"0"])[0])
+        while len(body) < length:
+            body += more()
+        return head + b"\r\n\r\n" + body
+
     def close(self) -> None:
         self.listener.close()
-        for sock in self.open:
-            sock.close()
 
 
 def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Live) -> None:
@@ -1942,12 +1948,12 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
 def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
     relay = Flaky(farm.port)
     for proof in ("00" * 32, "no hex"):
-        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url="http://127.0.0.1:%d" % relay.port))  # noqa: B023
+        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url=relay.url))  # noqa: B023
         with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
             client.ask("GET", "/api/runs")
         client.close()
     assert relay.seen and not any(b"authorization" in head.lower() for head in relay.seen)
-    good = taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:%d" % relay.port))
+    good = taskfarm.Client(lambda: access_of(farm, url=relay.url))
     good.ask("GET", "/api/runs")
     good.ask("GET", "/api/runs")
     good.close()
@@ -1958,17 +1964,19 @@ def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
 
 def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live) -> None:
     relay = Flaky(farm.port)
-    access = access_of(farm, url="http://127.0.0.1:%d" % relay.port)
+    access, swallow = access_of(farm, url=relay.url), [False]
+    relay.swallow = lambda: bool(swallow) and swallow.pop()
     with contextlib.closing(taskfarm.Client(lambda: access, patience_s=20)) as client:
-        relay.swallow = 1
+        swallow[:] = [True]
         run = client.ask("POST", "/api/run", {"numTasks": 5})["uuid"]
         assert len(client.ask("GET", "/api/runs")["data"]) == 1
         taskfarm.register(client, "w")
         for number in range(5):
-            relay.swallow = 2
+            swallow[:] = [True, True]
             assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})["task"] == number
         assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"}) is None
         assert client.retry_after is not None, "its own lease may end"
+    assert relay.lost == 11
     relay.close()
 
 
@@ -2282,6 +2290,34 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     assert "first\nlast" in hand.erred(), "the error output is passed on"
 
 
+def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    script = tmp_path / "tile.sh"
+    script.write_text("#!/bin/sh\n[ $1 != 3 ] || rm %s\n" % script)
+    script.chmod(0o755)
+    assert "tile.sh cannot be started here" in Hand(server, run, "--", str(script), "{task}").end(1)
+    assert counts(server, run) == (6, 0, 4, 0)
+    (tmp_path / "lines").write_text("true\n" * 4 + "/no/such/program\n" * 2 + "true\n" * 4)
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "env", "{line}").end(3)
+    assert counts(server, run) == (0, 0, 8, 2)
+    run = new_run(server, 2)
+    (tmp_path / "lines").write_text("/no/such/program\nnul\0\n")
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "{task}").end(3)
+    assert [task_of(server, run, number)["exitCode"] for number in range(2)] == [127, 126]
+
+
+def test_a_system_that_is_full_is_waited_for(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 6)
+    logs = tmp_path / "logs"
+    hand = Hand(server, run, "--log-dir", str(logs), "--", "sh", "-c", "[ {task} != 2 ] || [ -e %s/full ] || { touch "
+                "%s/full; mv %s %s; }" % (tmp_path, tmp_path, logs, tmp_path / "away"),
+                tweak="taskfarm.TEMPORARY += (taskfarm.errno.ENOENT,)")
+    wait_until(lambda: "trying again" in hand.said())
+    (tmp_path / "away").rename(logs)
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 6, 0)
+
+
 def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 5, maxFailures=3)
     Hand(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
@@ -2403,6 +2439,21 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, t
     assert again.end(signal.SIGTERM) == 0
 
 
+def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 400)
+    relay, generator = Flaky(server.port), random.Random(1)
+    relay.swallow = lambda: generator.random() < 0.3
+    hand = Hand(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
+                tweak="taskfarm.FLUSH_S = 0.01; taskfarm.AHEAD_S = 0.05; taskfarm.PAUSES_S = (0.01, 0.02)",
+                TASKFARM_URL=relay.url)
+    hand.end(0)
+    relay.close()
+    assert relay.lost > 5
+    assert counts(server, run) == (0, 0, 400, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
+
+
 def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 40)
     hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
@@ -2447,22 +2498,44 @@ def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path)
     assert counts(server, run) == (0, 0, 2, 0)
 
 
-def test_a_worker_stays_while_tasks_may_come_back(server: Process, tmp_path: Path) -> None:
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
+                "sleep 0.01; done" % (tmp_path, tmp_path),
+                tweak="taskfarm.LEASE_S, taskfarm.BEAT_S, taskfarm.MOMENT_S = 1, 0.2, 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"])
+    hand.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
+    assert task_of(server, run, 0)["losses"] == 1
+    if taken:
+        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
+        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
+    hand.process.send_signal(signal.SIGCONT)
+    if taken:
+        wait_until(lambda: "task 0 is not ours any more" in hand.said())
+        hand.end(0)
+        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
+    else:
+        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
+        (tmp_path / "go").touch()
+        hand.end(0)
+        task = task_of(server, run, 0)
+        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
+
+
+def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     run = new_run(server, 2)
-    for body in ({"uuid": "other", "hostname": "h", "pid": 1, "lease": 1},):
-        server.ask("POST", "/api/worker", body)
+    other = {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600}
+    server.ask("POST", "/api/worker", other)
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
-    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
     Hand(server, run, "--no-wait", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
     hand = Hand(server, run, "--", "true")
     wait_until(lambda: "waiting for that" in hand.said())
-    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 1})
-    server.ask("PUT", "/api/runs/%s/tasks/1" % run, {"status": "waiting"})
-    hand.process.kill()
-    hand.process.wait()
-    Hand(server, run, "--", "true").end(0)
-    assert counts(server, run) == (0, 0, 2, 0) and task_of(server, run, 0)["losses"] == 1
+    assert server.ask("DELETE", "/api/worker/other")[0] == 204
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
 
 
 def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
@@ -2480,7 +2553,7 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
 
 def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
     run = new_run(server, 50)
-    end, soon = str(int(time.time()) + 4), "taskfarm.LEAVE_S = 0.5"
+    end, soon = str(int(time.time()) + 5), "taskfarm.LEAVE_S = 0.5"
     said = Hand(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
                 SLURM_JOB_ID="1", tweak=soon).end(7)
     assert "fit" in said or "the job ends" in said
