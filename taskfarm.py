@@ -4877,7 +4877,7 @@ def find_run_uuid(client: Client, text: str) -> str:
     meant = named or [run for run in runs if text and (
         run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
     if not meant:
-        raise Refusal("no run's name or uuid is %r or begins so: 'taskfarm.py list' shows them all" % text)
+        raise Refusal("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
     if len(meant) > 1:
         raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
             len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
