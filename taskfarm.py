@@ -8191,7 +8191,7 @@ def asking(args: argparse.Namespace) -> Iterator[Client]:
 
 def tell(sentence: str) -> None:
     """Tell a person something that is not what a verb prints."""
-    print("taskfarm: %s" % sentence, file=sys.stderr)
+    print("taskfarm: %s" % harmless(sentence), file=sys.stderr)
 
 
 def wait_for_access(args: argparse.Namespace) -> None:
