@@ -2084,6 +2084,7 @@ def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published:
     for task in (-1, 4):
         with pytest.raises(RuntimeError):
             run.getTaskInfo(task, "")
+    assert module.TaskFarm(farm.token, "", run.uuid, url_base=base).numDone == 3, "a token is a user name too"
     run.setTaskInfo(2, "status", "waiting")
     run.restart(True)
     assert run.numWaiting == 4
@@ -2381,6 +2382,23 @@ def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
     hand.end(7, signal.SIGTERM)
     assert (tmp_path / "saved").exists(), "the command had its grace"
     assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
+
+
+@pytest.mark.parametrize("trap", ["", "trap 'exit 143' TERM; "])
+def test_a_batch_system_may_signal_the_commands_first(server: Process, tmp_path: Path, trap: str) -> None:
+    run = new_run(server, 10)
+    command = "%stouch %s/$$; while :; do sleep 0.01; done" % (trap, tmp_path)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", command, tweak="taskfarm.SUSPECT_S = 1000")
+    pids = wait_until(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else [])
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(map(alive, pids)))
+    hand.end(7, signal.SIGTERM)
+    assert counts(server, run) == (10, 0, 0, 0), "none has failed"
+    alone = Hand(server, run, "--", "sh", "-c", "[ {task} != 3 ] || kill -TERM $$", tweak="taskfarm.SUSPECT_S = 0.01")
+    alone.end(3)
+    assert counts(server, run) == (0, 0, 9, 1)
+    assert (task_of(server, run, 3)["exitCode"], task_of(server, run, 3)["message"]) == (143, "killed by SIGTERM")
 
 
 def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
