@@ -2464,6 +2464,25 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
 
 
+def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
+    relay, swallow = Flaky(farm.port), [True] * 3
+    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
+    run = new_run(farm, 20)
+    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
+    courier = taskfarm.Courier(client, run, "w", lambda: None, False)
+    courier.idle = False
+    courier.thread.start()
+    courier.want(5)
+    assert wait_until(lambda: list(courier.news)) == [("claimed", [(number, 1) for number in range(5)])]
+    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
+    courier.report(0, 1, status="computing")
+    courier.report(0, 1, status="done")
+    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
+    assert courier.close() == []
+    client.close()
+    relay.close()
+
+
 def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 40)
     hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
