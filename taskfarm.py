@@ -5164,10 +5164,12 @@ GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: 
 LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
 CLOSING_S = 2.0                     # and so long the last reports are tried: PBS may kill after 10 s in all
 VIEW_S = 2.0                        # between two looks at the whole run, for the bar on a terminal
+SUSPECT_S = 1.5                     # a command that died of a signal may be the first sign that the job is ended
 AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
 TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
 BATCH_BYTES = 500000                # of reports in one request
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
 
 
@@ -5267,7 +5269,13 @@ class Command:
         self.log_path = ""
         self.status: Optional[int] = None       # as waitpid tells it, once it has ended
         self.ending = ""            # why it is being ended: "timeout", "stopping" or "lost"
-        self.kill_at = 0.0          # when what is left of its group is killed
+        self.kill_at = 0.0          # when what is left of its group is killed, or it is judged all the same
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: the exit status, or 128 and the signal that killed it. Once it has ended."""
+        assert self.status is not None
+        return os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else 128 + os.WTERMSIG(self.status)
 
 
 class Guard:
@@ -5291,7 +5299,7 @@ class Guard:
 
     def _watch(self, reader: int, jobs: int, grace_s: float) -> None:
         os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
             file.write("taskfarm-guard")
@@ -5636,14 +5644,17 @@ class Farmhand:
         for descriptor in (self.wake_in, self.wake_out):
             os.set_blocking(descriptor, False)
         self.selector.register(self.wake_in, selectors.EVENT_READ)
-        self.guard = Guard(self.orders.jobs, self.orders.grace_s)
+        try:
+            self.guard = Guard(self.orders.jobs, self.orders.grace_s)
+        except OSError as error:
+            raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         self._prepare_environment()
         access = self.client.connect()
         self.courier = Courier(self.client, self.run["uuid"], self.uuid, self._wake, self.display.bar)
         self.client.say = self.courier.say
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:      # nohup's
                 signal.signal(number, self._signalled)
         self.courier.thread.start()
@@ -5933,7 +5944,11 @@ class Farmhand:
                         break
                 if near in command.pipes:
                     self._close_pipe(command, near)
-            if command.ending and signal_group(pid, 0):
+            # PBS, and Slurm with proctrack/linuxproc, signal the commands as well as us, and they may be faster.
+            suspect = not command.ending and command.exit_code - 128 in STOP_SIGNALS
+            if suspect:
+                command.kill_at = time.monotonic() + SUSPECT_S
+            if suspect or command.ending and signal_group(pid, 0):
                 self.ended.append(command)
                 self.due = 0.0
             else:
@@ -5941,10 +5956,9 @@ class Farmhand:
 
     def _settle(self, command: Command) -> None:
         """A command has ended with all its group: report it."""
-        assert command.status is not None
         self.guard.note(command.slot, 0)
         self.slots.append(command.slot)
-        code = os.WEXITSTATUS(command.status) if os.WIFEXITED(command.status) else 128 + os.WTERMSIG(command.status)
+        code = 124 if command.ending == "timeout" else command.exit_code      # 124 is what timeout(1) says
         took_s = time.monotonic() - command.started
         if command.ending in ("stopping", "lost"):
             self._close_log(command, failed=True)
@@ -5952,8 +5966,6 @@ class Farmhand:
                 self.courier.report(command.task, command.attempt, status="waiting")
             self.none_left = False      # this very task may wait
             return
-        if command.ending == "timeout":
-            code = 124
         self.took.append(took_s)
         self.mean_s = took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * took_s
         if code == 0:
@@ -5963,7 +5975,7 @@ class Farmhand:
             message = self._message(command)
             self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
                 ": " + message if message else ""), failed=True)
-            if command.ending or code > 128 and os.WIFSIGNALED(command.status):
+            if command.ending or os.WIFSIGNALED(command.status or 0):
                 message = self._why(command, code) + (": " + message if message else "")
             self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
                                 message=message[:MESSAGE_LIMIT])
@@ -6019,13 +6031,7 @@ class Farmhand:
         for command in list(self.running.values()):
             due = min(due, self._see_to(command, now))
         for command in list(self.ended):
-            if command.kill_at <= now:
-                signal_group(command.pid, signal.SIGKILL)
-            if command.kill_at <= now or not signal_group(command.pid, 0):
-                self.ended.remove(command)
-                self._settle(command)
-            else:
-                due = min(due, now + 0.05)
+            due = min(due, self._see_to_ended(command, now))
         if self.ready:
             if now >= self.ready_since + UNUSED_S:
                 self._give_back_ready()
@@ -6035,6 +6041,20 @@ class Farmhand:
             due = min(due, self.hold_until)
         due = min(due, self.display.tick(now, len(self.running)))
         self.due = due
+
+    def _see_to_ended(self, command: Command, now: float) -> float:
+        """What is due for a command that has ended, but perhaps not all of its group; when to look again."""
+        if not command.ending and self.signals:
+            command.ending = "stopping"
+        if not command.ending and now < command.kill_at:
+            return command.kill_at
+        if command.ending and now < command.kill_at and signal_group(command.pid, 0):
+            return now + 0.05
+        if command.ending:
+            signal_group(command.pid, signal.SIGKILL)
+        self.ended.remove(command)
+        self._settle(command)
+        return math.inf
 
     def _see_to(self, command: Command, now: float) -> float:
         """What is due for one command; when to look again."""

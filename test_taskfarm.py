@@ -2092,6 +2092,7 @@ def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published:
     for task in (-1, 4):
         with pytest.raises(RuntimeError):
             run.getTaskInfo(task, "")
+    assert module.TaskFarm(farm.token, "", run.uuid, url_base=base).numDone == 3, "a token is a user name too"
     run.setTaskInfo(2, "status", "waiting")
     run.restart(True)
     assert run.numWaiting == 4
@@ -2391,6 +2392,23 @@ def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
     assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
 
 
+@pytest.mark.parametrize("trap", ["", "trap 'exit 143' TERM; "])
+def test_a_batch_system_may_signal_the_commands_first(server: Process, tmp_path: Path, trap: str) -> None:
+    run = new_run(server, 10)
+    command = "%stouch %s/$$; while :; do sleep 0.01; done" % (trap, tmp_path)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", command, tweak="taskfarm.SUSPECT_S = 1000")
+    pids = wait_until(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else [])
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(map(alive, pids)))
+    hand.end(7, signal.SIGTERM)
+    assert counts(server, run) == (10, 0, 0, 0), "none has failed"
+    alone = Hand(server, run, "--", "sh", "-c", "[ {task} != 3 ] || kill -TERM $$", tweak="taskfarm.SUSPECT_S = 0.01")
+    alone.end(3)
+    assert counts(server, run) == (0, 0, 9, 1)
+    assert (task_of(server, run, 3)["exitCode"], task_of(server, run, 3)["message"]) == (143, "killed by SIGTERM")
+
+
 def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
     hand = Hand(server, run, "-j", "2", "--drain", "--", "sh", "-c", "touch %s/on-{task}; until [ -e %s/go ]; do "
@@ -2452,6 +2470,25 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     assert counts(server, run) == (0, 0, 400, 0)
     assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
     assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
+
+
+def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
+    relay, swallow = Flaky(farm.port), [True] * 3
+    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
+    run = new_run(farm, 20)
+    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
+    courier = taskfarm.Courier(client, run, "w", lambda: None, False)
+    courier.idle = False
+    courier.thread.start()
+    courier.want(5)
+    assert wait_until(lambda: list(courier.news)) == [("claimed", [(number, 1) for number in range(5)])]
+    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
+    courier.report(0, 1, status="computing")
+    courier.report(0, 1, status="done")
+    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
+    assert courier.close() == []
+    client.close()
+    relay.close()
 
 
 def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
