@@ -7038,7 +7038,7 @@ def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 DOCTOR_S = 4.0                      # what has not answered until then does not answer
-DOCTOR_CONNECT_S = 2.0              # a host that takes longer to answer is of no use to workers
+DOCTOR_CONNECT_S = 1.0              # a host that takes longer to answer is of no use to workers; some tries are two
 SLOW_WRITE_S, SLOW_ANSWER_S = 0.05, 0.1
 OLDEST_SQLITE = (3, 26, 0)
 FEW_DESCRIPTORS, FEW_PROCESSES = 4096, 32
