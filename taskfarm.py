@@ -101,8 +101,12 @@ Contents
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
     SERVICE             lock, store and address made into one server
-    CLIENT              this file's own verbs talk to a server with it
+    CLIENT              how programs and this file's own verbs talk to a server
+    WORKER              runs a command for each task it is given
     BENCH               how many workers this machine can feed
+    TERMINAL            what a person sees on a terminal: tables, bars, rates
+    DOCTOR              whether a node is fit to serve and to work
+    STATUS              how a run gets on, once or until it is over
     COMMAND LINE        verbs, options, start and end of the server
 """
 import sys
@@ -114,7 +118,9 @@ if sys.version_info < (3, 9):
 import argparse
 import array
 import base64
+import bisect
 import contextlib
+import datetime
 import errno
 import fcntl
 import functools
@@ -129,8 +135,10 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
+import pwd
 import queue
 import random
 import re
@@ -145,18 +153,22 @@ import socketserver
 import sqlite3
 import stat
 import struct
+import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
 import unicodedata
 import urllib.parse
 import uuid
+import weakref
 from collections import deque
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import (
+    Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
 
 __version__ = "1.0.0"
 
@@ -204,8 +216,11 @@ CHORE_S = 3600.0                    # between two looks for workers to forget
 DAY_S = 86400.0
 
 
-class FarmError(Exception):
-    """What a client is told: a status and a sentence that says what was asked and what would do."""
+class FarmError(RuntimeError):
+    """What a client is told: a status and a sentence that says what was asked and what would do.
+
+    A RuntimeError, which is what scripts for the published client look out for.
+    """
     status = 500
     headers: Tuple[Tuple[str, str], ...] = ()
 
@@ -333,6 +348,7 @@ ENDED = {DONE: 6, FAILED: 7, WAITING: 8}
 ALIVE, EXPIRED, SIGNED_OFF = range(3)       # states of a worker
 
 APPLICATION_ID = 0x7461736B         # "task", in the header of the file
+SQLITE_VERSION = sqlite3.sqlite_version_info
 
 # Append only; PRAGMA user_version counts the scripts that were applied. With a new column, also
 # change: class Run or Task and the statements that fill them, the check(), the view `tasks`, the
@@ -4098,18 +4114,21 @@ def ready(req: Request) -> Operation:
     return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
-@route("GET", "/api/token")
+@route("GET", "/api/token", query={"proof": Choice({"True": True, "False": False}, required=False)})
 def give_token(req: Request) -> Reply:
     """A token for the user who asks; one that was got with a token lasts no longer than that.
 
-    200: {"token"}
+    200: {"token"}, with ?proof=True also {"farm", "proof"}: what an access file needs to know this farm again
     """
     login = req.login
     if login is None or login.user is None:
         raise Forbidden("a token stands for a user: ask for it as one")
     days = req.farm.token_days
     expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
-    return json_reply(200, {"token": req.farm.token(login.user, expires)})
+    answer = {"token": req.farm.token(login.user, expires)}
+    if req.query.get("proof"):
+        answer.update(farm=req.farm.store.identity, proof=req.farm.store.proof_key.hex())
+    return json_reply(200, answer)
 
 
 @route("POST", "/api/run", body={
@@ -4540,55 +4559,30 @@ def address_refused(host: str, port: int, error: OSError) -> str:
 
 
 # ---------------------------------------------------------------- CLIENT
-# How this file's own verbs talk to a server. Knows the contract, and nothing of the sections above but the errors.
+# How programs and this file's own verbs talk to a server. Knows the contract, and nothing of the sections above but
+# the errors.
 
 CLIENT_TIMEOUT_S = 10.0
+LOGIN_PATIENCE_S = 60.0             # a login that has worked is tried so long: NFS may show an old access file
+PAUSES_S = (0.1, 10.0)              # between two tries: at first, and at most
 
 
-def ask(url: str, method: str, path: str, body: Optional[Dict[str, Any]] = None, token: str = "",
-        timeout_s: float = CLIENT_TIMEOUT_S) -> Any:
-    """Send one request and return the JSON of the answer, None for 204.
-
-    Raises FarmError with the server's own sentence, OSError when it cannot be reached.
-    """
-    parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
-    try:
-        headers = {"Authorization": "Bearer " + token} if token else {}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        content = response.read()
-    except http.client.HTTPException as error:
-        raise OSError("%s does not answer as a taskfarm (%s)" % (url, error))
-    finally:
-        connection.close()
-    if response.status == 204:
-        return None
-    try:
-        answer = json.loads(content)
-    except ValueError:
-        raise OSError("%s does not answer as a taskfarm" % url)
-    if response.status >= 400:
-        refused = FarmError(answer.get("detail", response.reason))
-        refused.status = response.status
-        raise refused
-    return answer
+class Unreachable(OSError):
+    """A server that does not answer, or is not the farm that is wanted: a sentence with its URL and what to do."""
 
 
-def still_answers(access: Dict[str, Any]) -> bool:
-    """Whether the farm of an access file answers at its URL: it proves by an HMAC that it is the one."""
-    nonce = secrets.token_hex(16)
-    try:
-        answer = ask(str(access["url"]), "GET", "/livez?nonce=" + nonce, timeout_s=2.0)
-        wanted = hmac.new(bytes.fromhex(access["proof"]), nonce.encode(), "sha256").hexdigest()
-        return hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, FarmError):
-        return False
+class Access(NamedTuple):
+    """A farm and a login to it."""
+    url: str            # as http://host:port, also with a path, without a slash at the end
+    user: str
+    token: str          # used when there is one, else user and password
+    password: str
+    proof: str          # the key with which the farm proves who it is, in hex; "" when it is not known
+    farm: str           # its identity; "" when it is not known
+    source: str         # where this was found, for sentences
 
 
-def access_path(environ: Dict[str, str]) -> str:
+def access_path(environ: Mapping[str, str]) -> str:
     """Where the access file lies: $TASKFARM_ACCESS, else in $XDG_CONFIG_HOME, else in ~/.config."""
     base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
@@ -4616,6 +4610,520 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
     os.replace(part, path)
 
 
+def base_of(url: str) -> str:
+    """A farm's URL without what follows it: a slash, or the /api/ of the published client's url_base."""
+    url = url.rstrip("/")
+    return (url[:-4] if url.endswith("/api") else url).rstrip("/")
+
+
+def as_access(known: Mapping[str, Any], source: str) -> Access:
+    """What an access file or a lock file says."""
+    url, user, token, proof, farm = (str(known.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
+    return Access(base_of(url), user, token, "", proof, farm, source)
+
+
+def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "") -> Access:
+    """Farm and login from the arguments, TASKFARM_URL, TASKFARM_TOKEN or TASKFARM_USER, or else the access file.
+
+    What is not given comes from the access file, which also says how the farm proves that it is the
+    one: a login out of it never goes to another. Raises Refusal when there is nothing to go by.
+    """
+    path = access_path(environ)
+    known = as_access(read_access(path), path)
+    given = base_of(url or environ.get("TASKFARM_URL", ""))
+    token = "" if user else environ.get("TASKFARM_TOKEN", "")
+    if not user and not token:
+        user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
+        if user and not password:
+            raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
+    if not (given or known.url):
+        raise Refusal("which farm? A server writes its address and a login to %s when it starts; for one elsewhere "
+                      "set TASKFARM_URL and TASKFARM_TOKEN, or use 'taskfarm.py login URL'" % path)
+    if not (user or token):
+        if not known.token:
+            raise Refusal("there is no login for %s: %s has none, and TASKFARM_TOKEN is not set; 'taskfarm.py login "
+                          "%s' makes one" % (given, path, given))
+        return known._replace(url=given or known.url, source=known.source if not given else "TASKFARM_URL, " + path)
+    if given and given != known.url:
+        return Access(given, user, token, password, "", "", "the environment")
+    return known._replace(user=user, token=token, password=password)
+
+
+def refusal_of(status: int, detail: str) -> FarmError:
+    """The error of a status, with the server's own sentence."""
+    kind = next((kind for kind in FarmError.__subclasses__() if kind.status == status), FarmError)
+    error = kind.__new__(kind, detail)      # some make their own sentence, and this is the server's
+    error.status = status
+    return error
+
+
+def span(seconds: float) -> str:
+    """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
+    if seconds < 100:
+        return "%.*f s" % (2 if seconds < 10 else 0, seconds)
+    for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return "%d %s %d %s" % (seconds // size, name, seconds % size // below, small)
+    raise AssertionError(seconds)
+
+
+class Client:
+    """One connection to a farm, kept open, for one thread at a time.
+
+    *find* gives farm and login, and is asked again after a failed connection and a 401. A request is
+    repeated for *patience_s* seconds while the server does not answer or says 502, 503 or 504; an
+    answer is waited for *timeout_s* seconds. `retry_after`: seconds, when the last answer said so.
+    """
+    def __init__(self, find: Callable[[], Access], patience_s: float = 0.0,
+                 timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+        self.find = find
+        self.patience_s = patience_s
+        self.timeout_s = timeout_s
+        self.retry_after: Optional[float] = None
+        self.date, self.heard_utc = "", 0.0     # what the last answer said, and when by our clock
+        self.hurry = threading.Event()      # set by another thread: be patient no more
+        self.say: Callable[[str], Any] = log.warning    # told when it takes long, and when it goes on
+        self.access: Optional[Access] = None
+        self.connection: Optional[http.client.HTTPConnection] = None
+        self.welcome = False                # this login has worked
+        self.pid = os.getpid()              # whose connection it is: a fork makes its own
+
+    def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
+        """Send one request and return the JSON of the answer, None for 204.
+
+        Repeating is safe: a POST carries an Idempotency-Key (*key*, else one of its own). Raises
+        FarmError with the server's own sentence, Unreachable when patience is at its end, Refusal
+        when there is no farm to ask.
+        """
+        headers = {"User-Agent": "taskfarm/" + __version__}
+        if method == "POST":
+            headers["Idempotency-Key"] = key or secrets.token_hex(16)
+        content = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            content = json.dumps(body).encode()
+        began, pause_s, tries = time.monotonic(), PAUSES_S[0], 0
+        while True:
+            fresh = self.connection is None
+            try:
+                answer = self._once(method, path, content, headers)
+                if tries > 2:
+                    self.say("the farm answers again")
+                return answer
+            except Unauthorized as error:
+                self.close()
+                trouble: Exception = error
+                patience_s = min(self.patience_s, LOGIN_PATIENCE_S) if self.welcome else 0.0
+            except (FarmError, Unreachable) as error:
+                if isinstance(error, FarmError) and error.status not in (502, 503, 504):
+                    raise
+                if isinstance(error, Unreachable):
+                    self.close()
+                trouble, patience_s = error, self.patience_s
+                if not fresh and isinstance(error, Unreachable):
+                    continue        # a connection that was kept may have ended long ago
+            if self._look_again():
+                continue
+            wait_s = max(random.uniform(pause_s / 2, pause_s), self.retry_after or 0.0)
+            pause_s = min(2 * pause_s, PAUSES_S[1])
+            if time.monotonic() + wait_s > began + patience_s or self.hurry.is_set():
+                raise trouble
+            tries += 1
+            if tries == 3:
+                self.say("%s; tried again for %s" % (trouble, span(began + patience_s - time.monotonic())))
+            self.hurry.wait(wait_s)
+
+    def _look_again(self) -> bool:
+        """Read again where the farm is; whether there is a new address or login, which is used from here on."""
+        with contextlib.suppress(Refusal):
+            found = self.find()
+            if found != self.access:
+                self.close()
+                self.access = found
+                return True
+        return False
+
+    def _once(self, method: str, path: str, content: Optional[bytes], headers: Dict[str, str]) -> Any:
+        self.retry_after = None
+        access = self.connect()
+        if access.token:
+            headers["Authorization"] = "Bearer " + access.token
+        elif access.user:
+            pair = ("%s:%s" % (access.user, access.password)).encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        status, answer = self._exchange(access, method, path, content, headers)
+        if status >= 400:
+            raise refusal_of(status, answer)
+        self.welcome = True
+        return answer
+
+    def connect(self) -> Access:
+        """Be connected, with the farm's proof of who it is when that can be had. Raises Unreachable."""
+        if self.access is None:
+            self.access = self.find()
+        access = self.access
+        if self.pid != os.getpid():
+            self.connection, self.pid = None, os.getpid()
+        if self.connection is None:
+            self.connection = self._open(access)
+            try:
+                if access.proof:
+                    self._want_proof(access)
+            except BaseException:
+                self.close()
+                raise
+        return access
+
+    def _open(self, access: Access) -> http.client.HTTPConnection:
+        try:
+            parts = urllib.parse.urlsplit(access.url)
+            port = parts.port
+        except ValueError:
+            parts, port = urllib.parse.urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise Refusal("a farm's address looks like http://host:5000, not like %r (%s)" % (
+                access.url, access.source))
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection: http.client.HTTPConnection = kind(parts.hostname, port, timeout=self.timeout_s)
+        connection.auto_open = 0        # a connection that ended must not come back without a proof
+        try:
+            connection.connect()
+        except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
+            raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
+                              "'taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                                  access.url, getattr(error, "strerror", None) or error, access.source))
+        return connection
+
+    def _want_proof(self, access: Access) -> None:
+        nonce = secrets.token_hex(16)
+        _, answer = self._exchange(access, "GET", "/livez?nonce=" + nonce, None, {})
+        try:
+            wanted = hmac.new(bytes.fromhex(access.proof), nonce.encode(), "sha256").hexdigest()
+            proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
+        except (ValueError, AttributeError):
+            proven = False
+        if not proven:
+            raise Unreachable("what answers at %s is not the farm of %s, so no login was sent: start that farm again, "
+                              "or 'taskfarm.py login %s' to get to know this one" % (
+                                  access.url, access.source, access.url))
+
+    def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
+                  headers: Dict[str, str]) -> Tuple[int, Any]:
+        """Status, and the JSON of the answer or the sentence of a refusal. Raises Unreachable."""
+        assert self.connection is not None
+        try:
+            self.connection.request(method, urllib.parse.urlsplit(access.url).path + path, content, headers)
+            response = self.connection.getresponse()
+            text = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable("%s does not answer as a taskfarm (%s)" % (
+                access.url, str(error) or type(error).__name__))
+        if self.connection.sock is None:        # the server ended the connection after this answer
+            self.connection = None
+        self.date, self.heard_utc = response.getheader("Date", ""), time.time()
+        after = response.getheader("Retry-After", "")
+        self.retry_after = float(after) if after.isdigit() else None
+        if response.status == 204:
+            return 204, None
+        try:
+            answer = json.loads(text)
+            return response.status, str(answer["detail"]) if response.status >= 400 else answer
+        except (ValueError, KeyError, TypeError):
+            if response.status >= 500:
+                return response.status, "%s answers %d %s" % (access.url, response.status, response.reason)
+            raise Unreachable("%s does not answer as a taskfarm (%d %s)" % (
+                access.url, response.status, response.reason))
+
+    @property
+    def peer(self) -> str:
+        """Address and port of the server, as the open connection has them; "" when there is none."""
+        sock = self.connection and self.connection.sock
+        return "%s port %d" % sock.getpeername()[:2] if sock else ""
+
+    @property
+    def ahead_s(self) -> float:
+        """How much the server's clock is ahead of ours, by the last answer; 0 for what a second's rounding explains."""
+        try:
+            ahead_s = parsedate_to_datetime(self.date).timestamp() + 0.5 - self.heard_utc
+        except (TypeError, ValueError):
+            return 0.0
+        return ahead_s if abs(ahead_s) > 1.5 else 0.0
+
+    def close(self) -> None:
+        """End the connection; the next request makes another."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+def still_answers(access: Access) -> bool:
+    """Whether the farm answers at its URL, and proves by an HMAC that it is the one."""
+    if not access.proof:
+        return False
+    with contextlib.closing(Client(lambda: access, timeout_s=2.0)) as client:
+        try:
+            client.connect()
+        except (Unreachable, FarmError, Refusal):
+            return False
+    return True
+
+
+def find_run_uuid(client: Client, text: str) -> str:
+    """The uuid of the run that is meant by its uuid or name, or a beginning that no other has. Raises Refusal."""
+    if re.fullmatch("[0-9a-f]{32}", text):
+        return text
+    runs = client.ask("GET", "/api/runs")["data"]
+    named = [run for run in runs if run.get("name") == text]
+    meant = named or [run for run in runs if text and (
+        run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
+    if not meant:
+        raise Refusal("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
+    if len(meant) > 1:
+        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
+            len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
+    return str(meant[0]["uuid"])
+
+
+LEASE_S = 120                       # a worker that is not heard of for so long is taken for dead
+BEAT_S = 30.0                       # between two heartbeats
+PATIENCE_S = 900.0                  # a worker goes on trying for so long
+START_PATIENCE_S = 30.0             # and a script, when it starts
+
+
+def register(client: Client, worker: str) -> None:
+    """Make a worker of this process known, with a lease; again is the same as once, and revives one that had gone."""
+    client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": os.getpid(),
+                                       "lease": LEASE_S})
+
+
+class Heartbeat:
+    """A thread that keeps the lease of a worker while this process lives. *find* gives farm and login."""
+
+    def __init__(self, find: Callable[[], Access], worker: str) -> None:
+        self.client = Client(find, START_PATIENCE_S)
+        self.worker = worker
+        self.pid = os.getpid()
+        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def _beat(self) -> None:
+        while not self.client.hurry.wait(random.uniform(0.8, 1.0) * BEAT_S):
+            try:
+                self.client.ask("PUT", "/api/worker/" + self.worker)
+            except NotFound:        # the server went back to an older file
+                with contextlib.suppress(FarmError, Unreachable):
+                    register(self.client, self.worker)
+            except Conflict:        # signed off by somebody else
+                return
+            except (FarmError, Unreachable, Refusal) as error:
+                log.warning("no heartbeat: %s", error)
+
+    def sign_off(self) -> None:
+        """Beat no more, and let what the worker still holds wait for others."""
+        if self.pid != os.getpid() or self.client.hurry.is_set():       # a fork of it is not it
+            return
+        self.client.hurry.set()
+        with contextlib.closing(Client(self.client.find, timeout_s=3.0)) as client:
+            with contextlib.suppress(FarmError, Unreachable, Refusal):
+                client.ask("DELETE", "/api/worker/" + self.worker)
+
+
+def script_access(username: Optional[str], password: Optional[str], url_base: Optional[str]) -> Access:
+    """Farm and login of a script: as it says, else as `find_access`; with a login alone, localhost as ever."""
+    access = read_access(access_path(os.environ)).get("url")
+    if username and not (url_base or access or os.environ.get("TASKFARM_URL")):
+        url_base = "http://localhost:5000/api/"
+    return find_access(os.environ, url_base or "", username or "", password or "")
+
+
+def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
+           url_base: Optional[str] = None) -> List[Dict[str, Any]]:
+    """All runs, as the server shows them. Without arguments farm and login are those of the access file."""
+    find = functools.partial(script_access, username, password, url_base)
+    with contextlib.closing(Client(find, START_PATIENCE_S)) as client:
+        runs: List[Dict[str, Any]] = client.ask("GET", "/api/runs")["data"]
+        return runs
+
+
+class TaskFarm:
+    """A run: the one with *uuid*, or a new one of *numTasks* tasks.
+
+    Names, arguments and behaviour are those of the published client, but that farm and login may be
+    left out (then the access file tells them), that everything is tried again for 15 minutes when
+    the server is away, and that one object may be used by several threads. Raises FarmError, which
+    is a RuntimeError, with the server's own sentence, and Unreachable, which is an OSError.
+    """
+    def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
+                 numTasks: Optional[int] = None, url_base: Optional[str] = None) -> None:
+        self._client = Client(functools.partial(script_access, username, password, url_base), START_PATIENCE_S)
+        self._lock = threading.Lock()
+        self._token = str(self._ask("GET", "/api/token")["token"])
+        if uuid is None and numTasks is None:
+            raise RuntimeError("numTasks must be set when creating a new task")
+        if uuid is None:
+            run = self._ask("POST", "/api/run", {"numTasks": numTasks})
+        else:
+            run = self._ask("GET", "/api/runs/" + urllib.parse.quote(uuid, safe=""))
+        self._uuid, self._numTasks = str(run["uuid"]), int(run["numTasks"])
+        self._client.patience_s = PATIENCE_S
+
+    def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
+        with self._lock:
+            return self._client.ask(method, path, body, key)
+
+    def url(self, url: str) -> str:
+        """The whole URL of an end point, as "runs"."""
+        return "%s/api/%s" % (self._client.access.url if self._client.access else "", url)
+
+    @property
+    def session(self) -> Client:
+        """What the requests go over; a Client here, a session of `requests` in the published client."""
+        return self._client
+
+    @property
+    def token_auth(self) -> Tuple[str, str]:
+        """A token as user name with an empty password, which is what `requests` takes for auth."""
+        return self._token, ""
+
+    @property
+    def uuid(self) -> str:
+        """The uuid of the run."""
+        return self._uuid
+
+    @property
+    def numTasks(self) -> int:
+        """The number of its tasks."""
+        return self._numTasks
+
+    def info(self, info: str) -> Any:
+        """One figure of the run, or all of them for ""."""
+        answer = self._ask("GET", "/api/runs/%s?info=%s" % (self.uuid, urllib.parse.quote(info, safe="")))
+        return answer[info] if info else answer
+
+    @property
+    def percentDone(self) -> float:
+        """The mean percentage of its tasks."""
+        return float(self.info("percentDone"))
+
+    @property
+    def numDone(self) -> int:
+        """How many tasks are done."""
+        return int(self.info("numDone"))
+
+    @property
+    def numWaiting(self) -> int:
+        """How many tasks wait."""
+        return int(self.info("numWaiting"))
+
+    @property
+    def numComputing(self) -> int:
+        """How many tasks are being computed."""
+        return int(self.info("numComputing"))
+
+    def _task_path(self, task: int) -> str:
+        if task < 0 or task >= self.numTasks:
+            raise RuntimeError("task ID outside range 0 %d" % (self.numTasks - 1))
+        return "/api/runs/%s/tasks/%d" % (self.uuid, task)
+
+    def getTaskInfo(self, task: int, info: str) -> Any:
+        """One figure of a task, or all of them for ""."""
+        answer = self._ask("GET", "%s?info=%s" % (self._task_path(task), urllib.parse.quote(info, safe="")))
+        return answer[info] if info else answer
+
+    def setTaskInfo(self, task: int, info: str, value: Any) -> None:
+        """Set percentCompleted or status of a task, whoever computes it."""
+        self._ask("PUT", self._task_path(task), {info: value})
+
+    def restart(self, everything: bool = False) -> None:
+        """Let the tasks that are not done wait again, or with *everything* all of them."""
+        self._ask("POST", "/api/runs/%s/restart?all=%s" % (self.uuid, str(everything)))
+
+    def delete(self) -> None:
+        """Delete the run and its tasks."""
+        self._ask("DELETE", "/api/runs/" + self.uuid)
+
+
+class TaskFarmWorker(TaskFarm):
+    """A worker of a run, by the published client's names, with a lease that a thread keeps.
+
+    What it reports is fenced: a task that was given to somebody else meanwhile (this process was
+    taken for dead) raises Conflict and changes nothing. When the process ends, or the worker is
+    dropped, what it still holds waits for others.
+    """
+    def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
+                 url_base: Optional[str] = None) -> None:
+        super().__init__(username, password, uuid=uuid, url_base=url_base)
+        self._task: Optional[int] = None
+        self._attempt = 0
+        self._key = secrets.token_hex(16)       # of the next claim, or of one whose answer was lost
+        self._percentageDone: Optional[float] = None
+        self._worker_uuid = secrets.token_hex(16)
+        self._ask_to_register()
+        self._heartbeat = Heartbeat(self._client.find, self._worker_uuid)
+        self._end = weakref.finalize(self, self._heartbeat.sign_off)
+
+    def _ask_to_register(self) -> None:
+        with self._lock:
+            register(self._client, self._worker_uuid)
+
+    @property
+    def worker_uuid(self) -> str:
+        """The uuid of the worker."""
+        return self._worker_uuid
+
+    @property
+    def task(self) -> Optional[int]:
+        """The task in hand; when there is none, a new one is claimed. None when nothing waits."""
+        if self._task is None:
+            self._percentageDone = None
+            claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid},
+                                self._key)
+            self._key = secrets.token_hex(16)
+            if claimed is not None:
+                self._task, self._attempt = int(claimed["task"]), int(claimed["attempt"])
+                self._percentageDone = float(claimed["percentCompleted"])
+        return self._task
+
+    @property
+    def tasks(self) -> Iterator[int]:
+        """Tasks, one after the other, until none waits."""
+        while True:
+            task = self.task
+            if task is None:
+                return
+            yield task
+
+    def setTaskInfo(self, task: int, info: str, value: Any) -> None:
+        """Set percentCompleted or status of a task; of the one in hand only while this worker holds it."""
+        body = {info: value}
+        if task == self._task:
+            body.update(worker_uuid=self.worker_uuid, attempt=self._attempt)
+        self._ask("PUT", self._task_path(task), body)
+
+    def update(self, percentage: float) -> None:
+        """Report how far the task in hand is, 0 to 100."""
+        if self._task is None:
+            return
+        if percentage < 0 or percentage > 100:
+            raise ValueError("percentage {} out of range".format(percentage))
+        self._percentageDone = percentage
+        self.setTaskInfo(self._task, "percentCompleted", percentage)
+
+    def done(self) -> None:
+        """Let go of the task in hand; it is done when its percentage is 100, else it stays computing."""
+        task = self._task
+        try:
+            if task is not None and self._percentageDone is not None and abs(self._percentageDone - 100) < 1e-6:
+                self.setTaskInfo(task, "status", "done")
+        finally:
+            self._task = None
+
+    def close(self) -> None:
+        """Sign off: what the worker still holds waits for others. Also happens by itself at the end of the process."""
+        self._end()
+        self._client.close()
+
+
 class Progress:
     """A bar on a terminal for work that takes longer than a moment; nothing where there is no terminal."""
     WIDTH = 30
@@ -4641,6 +5149,1192 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         if self.shown:
             sys.stderr.write("\r\x1b[K")
+
+
+# ---------------------------------------------------------------- WORKER
+# Runs a command for each task it is given. One thread starts and ends commands and never waits for the network;
+# another, the courier, claims and reports and never waits for a command.
+
+AHEAD_S = 1.5                       # work of so long is claimed ahead, at most
+AHEAD_LIMIT = 4000                  # tasks claimed ahead, at most: a worker may hold 10 000
+UNUSED_S = 5.0                      # what was claimed ahead and could not be started by then is given back
+MOMENT_S = 1.0                      # a command that runs longer is reported as computing
+FLUSH_S = 0.1                       # reports are sent together so often, at most
+GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
+LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
+CLOSING_S = 2.0                     # and so long the last reports are tried: PBS may kill after 10 s in all
+VIEW_S = 2.0                        # between two looks at the whole run, for the bar on a terminal
+SUSPECT_S = 1.5                     # a command that died of a signal may be the first sign that the job is ended
+AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
+TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
+BATCH_BYTES = 500000                # of reports in one request
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
+
+
+class Lines:
+    """The lines of a file by number, from 0, without keeping them: 10 million lines take 0.2 MB of memory.
+
+    Only the number of lines before each block is known; a block is read when a line of it is wanted.
+    """
+    BLOCK = 65536
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.file = open(path, "rb")      # noqa: SIM115
+            self.before = array.array("Q", [0])     # lines that end before block n
+            last = b""
+            for block in iter(lambda: self.file.read(self.BLOCK), b""):
+                self.before.append(self.before[-1] + block.count(b"\n"))
+                last = block[-1:]
+        except OSError as error:
+            raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+        self.number = self.before[-1] + (last not in (b"", b"\n"))
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, number: int) -> bytes:
+        """A line without what ends it."""
+        if not 0 <= number < self.number:
+            raise IndexError(number)
+        block = bisect.bisect_left(self.before, number, 1) - 1 if number else 0     # holds the end of the line before
+        skip = number - self.before[block]
+        self.file.seek(block * self.BLOCK)
+        text = self.file.read(self.BLOCK)
+        while text.count(b"\n") <= skip:
+            more = self.file.read(self.BLOCK)
+            if not more:
+                break
+            text += more
+        return text.split(b"\n", skip + 1)[skip].rstrip(b"\r")
+
+
+class Template:
+    """A command in whose arguments {task}, {run}, {attempt} and {line} are to be replaced.
+
+    What is put in stays one argument and is never read by a shell, unless the whole command is
+    {line}: then each line is a command for sh.
+    """
+    FIELD = re.compile(r"\{(task|run|attempt|line)\}")
+
+    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None) -> None:
+        self.words = ["/bin/sh", "-c", "{line}"] if list(words) == ["{line}"] else list(words)
+        self.run = run
+        self.lines = lines
+        fields = {field for word in self.words for field in self.FIELD.findall(word)}
+        self.plain = [os.fsencode(word) for word in self.words] if not fields else None
+        self.wants_line = "line" in fields
+        if self.wants_line and lines is None:
+            raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
+        self.program = self.words[0]
+        if self.FIELD.search(self.program):
+            return
+        found = shutil.which(self.program)
+        if not found:
+            raise Refusal("there is no program %s that can be run here (chmod +x makes a script one)" % self.program)
+        self.words[0] = found
+        if self.plain:
+            self.plain[0] = os.fsencode(found)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every task runs the same program."""
+        return not self.FIELD.search(self.words[0])
+
+    def arguments(self, task: int, attempt: int) -> List[bytes]:
+        """The words for one task."""
+        if self.plain:
+            return self.plain
+        line = self.lines[task] if self.wants_line and self.lines else b""
+        values = {"task": str(task), "run": self.run, "attempt": str(attempt), "line": os.fsdecode(line)}
+        return [os.fsencode(self.FIELD.sub(lambda found: values[found.group(1)], word)) for word in self.words]
+
+
+class Command:
+    """A command that runs for a task."""
+    __slots__ = ("task", "attempt", "pid", "slot", "started", "told", "pipes", "watched", "tail", "log", "log_path",
+                 "status", "ending", "kill_at")
+
+    def __init__(self, task: int, attempt: int, slot: int, started: float) -> None:
+        self.task, self.attempt, self.slot = task, attempt, slot
+        self.pid = 0                # and its process group
+        self.started = started      # tick
+        self.told = False           # that it is computing
+        self.pipes: Dict[int, int] = {}         # where its output comes from, and whether that is 1 or 2
+        self.watched = False        # they are
+        self.tail = b""             # the last of the error output
+        self.log = -1               # the open file, and its path
+        self.log_path = ""
+        self.status: Optional[int] = None       # as waitpid tells it, once it has ended
+        self.ending = ""            # why it is being ended: "timeout", "stopping" or "lost"
+        self.kill_at = 0.0          # when what is left of its group is killed, or it is judged all the same
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: the exit status, or 128 and the signal that killed it. Once it has ended."""
+        assert self.status is not None
+        return os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else 128 + os.WTERMSIG(self.status)
+
+
+class Guard:
+    """A small process that ends the commands when the worker is killed, which leaves it no time to do so itself.
+
+    It sleeps on a pipe that closes with the worker, however that ends, and reads from memory that
+    both share which groups run: nothing is said to it while tasks come and go. (PR_SET_PDEATHSIG
+    would want code between fork and exec, which makes each start twice as dear.)
+    """
+    def __init__(self, jobs: int, grace_s: float) -> None:
+        self.groups = mmap.mmap(-1, 4 * jobs)
+        reader, self.leash = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self.leash)
+                self._watch(reader, jobs, grace_s)
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def _watch(self, reader: int, jobs: int, grace_s: float) -> None:
+        os.setsid()
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+            file.write("taskfarm-guard")
+        os.closerange(3, reader)        # connections that were open when we were forked
+        os.closerange(reader + 1, 256)
+        null = os.open(os.devnull, os.O_RDWR)       # whoever reads the worker's output must not wait for the guard
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        while os.read(reader, 1):
+            pass
+        groups = [group for group in struct.unpack("%di" % jobs, self.groups) if group]
+        for group in groups:
+            signal_group(group, signal.SIGTERM)
+        end = time.monotonic() + grace_s
+        while time.monotonic() < end and any(signal_group(group, 0) for group in groups):
+            time.sleep(0.05)
+        for group in groups:
+            signal_group(group, signal.SIGKILL)
+
+    def note(self, slot: int, group: int) -> None:
+        """A group runs in a slot; 0 for none."""
+        struct.pack_into("i", self.groups, 4 * slot, group)
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self.leash)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether there is one."""
+    try:
+        os.killpg(group, number)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:     # some of it have become another user's
+        return True
+
+
+class Courier:
+    """The thread that talks to the farm: registers, beats, sends reports, claims. Never forgets a report.
+
+    What it learns is put in `news` as (word, value), and *wake* is called: "claimed" [(task, attempt), ...],
+    "none" seconds until work may come back or None, "held" the tasks that are still ours, "refused" (report, sentence),
+    "run" its figures, "said" a sentence for a person, "ended" the error that ends it all.
+    """
+    def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], look: bool) -> None:
+        self.client, self.run, self.worker, self.wake = client, run, worker, wake
+        self.news: "deque[Tuple[str, Any]]" = deque()
+        self.changed = threading.Condition()
+        self.reports: Dict[int, Dict[str, Any]] = {}        # to be sent, by task: the last word on each
+        self.wanted = 0
+        self.claim: Optional[Tuple[int, str]] = None        # asked for and not answered: how many, and the key
+        self.closing = False
+        self.idle = True                    # no command runs: nothing is lost by giving up
+        self.revision: Optional[int] = None
+        self.unknown = False                # the farm did not know us, and nothing went well since
+        self.flushed = 0.0
+        self.beat_at = 0.0
+        self.look_at = 0.0 if look else math.inf
+        self.thread = threading.Thread(target=self._work, name="courier", daemon=True)
+
+    # For the thread that runs the commands
+
+    def report(self, task: int, attempt: int, **said: Any) -> None:
+        """Have a task's report sent soon."""
+        with self.changed:
+            if not self.reports:
+                self.changed.notify()
+            self.reports[task] = dict(said, task=task, attempt=attempt)
+
+    def want(self, count: int) -> None:
+        """Have so many tasks claimed, after the reports that there are."""
+        with self.changed:
+            self.wanted = count
+            self.changed.notify()
+
+    def close(self) -> List[Dict[str, Any]]:
+        """Stop, within half a second; the reports that were not taken."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.client.hurry.set()
+        self.thread.join(0.5)
+        with self.changed:
+            return list(self.reports.values())
+
+    # The thread itself
+
+    def say(self, sentence: str) -> None:
+        """Have a person told."""
+        self._tell("said", sentence)
+
+    def _tell(self, word: str, value: Any) -> None:
+        self.news.append((word, value))
+        self.wake()
+
+    def _work(self) -> None:
+        while not self.closing:
+            try:
+                if self.revision is None:
+                    self._register()
+                self._step()
+                self.unknown = False
+            except Unreachable as error:
+                if self.closing:
+                    return
+                if self.idle and not self.reports:
+                    self._tell("ended", error)
+                    return
+            except NotFound as error:
+                if self.unknown or not self._run_is_there():
+                    self._tell("ended", error)
+                    return
+                self.unknown = True
+                self.revision = None            # we register again: the server went back to an older file
+            except Exception as error:
+                self._tell("ended", error)
+                return
+
+    def _run_is_there(self) -> bool:
+        try:
+            self.client.ask("GET", "/api/runs/" + self.run)
+        except NotFound:
+            return False
+        except (FarmError, Unreachable, Refusal):
+            pass        # the next request will show
+        return True
+
+    def _register(self) -> None:
+        register(self.client, self.worker)
+        self._beat()
+
+    def _beat(self) -> None:
+        """Keep the lease, and learn whether a task was taken from us meanwhile."""
+        answer = self.client.ask("PUT", "/api/worker/" + self.worker)
+        self.beat_at = time.monotonic() + random.uniform(0.8, 1.0) * BEAT_S
+        if self.revision not in (None, answer["revision"]):
+            self._tell("held", self._held())
+        self.revision = answer["revision"]
+
+    def _held(self) -> Set[Tuple[int, int]]:
+        """The tasks of our run that we still hold, each with its attempt."""
+        held: Set[Tuple[int, int]] = set()
+        after = ""
+        while True:
+            answer = self.client.ask("GET", "/api/worker/%s?limit=1000%s" % (self.worker, after))
+            held.update((entry["task"], entry["attempt"]) for entry in answer["data"] if entry["run"] == self.run)
+            if not answer["next"]:
+                return held
+            after = "&after=" + urllib.parse.quote(str(answer["next"]), safe="")
+
+    def _step(self) -> None:
+        """Wait until something is due, and do it."""
+        with self.changed:
+            while not self.closing:
+                now = time.monotonic()
+                due = min(self.beat_at, self.look_at, now if self.wanted else math.inf,
+                          self.flushed + FLUSH_S if self.reports else math.inf)
+                if due <= now:
+                    break
+                self.changed.wait(due - now)
+            wanted = self.wanted
+        if self.closing:
+            return
+        if self.reports:
+            self._flush()
+        if now >= self.beat_at:
+            self._beat()
+        if wanted:
+            self._claim(wanted)
+        if now >= self.look_at:
+            self.look_at = now + VIEW_S
+            self._tell("run", self.client.ask("GET", "/api/runs/" + self.run))
+
+    def _claim(self, count: int) -> None:
+        """Claim so many; of a run that is near its end a quarter of what waits, so that others get some too.
+
+        A claim whose answer was lost is repeated as it was, however late: what it gave is ours to do.
+        """
+        if self.claim is None:
+            if count > 16:
+                waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
+                count = min(count, max(16, waiting // 4))
+            self.claim = count, secrets.token_hex(16)
+        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
+                                 {"worker_uuid": self.worker, "count": self.claim[0]}, self.claim[1])
+        with self.changed:
+            self.wanted, self.claim = 0, None
+        if answer is None:
+            self._tell("none", self.client.retry_after)
+        else:
+            self._tell("claimed", [(entry["task"], entry["attempt"]) for entry in answer["data"]])
+
+    def _flush(self) -> None:
+        """Send the reports that there are; each is forgotten when the farm has judged it."""
+        with self.changed:
+            batch = list(self.reports.values())
+        for part in in_parts(batch):
+            for refused in send_reports(self.client, self.run, self.worker, part):
+                self._tell("refused", refused)
+            with self.changed:
+                for sent in part:
+                    if self.reports.get(sent["task"]) is sent:      # another may have come since
+                        del self.reports[sent["task"]]
+        self.flushed = time.monotonic()
+
+
+def in_parts(reports: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+    """Reports in parts that fit a request."""
+    part: List[Dict[str, Any]] = []
+    size = 0
+    for entry in reports:
+        length = len(json.dumps(entry)) + 2
+        if part and (size + length > BATCH_BYTES or len(part) >= 1000):
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += length
+    if part:
+        yield part
+
+
+def send_reports(client: Client, run: str, worker: str,
+                 reports: List[Dict[str, Any]]) -> List[Tuple[Dict[str, Any], str]]:
+    """Send reports of a worker in one request; those that were refused, each with the reason."""
+    answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": reports})
+    by_task = {entry["task"]: entry for entry in reports}
+    return [(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
+
+
+def state_folder(environ: Mapping[str, str]) -> str:
+    """Where reports are left that could not be sent: in $XDG_STATE_HOME, else ~/.local/state."""
+    base = environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(base, "taskfarm")
+
+
+def leave_reports(access: Access, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
+    """Write down what could not be sent, for the next worker or verb; the path. Raises OSError."""
+    path = os.path.join(state_folder(os.environ), "left-%s.json" % worker)
+    write_access(path, {"farm": access.farm, "url": access.url, "run": run, "worker": worker, "reports": reports})
+    return path
+
+
+def send_leftovers(client: Client) -> List[str]:
+    """Send what workers that could not reach this farm have left; a sentence for each of them.
+
+    Two may send the same at once: a report that comes again changes nothing. What cannot be sent
+    now stays. Costs a look into a folder when there is nothing.
+    """
+    said = []
+    for path in glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json")):
+        left = read_access(path)
+        try:
+            access = client.connect()
+            if not (left["farm"] == access.farm if left["farm"] and access.farm else left["url"] == access.url):
+                continue
+            said.append(send_left(client, left["run"], left["worker"], left["reports"]))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        except (KeyError, TypeError):
+            said.append("%s cannot be read: look at it, and remove it" % path)
+        except (FarmError, Unreachable, OSError) as error:
+            said.append("%s could not be sent: %s" % (path, error))
+    return said
+
+
+def send_left(client: Client, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
+    """Send what one worker has left, and sign it off; a sentence of how it went."""
+    refused: List[Tuple[Dict[str, Any], str]] = []
+    try:
+        for part in in_parts(reports):
+            refused += send_reports(client, run, worker, part)
+        with contextlib.suppress(NotFound):
+            client.ask("DELETE", "/api/worker/" + worker)
+    except NotFound as error:
+        return "%d reports that worker %s left are dropped: %s" % (len(reports), worker[:8], error)
+    sentence = "%d reports that worker %s left are sent" % (len(reports), worker[:8])
+    return sentence + ("; %d were not wanted any more, as of %s" % (
+        len(refused), "task %d: %s" % (refused[0][0]["task"], refused[0][1])) if refused else "")
+
+
+class Orders(NamedTuple):
+    """What `work` was told."""
+    jobs: int
+    timeout_s: float                # inf for none
+    grace_s: float
+    drain: bool
+    wait: bool                      # for tasks that may come back
+    task_time_s: Optional[float]    # what a task takes, when that is known
+    end: Optional[float]            # of the job, in UTC seconds since 1970
+    log_dir: str                    # "" for none
+    log_failed: bool                # keep the output of failed tasks alone
+
+
+def status_of(error: Exception) -> int:
+    """The exit status of a worker that an error ends."""
+    return next((status for kind, status in ((NotFound, RUN_DELETED), (Unauthorized, NO_LOGIN),
+                                             (Unreachable, NO_SERVER)) if isinstance(error, kind)), 1)
+
+
+TEMPORARY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+             errno.ESTALE, errno.ETXTBSY)
+
+
+class Farmhand:
+    """Runs a command for each task, so many at a time, until nothing is left or it is told to stop."""
+
+    def __init__(self, client: Client, run: Dict[str, Any], template: Template, orders: Orders,
+                 display: "Display") -> None:
+        self.client, self.run, self.template, self.orders, self.display = client, run, template, orders, display
+        self.uuid = secrets.token_hex(16)
+        self.ready: "deque[Tuple[int, int]]" = deque()      # claimed and not started
+        self.ready_since = 0.0
+        self.running: Dict[int, Command] = {}               # by process id
+        self.ended: List[Command] = []                      # whose group may not have ended yet
+        self.slots = list(range(orders.jobs - 1, -1, -1))
+        self.took: "deque[float]" = deque(maxlen=100)       # seconds, of the last tasks
+        self.mean_s: Optional[float] = None                 # of tasks lately
+        self.finished = 0
+        self.due = 0.0                      # tick of the next look at the time
+        self.none_left = False              # the last claim got nothing ...
+        self.none_since = 0.0               # ... the first of them then ...
+        self.ask_at = 0.0                   # ... and may be tried again then
+        self.asked = False
+        self.finished_when_asked = 0        # for tasks, last
+        self.signals = 0
+        self.signals_seen = 0
+        self.signal_at = -math.inf
+        self.signal_name = ""               # of the first
+        self.stopping = ""                  # why
+        self.exit_status = STOPPED          # when it is to stop
+        self.status: Optional[int] = None   # once it has ended
+        self.hold_until = 0.0               # nothing is started until then: the system had no room for more
+
+    def work(self) -> int:
+        """Do it; the exit status."""
+        self.selector = selectors.DefaultSelector()
+        self.wake_in, self.wake_out = os.pipe()
+        for descriptor in (self.wake_in, self.wake_out):
+            os.set_blocking(descriptor, False)
+        self.selector.register(self.wake_in, selectors.EVENT_READ)
+        try:
+            self.guard = Guard(self.orders.jobs, self.orders.grace_s)
+        except OSError as error:
+            raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
+        self._prepare_environment()
+        access = self.client.connect()
+        self.courier = Courier(self.client, self.run["uuid"], self.uuid, self._wake, self.display.bar)
+        self.client.say = self.courier.say
+        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup's
+                signal.signal(number, self._signalled)
+        self.courier.thread.start()
+        try:
+            while self.status is None:
+                self._turn()
+        finally:
+            left = self.courier.close()
+            self._close(left, access)
+        return self.status
+
+    def _prepare_environment(self) -> None:
+        access = self.client.connect()
+        environ = dict(os.environ, TASKFARM_RUN=self.run["uuid"], TASKFARM_WORKER=self.uuid)
+        if not environ.get("TASKFARM_URL"):
+            # The address is in the access file, where `progress` looks again: it may change while a command runs.
+            environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
+        self.environ = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
+        self.start_options: Dict[str, Any] = {
+            "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}   # which Python ignores
+        self.by_shell = False
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):      # full: it wakes anyhow
+            os.write(self.wake_out, b"\0")
+
+    def _signalled(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if self.signals and now < self.signal_at + AGAIN_S:
+            return
+        self.signals += 1
+        self.signal_at = now
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    # One turn of the loop
+
+    def _turn(self) -> None:
+        while self.courier.news:
+            word, value = self.courier.news.popleft()
+            getattr(self, "_on_" + word)(value)
+        now = time.monotonic()
+        if now >= min(self.due, self.display.flush_at) or self.signals > self.signals_seen:
+            self._see_to_time(now)
+        if self.ready and self.slots and not self.stopping and now >= self.hold_until:
+            self._start_commands(now)
+        self._ask_for_more(now)
+        if not self.running and not self.ended and self._over():
+            return
+        for key, _ in self.selector.select(
+                max(0.0, min(self.due, self.display.flush_at, now + 3600.0) - time.monotonic())):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    while len(os.read(self.wake_in, 4096)) == 4096:
+                        pass
+            else:
+                self._read(key.data, key.fd)
+        self._reap()
+
+    def _over(self) -> bool:
+        """Whether all is said and done, with no command running; sets the status then."""
+        if self.stopping:
+            self.status = self.exit_status
+            return True
+        if self.ready or not self.none_left or self.asked or self.courier.reports:
+            return False
+        if self.ask_at == math.inf or not self.orders.wait:
+            self.status = FINISHED
+            return True
+        if self.finished == self.finished_when_asked:
+            self.display.waits()
+        return False
+
+    def _ask_for_more(self, now: float) -> None:
+        self.courier.idle = not (self.running or self.ended)
+        if self.asked or self.stopping or now < self.hold_until:
+            return
+        here = len(self.ready) + len(self.running) + len(self.ended)
+        ahead = self._ahead(now)
+        if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
+            if not here and self.finished != self.finished_when_asked:     # our own reports may have changed that
+                self.none_left = False
+            else:
+                self.due = min(self.due, self.ask_at) if here < self.orders.jobs else self.due
+                return
+        if here < self.orders.jobs or len(self.ready) < ahead // 2:
+            if not self._fits(now):
+                if not here:
+                    self._stop(now, "no task is likely to fit before the job ends")
+                return
+            self.asked = True
+            self.finished_when_asked = self.finished
+            self.courier.want(self.orders.jobs + ahead - here)
+
+    def _ahead(self, now: float) -> int:
+        """How many tasks to have at hand beside those that run: for AHEAD_S, and none when tasks take longer."""
+        if self.mean_s is None:
+            return 0
+        seconds = max(self.mean_s, 1e-4)
+        if self.running:
+            seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
+        if seconds > AHEAD_S:
+            return 0
+        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * self.finished, AHEAD_LIMIT)
+
+    def _fits(self, now: float) -> bool:
+        """Whether a task that begins now is likely to end before the job does."""
+        if self.orders.end is None:
+            return True
+        needs_s = self.orders.task_time_s
+        if needs_s is None:
+            ordered = sorted(self.took)
+            needs_s = ordered[int(0.95 * len(ordered))] if ordered else 0.0
+        return time.time() + needs_s < self.leave_at
+
+    @property
+    def leave_at(self) -> float:
+        """When to begin to leave, in UTC seconds."""
+        return math.inf if self.orders.end is None else self.orders.end - self.orders.grace_s - LEAVE_S
+
+    # What the courier says
+
+    def _on_claimed(self, tasks: List[Tuple[int, int]]) -> None:
+        self.asked, self.none_left = False, False
+        if self.stopping:
+            return              # signing off gives them back
+        if not self.ready:
+            self.ready_since = time.monotonic()
+        self.ready.extend(tasks)
+        self.due = min(self.due, self.ready_since + UNUSED_S)
+
+    def _on_none(self, retry_after: Optional[float]) -> None:
+        now = time.monotonic()
+        self.none_since = self.none_since if self.none_left else now
+        self.asked, self.none_left = False, True
+        # Retry-After tells when a lease may end; the others may be done long before, so that we need not stay.
+        self.ask_at = math.inf if retry_after is None else now + min(
+            retry_after, random.uniform(0.5, 1.0) * max(1.0, (now - self.none_since) / 4))
+
+    def _on_held(self, held: Set[Tuple[int, int]]) -> None:
+        now = time.monotonic()
+        self.ready = deque(pair for pair in self.ready if pair in held)
+        for command in self.running.values():
+            if (command.task, command.attempt) not in held and not command.ending:
+                self.display.say("task %d is not ours any more: its command is ended" % command.task)
+                self._end(command, now, "lost")
+
+    def _on_refused(self, refused: Tuple[Dict[str, Any], str]) -> None:
+        entry, detail = refused
+        self.display.say("task %d: %s is not wanted: %s" % (entry["task"], entry["status"], detail))
+        for command in self.running.values():
+            if (command.task, command.attempt) == (entry["task"], entry["attempt"]) and not command.ending:
+                self._end(command, time.monotonic(), "lost")
+
+    def _on_run(self, run: Dict[str, Any]) -> None:
+        self.run = run
+        self.display.look(run)
+
+    def _on_said(self, sentence: str) -> None:
+        self.display.say(sentence)
+
+    def _on_ended(self, error: Exception) -> None:
+        if not isinstance(error, (FarmError, Unreachable, Refusal)):
+            raise error
+        self.exit_status = status_of(error)
+        self._stop(time.monotonic(), str(error))
+
+    # Commands
+
+    def _start_commands(self, now: float) -> None:
+        while self.ready and self.slots:
+            if self.orders.end is not None and not self._fits(now):
+                self._give_back_ready()
+                return
+            task, attempt = self.ready.popleft()
+            slot = self.slots.pop()
+            try:
+                self._start(task, attempt, slot)
+            except (OSError, ValueError) as error:
+                self.slots.append(slot)
+                if not self._could_not_start(task, attempt, error, now):
+                    return
+        self.ready_since = now
+
+    def _start(self, task: int, attempt: int, slot: int) -> None:
+        command = Command(task, attempt, slot, time.monotonic())
+        actions: List[Tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        far: List[int] = []         # the other ends, which are the command's
+        try:
+            words = self.template.arguments(task, attempt)
+            self.environ[b"TASKFARM_TASK"] = b"%d" % task
+            self.environ[b"TASKFARM_ATTEMPT"] = b"%d" % attempt
+            if self.orders.log_dir:
+                command.log_path = os.path.join(self.orders.log_dir, "%d.log" % task)
+                command.log = os.open(command.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+                actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
+            # The error output comes through us: its last line is wanted, and in one file with the other it need not
+            # be the last. So does the other where it has to go above a bar.
+            for target in (1, 2) if self.display.terminal and not self.orders.log_dir else (2,):
+                near, other = os.pipe()
+                command.pipes[near] = target
+                far.append(other)
+                os.set_blocking(near, False)
+                actions.append((os.POSIX_SPAWN_DUP2, other, target))
+            command.pid = self._spawn(words, actions)
+        except BaseException:
+            for near in list(command.pipes) + [command.log] * (command.log >= 0):
+                os.close(near)
+            raise
+        finally:
+            for other in far:
+                os.close(other)
+        self.guard.note(slot, command.pid)
+        self.running[command.pid] = command
+        self.due = min(self.due, command.started + 0.05)
+
+    def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
+        try:
+            if not self.by_shell:
+                return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.start_options)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            self.by_shell = self.template.fixed
+        # A script without a first line that says #!: every shell runs it with sh, and so do we.
+        return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
+                               **self.start_options)
+
+    def _could_not_start(self, task: int, attempt: int, error: Exception, now: float) -> bool:
+        """A command that did not even start: the task's fault, or this machine's. Whether to go on with the next."""
+        number = getattr(error, "errno", None)
+        sentence = getattr(error, "strerror", None) or str(error)
+        if number in TEMPORARY:
+            self.ready.appendleft((task, attempt))
+            self.hold_until = now + 1.0
+            self.due = min(self.due, self.hold_until)
+            self.display.once("commands cannot be started just now (%s): trying again every second" % sentence)
+            return False
+        if number in (errno.ENOENT, errno.EACCES) and self.template.fixed:      # it could be, when we began
+            self.ready.appendleft((task, attempt))
+            self.exit_status = 1
+            self._stop(now, "%s cannot be started here (%s)" % (self.template.program, str(error).partition("] ")[2]))
+            return False
+        self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
+        self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
+                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT])
+        return True
+
+    def _read(self, command: Command, near: int) -> bool:
+        """Take what a command has written, and pass it on; whether there was any."""
+        try:
+            text = os.read(near, 65536)
+        except BlockingIOError:
+            return False
+        if not text:
+            self._close_pipe(command, near)
+            return False
+        target = command.pipes[near]
+        if target == 2:
+            command.tail = (command.tail + text)[-TAIL:]
+        if command.log >= 0:
+            write_all(command.log, text)
+        else:
+            self.display.pass_on((command.pid, target), text)
+        return True
+
+    def _close_pipe(self, command: Command, near: int) -> None:
+        if command.watched:
+            self.selector.unregister(near)
+        os.close(near)
+        self.display.pass_on((command.pid, command.pipes.pop(near)), b"")
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            command = self.running.pop(pid, None)
+            if command is None:
+                continue
+            command.status = status
+            for near in list(command.pipes):
+                for _ in range(16):     # what is in it: a process that lives on may hold it open, or fill it, for ever
+                    if not self._read(command, near):
+                        break
+                if near in command.pipes:
+                    self._close_pipe(command, near)
+            # PBS, and Slurm with proctrack/linuxproc, signal the commands as well as us, and they may be faster.
+            suspect = not command.ending and command.exit_code - 128 in STOP_SIGNALS
+            if suspect:
+                command.kill_at = time.monotonic() + SUSPECT_S
+            if suspect or command.ending and signal_group(pid, 0):
+                self.ended.append(command)
+                self.due = 0.0
+            else:
+                self._settle(command)
+
+    def _settle(self, command: Command) -> None:
+        """A command has ended with all its group: report it."""
+        self.guard.note(command.slot, 0)
+        self.slots.append(command.slot)
+        code = 124 if command.ending == "timeout" else command.exit_code      # 124 is what timeout(1) says
+        took_s = time.monotonic() - command.started
+        if command.ending in ("stopping", "lost"):
+            self._close_log(command, failed=True)
+            if command.ending == "stopping":
+                self.courier.report(command.task, command.attempt, status="waiting")
+            self.none_left = False      # this very task may wait
+            return
+        self.took.append(took_s)
+        self.mean_s = took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * took_s
+        if code == 0:
+            self._finished(command.task, took_s, "done", failed=False)
+            self.courier.report(command.task, command.attempt, status="done")
+        else:
+            message = self._message(command)
+            self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
+                ": " + message if message else ""), failed=True)
+            if command.ending or os.WIFSIGNALED(command.status or 0):
+                message = self._why(command, code) + (": " + message if message else "")
+            self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
+                                message=message[:MESSAGE_LIMIT])
+        self._close_log(command, failed=code != 0)
+
+    def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
+        self.finished += 1
+        if failed:
+            self.none_left = False      # it may wait again
+        self.display.finished(task, took_s, how, failed)
+
+    def _why(self, command: Command, code: int) -> str:
+        if command.ending == "timeout":
+            return "ended after %g s" % self.orders.timeout_s
+        if command.status is not None and os.WIFSIGNALED(command.status):
+            number = os.WTERMSIG(command.status)
+            try:
+                return "killed by " + signal.Signals(number).name
+            except ValueError:      # a real-time signal
+                return "killed by signal %d" % number
+        return "exit status %d" % code
+
+    def _message(self, command: Command) -> str:
+        """The last line of the error output that says something."""
+        lines = [line.strip() for line in re.split(r"[\r\n]+", command.tail.decode("utf-8", "replace"))]
+        said = next((line for line in reversed(lines) if line), "")
+        return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
+
+    def _close_log(self, command: Command, failed: bool) -> None:
+        if command.log >= 0:
+            os.close(command.log)
+            if self.orders.log_failed and not failed:
+                with contextlib.suppress(OSError):
+                    os.remove(command.log_path)
+
+    # Time, and ends
+
+    def _see_to_time(self, now: float) -> None:
+        """All that is due by the clock; says when to look again."""
+        due = math.inf
+        self.signals_seen = self.signals
+        if self.signals and not self.stopping:
+            self._stop(now, self.signal_name, drain=self.orders.drain)
+        elif self.signals > 1:
+            for command in list(self.running.values()) + self.ended:
+                command.ending = command.ending or "stopping"
+                command.kill_at = min(command.kill_at or now, now)
+        if self.orders.end is not None and not self.stopping:
+            left_s = self.leave_at - time.time()
+            if left_s <= 0:
+                self._stop(now, "the job ends soon")
+            due = min(due, now + left_s)
+        for command in list(self.running.values()):
+            due = min(due, self._see_to(command, now))
+        for command in list(self.ended):
+            due = min(due, self._see_to_ended(command, now))
+        if self.ready:
+            if now >= self.ready_since + UNUSED_S:
+                self._give_back_ready()
+            else:
+                due = min(due, max(self.ready_since + UNUSED_S, now + 0.05))
+        if self.hold_until > now:
+            due = min(due, self.hold_until)
+        due = min(due, self.display.tick(now, len(self.running)))
+        self.due = due
+
+    def _see_to_ended(self, command: Command, now: float) -> float:
+        """What is due for a command that has ended, but perhaps not all of its group; when to look again."""
+        if not command.ending and self.signals:
+            command.ending = "stopping"
+        if not command.ending and now < command.kill_at:
+            return command.kill_at
+        if command.ending and now < command.kill_at and signal_group(command.pid, 0):
+            return now + 0.05
+        if command.ending:
+            signal_group(command.pid, signal.SIGKILL)
+        self.ended.remove(command)
+        self._settle(command)
+        return math.inf
+
+    def _see_to(self, command: Command, now: float) -> float:
+        """What is due for one command; when to look again."""
+        age_s = now - command.started
+        if not command.watched:
+            if age_s < 0.05:        # most short ones have ended by then, and are spared this
+                return now + 0.05
+            for near in command.pipes:
+                self.selector.register(near, selectors.EVENT_READ, command)
+            command.watched = True
+        if command.ending:
+            if command.kill_at <= now:
+                signal_group(command.pid, signal.SIGKILL)
+                return now + 0.5
+            return command.kill_at
+        if age_s >= self.orders.timeout_s:
+            self._end(command, now, "timeout")
+            return command.kill_at
+        if not command.told:
+            if age_s < MOMENT_S:
+                return min(command.started + MOMENT_S, command.started + self.orders.timeout_s)
+            command.told = True
+            self.courier.report(command.task, command.attempt, status="computing")
+        return command.started + self.orders.timeout_s
+
+    def _end(self, command: Command, now: float, why: str) -> None:
+        command.ending, command.kill_at = why, now + self.orders.grace_s
+        signal_group(command.pid, signal.SIGTERM)
+        signal_group(command.pid, signal.SIGCONT)       # a stopped one would not hear it
+        self.due = min(self.due, command.kill_at)
+
+    def _stop(self, now: float, why: str, drain: bool = False) -> None:
+        """Take nothing more, and end what runs, or let it finish."""
+        if self.stopping:
+            return
+        self.stopping = why
+        count = len(self.running)
+        self.display.say("stopping: %s%s" % (why, "" if not count else "; %d command%s %s" % (
+            count, "s" * (count > 1), "may finish" if drain else "are ended" if count > 1 else "is ended")))
+        self._give_back_ready()
+        if not drain:
+            for command in list(self.running.values()):
+                if not command.ending:
+                    self._end(command, now, "stopping")
+
+    def _give_back_ready(self) -> None:
+        for task, attempt in self.ready:
+            self.courier.report(task, attempt, status="waiting")
+        self.ready.clear()
+
+    def _close(self, left: List[Dict[str, Any]], access: Access) -> None:
+        """Send the last reports, sign off, and leave for later what cannot be sent."""
+        for command in list(self.running.values()):     # only when something went wrong here
+            signal_group(command.pid, signal.SIGKILL)
+        self.guard.close()
+        if self.exit_status == RUN_DELETED:
+            left = []
+        patience_s = CLOSING_S if self.signals < 2 else 1.0
+        with contextlib.closing(Client(self.client.find, patience_s, timeout_s=CLOSING_S)) as client:
+            try:
+                for part in in_parts(left):
+                    for refused in send_reports(client, self.run["uuid"], self.uuid, part):
+                        self._on_refused(refused)
+                client.ask("DELETE", "/api/worker/" + self.uuid)
+                run = client.ask("GET", "/api/runs/" + self.run["uuid"])
+            except NotFound:
+                self.display.end("run %s was deleted" % self.run["uuid"])
+                self.status = RUN_DELETED
+                return
+            except (FarmError, Unreachable, Refusal) as error:
+                self._leave(client.access or access, left, error)
+                return
+        self.display.look(run)
+        self.display.end("%d done, %d failed, %d waiting, %d computing" % tuple(
+            run[name] for name in ("numDone", "numFailed", "numWaiting", "numComputing")))
+        if self.stopping:
+            self.status = self.exit_status
+        elif run["numFailed"]:
+            self.status = TASKS_FAILED
+
+    def _leave(self, access: Access, left: List[Dict[str, Any]], error: Exception) -> None:
+        results = [entry for entry in left if entry["status"] != "computing"]
+        if self.stopping:
+            self.status = self.exit_status
+        elif results:
+            self.status = status_of(error)
+        if not results:
+            self.display.end(str(error))
+            return
+        try:
+            path = leave_reports(access, self.run["uuid"], self.uuid, results)
+            self.display.end("%s; %d reports are left in %s, which the next worker sends" % (error, len(results), path))
+        except OSError as trouble:
+            self.display.end("%s; %d reports are lost: %s" % (error, len(results), trouble))
+
+
+class Display:
+    """What a person sees of a worker: a line for each task, under which a bar lives where there is a terminal."""
+    WIDTH = 24
+
+    def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stdout.isatty()
+        self.bar = sys.stderr.isatty() and environ.get("TERM") != "dumb"
+        self.colour = self.terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        self.lines: List[str] = []
+        self.flush_at = math.inf
+        self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands that has no end of line yet
+        self.said: Set[str] = set()
+        self.run: Dict[str, Any] = {}
+        self.since = 0                          # tasks that were finished here since the last look at the run
+        self.looks: "deque[Tuple[float, int]]" = deque(maxlen=60)      # (tick, tasks that are over)
+        self.drawn = False
+        self.waiting = False
+
+    def finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
+        """A task is over."""
+        self.waiting = False
+        self.since += 1
+        if not self.quiet or failed:
+            line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
+            self._add("\033[31m%s\033[0m" % line if failed and self.colour else line)
+
+    def say(self, sentence: str) -> None:
+        """A line about the work as a whole."""
+        self._add(sentence)
+        self._write()
+
+    def once(self, sentence: str) -> None:
+        """The same, the first time only."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            self.say(sentence)
+
+    def waits(self) -> None:
+        """Nothing is left to claim, and some of it may come back."""
+        if not self.waiting:
+            self.waiting = True
+            self.say("nothing waits; other workers still compute, and what they lose comes back: waiting for that")
+
+    def pass_on(self, source: Tuple[int, int], text: bytes) -> None:
+        """Write what a command wrote to 1 or 2, in whole lines; the rest at the end, which is b""."""
+        if not text and source not in self.partial:
+            return
+        text = self.partial.pop(source, b"") + (text or b"\n")
+        whole, end, rest = text.rpartition(b"\n")
+        if not end and len(rest) > 65536:
+            whole, end, rest = rest, b"\n", b""
+        if rest:
+            self.partial[source] = rest
+        if end:
+            self._write()
+            self._clear()
+            write_all(source[1], whole + end)
+
+    def look(self, run: Dict[str, Any]) -> None:
+        """Figures of the whole run have come."""
+        self.run, self.since = run, 0
+        self.looks.append((time.monotonic(), run["numDone"] + run["numFailed"]))
+        self.flush_at = 0.0
+
+    def tick(self, now: float, running: int) -> float:
+        """Write and draw what is due; when to be called again."""
+        if now >= self.flush_at or self.bar:
+            self._write()
+            self._draw(running)
+        return now + 0.5 if self.bar and running else self.flush_at
+
+    def end(self, sentence: str) -> None:
+        """The last line."""
+        self._add(sentence)
+        self._write()
+        self._clear()
+
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        if self.flush_at == math.inf:
+            self.flush_at = time.monotonic() + 0.1
+
+    def _write(self) -> None:
+        if self.lines:
+            self._clear()
+            text = "\n".join(self.lines) + "\n"
+            self.lines = []
+            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"))
+        self.flush_at = math.inf
+
+    def _clear(self) -> None:
+        if self.drawn:
+            write_all(2, b"\r\x1b[K")
+            self.drawn = False
+
+    def _draw(self, running: int) -> None:
+        if not self.bar or not self.run:
+            return
+        total = self.run["numTasks"]
+        over = min(total, self.run["numDone"] + self.run["numFailed"] + self.since)
+        filled = self.WIDTH * over // total
+        text = "[%s%s] %d of %d" % ("#" * filled, "." * (self.WIDTH - filled), over, total)
+        if self.run["numFailed"]:
+            text += ", %d failed" % self.run["numFailed"]
+        text += ", %d here" % running
+        (first_at, first), (last_at, last) = self.looks[0], self.looks[-1]
+        if last > first and last_at > first_at:
+            rate = (last - first) / (last_at - first_at)
+            text += ", %.3g/s, %s left" % (rate, span((total - over) / rate))
+        columns = shutil.get_terminal_size().columns
+        write_all(2, ("\r" + text[:columns - 1] + "\x1b[K").encode())
+        self.drawn = True
+
+
+def write_all(descriptor: int, text: bytes) -> None:
+    """Write to standard output or error; where nobody reads any more, the work goes on all the same."""
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(descriptor, text):]
+
+
+def answer_of(words: Sequence[str]) -> str:
+    """What another program prints, "" when it cannot or takes longer than 20 s."""
+    try:
+        return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=20, universal_newlines=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ""
+
+
+def hours(text: str) -> float:
+    """Seconds of a time like 12:00:00, or of a number of seconds. Raises ValueError."""
+    total = 0.0
+    for part in text.split(":"):
+        total = 60 * total + float(part)
+    return total
+
+
+def pbs_end(text: str, now: float) -> Optional[float]:
+    """When a job ends by what `qstat -f` says of it, of PBS Pro, OpenPBS or Torque; UTC seconds, None when it does not.
+
+    Long values go on in lines that begin with a tab. etime is when the job could begin, not its end.
+    """
+    known = dict(re.findall(r"^\s+([A-Za-z_.]+) = (.*)$", text.replace("\n\t", ""), re.M))
+    try:
+        whole_s = hours(known["Resource_List.walltime"])
+        started = known.get("stime") or known.get("start_time")
+        if started:
+            return time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y")) + whole_s
+        return now + whole_s - hours(known.get("resources_used.walltime", "0"))
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
+def job_end(environ: Mapping[str, str], now: float) -> Optional[float]:
+    """When the batch job that we are in ends, in UTC seconds; None when there is none, or it cannot be had.
+
+    The batch system is asked at most once: it has more to do than to answer every worker.
+    """
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(environ["SLURM_JOB_END_TIME"])
+    job = environ.get("SLURM_JOB_ID")
+    if job:
+        if environ.get("SLURM_ARRAY_JOB_ID"):       # the last task of an array has the id of the whole array
+            job = "%s_%s" % (environ["SLURM_ARRAY_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID"))
+        said = answer_of(["squeue", "-h", "-j", job, "-o", "%e"]) or answer_of(["scontrol", "show", "job", job])
+        found = re.search(r"(?:^|EndTime=)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", said)
+        return time.mktime(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S")) if found else None
+    if environ.get("PBS_JOBID"):
+        return pbs_end(answer_of(["qstat", "-f", environ["PBS_JOBID"]]), now)
+    return None
+
+
+def moment_of(text: str, now: float) -> float:
+    """The UTC seconds of "+3600" (seconds from now), "17:30" (the next) or RFC 3339. Raises ValueError."""
+    if text.startswith("+"):
+        return now + float(text)
+    found = re.fullmatch(r"(\d\d?):(\d\d)", text)
+    if found:
+        today = datetime.datetime.fromtimestamp(now).replace(
+            hour=int(found.group(1)), minute=int(found.group(2)), second=0, microsecond=0)
+        return today.timestamp() if today.timestamp() > now else (today + datetime.timedelta(days=1)).timestamp()
+    return datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
 
 
 # ---------------------------------------------------------------- BENCH
@@ -4821,7 +6515,8 @@ class BenchServer:
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the server."""
-        return ask(self.url, method, path, body, self.token)
+        with contextlib.closing(Client(lambda: as_access({"url": self.url, "token": self.token}, "bench"))) as client:
+            return client.ask(method, path, body)
 
     def new_run(self, num_tasks: int = MAX_TASKS, workers: int = 0) -> str:
         """A run, and so many registered workers w0, w1, ..."""
@@ -5000,14 +6695,974 @@ def flat_table(result: Dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- TERMINAL
+# What a person sees on a terminal: tables, bars, rates. Plain values in, text out; knows no server.
+
+COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
+NARROWEST = 8                       # columns that a cell which may be cut keeps
+
+# The four states in the order of a bar: name, field of a run, colour, mark in any encoding, mark where UTF-8 is shown.
+# They differ in shape, so that the bar can be read without colours.
+STATES = (("done", "numDone", "green", "#", "\u2588"), ("failed", "numFailed", "red", "x", "\u2573"),
+          ("computing", "numComputing", "yellow", "+", "\u2592"), ("waiting", "numWaiting", "dim", ".", "\u00b7"))
+
+
+class Screen:
+    """A stream as a person sees it: how wide it is, whether it shows colours and more than ASCII, and can be redrawn.
+
+    A pipe or a file has no limit of width, no colours, and only grows.
+    """
+    def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
+        self.stream = stream
+        self.terminal = stream.isatty()
+        self.moves = self.terminal and environ.get("TERM", "") not in ("", "dumb")
+        self.colours = self.moves and not environ.get("NO_COLOR")
+        self.drawn = 0                  # lines that `redraw` would replace
+        try:
+            "".join(mark for *_, mark in STATES).encode(getattr(stream, "encoding", None) or "ascii")
+            self.unicode = True
+        except (UnicodeError, LookupError):
+            self.unicode = False
+
+    @property
+    def columns(self) -> int:
+        """How many columns a line may have; 0 for any number."""
+        return shutil.get_terminal_size().columns if self.terminal else 0
+
+    def paint(self, text: str, colour: str) -> str:
+        """The text in one of COLOURS, where colours are shown."""
+        return "\x1b[%sm%s\x1b[0m" % (COLOURS[colour], text) if self.colours and text else text
+
+    def print(self, lines: Sequence[str]) -> None:
+        """Write lines that stay."""
+        self.stream.write("".join(line + "\n" for line in lines))
+        self.stream.flush()
+
+    def redraw(self, lines: Sequence[str]) -> None:
+        """Write lines in the place of those drawn last; what is too much for the height is left out."""
+        lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
+        up = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
+        self.stream.write(up + "".join(line + "\n" for line in lines))
+        self.stream.flush()
+        self.drawn = len(lines)
+
+
+def harmless(text: Any) -> str:
+    """Text of others in one line, fit for a terminal: no escape sequences, no invisible or turning characters."""
+    spaced = " ".join(str(text).split())
+    return "".join(mark if unicodedata.category(mark) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else "?"
+                   for mark in spaced)
+
+
+def width_of(text: str) -> int:
+    """The columns that a text takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(mark) in ("Mn", "Me") else
+               2 if unicodedata.east_asian_width(mark) in "WF" else 1 for mark in text)
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most *width* columns, with ~ at its end when something is missing."""
+    if width_of(text) <= width:
+        return text
+    kept = ""
+    for mark in text:
+        if width_of(kept + mark) > width - 1:
+            break
+        kept += mark
+    return kept + "~" if width > 0 else ""
+
+
+def grouped(number: int) -> str:
+    """A number in groups of three digits: 200 000."""
+    return "{:,}".format(number).replace(",", " ")
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things: 1 task, 200 000 tasks."""
+    return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
+
+
+def per_time(*per_s: float) -> str:
+    """A rate of tasks, or the last two of several, in the unit that the first wants: 4.0 tasks/min, 3 to 5 tasks/s."""
+    unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if per_s[0] * pair[1] >= 1), ("h", 3600))
+    return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * seconds >= 100 else 1, rate * seconds)
+                                        for rate in per_s[-2:]), unit)
+
+
+def percent(part: float, whole: float) -> str:
+    """A share that is 100 % only when it is all, and 0 % only when it is nothing."""
+    share = 100.0 * part / whole if whole else 0.0
+    if 0 < part < whole:
+        share = min(max(share, 0.1), 99.9)
+    return "%.1f %%" % share
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+    title: str
+    right: bool = False     # numbers stand under each other
+    gives: bool = False     # may be cut where the terminal is too narrow
+    spare: bool = False     # is left out where that does not help
+
+
+class Table:
+    """Rows under headings in plain columns, as wide as they need to be; on a terminal they fit it.
+
+    *columns*: how wide the terminal is, 0 for any width. Rows may come in several calls of `lines`;
+    a column never becomes narrower then, and the headings come once.
+    """
+    def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
+        self.heads, self.columns = heads, columns
+        self.widths = [width_of(head.title) for head in heads]
+        self.shown = list(range(len(heads)))
+        self.begun = False
+
+    def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
+        """The lines of some rows, before the first of them the headings; an empty cell is shown as -."""
+        shown = [[harmless("" if cell is None else cell) or "-" for cell in row] for row in rows]
+        if not self.begun:
+            self.begun = True
+            shown.insert(0, [head.title for head in self.heads])
+        for row in shown:
+            self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
+        self._leave_out()
+        widths = self._fitting()
+        return [self._line(row, widths) for row in shown]
+
+    def _too_much(self, widths: Sequence[int]) -> int:
+        """By how many columns the shown ones are wider than the terminal."""
+        return sum(widths[number] + 2 for number in self.shown) - 2 - self.columns if self.columns else 0
+
+    def _leave_out(self) -> None:
+        """Leave out columns until the rest can be made to fit, the last first; they stay out."""
+        least = [min(width, NARROWEST) if head.gives else width for head, width in zip(self.heads, self.widths)]
+        for number in reversed(range(len(self.heads))):
+            if self.heads[number].spare and self._too_much(least) > 0:
+                self.shown = [other for other in self.shown if other != number]
+
+    def _fitting(self) -> List[int]:
+        widths = list(self.widths)
+        while self._too_much(widths) > 0:
+            able = [number for number in self.shown if self.heads[number].gives and widths[number] > NARROWEST]
+            if not able:
+                break
+            widths[max(able, key=lambda number: widths[number])] -= 1
+        return widths
+
+    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
+        cells = []
+        for number in self.shown:
+            head, width = self.heads[number], widths[number]
+            text = cut(row[number], width) if self.columns else row[number]
+            space = " " * (width - width_of(text))
+            cells.append(space + text if head.right else text + space)
+        line = "  ".join(cells).rstrip()
+        return cut(line, self.columns) if self.columns else line
+
+
+def shares(parts: Sequence[int], cells: int) -> List[int]:
+    """How many of so many cells each part gets: in proportion, and one at least where there is anything at all."""
+    whole = sum(parts)
+    if not whole:
+        return [0] * len(parts)
+    given = [max(part * cells // whole, 1 if part else 0) for part in parts]
+    while sum(given) != cells:
+        step = 1 if sum(given) < cells else -1
+        # The part that is furthest from its due; one that has a single cell keeps it.
+        able = [number for number, part in enumerate(parts) if part and (step > 0 or given[number] > 1)]
+        if not able:
+            break
+        given[max(able, key=lambda number: step * (parts[number] * cells / whole - given[number]))] += step
+    return given
+
+
+def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
+    """The states of a run's tasks as a bar."""
+    given = shares([run[field] for _, field, *_ in STATES], cells)
+    return "[" + "".join(screen.paint((rich if screen.unicode else plain) * number, colour)
+                         for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
+
+
+def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
+    """What the marks of the bar mean, with the numbers; on a narrow terminal in several lines."""
+    lines, used = [""], 0
+    for name, field, colour, plain, rich in STATES:
+        words = " %s %s" % (grouped(run[field]), name)
+        if used and screen.columns and used + 4 + len(words) > screen.columns:
+            lines, used = lines + [""], 0
+        lines[-1] += "   " * (used > 0) + screen.paint(rich if screen.unicode else plain, colour) + words
+        used += 3 * (used > 0) + 1 + len(words)
+    return lines
+
+
+class Rate(NamedTuple):
+    """How fast tasks end, with what the true rate may well be."""
+    per_s: float
+    low: float              # tasks per second
+    high: float
+    ended: int              # so many tasks were seen to end
+    window_s: float         # in so long a time
+
+
+RATE_SLICES = 10
+
+
+def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
+    """The rate that readings (seconds, tasks ended so far), oldest first, tell; None when nothing ended.
+
+    The range is two standard errors wide on either side. The error comes from how much equal slices of the
+    time differ, so that tasks that end in waves make it wide, and is never less than chance alone makes it.
+    """
+    if len(points) < 2 or points[-1][1] <= points[0][1] or points[-1][0] <= points[0][0]:
+        return None
+    window_s, ended = points[-1][0] - points[0][0], points[-1][1] - points[0][1]
+    counts = slice_counts(points, RATE_SLICES)
+    mean = ended / RATE_SLICES
+    spread = sum((count - mean) ** 2 for count in counts) * RATE_SLICES / (RATE_SLICES - 1)
+    error = math.sqrt(max(spread, ended))
+    low, high = max(ended - 2 * error, 0.0), ended + 2 * error
+    return Rate(ended / window_s, low / window_s, high / window_s, ended, window_s)
+
+
+def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
+    """How much the second figure of the readings grew in each of so many equal slices of their time."""
+    begin, end = points[0][0], points[-1][0]
+    at, seen = [], 0
+    for border in range(number + 1):
+        moment = begin + (end - begin) * border / number
+        while seen < len(points) - 2 and points[seen + 1][0] < moment:
+            seen += 1
+        (before, low), (after, high) = points[seen], points[seen + 1]
+        part = (moment - before) / (after - before) if after > before else 1.0
+        at.append(low + (high - low) * min(max(part, 0.0), 1.0))
+    return [later - earlier for earlier, later in zip(at, at[1:])]
+
+
+def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
+    """The seconds that so many tasks will take, least and most; None where nothing can be said."""
+    if not remaining:
+        return 0.0, 0.0
+    if rate is None:
+        return None, None
+    return remaining / rate.high, remaining / rate.low if rate.low > 0 else None
+
+
+def in_words(least: Optional[float], most: Optional[float]) -> str:
+    """A range of time: 2 h 01 min to 2 h 10 min, more than 3 h 00 min, unknown."""
+    if least is None:
+        return "unknown"
+    if most is None:
+        return "more than " + span(least)
+    low, high = span(least), span(most)
+    return "about " + low if low == high else "%s to %s" % (low, high)
+
+
+def moment(text: Optional[str]) -> Optional[float]:
+    """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
+    return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
+
+
+def age(text: Optional[str], now_utc: float) -> str:
+    """How long ago a time of the API was; "" for none."""
+    then = moment(text)
+    return "" if then is None else span(max(now_utc - then, 0.0))
+
+
+class Ends(NamedTuple):
+    """What the tasks that ended last tell of a run's pace."""
+    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `rate_of`
+    took_s: List[float]                 # how long they took, ascending; of those of which it is known
+
+
+RECENT_S = 600.0        # a rate is taken over so long, and over several times what a task takes
+RECENT_TASKS = 4
+
+
+def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> Ends:
+    """The pace that tasks which have ended show, with their times `started` and `finished`.
+
+    *whole*: there are no earlier ones that were left out. The window begins when the first of its tasks
+    was started, not when it ended: the first wave of long tasks ends all at once, after a long time.
+    """
+    spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
+    took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
+    window_s = window_of(took_s)
+    recent = [(end, start) for end, start in spans if end > now_utc - window_s]
+    if not recent:
+        return Ends([], took_s)
+    starts = [start for _, start in recent if start is not None]
+    if starts and (whole or len(recent) < len(spans)):
+        begin = min(max(min(starts), now_utc - window_s), recent[0][0])
+    else:
+        begin = recent.pop(0)[0]
+    points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
+    return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+
+
+def window_of(took_s: Sequence[float]) -> float:
+    """The seconds over which a rate is taken, where tasks take so long (ascending)."""
+    return max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
+
+
+def quantile(ordered: Sequence[float], part: float) -> float:
+    """The value below which that part of ascending values lies."""
+    return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+
+
+def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
+            longest_s: Optional[float]) -> Tuple[Optional[float], Optional[float], str]:
+    """The seconds a run still takes, least and most, and why nothing can be said where that is so.
+
+    *longest_s*: how long the task that computes longest has done so. When nothing waits any more the rate
+    says little, since workers run out of work; what the tasks before took says more.
+    """
+    waiting, computing = run["numWaiting"], run["numComputing"]
+    if not waiting + computing:
+        return 0.0, 0.0, ""
+    if not computing and rate is None:
+        return None, None, "nothing is computing"
+    if waiting or not ends.took_s or longest_s is None:
+        least, most = time_left(waiting + computing, rate)
+        return least, most, "" if rate else "too few tasks have ended lately"
+    most_s = quantile(ends.took_s, 0.9)
+    if longest_s > most_s:
+        return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
+            span(longest_s), span(most_s))
+    return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
+
+
+# ---------------------------------------------------------------- DOCTOR
+# Whether this node is fit to serve and to work: really tried, and over in seconds also where something hangs.
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+DOCTOR_S = 4.0                      # what has not answered until then does not answer
+DOCTOR_CONNECT_S = 1.0              # a host that takes longer to answer is of no use to workers; some tries are two
+SLOW_WRITE_S, SLOW_ANSWER_S = 0.05, 0.1
+OLDEST_SQLITE = (3, 26, 0)
+FEW_DESCRIPTORS, FEW_PROCESSES = 4096, 32
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "pvfs2", "panfs",
+                        "fuse.glusterfs", "fuse.sshfs")
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+    verdict: str            # OK, WARN or FAIL
+    what: str               # a word or two
+    says: str               # what was found, and what to do where it is not well
+
+
+def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
+            limit_s: float = DOCTOR_S) -> Iterator[Finding]:
+    """What the checks find, in their order; they run at the same time, each in a thread that nobody waits for long."""
+    until = time.monotonic() + limit_s
+    begun = []
+    for what, look in checks:
+        found: "queue.SimpleQueue[Optional[Finding]]" = queue.SimpleQueue()
+        thread = threading.Thread(target=one_check, args=(what, look, found.put), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            found.put(Finding(FAIL, what, "the system gives this user no more threads (ulimit -u): end some processes"))
+            found.put(None)
+        begun.append((what, found))
+    for what, found in begun:
+        try:
+            yield from iter(functools.partial(take_until, found, until), None)
+        except queue.Empty:
+            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % span(limit_s))
+
+
+def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
+    """The next from a queue; waits until a tick at most. Raises queue.Empty."""
+    return found.get(timeout=max(until - time.monotonic(), 0.01))
+
+
+def one_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
+    """Hand out what one check finds, then None; also where it ends in an error that nobody thought of."""
+    try:
+        for finding in look():
+            found(finding)
+    except Exception as error:
+        found(Finding(FAIL, what, "%s: %s" % (type(error).__name__, error)))
+    found(None)
+
+
+def check_programs() -> Iterator[Finding]:
+    """Python and SQLite."""
+    yield Finding(OK, "Python", "%d.%d.%d (%s)" % (*sys.version_info[:3], sys.executable))
+    version = ".".join(map(str, SQLITE_VERSION))
+    if SQLITE_VERSION < OLDEST_SQLITE:
+        yield Finding(FAIL, "SQLite", "%s is older than 3.26, the oldest that will do: use another Python ('module "
+                      "avail python')" % version)
+    else:
+        yield Finding(OK, "SQLite", version)
+
+
+def mount_of(folder: str, mountinfo: str) -> Tuple[str, str]:
+    """Mount point and kind of the file system of a folder, by /proc/self/mountinfo (proc(5)); "" when not known."""
+    best = ("", "")
+    for line in mountinfo.splitlines():
+        fields, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
+        inside = folder == point or folder.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best[0]):       # of two on one point the later one is seen
+            best = (point, rest.split(" ")[0])
+    return best
+
+
+def kind_of(folder: str) -> str:
+    """The kind of the file system of a folder, in words."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            kind = mount_of(os.path.realpath(folder), file.read())[1]
+    except OSError:
+        kind = ""
+    return (kind or "of unknown kind") + ", over the network" * (kind in NETWORK_FILE_SYSTEMS)
+
+
+def check_home() -> Iterator[Finding]:
+    """Whether a server could write the access file, and workers what they could not send."""
+    for path in (os.path.dirname(access_path(os.environ)) or ".", state_folder(os.environ)):
+        there = path
+        while not os.path.exists(there):
+            there = os.path.dirname(there) or "."
+        if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+            yield Finding(WARN, "home", "%s cannot be written: set HOME, or XDG_CONFIG_HOME and XDG_STATE_HOME, to "
+                          "folders that can" % there)
+            return
+    home = os.path.expanduser("~")
+    yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, kind_of(home)))
+
+
+def check_folder(db: Optional[str]) -> Iterator[Finding]:
+    """The file system of the farm's file, or of this folder: its locks and SQLite, tried on a file beside it."""
+    folder = os.path.dirname(os.path.realpath(db)) if db else os.getcwd()
+    kind = kind_of(folder)
+    if kind in ("tmpfs", "ramfs"):
+        yield Finding(WARN, "folder", "%s lies in memory (%s): a farm there is gone when the node starts again"
+                      % (folder, kind))
+    else:
+        yield Finding(OK, "folder", "%s (%s)" % (folder, kind))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".taskfarm-doctor-", dir=folder) as trial:
+            yield from try_locks(os.path.join(trial, "trial"), kind)
+            yield from try_writing(os.path.join(trial, "trial"))
+    except OSError as error:
+        yield Finding(FAIL, "file system", "nothing can be written in %s (%s): --db names a file elsewhere" % (
+            folder, error.strerror))
+    if db and read_holder(db):
+        yield Finding(OK, "farm", "%s: %s" % (db, described(read_holder(db))))
+
+
+def try_locks(path: str, kind: str) -> Iterator[Finding]:
+    """Whether a lock that one holds keeps another out."""
+    try:
+        with contextlib.closing(Lock(path)):
+            try:
+                Lock(path).close()
+                yield Finding(FAIL, "locks", "they keep nobody out on this file system (%s): two servers could ruin a "
+                              "file, put it on another (on Lustre, one mounted with -o flock)" % kind)
+            except Refusal:
+                yield Finding(OK, "locks", "they work (flock)")
+    except Refusal as error:
+        yield Finding(FAIL, "locks", str(error))
+
+
+def try_writing(path: str) -> Iterator[Finding]:
+    """Whether SQLite works as the server uses it, and how long it takes until something is on the disk."""
+    try:
+        with contextlib.closing(Store(path)) as store:
+            took_s = []
+            for _ in range(5):
+                began = time.perf_counter()
+                store.call(create_run(uuid.uuid4().hex, 1))
+                took_s.append(time.perf_counter() - began)
+    except (Refusal, FarmError) as error:
+        yield Finding(FAIL, "SQLite file", str(error))
+        return
+    median_s = sorted(took_s)[2]
+    says = "a write is on the disk after %.1f ms" % (1000 * median_s)
+    if median_s > SLOW_WRITE_S:
+        yield Finding(WARN, "SQLite file", says + ", and each claim waits for one: a local disk is faster")
+    else:
+        yield Finding(OK, "SQLite file", says)
+
+
+def check_port(host: str, port: int) -> Iterator[Finding]:
+    """Whether a server could listen there."""
+    what = "port %d" % port
+    try:
+        with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+        yield Finding(OK, what, "free on %s" % host if port else "the system picks one that is free")
+    except OSError as error:
+        here = url_of(reachable_as(host, "")[1], port)
+        if still_answers(as_access(dict(read_access(access_path(os.environ)), url=here), "")):
+            yield Finding(OK, what, "in use by your own farm")
+            return
+        owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
+        yield Finding(WARN, what, "%s%s" % ("user %s has it. " % owner if owner else "",
+                                            address_refused(host, port, error)))
+
+
+def user_name(uid: int) -> str:
+    """The name of a user; the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def port_owner(port: int) -> Optional[str]:
+    """The user whose program listens on a port of this machine, by /proc/net/tcp (proc(5)); None when not known."""
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(name, encoding="ascii") as file:
+            for line in file.read().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:     # 0A: it listens
+                    return user_name(int(fields[7]))
+    return None
+
+
+def check_limits() -> Iterator[Finding]:
+    """What this user may have: descriptors, processes and threads, CPU time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < FEW_DESCRIPTORS:
+        yield Finding(WARN, "descriptors", "%d at most (ulimit -Hn): a server can hold nearly so many connections, "
+                      "then closes the longest idle" % hard)
+    else:
+        yield Finding(OK, "descriptors", "%s now; a server may raise it to %s" % (limit_words(soft), limit_words(hard)))
+    most, used = process_limit()
+    if most is not None and most - used < FEW_PROCESSES:
+        yield Finding(WARN, "processes", "%d of %d are in use (ulimit -u): a server needs 6 threads, a worker 3 and "
+                      "one for each command" % (used, most))
+    else:
+        yield Finding(OK, "processes", "%d in use, %s allowed" % (used, "any number" if most is None else most))
+    cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0]
+    if cpu_s != resource.RLIM_INFINITY:
+        yield Finding(WARN, "CPU time", "a program is ended here after %s of it (ulimit -t), which a server uses up in "
+                      "some %s requests" % (span(cpu_s), grouped(int(cpu_s / 0.0001))))
+
+
+def limit_words(limit: int) -> str:
+    """A limit of the system in words."""
+    return "any number" if limit == resource.RLIM_INFINITY else str(limit)
+
+
+def process_limit() -> Tuple[Optional[int], int]:
+    """How many processes and threads this user may have, None for any number, and how many there are."""
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    limits = [(soft, own_threads())] if soft != resource.RLIM_INFINITY else []
+    with contextlib.suppress(OSError, ValueError):      # a control group's own limit, as login nodes have
+        with open("/proc/self/cgroup", encoding="ascii") as file:
+            group = file.read().rpartition(":")[2].strip()
+        for end in range(len(group.split("/")), 0, -1):
+            folder = os.path.join("/sys/fs/cgroup", *group.split("/")[1:end])
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "pids.max")) as most, \
+                    open(os.path.join(folder, "pids.current")) as now:
+                limits.append((int(most.read()), int(now.read())))      # "max" is no number
+    if not limits:
+        return None, own_threads()
+    return min(limits, key=lambda pair: pair[0] - pair[1])
+
+
+def own_threads() -> int:
+    """How many threads this user has on this machine."""
+    threads = 0
+    for folder in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.stat(folder).st_uid == os.getuid():
+                threads += len(os.listdir(folder + "/task"))
+    return threads
+
+
+def check_job() -> Iterator[Finding]:
+    """Whether a worker would know when the batch job ends; and what workers have left that could not be sent."""
+    now = time.time()
+    if os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"):
+        end = job_end(os.environ, now)
+        yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until") if (
+            end is None) else Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
+    left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))
+    if left:
+        yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "
+                      "could not" % (counted(len(left), "file"), state_folder(os.environ)))
+
+
+def check_server(url: str) -> Iterator[Finding]:
+    """Whether this node reaches the server that verbs and workers use, and whether the login works.
+
+    *url*: of another than that of the access file; "" for that one.
+    """
+    try:
+        access = find_access(os.environ, url)
+    except Refusal as error:
+        yield Finding(WARN, "login" if url else "server", str(error))
+        if not url:
+            return
+        access = Access(base_of(url), "", "", "", "", "", "the arguments")
+    with contextlib.closing(Client(lambda: access, timeout_s=DOCTOR_CONNECT_S)) as client:
+        try:
+            client.connect()
+        except (Unreachable, Refusal, FarmError) as error:
+            yield Finding(FAIL, "server", "%s%s" % (error, unreachable_advice(access.url)))
+            return
+        yield from check_path(client, access)
+        if access.user or access.token:
+            yield from check_login(client, access)
+
+
+def unreachable_advice(url: str) -> str:
+    """What to do about a server that does not answer, by what its address looks like."""
+    try:
+        host = urllib.parse.urlsplit(url).hostname or ""
+        addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    except (OSError, ValueError, UnicodeError):
+        return ". This node does not know the name %s: start the server with --advertise and a name or address that " \
+               "nodes know" % url_host(url)
+    if any(address.startswith("127.") or address == "::1" for address in addresses):
+        return ". %s is this machine alone (%s here): for other nodes start the server with --host 0.0.0.0" % (
+            url_host(url), socket.gethostname())
+    return ". The address is %s: if the server runs, a firewall may be between, or it listens on another network " \
+           "(--host, --advertise)" % ", ".join(addresses)
+
+
+def url_host(url: str) -> str:
+    """The host of a URL, for sentences."""
+    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
+
+
+def check_path(client: Client, access: Access) -> Iterator[Finding]:
+    """Name, address and time of an answer."""
+    took_s = []
+    try:
+        for _ in range(7):
+            began = time.perf_counter()
+            client.ask("GET", "/livez")
+            took_s.append(time.perf_counter() - began)
+    except (Unreachable, FarmError) as error:
+        yield Finding(FAIL, "server", str(error))
+        return
+    median_s = sorted(took_s)[3]
+    peer = client.peer
+    alone = " (for this machine alone; --host 0.0.0.0 is for other nodes)" if peer.startswith("127.") else ""
+    proof = "" if access.proof else "; it cannot prove who it is, since the login does not say how"
+    yield Finding(OK, "server", "%s answers at %s%s%s" % (access.url, peer, alone, proof))
+    says = "after %.1f ms (median of 7)" % (1000 * median_s)
+    yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks") if median_s > SLOW_ANSWER_S else (
+        Finding(OK, "answers", says))
+    if abs(client.ahead_s) > 5:
+        yield Finding(WARN, "clock", "the server's is %s %s of this node's: times in logs will not fit" % (
+            span(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
+
+
+def check_login(client: Client, access: Access) -> Iterator[Finding]:
+    """Whether the login works, whether others can read it, and whether the server takes work."""
+    who = access.user or "the token"
+    try:
+        client.ask("GET", "/api/token")
+        yield Finding(OK, "login", "%s, by %s" % (who, access.source))
+    except (FarmError, Unreachable, Refusal) as error:
+        yield Finding(FAIL, "login", "%s, by %s, does not work: %s; 'taskfarm.py login %s' makes another" % (
+            who, access.source, error, access.url))
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
+        if mode & 0o077:
+            yield Finding(WARN, "access file", "others can read it (mode %03o): chmod 600 %s" % (
+                mode, access_path(os.environ)))
+    try:
+        client.ask("GET", "/readyz")
+        yield Finding(OK, "ready", "the server takes work")
+    except (FarmError, Unreachable, Refusal) as error:
+        yield Finding(FAIL, "ready", str(error))
+
+
+# ---------------------------------------------------------------- STATUS
+# How a run gets on, asked for once or until it is over: what a person looks at and a program reads.
+
+SHOWN_TASKS = 5                     # longest computing tasks and last failures
+ROWS_AT_ONCE = 1000                 # that are asked for
+RARE_S = 10.0                       # between two questions of a watch that cost the server some milliseconds
+WATCH_S = 2.0                       # between two looks at a run
+WATCH_LINE_S = 30.0                 # between two lines of a watch that cannot redraw
+
+
+def run_path(run_uuid: str, tail: str = "") -> str:
+    """The path of a run."""
+    return "/api/runs/%s%s" % (run_uuid, tail)
+
+
+def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[str, Any]]]:
+    """The rows of a paged list, page by page."""
+    while True:
+        answer = client.ask("GET", path + "?" + urllib.parse.urlencode(query))
+        yield answer["data"]
+        if not answer.get("next"):
+            return
+        query["after"] = answer["next"]
+
+
+class Look(NamedTuple):
+    """What a person wants to know about a run at one moment."""
+    run: Dict[str, Any]
+    workers: List[Dict[str, Any]]       # those alive in the whole farm
+    longest: List[Dict[str, Any]]       # tasks, the one that computes longest first
+    failures: List[Dict[str, Any]]      # tasks, the one that failed last first
+    rate: Optional[Rate]
+    least_s: Optional[float]            # time left
+    most_s: Optional[float]
+    why: str                            # there is no time left to tell
+    utc: float                          # seconds since 1970, by the server's clock
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing waits and nothing computes."""
+        return not self.run["numWaiting"] + self.run["numComputing"]
+
+
+class Lookout:
+    """Looks at a run again and again; each time it knows more of its pace.
+
+    What costs the server more than a few rows is asked for only every RARE_S seconds.
+    """
+    def __init__(self, client: Client, run_uuid: str) -> None:
+        self.client, self.run_uuid = client, run_uuid
+        self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
+        self.asked = -math.inf                                  # tick of the last rare question
+        self.workers: List[Dict[str, Any]] = []
+        self.ends = Ends([], [])                                # by the last rare question
+
+    def look(self) -> Look:
+        """Ask the server. Raises FarmError and Unreachable."""
+        run = self.client.ask("GET", run_path(self.run_uuid))
+        tick, utc = time.monotonic(), time.time() + self.client.ahead_s
+        if tick - self.asked >= RARE_S:
+            self._ask_rarely(utc)
+            self.asked = tick
+        longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
+        failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
+        self._remember(tick, run)
+        told, seen = rate_of(self.ends.points), rate_of(self.readings)
+        rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
+        started = moment(longest[0]["started"]) if longest else None
+        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
+        return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
+
+    def _ask_rarely(self, utc: float) -> None:
+        self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
+                        for worker in rows]
+        lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
+        # Before the time at which one of the lists was cut off, the other alone would count.
+        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
+        ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        self.ends = recent_ends(ended, not since, utc)
+
+    def _remember(self, tick: float, run: Mapping[str, Any]) -> None:
+        ended = run["numDone"] + run["numFailed"]
+        if self.readings and ended < self.readings[-1][1]:      # it was restarted
+            self.readings.clear()
+        self.readings.append((tick, ended))
+        while tick - self.readings[0][0] > window_of(self.ends.took_s):
+            self.readings.popleft()
+
+    def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
+        """The first tasks of a status in an order, and whether there are no more."""
+        answer = self.client.ask("GET", run_path(self.run_uuid, "/tasks?" + urllib.parse.urlencode(
+            {"status": status, "order": order, "limit": limit})))
+        return answer["data"], not answer["next"]
+
+
+def rate_words(look: Look) -> str:
+    """The recent rate in words, with its range."""
+    rate = look.rate
+    if rate is None:
+        return "unknown: too few tasks have ended lately"
+    return "%s over the last %s (%s)" % (
+        per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
+
+
+def left_words(look: Look) -> str:
+    """The time left in words."""
+    if look.least_s is None and look.why:
+        return "unknown: " + look.why
+    return in_words(look.least_s, look.most_s)
+
+
+def worker_words(look: Look) -> str:
+    """How many workers there are."""
+    if not look.workers:
+        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % look.run["uuid"][:8]
+    hosts = len({worker["hostname"] for worker in look.workers})
+    return "%s alive on %s, they hold %s (of all runs)" % (
+        grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
+
+
+def look_lines(look: Look, screen: Screen) -> List[str]:
+    """A status as a person reads it; each line fits the terminal."""
+    run, columns = look.run, screen.columns
+    named = harmless(run.get("name") or "run")
+    rest = "  %s   %s, made %s ago" % (run["uuid"], counted(run["numTasks"], "task"), age(run.get("created"), look.utc))
+    head = cut(named + rest, columns) if columns else named + rest
+    share = percent(run["percentDone"], 100)
+    lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
+             "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
+             *state_lines(run, screen)]
+    if look.over:
+        facts = [("over", "all tasks are done" if not run["numFailed"] else
+                  "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
+    else:
+        facts = [("rate", rate_words(look)), ("time left", left_words(look)), ("workers", worker_words(look))]
+    for name, words in facts:
+        line = "%-11s%s" % (name, words)
+        lines.append(cut(line, columns) if columns else line)
+    return lines + task_lines("longest computing", look.longest, LONGEST, look, screen) + task_lines(
+        "last failures", look.failures, FAILURES, look, screen)
+
+
+# The columns of tables of tasks by their titles, and which of them stand where.
+CELLS = {column.title: column for column in (
+    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, spare=True),
+    Column("failures", True, spare=True), Column("losses", True, spare=True), Column("for", True),
+    Column("ago", True), Column("took", True, spare=True), Column("host", gives=True),
+    Column("exit", True), Column("message", gives=True))}
+LONGEST = ("task", "for", "percent", "attempt", "host")
+FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
+TASKS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
+
+
+def took(task: Mapping[str, Any], now_utc: float) -> str:
+    """How long the last attempt took, or takes so far; "" when that is not known."""
+    started, finished = moment(task["started"]), moment(task["finished"])
+    if started is None or finished is None and task["status"] != "computing":
+        return ""
+    return span(max((finished or now_utc) - started, 0.0))
+
+
+def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
+    """What stands in each column for a task."""
+    return {"task": task["task"], "status": task["status"], "percent": "%.1f" % task["percentCompleted"],
+            "attempt": task["attempt"], "failures": task["failures"], "losses": task["losses"],
+            "for": age(task["started"], now_utc), "ago": age(task["finished"], now_utc), "took": took(task, now_utc),
+            "host": task["hostname"], "exit": task["exitCode"], "message": task["message"]}
+
+
+def task_table(titles: Sequence[str], width: int) -> Table:
+    """A table for tasks."""
+    return Table([CELLS[title] for title in titles], width)
+
+
+def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
+    """The rows of such a table."""
+    cells = [task_cells(task, now_utc) for task in tasks]
+    return [[row[title] for title in titles] for row in cells]
+
+
+def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: Look,
+               screen: Screen) -> List[str]:
+    """A small table under a title; nothing when there are no tasks."""
+    table = task_table(titles, max(screen.columns - 2, 1) if screen.columns else 0)
+    rows = task_rows(tasks, titles, look.utc)
+    return ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))] if tasks else []
+
+
+def look_json(look: Look) -> Dict[str, Any]:
+    """A status for programs."""
+    rate = look.rate
+    return {"run": look.run, "over": look.over,
+            "rate": rate and {"perSecond": rate.per_s, "low": rate.low, "high": rate.high, "ended": rate.ended,
+                              "seconds": rate.window_s},
+            "secondsLeft": {"least": look.least_s, "most": look.most_s},
+            "workers": {"alive": len(look.workers), "hosts": len({worker["hostname"] for worker in look.workers}),
+                        "held": sum(worker["held"] for worker in look.workers)},
+            "longest": look.longest, "failures": look.failures}
+
+
+def look_line(look: Look) -> str:
+    """A status in one line, for a log."""
+    run = look.run
+    pace = "over" if look.over else "%s, time left %s" % (
+        per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
+    return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
+
+
+def state_counts(run: Mapping[str, Any]) -> str:
+    """The tasks of a run by state, in words."""
+    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
+
+
+class Watch:
+    """Shows a run until it is over: redrawn in place on a terminal, else as lines. A server that is away is waited for.
+
+    *every_s*: between two pictures or lines; None for what is usual.
+    """
+    def __init__(self, lookout: Lookout, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
+        self.lookout, self.screen, self.as_json = lookout, screen, as_json
+        self.redraws = screen.moves and not as_json
+        self.every_s = every_s or (WATCH_S if self.redraws else WATCH_LINE_S)
+        self.last: Optional[Look] = None
+        self.shown: Optional[float] = None      # tick of the last line
+        self.away: Optional[float] = None       # tick at which the server was found to be away
+
+    def run(self) -> int:
+        """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
+        while True:
+            try:
+                self.last = self.lookout.look()
+                self._back()
+            except (Unreachable, FarmError) as error:
+                if self.last is None or isinstance(error, FarmError) and error.status < 500:
+                    raise
+                self._gone(error)
+            self._show()
+            if self.last.over and self.away is None:
+                return 0
+            self.lookout.client.patience_s = 0.0        # from here on it is this loop that is patient
+            time.sleep(min(self.every_s, WATCH_S))
+
+    def _say(self, sentence: str) -> None:
+        if not self.redraws:
+            print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
+                sys.stderr if self.as_json else sys.stdout))
+
+    def _gone(self, error: Exception) -> None:
+        self.trouble = str(error)
+        if self.away is None:
+            self.away = time.monotonic()
+            self._say("the server is away: %s" % error)
+
+    def _back(self) -> None:
+        if self.away is not None:
+            self._say("the server is back after %s" % span(time.monotonic() - self.away))
+            self.away = None
+
+    def _show(self) -> None:
+        assert self.last
+        now = time.monotonic()
+        if self.redraws:
+            lines = look_lines(self.last, self.screen)
+            if self.away is not None:
+                said = "the server is away, for %s now: %s" % (span(now - self.away), self.trouble)
+                lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
+            self.screen.redraw(lines)
+        elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
+            self.shown = now
+            if self.as_json:
+                print(json.dumps(look_json(self.last)), flush=True)
+            else:
+                self._say(look_line(self.last))
+
+
 # ---------------------------------------------------------------- COMMAND LINE
 # Verbs, options, start and end of the server.
 
 def own_access_path(environ: Dict[str, str], identity: str, db: str) -> str:
     """Where this farm writes its access file: beside that of another farm that still answers."""
     path = access_path(environ)
-    access = read_access(path)
-    if access.get("farm") in (None, identity) or not still_answers(access):
+    access = as_access(read_access(path), path)
+    if access.farm in ("", identity) or not still_answers(access):
         return path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
@@ -5155,6 +7810,133 @@ def cmd_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def parse_moment(text: str) -> float:
+    """An argparse type: a moment, as UTC seconds. Raises ArgumentTypeError."""
+    try:
+        return moment_of(text, time.time())
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError("a time looks like 17:30, 2026-11-24T17:30:00 or +3600 (seconds from now), "
+                                         "not like %r" % text)
+
+
+def cmd_work(args: argparse.Namespace) -> int:
+    """run a command for each task of a run, until none is left
+
+    RUN is the uuid of a run, the beginning of one, or its name. In the arguments {task}, {run},
+    {attempt} and {line} are replaced (what is put in stays one argument); TASKFARM_TASK, _RUN,
+    _ATTEMPT and _WORKER are in the environment. A command that exits with 0 has done its task;
+    another status, a signal or --timeout is a failure, with the last line of its error output as
+    message. {line} is line number {task}, from 0, of the file of --lines; a command that is {line}
+    alone runs each line with sh.
+
+    Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
+    access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
+    commands and give their tasks back; a second signal does it at once.
+
+    exit status: 0 the run is finished, 3 finished with failed tasks, 4 the run was deleted, 5 the
+    server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused, 2 usage
+
+    examples:
+      python3 taskfarm.py work antarctica -- ./tile.sh {task}
+      python3 taskfarm.py work 3f2a -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
+      python3 taskfarm.py work sweep --lines params.txt -- ./simulate --seed {task} {line}
+      sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
+    """
+    display = Display(args.quiet, os.environ)
+    client = Client(functools.partial(find_access, os.environ), PATIENCE_S)
+    client.say = display.say
+    try:
+        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
+        for sentence in send_leftovers(client):
+            display.say(sentence)
+    except (FarmError, Unreachable) as error:
+        print("taskfarm: %s" % error, file=sys.stderr)
+        return status_of(error)
+    lines = Lines(args.lines) if args.lines else None
+    if lines is not None and len(lines) != run["numTasks"]:
+        raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
+            args.lines, len(lines), run["numTasks"], args.lines))
+    template = Template(args.words, run["uuid"], lines)
+    if args.log_dir:
+        try:
+            os.makedirs(args.log_dir, exist_ok=True)
+        except OSError as error:
+            raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
+    end = args.until or job_end(os.environ, time.time())
+    orders = Orders(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
+                    end, args.log_dir or "", args.log_failed)
+    if args.jobs > 400:
+        raise_descriptor_limit()    # not otherwise: commands inherit it
+    worker = Farmhand(client, run, template, orders, display)
+    display.look(run)
+    display.say("worker %s on %s: run %s, %d tasks, %d at a time%s" % (
+        worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs,
+        "; the job ends at %s" % time.strftime("%F %T", time.localtime(end)) if end else ""))
+    return worker.work()
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """How to run the commands."""
+    parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
+    parser.add_argument("-j", "--jobs", type=positive(int), default=1, metavar="N",
+                        help="so many commands at a time; by default 1")
+    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
+    parser.add_argument("--timeout", type=positive(float), metavar="SECONDS", help="a command that runs longer is "
+                        "ended, and has failed")
+    parser.add_argument("--grace", type=positive(float), default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
+                        "SIGKILL to a command; by default 5, and less than the batch system gives")
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
+    parser.add_argument("--log-failed", action="store_true", help="of failed tasks alone")
+    parser.add_argument("--until", type=parse_moment, metavar="TIME", help="leave before 17:30, "
+                        "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
+    parser.add_argument("--task-time", type=positive(float), metavar="SECONDS", help="what a task takes: none is begun "
+                        "that would not fit; by default judged by those before")
+    parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
+    parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
+    parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
+    parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="what to run for each task")
+
+
+def cmd_progress(args: argparse.Namespace) -> int:
+    """report from inside a task's command how far it is
+
+    For commands that `work` runs, which tells them by the environment which task they are at. When
+    the server is away the command is not disturbed: that is said, and the exit status is 0. It is 1
+    when the task is not this command's any more.
+
+    example:
+      python3 taskfarm.py progress 50
+    """
+    try:
+        run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
+        body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
+    except (KeyError, ValueError):
+        print("taskfarm: %g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" %
+              args.percent, file=sys.stderr)
+        return 0
+    environ = dict(os.environ)
+    farm = environ.pop("TASKFARM_FARM", "")
+    if farm and read_access(access_path(environ)).get("farm") == farm:
+        environ.pop("TASKFARM_URL", None)       # the access file knows better where that farm is by now
+    with contextlib.closing(Client(functools.partial(find_access, environ), 2.0, timeout_s=3.0)) as client:
+        try:
+            client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
+        except Unreachable as error:
+            print("taskfarm: %g percent are not reported: %s" % (args.percent, error), file=sys.stderr)
+    return 0
+
+
+def percent_number(text: str) -> float:
+    """An argparse type: 0 to 100. Raises ArgumentTypeError."""
+    try:
+        percent = float(text.rstrip("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise argparse.ArgumentTypeError("a percentage is a number from 0 to 100, not %r" % text)
+    return percent
+
+
 def number_list(text: str) -> List[int]:
     """Numbers from 1 on, with commas between. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", text):
@@ -5231,15 +8013,15 @@ class Local:
 
     def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
         """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
-        url = self.holder["admin_url"]
-        if not still_answers(dict(self.holder, url=url)):
-            here = self.holder.get("host") == socket.gethostname()
-            raise Refusal("%s, but it does not answer here: %s" % (self.held, (
-                "it may be starting or stopping, try again" if here else "run this on %s" % self.holder.get("host"))))
-        try:
-            return ask(url, method, path, body, self.holder["secret"])
-        except OSError as error:
-            raise Refusal("%s, but it does not answer: %s" % (self.held, error))
+        access = as_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
+        with contextlib.closing(Client(lambda: access)) as client:
+            try:
+                return client.ask(method, path, body)
+            except Unreachable:
+                here = self.holder.get("host") == socket.gethostname()
+                raise Refusal("%s, but it does not answer here: %s" % (self.held, (
+                    "it may be starting or stopping, try again" if here
+                    else "run this on %s" % self.holder.get("host"))))
 
     def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
         """Have a request answered, or an operation run."""
@@ -5338,18 +8120,22 @@ def cmd_backup(args: argparse.Namespace) -> int:
     return 0
 
 
+def one_password(name: str) -> str:
+    """A password from the terminal, or one line of standard input; never an argument, where `ps` shows it."""
+    if sys.stdin.isatty():
+        return getpass.getpass("password for %s: " % name)
+    line = sys.stdin.buffer.readline().rstrip(b"\r\n")
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
 def new_password(name: str) -> str:
-    """A password from the terminal, twice, or one line of standard input; never an argument, where `ps` shows it."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline().rstrip(b"\r\n")
-        try:
-            password = line.decode()
-        except UnicodeDecodeError:
-            password = line.decode("latin-1")
-    else:
-        password = getpass.getpass("password for %s: " % name)
-        if getpass.getpass("once more: ") != password:
-            raise Refusal("the two are not the same: nothing was changed")
+    """A password that is to be set; on the terminal it is typed twice."""
+    password = one_password(name)
+    if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
+        raise Refusal("the two are not the same: nothing was changed")
     if not password:
         raise Refusal("an empty password will not do: nothing was changed")
     return password
@@ -5406,6 +8192,343 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
     return 0
 
 
+VERB_PATIENCE_S = 5.0               # a verb waits so long for a server that is being started or restarted
+TABLE_ROWS = 200                    # tasks on a terminal, unless told otherwise
+
+
+@contextlib.contextmanager
+def asking(args: argparse.Namespace) -> Iterator[Client]:
+    """The client of a verb. It has some patience: `new` may stand in a script right behind the start of a server.
+
+    What workers have left, since they could not reach the farm, is sent first.
+    """
+    with contextlib.closing(Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)) as client:
+        client.say = tell
+        for sentence in send_leftovers(client):
+            tell(sentence)
+        yield client
+
+
+def tell(sentence: str) -> None:
+    """Tell a person something that is not what a verb prints."""
+    print("taskfarm: %s" % harmless(sentence), file=sys.stderr)
+
+
+def wait_for_access(args: argparse.Namespace) -> None:
+    """Wait for the access file of a server that is being started for the first time, but not for ever."""
+    until, told = time.monotonic() + VERB_PATIENCE_S, False
+    while time.monotonic() < until:
+        try:
+            find_access(os.environ, args.url)
+            return
+        except Refusal:
+            if not told and time.monotonic() > until - VERB_PATIENCE_S / 2:
+                tell("no farm is known here yet: waiting a moment for one that is being started")
+                told = True
+        time.sleep(0.1)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON."""
+    print(json.dumps(value))
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number from 0 on. Its upper limit is the server's to say."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError("a whole number is wanted, not %r" % text)
+    return int(text)
+
+
+def cmd_new(args: argparse.Namespace) -> int:
+    """make a run of N tasks, and print its uuid
+
+    Workers are given the numbers 0 to N-1. With --lines, a run has a task for each line of a file:
+    a list of parameters, or of whole commands.
+
+    examples:
+      run=$(python3 taskfarm.py new 200000 --name antarctica)
+      python3 taskfarm.py new --lines params.txt              then: work RUN --lines params.txt -- ./sim {line}
+      python3 taskfarm.py new 5000 --max-failures 3           a task that fails is tried three times
+    """
+    number = args.tasks if args.lines is None else len(Lines(args.lines))
+    if args.lines is not None and not number:
+        raise Refusal("%s has no lines, and a run has one task at least" % args.lines)
+    body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
+    wait_for_access(args)
+    with asking(args) as client:
+        run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
+    print(run["uuid"])
+    return 0
+
+
+def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
+    """The uuids of runs; on a terminal their beginnings, as long as it takes to tell them apart."""
+    whole = [run["uuid"] for run in runs]
+    for length in range(8, 32) if screen.terminal else ():
+        if len({one[:length] for one in whole}) == len(whole):
+            return [one[:length] for one in whole]
+    return whole
+
+
+def cmd_list(args: argparse.Namespace) -> int:
+    """list the runs, the newest last
+
+    Verbs take a run by its uuid or its name, or by a beginning of them that no other run has.
+
+    examples:
+      python3 taskfarm.py list
+      python3 taskfarm.py list --json
+    """
+    with asking(args) as client:
+        answer = client.ask("GET", "/api/runs")
+    if args.json:
+        print_json(answer)
+        return 0
+    screen, now = Screen(sys.stdout, os.environ), time.time() + client.ahead_s
+    runs = answer["data"]
+    table = Table([Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, spare=True),
+                   Column("computing", True, spare=True), Column("done", True, spare=True), Column("failed", True),
+                   Column("age", True, spare=True), Column("name", gives=True)], screen.columns)
+    print_table(screen, table, [
+        (short, run["numTasks"], percent(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
+         run["numComputing"], run["numDone"], run["numFailed"], age(run.get("created"), now), run.get("name"))
+        for run, short in zip(runs, short_uuids(runs, screen))])
+    if not runs:
+        print("no runs yet: 'taskfarm.py new 1000' makes one", file=sys.stderr)
+    return 0
+
+
+def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows, the headings in bold."""
+    first = not table.begun
+    lines = table.lines(rows)
+    screen.print([screen.paint(line, "bold") if first and not number else line for number, line in enumerate(lines)])
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    """show how far a run is: its tasks by state, rate, time left, workers, failures
+
+    The rate is taken over a recent window, and the time left is a range: what chance and the ups and
+    downs of that window make likely. With --watch it is shown again and again until the run is over;
+    into a file or a pipe as a line every now and then.
+
+    examples:
+      python3 taskfarm.py status antarctica
+      python3 taskfarm.py status $run --watch
+      python3 taskfarm.py status 3f2a --json
+    """
+    screen = Screen(sys.stdout, os.environ)
+    with asking(args) as client:
+        lookout = Lookout(client, find_run_uuid(client, args.run))
+        if args.watch:
+            return Watch(lookout, screen, args.every, args.json).run()
+        look = lookout.look()
+    if args.json:
+        print_json(look_json(look))
+    else:
+        screen.print(look_lines(look, screen))
+    return 0
+
+
+def cmd_tasks(args: argparse.Namespace) -> int:
+    """list the tasks of a run, with host, exit code and message
+
+    On a terminal the first 200, unless --limit says otherwise (0: all); into a pipe all of them.
+
+    examples:
+      python3 taskfarm.py tasks antarctica --status failed
+      python3 taskfarm.py tasks antarctica --status computing --order started     the longest first
+      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'    their numbers
+    """
+    screen = Screen(sys.stdout, os.environ)
+    limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
+    query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
+    with asking(args) as client:
+        path = run_path(find_run_uuid(client, args.run), "/tasks")
+        query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
+        rows = limited(every_page(client, path, **query), limit)
+        if args.json:
+            print_json_rows(rows)
+            return 0
+        table = task_table(TASKS, screen.columns)
+        for tasks, more in rows:
+            print_table(screen, table, task_rows(tasks, TASKS, time.time() + client.ahead_s))
+            if more:
+                print("... and more: --limit 0 shows all", file=sys.stderr)
+    return 0
+
+
+def limited(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple[List[Dict[str, Any]], bool]]:
+    """The pages with so many rows in all (0: all of them), and whether rows after them were left out."""
+    shown = 0
+    for rows in pages:
+        if limit and shown + len(rows) > limit:
+            yield rows[:limit - shown], True
+            return
+        shown += len(rows)
+        yield rows, False
+
+
+def print_json_rows(pages: Iterator[Tuple[List[Dict[str, Any]], bool]]) -> None:
+    """Print pages of rows as one JSON object {"data": [...]}, a row a line, in bounded memory."""
+    lines = (json.dumps(row) for rows, _ in pages for row in rows)
+    sys.stdout.write('{"data": [' + next(lines, ""))
+    for line in lines:
+        sys.stdout.write(",\n" + line)
+    sys.stdout.write("]}\n")
+
+
+def cmd_workers(args: argparse.Namespace) -> int:
+    """list the workers that are alive, and how many tasks they hold
+
+    "heard" is how long ago a worker last spoke; after "lease" without a word its tasks wait again.
+
+    examples:
+      python3 taskfarm.py workers
+      python3 taskfarm.py workers --all --json
+    """
+    screen = Screen(sys.stdout, os.environ)
+    query = {"all": True} if args.all else {}
+    with asking(args) as client:
+        pages = limited(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
+        if args.json:
+            print_json_rows(pages)
+            return 0
+        table = Table([Column("host", gives=True), Column("pid", True), Column("state"), Column("holds", True),
+                       Column("heard", True), Column("lease", True, spare=True),
+                       Column("worker", gives=True, spare=True)], screen.columns)
+        for workers, _ in pages:
+            utc = time.time() + client.ahead_s
+            print_table(screen, table, [
+                (worker["hostname"], worker["pid"], worker["state"], worker["held"], age(worker["heard"], utc),
+                 "" if worker["lease"] is None else span(worker["lease"]), worker["uuid"]) for worker in workers])
+    return 0
+
+
+def cmd_restart(args: argparse.Namespace) -> int:
+    """let tasks of a run wait again: those that are not done, the failed ones, or all
+
+    Without an option, tasks that are done stay so, and so do those that a living worker computes.
+
+    examples:
+      python3 taskfarm.py restart antarctica             what dead workers left, and what failed
+      python3 taskfarm.py restart antarctica --failed
+      python3 taskfarm.py restart antarctica --all       from the beginning: every result counts as not there
+    """
+    query = "?all=True" if args.all else "?status=failed" if args.failed else ""
+    with asking(args) as client:
+        run_uuid = find_run_uuid(client, args.run)
+        client.ask("POST", run_path(run_uuid, "/restart" + query))
+        run = client.ask("GET", run_path(run_uuid))
+    print("run %s: %s" % (run_uuid, state_counts(run)))
+    return 0
+
+
+def cmd_delete(args: argparse.Namespace) -> int:
+    """delete a run with its tasks; asks first
+
+    Workers that compute for it end their commands. Nothing brings it back but a copy of the file ('backup').
+
+    examples:
+      python3 taskfarm.py delete antarctica
+      python3 taskfarm.py delete 3f2a --yes       does not ask: for scripts
+    """
+    with asking(args) as client:
+        run_uuid = find_run_uuid(client, args.run)
+        run = client.ask("GET", run_path(run_uuid))
+        if not args.yes and not agreed("delete run %s%s: %s?" % (
+                run_uuid, " (%s)" % harmless(run["name"]) if run.get("name") else "", state_counts(run))):
+            raise Refusal("nothing was deleted")
+        client.ask("DELETE", run_path(run_uuid))
+    print("run %s is deleted" % run_uuid)
+    return 0
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal; only y or yes is a yes. Raises Refusal where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise Refusal("%s Nobody is here to say so: --yes does" % question)
+    print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def cmd_login(args: argparse.Namespace) -> int:
+    """make an access file for a server elsewhere, so that verbs and workers here find it
+
+    On the cluster of the server itself this is not needed: its start writes the access file, and the
+    home directory is shared. The password comes from the terminal, or as one line of standard input.
+
+    examples:
+      python3 taskfarm.py login http://login1.cluster:5000
+      python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
+    """
+    url = base_of(args.url if "://" in args.url else "http://" + args.url)
+    user = args.user or starter()
+    access = Access(url, "", "", "", "", "", "the argument")
+    with contextlib.closing(Client(lambda: access)) as client:
+        client.ask("GET", "/livez")         # before anybody types a password
+    access = access._replace(user=user, password=one_password(user))
+    with contextlib.closing(Client(lambda: access)) as client:
+        answer = client.ask("GET", "/api/token?proof=True")
+    path = login_path(os.environ, url)
+    try:
+        write_access(path, dict(answer, url=url, user=user))
+    except OSError as error:
+        raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
+    print("%s has address and login of %s for %s" % (path, url, user))
+    if path != access_path(os.environ):
+        print("another farm answers at the address in %s: choose this one with export TASKFARM_ACCESS=%s" % (
+            access_path(os.environ), path))
+    return 0
+
+
+def login_path(environ: Mapping[str, str], url: str) -> str:
+    """Where `login` writes: the access file, or beside that of another farm that still answers."""
+    path = access_path(environ)
+    known = as_access(read_access(path), path)
+    if environ.get("TASKFARM_ACCESS") or known.url == url or not still_answers(known):
+        return path
+    return os.path.join(os.path.dirname(path), "access-%s.json" % re.sub(r"[^A-Za-z0-9.-]+", "-", url.split("://")[1]))
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """say whether this node is fit to serve and to work, and what to do where it is not
+
+    Tries Python, SQLite, the folder of --db (or this one), its locks, the port and the limits of this
+    user; then whether this node reaches the server that verbs and workers use, and whether the login
+    works. A line for each, with ok, warn or FAIL; exit status 1 when something fails.
+
+    examples:
+      python3 taskfarm.py doctor --db runs.sqlite               on a login node, before the server is started
+      srun python3 taskfarm.py doctor                           on a compute node, before 10 000 tasks are
+    """
+    screen = Screen(sys.stdout, os.environ)
+    found = []
+    checks: List[Tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("programs", check_programs), ("folder", lambda: check_folder(args.db)),
+        ("port %d" % args.port, lambda: check_port(args.host, args.port)), ("limits", check_limits),
+        ("job", check_job), ("home", check_home), ("server", lambda: check_server(args.url))]
+    for finding in examine(checks):
+        found.append(finding)
+        if not args.json:
+            screen.print(finding_lines(finding, screen))
+    failed = any(finding.verdict == FAIL for finding in found)
+    if args.json:
+        print_json({"fit": not failed, "data": [finding._asdict() for finding in found]})
+    sys.stdout.flush()
+    return 1 if failed else 0
+
+
+def finding_lines(finding: Finding, screen: Screen) -> List[str]:
+    """A finding as a line; on a terminal a long one goes on below its first words."""
+    head = "%-4s  %-12s" % (finding.verdict, finding.what)
+    colour = {OK: "green", WARN: "yellow", FAIL: "red"}[finding.verdict]
+    says = harmless(finding.says)
+    parts = textwrap.wrap(says, max(screen.columns - len(head) - 1, 20)) if screen.columns else [says]
+    return [screen.paint(head[:4], colour) + head[4:] + parts[0]] + [" " * len(head) + part for part in parts[1:]]
+
+
 def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
              kind: Callable[[str], Any] = str) -> None:
     """An option, as "--name VALUE", that falls back to an environment variable."""
@@ -5442,15 +8565,88 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
     return parser
 
 
+# In this order 'taskfarm.py --help' shows them; a verb that no group names comes last.
+VERB_GROUPS = (
+    ("work on tasks", ("new", "work", "status")),
+    ("look and keep", ("list", "tasks", "workers", "restart", "delete", "progress")),
+    ("serve and set up", ("serve", "login", "doctor", "user", "check", "backup", "bench")),
+)
+
+
+def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
+    """The verbs in their groups, a line each."""
+    rest = tuple(name for name in verbs if not any(name in names for _, names in VERB_GROUPS))
+    lines = []
+    for title, names in (*VERB_GROUPS, ("also", rest)):
+        known = [name for name in names if name in verbs]
+        lines += ["", title + ":"] if known else []
+        for name in known:
+            text = textwrap.wrap((verbs[name].description or "").partition("\n")[0], 104)
+            lines += ["  %-9s %s" % (name, text[0]), *(" " * 12 + line for line in text[1:])]
+    return "\n".join(lines)
+
+
+def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int], run: bool = False,
+                reads: bool = False) -> argparse.ArgumentParser:
+    """A verb that asks a server: of a run, when it takes one; with --json when it reads."""
+    parser = add_verb(verbs, name, command, needs_db=False)
+    if run:
+        parser.add_argument("run", metavar="RUN", help="its uuid or name, or the beginning of one")
+    fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
+    if reads:
+        parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
+    return parser
+
+
+def add_client_verbs(verbs: Any) -> None:
+    """The verbs that make, show and keep runs."""
+    new = client_verb(verbs, "new", cmd_new)
+    size = new.add_mutually_exclusive_group(required=True)
+    size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
+    size.add_argument("--lines", metavar="FILE", help="as many tasks as this file has lines")
+    new.add_argument("--name", help="a name that says more than the uuid")
+    new.add_argument("--max-failures", type=whole_number, metavar="M",
+                     help="a task that has failed so often is not tried again; by default 1, 0 for never")
+    new.add_argument("--max-losses", type=whole_number, metavar="M",
+                     help="nor one that has taken down so many workers; by default 5, 0 for never")
+    client_verb(verbs, "list", cmd_list, reads=True)
+    status = client_verb(verbs, "status", cmd_status, run=True, reads=True)
+    status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
+    status.add_argument("--every", type=positive(float), metavar="S", help="seconds between two looks of --watch; "
+                        "by default 2, and 30 where it prints lines")
+    tasks = client_verb(verbs, "tasks", cmd_tasks, run=True, reads=True)
+    tasks.add_argument("--status", choices=STATUS, help="only those")
+    tasks.add_argument("--order", choices=("task", "started", "finished"),
+                       help="by number; or computing ones by age, done or failed ones the last first")
+    tasks.add_argument("--limit", type=whole_number, metavar="N", help="so many at most; 0 for all")
+    client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
+        "--all", action="store_true", help="also those that have signed off or are not heard any more")
+    restart = client_verb(verbs, "restart", cmd_restart, run=True).add_mutually_exclusive_group()
+    restart.add_argument("--all", action="store_true", help="every task, also those that are done")
+    restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
+    client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
+    doctor = client_verb(verbs, "doctor", cmd_doctor, reads=True)
+    fallback(doctor, "--db FILE", None, "the farm's file, there or to be made; by default one in this folder")
+    fallback(doctor, "--host ADDRESS", "127.0.0.1", "the address a server would listen on")
+    fallback(doctor, "--port PORT", "5000", "the port it would listen on; by default 5000", port_number)
+    login = add_verb(verbs, "login", cmd_login, needs_db=False)
+    login.add_argument("url", metavar="URL", help="http://HOST:PORT")
+    login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.",
-        epilog="start here:  python3 taskfarm.py --db runs.sqlite\n"
-               "'taskfarm.py VERB --help' tells more of each verb; 'serve --help' of where it listens.")
+        usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
+        epilog="""three lines to start with:
+  python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
+  run=$(python3 taskfarm.py new 1000 --name first)
+  python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
+and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells more of each verb, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
+    add_client_verbs(verbs)
     serve = add_verb(verbs, "serve", cmd_serve)
     fallback(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
              "127.0.0.1, this machine alone")
@@ -5463,6 +8659,9 @@ def make_parser() -> argparse.ArgumentParser:
     fallback(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
              "password changes; by default 365", number_of_days)
     add_verb(verbs, "check", cmd_check)
+    add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
+    add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(
+        "percent", type=percent_number, metavar="PERCENT", help="0 to 100")
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
@@ -5472,11 +8671,18 @@ def make_parser() -> argparse.ArgumentParser:
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
         add_verb(users, name, command).add_argument("name", metavar="NAME", help="the user")
+    parser.description = ("Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.\n" +
+                          verb_summary(verbs.choices))
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage."""
+    """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage, 5 no server, 6 no login.
+
+    `work` has some more.
+    """
+    with contextlib.suppress(AttributeError):       # a name or message that the terminal's encoding does not have
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
@@ -5486,8 +8692,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
     try:
         return int(args.command(args))
-    except (Refusal, FarmError) as error:
-        print("taskfarm: %s" % error, file=sys.stderr)
+    except (Refusal, FarmError, Unreachable) as error:
+        tell(str(error))
+        return NO_SERVER if isinstance(error, Unreachable) else NO_LOGIN if isinstance(error, Unauthorized) else 1
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:     # the reader of our output has ended

@@ -7,6 +7,10 @@
     HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
+    Client              logins that go to the right farm, patience, lost answers, the published client's scripts
+    Worker              real commands and signals, a server that goes and comes, the end of a job, a terminal
+    Terminal            tables that fit, bars, rates with their range
+    Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
 
 No test sleeps, asks for rights or looks at a clock to judge. `QUICK=1` in the environment leaves out what needs the
@@ -16,10 +20,12 @@ import ast
 import base64
 import contextlib
 import decimal
+import fcntl
 import http.client
 import io
 import json
 import os
+import pwd
 import random
 import re
 import resource
@@ -32,13 +38,15 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
@@ -1003,8 +1011,9 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 # ---------------------------------------------------------------- CONTRACT
 
-VERBS = [["serve"], ["check"], ["backup"], ["bench"], ["user", "add"], ["user", "list"], ["user", "passwd"],
-         ["user", "remove"]]
+VERBS = [["serve"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
+         ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
+         ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -1053,11 +1062,12 @@ def test_only_the_store_speaks_sql() -> None:
 
 
 @pytest.mark.parametrize("name, allowed", [
-    ("sqlite3", {"STORE"}), ("selectors", {"HTTP", "BENCH"}), ("socketserver", {"HTTP"}),
+    ("sqlite3", {"STORE"}), ("selectors", {"HTTP", "WORKER", "BENCH"}), ("socketserver", {"HTTP"}),
     ("argparse", {"COMMAND LINE"}),
-    ("socket", {"HTTP", "SERVICE", "BENCH", "COMMAND LINE"}), ("hashlib", {"LOGIN"}), ("fcntl", {"STORE"}),
+    ("socket", {"HTTP", "SERVICE", "CLIENT", "BENCH", "DOCTOR", "COMMAND LINE"}), ("hashlib", {"LOGIN"}),
+    ("fcntl", {"STORE"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "API", "PAGES"}),
-    ("Store", {"STORE", "API", "SERVICE", "BENCH", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
+    ("Store", {"STORE", "API", "SERVICE", "BENCH", "DOCTOR", "COMMAND LINE"}), ("Run", {"STORE", "API"}),
 ])
 def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
     used = {section_of(node) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == name}
@@ -1081,8 +1091,8 @@ def test_a_section_uses_those_above_it_and_none_below() -> None:
 def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
     defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     used = {defined[node.id] for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in defined
-            and section_of(node) == "CLIENT"}
-    assert used <= {"LIMITS AND ERRORS", "CLIENT"}
+            and section_of(node) in ("CLIENT", "WORKER")}
+    assert used <= {"LIMITS AND ERRORS", "CLIENT", "WORKER"}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -3310,9 +3320,10 @@ if not QUICK:
 class Process(Caller):
     """A server as a process of its own, from the command line; its user's token comes from the access file."""
 
-    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None, port: int = 0) -> None:
+    def __init__(self, db: str, *words: str, prepare: Optional[Callable[[], None]] = None, home: str = "",
+                 port: int = 0) -> None:
         super().__init__()
-        self.home = tempfile.mkdtemp()
+        self.home = home or tempfile.mkdtemp()
         environ = dict(os.environ, HOME=self.home, PYTHONFAULTHANDLER="1")
         self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
         self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", str(port), *words],
@@ -3745,6 +3756,1125 @@ def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_onc
         assert store.call(taskfarm.check()) == []
 
 
+# ---------------------------------------------------------------- CLIENT
+
+def access_of(farm: Any, **changes: str) -> taskfarm.Access:
+    """Farm and login of a live farm."""
+    proof = farm.service.store.proof_key.hex()
+    access = taskfarm.Access(farm.url, "ada", farm.token, "", proof, farm.service.store.identity, "the test")
+    return access._replace(**changes)
+
+
+class Flaky:
+    """A port in front of a farm that swallows answers to requests that have reached the farm."""
+
+    def __init__(self, port: int) -> None:
+        self.port_behind = port
+        self.swallow: Callable[[], bool] = lambda: False     # the next answer
+        self.seen: List[bytes] = []     # heads of requests
+        self.lost = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = "http://127.0.0.1:%d" % self.port
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+
+    def _carry(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(client), contextlib.closing(
+                socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
+            while True:
+                request = self._message(client)
+                self.seen.append(request.partition(b"\r\n\r\n")[0])
+                behind.sendall(request)
+                answer = self._message(behind)
+                if b"GET /livez" not in request and self.swallow():
+                    self.lost += 1
+                    return
+                client.sendall(answer)
+
+    @staticmethod
+    def _message(sock: socket.socket) -> bytes:
+        """A whole request or answer. Raises EOFError at the end of the connection."""
+        def more() -> bytes:
+            received = sock.recv(65536)
+            if not received:
+                raise EOFError
+            return received
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += more()
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int((re.findall(rb"(?i)\r\ncontent-length: (\d+)", head) or [b"0"])[0])
+        while len(body) < length:
+            body += more()
+        return head + b"\r\n\r\n" + body
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Live) -> None:
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        for path, kind, sentence in (("/api/runs/" + "0" * 32, taskfarm.NotFound, "run"),
+                                     ("/api/users", taskfarm.Forbidden, "")):
+            with pytest.raises(kind) as refused:
+                client.ask("GET", path)
+            assert sentence in str(refused.value) and isinstance(refused.value, RuntimeError)
+        assert client.ask("GET", "/api/runs") == {"data": []}
+    wrong = taskfarm.Client(lambda: access_of(farm, token="tf1.wrong"))
+    with pytest.raises(taskfarm.Unauthorized):
+        wrong.ask("GET", "/api/runs")
+    wrong.close()
+
+
+def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
+    relay = Flaky(farm.port)
+    for proof in ("00" * 32, "no hex"):
+        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url=relay.url))  # noqa: B023
+        with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
+            client.ask("GET", "/api/runs")
+        client.close()
+    assert relay.seen and not any(b"authorization" in head.lower() for head in relay.seen)
+    good = taskfarm.Client(lambda: access_of(farm, url=relay.url))
+    good.ask("GET", "/api/runs")
+    good.ask("GET", "/api/runs")
+    good.close()
+    assert sum(b"authorization" in head.lower() for head in relay.seen) == 2
+    assert sum(b"/livez" in head for head in relay.seen) == 3, "one proof a connection"
+    relay.close()
+
+
+def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live) -> None:
+    relay = Flaky(farm.port)
+    access, swallow = access_of(farm, url=relay.url), [False]
+    relay.swallow = lambda: bool(swallow) and swallow.pop()
+    with contextlib.closing(taskfarm.Client(lambda: access, patience_s=20)) as client:
+        swallow[:] = [True]
+        run = client.ask("POST", "/api/run", {"numTasks": 5})["uuid"]
+        assert len(client.ask("GET", "/api/runs")["data"]) == 1
+        taskfarm.register(client, "w")
+        for number in range(5):
+            swallow[:] = [True, True]
+            assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})["task"] == number
+        assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"}) is None
+        assert client.retry_after is not None, "its own lease may end"
+    assert relay.lost == 11
+    relay.close()
+
+
+def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) -> None:
+    said: List[str] = []
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm), patience_s=60)) as client:
+        client.say = said.append
+        client.ask("GET", "/api/runs")
+        farm.stop()
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(client.ask("POST", "/api/run", {"numTasks": 1})))
+        thread.start()
+        wait_until(lambda: said)
+        farm.local = threading.local()
+        farm.start()
+        thread.join(30)
+        assert answers[0]["numTasks"] == 1
+        assert "is the server running" in said[0] and said[-1] == "the farm answers again"
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
+        with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
+            client.ask("GET", "/api/runs")
+
+
+def test_a_login_that_was_renewed_is_read_again(farm: Live) -> None:
+    tokens = ["tf1.old", farm.token]
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm, token=tokens.pop(0)))) as client:
+        assert client.ask("GET", "/api/runs") == {"data": []}
+
+
+def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
+    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}
+    with pytest.raises(Refusal, match="TASKFARM_URL"):
+        taskfarm.find_access(environ)
+    with pytest.raises(Refusal, match="there is no login"):
+        taskfarm.find_access(dict(environ, TASKFARM_URL="http://a:1"))
+    taskfarm.write_access(environ["TASKFARM_ACCESS"], {"url": "http://home:5000", "user": "ada", "token": "t",
+                                                       "farm": "f", "proof": "aa"})
+
+    def found(**more: str) -> Tuple[str, str, str, str, str]:
+        access = taskfarm.find_access(dict(environ, **more))
+        return access.url, access.user, access.token, access.password, access.proof
+
+    assert found() == ("http://home:5000", "ada", "t", "", "aa")
+    assert found(TASKFARM_URL="http://[::1]:6000/api/") == ("http://[::1]:6000", "ada", "t", "", "aa"), \
+        "a tunnel: the login goes only where the proof is given"
+    assert found(TASKFARM_TOKEN="u") == ("http://home:5000", "", "u", "", "aa")
+    assert found(TASKFARM_URL="http://b:1/", TASKFARM_USER="eve", TASKFARM_PASSWORD="p") == (
+        "http://b:1", "eve", "", "p", "")
+    with pytest.raises(Refusal, match="TASKFARM_PASSWORD"):
+        found(TASKFARM_USER="eve")
+    assert taskfarm.find_access(environ, "http://c:2", "bob", "pw")[:4] == ("http://c:2", "bob", "", "pw")
+    for url in ("home:5000", "http://", "ftp://x", "http://x:port", "http://[::1"):
+        with pytest.raises(Refusal, match="looks like"):
+            taskfarm.Client(lambda: taskfarm.find_access(environ, url)).ask("GET", "/livez")   # noqa: B023
+
+
+def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
+    for host in ("::1", "localhost"):
+        service = Service(str(tmp_path / "f"), host, 0)
+        thread = threading.Thread(target=service.serve)
+        thread.start()
+        access = taskfarm.Access(service.url, "", "", "", service.store.proof_key.hex(), "", "the test")
+        assert taskfarm.still_answers(access)
+        service.stop()
+        thread.join(20)
+
+
+def test_a_run_is_found_by_uuid_beginning_or_name(farm: Live) -> None:
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        runs = [client.ask("POST", "/api/run", {"numTasks": 1, "name": name})["uuid"] for name in ("ice", "sea", "sea")]
+        assert taskfarm.find_run_uuid(client, "ice") == runs[0]
+        assert taskfarm.find_run_uuid(client, runs[1]) == runs[1]
+        length = next(n for n in range(1, 32) if len({run[:n] for run in runs}) == 3)
+        assert taskfarm.find_run_uuid(client, runs[2][:length].upper()) == runs[2]
+        for text, sentence in (("sea", "2 runs"), ("", "no run"), ("land", "no run")):
+            with pytest.raises(Refusal, match=sentence):
+                taskfarm.find_run_uuid(client, text)
+
+
+@pytest.mark.parametrize("published", [pytest.param(True, marks=pytest.mark.skipif(QUICK, reason="wants it")), False])
+def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published: bool) -> None:
+    if published:
+        import taskfarm_worker as module
+    else:
+        module = taskfarm
+    login = ("ada", Live.PASSWORD)
+    base = farm.url + "/api/"
+    with pytest.raises(RuntimeError):
+        module.TaskFarm("ada", "wrong", numTasks=1, url_base=base)
+    with pytest.raises(RuntimeError):
+        module.TaskFarm(*login, url_base=base)
+    with pytest.raises(RuntimeError):
+        module.TaskFarm(*login, "0" * 32, url_base=base)
+    run = module.TaskFarm(*login, None, 4, base)
+    assert (run.numTasks, run.numWaiting, run.numDone, run.numComputing, run.percentDone) == (4, 4, 0, 0, 0)
+    assert [entry["uuid"] for entry in module.tfRuns(*login, base)] == [run.uuid]
+    assert run.url("runs") == base + "runs" and run.info("")["uuid"] == run.uuid
+    worker = module.TaskFarmWorker(*login, run.uuid, base)
+    done = []
+    for task in worker.tasks:
+        assert worker.task == task
+        worker.update(50)
+        assert run.getTaskInfo(task, "percentCompleted") == 50
+        with pytest.raises(ValueError):
+            worker.update(101)
+        if task != 2:
+            worker.update(100)
+        worker.done()
+        done.append(task)
+    assert done == [0, 1, 2, 3] and worker.task is None
+    assert (run.numDone, run.numComputing) == (3, 1)
+    assert run.getTaskInfo(3, "")["status"] == "done"
+    for task in (-1, 4):
+        with pytest.raises(RuntimeError):
+            run.getTaskInfo(task, "")
+    assert module.TaskFarm(farm.token, "", run.uuid, url_base=base).numDone == 3, "a token is a user name too"
+    run.setTaskInfo(2, "status", "waiting")
+    run.restart(True)
+    assert run.numWaiting == 4
+    run.delete()
+    with pytest.raises(RuntimeError):
+        run.info("")
+
+
+def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch: pytest.MonkeyPatch,
+                                                         tmp_path: Path) -> None:
+    monkeypatch.setenv("TASKFARM_ACCESS", str(tmp_path / "access.json"))
+    monkeypatch.setattr(taskfarm, "BEAT_S", 0.02)
+    taskfarm.write_access(str(tmp_path / "access.json"), dict(zip(
+        ("url", "user", "token", "password", "proof", "farm"), access_of(farm))))
+    run = taskfarm.TaskFarm(numTasks=3)
+    worker = taskfarm.TaskFarmWorker(uuid=run.uuid)
+    assert worker.task == 0
+    path = "/api/worker/" + worker.worker_uuid
+    first = farm.ask("GET", path)[1]
+    assert first["lease"] == taskfarm.LEASE_S and first["held"] == 1
+    wait_until(lambda: farm.ask("GET", path)[1]["heard"] > first["heard"])
+    run.restart(everything=True)
+    with pytest.raises(taskfarm.Conflict):
+        worker.update(50)
+    worker.done()
+    assert worker.task == 0
+    worker.close()
+    assert farm.ask("GET", path)[1]["state"] == "signed off" and run.numWaiting == 3
+    second = taskfarm.TaskFarmWorker(uuid=run.uuid)
+    assert second.task == 0
+    path = "/api/worker/" + second.worker_uuid
+    del second
+    assert wait_until(lambda: farm.ask("GET", path)[1]["state"]) == "signed off"
+
+
+# ---------------------------------------------------------------- WORKER
+
+class Hand:
+    """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
+
+    def __init__(self, server: Process, *words: str, tweak: str = "", **environ: str) -> None:
+        self.server = server
+        self.output = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        start = [str(MODULE)] if not tweak else [
+            "-c", "import sys; sys.path.insert(0, %r); import taskfarm; %s; sys.exit(taskfarm.main())" % (
+                str(HERE), tweak)]
+        self.process = subprocess.Popen(
+            [sys.executable, *start, "work", *words], text=True, stdout=self.output, stderr=self.errors,
+            stdin=subprocess.DEVNULL, env=dict(os.environ, HOME=server.home, **environ))
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def erred(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def end(self, status: int, number: int = 0) -> str:
+        """Its lines, once it has ended, by a signal or of its own; with that status."""
+        if number:
+            self.process.send_signal(number)
+        try:
+            assert self.process.wait(40) == status, self.said() + self.erred()
+        finally:
+            self.process.kill()
+            self.process.wait()
+        return self.said()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Process]:
+    served = Process(str(tmp_path / "f"))
+    yield served
+    if served.process.poll() is None:
+        served.end(signal.SIGTERM)
+    with contextlib.closing(Store(str(tmp_path / "f"))) as store:
+        assert store.call(taskfarm.check()) == []
+
+
+def new_run(server: Caller, tasks: int, **more: Any) -> str:
+    return str(server.ask("POST", "/api/run", dict(more, numTasks=tasks))[1]["uuid"])
+
+
+def counts(server: Caller, run: str) -> Tuple[int, int, int, int]:
+    entry = server.ask("GET", "/api/runs/" + run)[1]
+    return entry["numWaiting"], entry["numComputing"], entry["numDone"], entry["numFailed"]
+
+
+def task_of(server: Caller, run: str, number: int) -> Dict[str, Any]:
+    answer: Dict[str, Any] = server.ask("GET", "/api/runs/%s/tasks/%d" % (run, number))[1]
+    return answer
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and was not reaped does not."""
+    try:
+        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def pids_in(folder: Path) -> List[int]:
+    """The processes that wrote a file of their number."""
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def test_every_task_is_run_once_and_told_about(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 300, name="tiles")
+    script = tmp_path / "tile.sh"
+    script.write_text("echo x >> %s/ran-$1\n[ $1 != 7 ] || { echo so it goes >&2; exit 3; }\n" % tmp_path)
+    script.chmod(0o755)         # and it has no first line with #!
+    hands = [Hand(server, "tiles", "-j", "3", "--", str(script), "{task}") for _ in range(2)]
+    outputs = [hand.end(3) for hand in hands]
+    assert counts(server, run) == (0, 0, 299, 1)
+    assert {path.name: path.read_text() for path in tmp_path.glob("ran-*")} == {"ran-%d" % n: "x\n" for n in range(300)}
+    failed = task_of(server, run, 7)
+    assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
+    assert sum(output.count(" done in ") for output in outputs) == 299
+    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
+    assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
+
+
+def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"a b; exit 1\r\n'\"$HOME {task}\n\xff")
+    show = tmp_path / "show.py"
+    show.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], {n: v for n, v in os.environ.items() if "
+                    "n.startswith('TASKFARM')}, sys.stdin.read(), os.getpgid(0) == os.getpid()]))\n")
+    Hand(server, run[:8], "--lines", str(lines), "--log-dir", str(tmp_path / "logs"), "--", sys.executable, str(show),
+         "{task}/{attempt}", "{run}", "<{line}>", "{other}").end(0)
+    words = ["a b; exit 1", "'\"$HOME {task}", "\udcff"]
+    for task in range(3):
+        argv, environ, stdin, leads = json.loads((tmp_path / "logs" / ("%d.log" % task)).read_text())
+        assert argv == ["%d/1" % task, run, "<%s>" % words[task], "{other}"] and stdin == "" and leads
+        assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
+        assert environ.pop("TASKFARM_FARM") and environ == {
+            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
+            "TASKFARM_URL": "http://127.0.0.1:%d" % server.port}, "and no secret"
+
+
+def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "commands").write_text("echo one > %s/1 && true\n\nexit 4\n" % tmp_path)
+    run = new_run(server, 3)
+    Hand(server, run, "--lines", str(tmp_path / "commands"), "--", "{line}").end(3)
+    assert (tmp_path / "1").read_text() == "one\n"
+    assert [task_of(server, run, task)["status"] for task in range(3)] == ["done", "done", "failed"]
+    assert task_of(server, run, 2)["exitCode"] == 4
+
+
+def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    for ended in (b"", b"\n"):
+        content = [b"%d " % number + b"x" * generator.choice([0, 1, 200, 70000 if number % 97 == 0 else 3])
+                   for number in range(3000)]
+        (tmp_path / "lines").write_bytes(b"\n".join(content) + ended)
+        lines = taskfarm.Lines(str(tmp_path / "lines"))
+        assert len(lines) == 3000 and [lines[number] for number in range(3000)] == content
+        for number in (-1, 3000):
+            with pytest.raises(IndexError):
+                lines[number]
+    (tmp_path / "lines").write_bytes(b"")
+    assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["{run}", "--", "no-such-program"], "there is no program no-such-program"),
+    (["{run}", "--", "echo", "{line}"], "--lines FILE"),
+    (["{run}", "--lines", "{dir}/two", "--", "echo", "{line}"], "has 2 lines, and the run 3 tasks"),
+    (["{run}", "--lines", "{dir}/none", "--", "echo", "{line}"], "cannot be read"),
+    (["{run}", "--log-dir", "{dir}/two/logs", "--", "true"], "cannot be made"),
+    (["harvest", "--", "true"], "no run is called 'harvest'"),
+])
+def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tmp_path: Path, words: List[str],
+                                                             sentence: str) -> None:
+    (tmp_path / "two").write_text("1\n2\n")
+    run = new_run(server, 3)
+    hand = Hand(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
+    hand.end(1)
+    assert sentence in hand.erred() and hand.erred().count("\n") == 1
+    assert counts(server, run) == (3, 0, 0, 0)
+
+
+def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "commands").write_text("\n".join([
+        "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
+        "(sleep 1000; echo late) & echo short >&2; exit 5"]))
+    run = new_run(server, 4)
+    hand = Hand(server, run, "-j", "4", "--timeout", "1", "--grace", "0.1", "--lines", str(tmp_path / "commands"),
+                "--", "{line}")
+    hand.end(3)
+    shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
+    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
+    assert "first\nlast" in hand.erred(), "the error output is passed on"
+
+
+def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    script = tmp_path / "tile.sh"
+    script.write_text("#!/bin/sh\n[ $1 != 3 ] || rm %s\n" % script)
+    script.chmod(0o755)
+    assert "tile.sh cannot be started here" in Hand(server, run, "--", str(script), "{task}").end(1)
+    assert counts(server, run) == (6, 0, 4, 0)
+    (tmp_path / "lines").write_text("true\n" * 4 + "/no/such/program\n" * 2 + "true\n" * 4)
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "env", "{line}").end(3)
+    assert counts(server, run) == (0, 0, 8, 2)
+    run = new_run(server, 2)
+    (tmp_path / "lines").write_text("/no/such/program\nnul\0\n")
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "{task}").end(3)
+    assert [task_of(server, run, number)["exitCode"] for number in range(2)] == [127, 126]
+
+
+def test_a_system_that_is_full_is_waited_for(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 6)
+    logs = tmp_path / "logs"
+    hand = Hand(server, run, "--log-dir", str(logs), "--", "sh", "-c", "[ {task} != 2 ] || [ -e %s/full ] || { touch "
+                "%s/full; mv %s %s; }" % (tmp_path, tmp_path, logs, tmp_path / "away"),
+                tweak="taskfarm.TEMPORARY += (taskfarm.errno.ENOENT,)")
+    wait_until(lambda: "trying again" in hand.said())
+    (tmp_path / "away").rename(logs)
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 6, 0)
+
+
+def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 5, maxFailures=3)
+    Hand(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
+         'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
+    assert counts(server, run) == (0, 0, 4, 1)
+    assert task_of(server, run, 4)["attempt"] == 3
+    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {"4.log": "why\n3\n"}
+    assert task_of(server, run, 4)["message"] == "why"
+
+
+def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/told; until [ -e %s/go ]; do "
+                "sleep 0.01; done" % (sys.executable, MODULE, tmp_path, tmp_path))
+    wait_until((tmp_path / "told").exists)
+    task = task_of(server, run, 0)
+    assert (task["percentCompleted"], task["status"]) == (37.5, "computing") and task["started"]
+    mine = {"TASKFARM_RUN": run, "TASKFARM_TASK": "0", "TASKFARM_WORKER": task["worker"], "HOME": server.home}
+    stranger = run_verb("progress", "90", TASKFARM_ATTEMPT="2", **mine)
+    assert stranger.returncode == 1 and task_of(server, run, 0)["percentCompleted"] == 37.5
+    alone = run_verb("progress", "90", HOME=server.home)
+    assert alone.returncode == 0 and "not reported" in alone.stderr
+    away = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **dict(mine, TASKFARM_URL="http://127.0.0.1:1"))
+    assert away.returncode == 0 and "not reported" in away.stderr
+    assert run_verb("progress", "101").returncode == 2
+    (tmp_path / "go").touch()
+    hand.end(0)
+    assert task_of(server, run, 0)["percentCompleted"] == 100
+
+
+def stubborn(folder: Path) -> Tuple[str, ...]:
+    """A command that leaves its process ids in a folder, and that only SIGKILL ends."""
+    return "sh", "-c", "trap '' TERM; sleep 1000 & touch %s/$$ %s/$!; wait; sleep 1000" % (folder, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_the_commands_and_gives_the_tasks_back(server: Process, tmp_path: Path, number: int) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "-j", "2", "--grace", "0.3", "--", *stubborn(tmp_path / "pids"))
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    said = hand.end(7, number)
+    assert signal.Signals(number).name in said
+    assert not any(map(alive, pids_in(tmp_path / "pids"))), "the whole groups are gone"
+    assert counts(server, run) == (10, 0, 0, 0)
+    task = task_of(server, run, 0)
+    assert (task["failures"], task["losses"]) == (0, 0)
+    (worker,) = server.ask("GET", "/api/workers?all=True")[1]["data"]
+    assert worker["state"] == "signed off"
+
+
+def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "--grace", "1000", "--", *stubborn(tmp_path / "pids"), tweak="taskfarm.AGAIN_S = 0")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 2)
+    hand.process.terminate()
+    wait_until(lambda: "stopping" in hand.said())
+    hand.end(7, signal.SIGTERM)
+    assert not any(map(alive, pids_in(tmp_path / "pids"))) and counts(server, run) == (10, 0, 0, 0)
+
+
+def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'touch %s/saved; exit 0' TERM; touch %s/on; "
+                "while :; do sleep 0.01; done" % (tmp_path, tmp_path))
+    wait_until((tmp_path / "on").exists)
+    hand.process.terminate()            # srun sends it twice
+    hand.end(7, signal.SIGTERM)
+    assert (tmp_path / "saved").exists(), "the command had its grace"
+    assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
+
+
+@pytest.mark.parametrize("trap", ["", "trap 'exit 143' TERM; "])
+def test_a_batch_system_may_signal_the_commands_first(server: Process, tmp_path: Path, trap: str) -> None:
+    run = new_run(server, 10)
+    command = "%stouch %s/$$; while :; do sleep 0.01; done" % (trap, tmp_path)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", command, tweak="taskfarm.SUSPECT_S = 1000")
+    pids = wait_until(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else [])
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(map(alive, pids)))
+    hand.end(7, signal.SIGTERM)
+    assert counts(server, run) == (10, 0, 0, 0), "none has failed"
+    alone = Hand(server, run, "--", "sh", "-c", "[ {task} != 3 ] || kill -TERM $$", tweak="taskfarm.SUSPECT_S = 0.01")
+    alone.end(3)
+    assert counts(server, run) == (0, 0, 9, 1)
+    assert (task_of(server, run, 3)["exitCode"], task_of(server, run, 3)["message"]) == (143, "killed by SIGTERM")
+
+
+def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    hand = Hand(server, run, "-j", "2", "--drain", "--", "sh", "-c", "touch %s/on-{task}; until [ -e %s/go ]; do "
+                "sleep 0.01; done" % (tmp_path, tmp_path))
+    wait_until(lambda: len(list(tmp_path.glob("on-*"))) == 2)
+    hand.process.terminate()
+    wait_until(lambda: "may finish" in hand.said())
+    (tmp_path / "go").touch()
+    hand.end(7)
+    assert counts(server, run) == (8, 0, 2, 0)
+
+
+def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    hand.end(-signal.SIGKILL, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
+
+
+def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path,
+                tweak="taskfarm.MOMENT_S = 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"] and task_of(server, run, 1)["started"])
+    assert counts(server, run) == (0, 2, 0, 0)
+    (tmp_path / "go").touch()
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 60)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ran-*"))) > 10)
+    server.process.kill()
+    server.process.wait()
+    ran = len(list(tmp_path.glob("ran-*")))
+    wait_until(lambda: "is the server running" in hand.said())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    assert again.port != server.port, "the access file tells where it is now"
+    hand.end(0)
+    assert counts(again, run) == (0, 0, 60, 0) and ran < 60
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 400)
+    relay, generator = Flaky(server.port), random.Random(1)
+    relay.swallow = lambda: generator.random() < 0.3
+    hand = Hand(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
+                tweak="taskfarm.FLUSH_S = 0.01; taskfarm.AHEAD_S = 0.05; taskfarm.PAUSES_S = (0.01, 0.02)",
+                TASKFARM_URL=relay.url)
+    hand.end(0)
+    relay.close()
+    assert relay.lost > 5
+    assert counts(server, run) == (0, 0, 400, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
+
+
+def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
+    relay, swallow = Flaky(farm.port), [True] * 3
+    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
+    run = new_run(farm, 20)
+    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
+    courier = taskfarm.Courier(client, run, "w", lambda: None, False)
+    courier.idle = False
+    courier.thread.start()
+    courier.want(5)
+    assert wait_until(lambda: list(courier.news)) == [("claimed", [(number, 1) for number in range(5)])]
+    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
+    courier.report(0, 1, status="computing")
+    courier.report(0, 1, status="done")
+    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
+    assert courier.close() == []
+    client.close()
+    relay.close()
+
+
+def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
+    wait_until(lambda: counts(server, run)[2] > 4)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: "is the server running" in hand.said())
+    said = hand.end(7, signal.SIGTERM)
+    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
+    assert str(left) in said and stat.S_IMODE(left.stat().st_mode) == 0o600
+    again = Process(str(tmp_path / "f"), home=server.home)
+    before, reports = counts(again, run)[2], json.loads(left.read_text())["reports"]
+    said = Hand(again, run, "-j", "2", "--", "touch", str(tmp_path) + "/ran-{task}").end(0)
+    assert "%d reports" % len(reports) in said and not left.exists()
+    assert before < 40 and any(report["status"] == "done" for report in reports)
+    assert counts(again, run) == (0, 0, 40, 0)
+    for report in reports:
+        if report["status"] == "done":
+            assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    hand = Hand(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
+                tweak="taskfarm.BEAT_S = 0.05")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    assert server.ask("DELETE", "/api/runs/" + run)[0] == 204
+    assert "was deleted" in hand.end(4)
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+
+
+def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
+                "[ {task} = 1 ] || sleep 1000" % tmp_path, tweak="taskfarm.BEAT_S = 0.05")
+    wait_until((tmp_path / "on-0-1").exists)
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    said = hand.end(0)
+    assert "task 0 is not ours any more" in said and (tmp_path / "on-0-2").exists()
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
+                "sleep 0.01; done" % (tmp_path, tmp_path),
+                tweak="taskfarm.LEASE_S, taskfarm.BEAT_S, taskfarm.MOMENT_S = 1, 0.2, 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"])
+    hand.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
+    assert task_of(server, run, 0)["losses"] == 1
+    if taken:
+        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
+        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
+    hand.process.send_signal(signal.SIGCONT)
+    if taken:
+        wait_until(lambda: "task 0 is not ours any more" in hand.said())
+        hand.end(0)
+        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
+    else:
+        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
+        (tmp_path / "go").touch()
+        hand.end(0)
+        task = task_of(server, run, 0)
+        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
+
+
+def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
+    run = new_run(server, 2)
+    other = {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600}
+    server.ask("POST", "/api/worker", other)
+    assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
+    Hand(server, run, "--no-wait", "--", "true").end(0)
+    assert counts(server, run) == (0, 1, 1, 0)
+    hand = Hand(server, run, "--", "true")
+    wait_until(lambda: "waiting for that" in hand.said())
+    assert server.ask("DELETE", "/api/worker/other")[0] == 204
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    Hand(server, "0" * 32, "--", "true").end(4)
+    Hand(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:%d" % server.port, TASKFARM_TOKEN="tf1.x").end(6)
+    Hand(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:1", tweak="taskfarm.PATIENCE_S = 0.5").end(5)
+    assert counts(server, run) == (3, 0, 0, 0)
+    user = run_verb("user", "list", "--db", str(tmp_path / "f")).stdout.strip()
+    assert run_verb("user", "passwd", user, "--db", str(tmp_path / "f"), stdin="sesame\n").returncode == 0
+    Hand(server, run, "--", "true", TASKFARM_USER=user, TASKFARM_PASSWORD="sesame").end(0)
+    server.token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
+    assert counts(server, run) == (0, 0, 3, 0)
+
+
+def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
+    run = new_run(server, 50)
+    end, soon = str(int(time.time()) + 5), "taskfarm.LEAVE_S = 0.5"
+    said = Hand(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
+                SLURM_JOB_ID="1", tweak=soon).end(7)
+    assert "fit" in said or "the job ends" in said
+    waiting, computing, done, failed = counts(server, run)
+    assert computing == failed == 0 < done
+    Hand(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
+    assert counts(server, run) == (waiting, 0, done, 0)
+    said = Hand(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
+    assert "the job ends soon" in said and counts(server, run) == (waiting, 0, done, 0)
+
+
+def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        def program(name: str, text: str) -> None:
+            (tmp_path / name).write_text("#!/bin/sh\n%s\n" % text)
+            (tmp_path / name).chmod(0o755)
+
+        def end(**environ: str) -> Optional[float]:
+            return taskfarm.job_end(environ, 1000.0)
+
+        assert end() is None and end(SLURM_JOB_END_TIME="1800000000") == 1800000000
+        program("squeue", 'echo "$@" > %s/asked; echo 2026-11-23T19:59:03' % tmp_path)
+        local = 1795431543.0        # 2026-11-23T10:59:03Z
+        assert end(SLURM_JOB_ID="7") == local
+        assert end(SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3") == local
+        assert "-j 7_3 " in (tmp_path / "asked").read_text()
+        program("squeue", "exit 1")
+        program("scontrol", "echo '   StartTime=2026-11-23T18:00:00 EndTime=2026-11-23T19:59:03 Deadline=N/A'")
+        assert end(SLURM_JOB_ID="7") == local
+        program("scontrol", "echo EndTime=Unknown")
+        assert end(SLURM_JOB_ID="7") is None
+        for text, expected in (
+                ("    Resource_List.walltime = 02:00:00\n    stime = Mon Nov 23 17:59:03 2026\n    etime = x\n", local),
+                ("    Resource_List.walltime = 02:00:00\n    start_time = Mon Nov 23 17:59:03 2026\n", local),
+                ("    resources_used.walltime = 00:30:00\n    Resource_List.walltime = 02:00:00\n", 1000 + 5400.0),
+                ("    Resource_List.ncpus = 2\n", None), ("", None)):
+            program("qstat", "cat <<'END'\nJob Id: 1.host\n%sEND" % text)
+            assert end(PBS_JOBID="1.host") == expected
+        now = local - 3600
+        for text, moment in (("+90", now + 90), ("19:59", local - 3), ("18:59", local - 3603 + 86400),
+                             ("2026-11-23T19:59:03", local), ("2026-11-23T10:59:03Z", local)):
+            assert taskfarm.moment_of(text, now) == moment
+        for text in ("25:00", "tomorrow", "+x", ""):
+            with pytest.raises(ValueError):
+                taskfarm.moment_of(text, now)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    logged = Process(str(tmp_path / "g"), "--access-log", str(log))
+    run = new_run(logged, 1500)
+    Hand(logged, run, "-j", "4", "--quiet", "--", "true").end(0)
+    assert counts(logged, run) == (0, 0, 1500, 0)
+    assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
+    assert logged.end(signal.SIGTERM) == 0
+
+
+def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 200)
+    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000",
+                tweak="taskfarm.UNUSED_S = 0.1")
+    wait_until(lambda: counts(server, run)[:3] == (179, 1, 20))
+    hand.end(7, signal.SIGTERM)
+    assert counts(server, run) == (180, 0, 20, 0)
+
+
+def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 4)
+    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        screen, inside = os.openpty()
+        process = subprocess.Popen(
+            [sys.executable, str(MODULE), "work", run, "--", "sh", "-c", "echo from the command; [ {task} != 2 ]"],
+            stdin=subprocess.DEVNULL, stdout=inside, stderr=inside,
+            env=dict(os.environ, HOME=server.home, TERM="xterm", COLUMNS="60", **environ))
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):      # EIO at the end
+            for part in iter(lambda: os.read(screen, 65536), b""):      # noqa: B023
+                shown += part
+        os.close(screen)
+        assert process.wait(20) == 3
+        text = shown.decode()
+        assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
+        assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
+        assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
+        assert text.endswith("0 computing\r\n"), "the bar is gone at the end"
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
+# ---------------------------------------------------------------- TERMINAL
+
+class Stream(io.StringIO):
+    """A stream that is a terminal or not, with an encoding."""
+
+    def __init__(self, terminal: bool, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self.terminal, self.called = terminal, encoding
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.called
+
+
+def test_a_share_is_whole_only_when_all_is_done() -> None:
+    assert [taskfarm.percent(part, 10 ** 6) for part in (0, 1, 532000, 999999, 10 ** 6)] == [
+        "0.0 %", "0.1 %", "53.2 %", "99.9 %", "100.0 %"]
+
+
+def test_rates_have_the_unit_that_can_be_read() -> None:
+    assert [taskfarm.per_time(rate) for rate in (745.2, 12.34, 0.5, 0.002)] == [
+        "745 tasks/s", "12.3 tasks/s", "30.0 tasks/min", "7.2 tasks/h"]
+
+
+@given(parts=st.lists(st.integers(0, 10 ** 9), min_size=4, max_size=4), cells=st.integers(4, 200))
+def test_a_bar_is_full_and_shows_whatever_there_is(parts: List[int], cells: int) -> None:
+    given_ = taskfarm.shares(parts, cells)
+    assert sum(given_) == (cells if sum(parts) else 0)
+    assert all(bool(part) == bool(number) for part, number in zip(parts, given_))
+    for part, number in zip(parts, given_):
+        assert abs(number - part * cells / (sum(parts) or 1)) < 4, "a part is off by no more than what others need"
+
+
+@pytest.mark.parametrize("width", [0, 20, 33, 60, 200])
+def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
+    rows = [(7, "node17.cluster.example.org", "out of memory: the tile is larger than\nexpected"), (123456, None, "x")]
+    table = taskfarm.Table([taskfarm.Column("task", True), taskfarm.Column("host", gives=True),
+                            taskfarm.Column("message", gives=True)], width)
+    lines = table.lines(rows) + table.lines([(8, "a", "b")])
+    assert len(lines) == 4 and "\t" not in "".join(lines)
+    assert lines[0].split()[0] == "task" and [line[:6].strip() for line in lines[1:]] == ["7", "123456", "8"]
+    if width in (0, 200):
+        assert lines[1].endswith("node17.cluster.example.org  out of memory: the tile is larger than expected")
+        assert lines[2].split() == ["123456", "-", "x"]
+    else:
+        assert max(map(len, lines)) <= width and "~" in lines[1]
+
+
+def test_where_a_table_is_too_wide_spare_columns_are_left_out_and_stay_so() -> None:
+    table = taskfarm.Table([taskfarm.Column("task"), taskfarm.Column("losses", spare=True),
+                            taskfarm.Column("took", spare=True), taskfarm.Column("host", gives=True)], 24)
+    assert table.lines([(1, 2, 3, "n1")]) == ["task  losses  took  host", "1     2       3     n1"]
+    assert table.lines([(1, 2, 3, "node1234")]) == ["1     2       node1234"]
+    assert table.lines([(1, 2, 3, "n1")]) == ["1     2       n1"]
+
+
+def test_wide_and_combining_characters_are_counted_as_they_are_shown() -> None:
+    table = taskfarm.Table([taskfarm.Column("name", gives=True), taskfarm.Column("n", True)], 14)
+    lines = table.lines([("\u6771\u4eac", 1), ("e\u0301e\u0301", 22), ("\u6771\u4eac\u6771\u4eac\u6771\u4eac", 333)])
+    assert {taskfarm.width_of(line) for line in lines} == {14}, lines
+    assert taskfarm.cut("\u6771\u4eac", 3) == "\u6771~" and taskfarm.cut("abc", 3) == "abc"
+
+
+def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+    wicked = "a\x1b]0;title\x07b\x9b2J\u202ec\nd\te\u2028\udc80"
+    assert taskfarm.harmless(wicked) == "a?]0;title?b?2J?c d e ?"
+    (_, line) = taskfarm.Table([taskfarm.Column("message")]).lines([(wicked,)])
+    assert "\x1b" not in line and "\n" not in line
+
+
+@pytest.mark.parametrize("terminal, environ, colours, moves", [
+    (True, {"TERM": "xterm"}, True, True), (False, {"TERM": "xterm"}, False, False),
+    (True, {"TERM": "xterm", "NO_COLOR": "1"}, False, True), (True, {"TERM": "xterm", "NO_COLOR": ""}, True, True),
+    (True, {"TERM": "dumb"}, False, False), (True, {}, False, False)])
+def test_colours_are_for_terminals_that_want_them(
+        terminal: bool, environ: Dict[str, str], colours: bool, moves: bool) -> None:
+    screen = taskfarm.Screen(Stream(terminal), environ)
+    assert (screen.colours, screen.moves) == (colours, moves)
+    assert (screen.paint("x", "red") == "x") is not colours
+
+
+def test_the_bar_is_ascii_where_the_encoding_is() -> None:
+    run = {"numDone": 5, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
+    plain = taskfarm.Screen(Stream(False, "ascii"), {})
+    assert taskfarm.state_bar(run, 10, plain) == "[#####x++..]"
+    assert taskfarm.state_lines(run, plain) == ["# 5 done   x 1 failed   + 2 computing   . 2 waiting"]
+    rich = taskfarm.state_bar(run, 10, taskfarm.Screen(Stream(False), {}))
+    assert len(rich) == 12 and not rich.isascii()
+
+
+def test_what_the_bar_means_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"numDone": 5 * 10 ** 6, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
+    monkeypatch.setenv("COLUMNS", "32")
+    lines = taskfarm.state_lines(run, taskfarm.Screen(Stream(True, "ascii"), {}))
+    assert lines == ["# 5 000 000 done   x 1 failed", "+ 2 computing   . 2 waiting"]
+
+
+def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_terminal(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "4")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Stream(True)
+    screen = taskfarm.Screen(stream, {"TERM": "xterm"})
+    screen.redraw(["1", "2"])
+    screen.redraw(["a", "b", "c", "d", "e"])
+    screen.redraw(["z"])
+    assert stream.getvalue() == "1\n2\n" "\x1b[2A\r\x1b[J" "a\nb\nc\n" "\x1b[3A\r\x1b[J" "z\n"
+
+
+def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
+    steady = taskfarm.rate_of([(float(second), 10 * second) for second in range(101)])
+    waves = taskfarm.rate_of([(0.0, 0), (49.0, 0), (50.0, 500), (99.0, 500), (100.0, 1000)])
+    assert steady and waves and steady.per_s == waves.per_s == 10.0
+    assert 9 < steady.low < 10 < steady.high < 11, "a thousand tasks tell a rate to some percent"
+    assert waves.high - waves.low > 5 * (steady.high - steady.low)
+    few = taskfarm.rate_of([(0.0, 0), (100.0, 2)])
+    assert few and few.low == 0 and taskfarm.time_left(100, few)[1] is None, "of two tasks nobody knows the rest"
+    for nothing in ([], [(0.0, 5)], [(0.0, 5), (9.0, 5)], [(1.0, 0), (1.0, 3)]):
+        assert taskfarm.rate_of(nothing) is None
+
+
+@pytest.mark.parametrize("least, most, words", [
+    (None, None, "unknown"), (7200, None, "more than 2 h 0 min"), (7260, 7800, "2 h 1 min to 2 h 10 min"),
+    (120.1, 120.2, "about 2 min 0 s"), (0, 0, "about 0.00 s")])
+def test_the_time_left_is_a_range(least: Optional[float], most: Optional[float], words: str) -> None:
+    assert taskfarm.in_words(least, most) == words
+
+
+def ended(start: Optional[float], end: float) -> Dict[str, Any]:
+    """A task that was started and that ended so many seconds after 1970."""
+    def shown(seconds: Optional[float]) -> Optional[str]:
+        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime(
+            "%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return {"started": shown(start), "finished": shown(end)}
+
+
+def per_hour(ends: "taskfarm.Ends") -> float:
+    rate = taskfarm.rate_of(ends.points)
+    return round(3600 * rate.per_s, 1) if rate else 0.0
+
+
+def test_the_pace_of_tasks_that_ended() -> None:
+    now = 1.7e9
+    wave = [ended(now - 3700, now - 100 + number) for number in range(16)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave, True, now)) < 16, "a first wave took as long as its tasks"
+    old = [ended(now - 90000, now - 86400) for _ in range(50)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave + old, True, now)) < 16, "what was yesterday does not count"
+    assert per_hour(taskfarm.recent_ends(old, True, now)) == 0, "nor is there a rate when nothing ended lately"
+    quick = [ended(now - 10 - 0.1 * number, now - 0.1 * number) for number in range(100)]
+    assert 34000 < per_hour(taskfarm.recent_ends(quick, False, now)) < 37000, "of a list that was cut off its own time"
+    batch = [ended(None, now - 50 - number) for number in range(10)]
+    assert 500 < per_hour(taskfarm.recent_ends(batch, True, now)) < 700, "without starts from the first end on"
+    assert taskfarm.recent_ends(batch, True, now).took_s == []
+    assert taskfarm.recent_ends(wave, True, now).took_s[0] == 3600
+    stopped = [ended(now - 600, now - 500 + number) for number in range(100)]
+    assert 500 < per_hour(taskfarm.recent_ends(stopped, True, now)) < 700, "time in which nothing ends counts too"
+
+
+def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
+    rate = taskfarm.Rate(1.0, 0.5, 2.0, 100, 100.0)
+    ends = taskfarm.Ends([], [float(seconds) for seconds in range(60, 160)])
+
+    def left(waiting: int, computing: int, rate: Optional[taskfarm.Rate], longest_s: Optional[float]) -> Any:
+        return taskfarm.outlook({"numWaiting": waiting, "numComputing": computing}, rate, ends, longest_s)
+    assert left(0, 0, rate, None) == (0.0, 0.0, "")
+    assert left(90, 10, rate, 5.0) == (50.0, 200.0, "")
+    assert left(90, 10, None, 5.0)[:2] == (None, None) and "too few" in left(90, 10, None, 5.0)[2]
+    assert left(90, 0, None, None)[2] == "nothing is computing"
+    assert left(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the tasks tell more than the rate"
+    assert "1 h 0 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
+
+
+# ---------------------------------------------------------------- DOCTOR
+
+def doctor(*words: str, **environ: str) -> Tuple[int, Dict[str, Tuple[str, str]]]:
+    """Exit status of doctor, and its verdicts and sentences by what they are about."""
+    done = run_verb("doctor", "--json", *words, **environ)
+    assert done.stderr == "", done.stderr
+    found = json.loads(done.stdout)
+    assert found["fit"] is (done.returncode == 0)
+    return done.returncode, {line["what"]: (line["verdict"], line["says"]) for line in found["data"]}
+
+
+def test_doctor_finds_a_node_fit_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    before = sorted(tmp_path.iterdir())
+    status, found = doctor("--db", str(tmp_path / "f"), "--port", str(server.port), HOME=server.home)
+    assert status == 0 and {verdict for verdict, _ in found.values()} == {"ok"}, found
+    assert found["port %d" % server.port] == ("ok", "in use by your own farm")
+    assert "127.0.0.1 port %d" % server.port in found["server"][1] and "--host 0.0.0.0" in found["server"][1]
+    assert "median" in found["answers"][1] and "access.json" in found["login"][1]
+    assert "process %d on" % server.process.pid in found["farm"][1]
+    assert sorted(tmp_path.iterdir()) == before
+    assert server.ask("GET", "/api/runs") == (200, {"data": []})
+    plain = run_verb("doctor", "--db", str(tmp_path / "f"), HOME=server.home)
+    assert re.match(r"ok    Python       ?3", plain.stdout) and "\x1b" not in plain.stdout
+    assert len(plain.stdout.splitlines()) == len(found), "a finding is a line"
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_doctor_before_anything_is_there_warns_and_says_what_to_do(tmp_path: Path) -> None:
+    status, found = doctor("--port", "0", HOME=str(tmp_path))
+    assert status == 0 and found["port 0"][0] == "ok"
+    assert found["server"][0] == "warn" and "login URL" in found["server"][1]
+
+
+def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"))
+    access = Path(server.home, ".config/taskfarm/access.json")
+    good = json.loads(access.read_text())
+    access.write_text(json.dumps(dict(good, token=good["token"][:-1] + "?")))
+    access.chmod(0o644)
+    status, found = doctor(HOME=server.home)
+    assert status == 1 and found["login"][0] == "FAIL" and "taskfarm.py login" in found["login"][1]
+    assert found["access file"][0] == "warn" and "chmod 600" in found["access file"][1]
+    access.write_text(json.dumps(dict(good, proof="00")))
+    status, found = doctor(HOME=server.home)
+    assert status == 1 and "is not the farm" in found["server"][1] and "login" not in found
+    assert server.end(signal.SIGTERM) == 0
+    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "http://no.such.host.invalid:5000", HOME=str(tmp_path))
+    assert status == 1 and found["file system"][0] == "FAIL" and "--advertise" in found["server"][1]
+
+
+def test_doctor_says_where_nothing_can_be_written_for_workers(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for environ in ({"XDG_CONFIG_HOME": str(tmp_path / "file")}, {"XDG_STATE_HOME": str(tmp_path / "file")}):
+        _, found = doctor(HOME=str(tmp_path), **environ)
+        assert found["home"][0] == "warn" and "XDG_" in found["home"][1], environ
+
+
+def test_doctor_says_who_has_the_port(tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        _, found = doctor("--port", str(port), HOME=str(tmp_path))
+        assert found["port %d" % port][0] == "warn" and "--port 0" in found["port %d" % port][1]
+        assert "user %s has it" % pwd.getpwuid(os.getuid()).pw_name in found["port %d" % port][1]
+
+
+def test_doctor_takes_a_farm_for_yours_when_it_can_prove_it(farm: Live, tmp_path: Path) -> None:
+    path = tmp_path / "access.json"
+    for proof, verdict in (("00" * 32, "warn"), (file_of(farm)["proof"], "ok")):
+        taskfarm.write_access(str(path), dict(file_of(farm), proof=proof))
+        _, found = doctor("--port", str(farm.port), TASKFARM_ACCESS=str(path))
+        assert found["port %d" % farm.port][0] == verdict
+
+
+def test_doctor_does_not_wait_for_what_hangs(tmp_path: Path) -> None:
+    silent = threading.Event()
+
+    def hangs() -> Iterator[taskfarm.Finding]:
+        yield taskfarm.Finding("ok", "first", "this came")
+        silent.wait(60)
+
+    def fails() -> Iterator[taskfarm.Finding]:
+        raise ZeroDivisionError("oh")
+        yield
+    found = list(taskfarm.examine([("slow", hangs), ("broken", fails), ("programs", taskfarm.check_programs)], 0.2))
+    silent.set()
+    assert [(finding.what, finding.verdict) for finding in found] == [
+        ("first", "ok"), ("slow", "FAIL"), ("broken", "FAIL"), ("Python", "ok"), ("SQLite", "ok")]
+    with contextlib.closing(socket.socket()) as mute:       # it takes connections and never says a word
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        status, found_ = doctor("--url", "http://127.0.0.1:%d" % mute.getsockname()[1], HOME=str(tmp_path))
+    assert status == 1 and found_["server"][0] == "FAIL" and found_["Python"][0] == "ok"
+
+
+def test_doctor_says_when_the_job_ends_and_what_workers_left(tmp_path: Path) -> None:
+    _, found = doctor(HOME=str(tmp_path), SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(time.time()) + 7250))
+    assert found["job"][0] == "ok" and "2 h" in found["job"][1]
+    _, found = doctor(HOME=str(tmp_path), PBS_JOBID="1", PATH="")
+    assert found["job"][0] == "warn" and "--until" in found["job"][1] and "leftovers" not in found
+    taskfarm.write_access(str(tmp_path / ".local/state/taskfarm/left-w.json"), {})
+    _, found = doctor(HOME=str(tmp_path))
+    assert found["leftovers"][0] == "warn" and "1 file" in found["leftovers"][1] and "job" not in found
+
+
+def test_doctor_knows_the_file_system_of_a_folder() -> None:
+    mounts = ("22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n30 22 0:40 / /home rw - nfs4 server:/home rw,vers=4.2\n"
+              "31 22 0:41 / /scratch\\040two rw - lustre mds@tcp:/s rw\n32 22 0:42 / /home rw - tmpfs x rw\n")
+    assert taskfarm.mount_of("/home/ada/x", mounts) == ("/home", "tmpfs"), "the later mount is the one that is seen"
+    assert taskfarm.mount_of("/scratch two/f", mounts) == ("/scratch two", "lustre")
+    assert taskfarm.mount_of("/homes/ada", mounts) == ("/", "ext4")
+
+
+def test_doctor_finds_locks_that_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [finding.verdict for finding in taskfarm.try_locks(str(tmp_path / "f"), "ext4")] == ["ok"]
+    monkeypatch.setattr(taskfarm.fcntl, "flock", lambda *_: None)       # as where they are mounted away
+    assert [finding.verdict for finding in taskfarm.try_locks(str(tmp_path / "f"), "ext4")] == ["FAIL"]
+
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(taskfarm.fcntl, "flock", refuse)
+    (found,) = taskfarm.try_locks(str(tmp_path / "f"), "lustre")
+    assert found.verdict == "FAIL" and "-o flock" in found.says
+
+
 # ---------------------------------------------------------------- COMMAND LINE
 
 def test_bench_measures_and_counts(tmp_path: Path) -> None:
@@ -3771,6 +4901,386 @@ def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.Comple
                           env=dict(os.environ, **environ), timeout=60)
 
 
+class Terminal:
+    """A verb on a terminal of so many columns; what it shows is kept in `shown`."""
+
+    def __init__(self, words: List[str], environ: Dict[str, str], columns: int = 100) -> None:
+        self.screen, inside = os.openpty()
+        fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        environ = dict(os.environ, TERM="xterm", **environ)
+        self.process = subprocess.Popen(
+            [sys.executable, str(MODULE), *words], stdin=inside, stdout=inside, stderr=inside, env=environ,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(inside)
+        self.shown = ""
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError):      # EIO: the verb has ended
+            for data in iter(lambda: os.read(self.screen, 65536), b""):
+                self.shown += data.decode(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.shown)
+
+    def type(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+    def end(self) -> int:
+        status = self.process.wait(20)
+        self.thread.join(20)
+        os.close(self.screen)
+        return status
+
+
+def as_ada(farm: Live) -> Dict[str, str]:
+    """The environment in which verbs ask this farm."""
+    return {"TASKFARM_URL": farm.url, "TASKFARM_TOKEN": farm.token}
+
+
+def verb(farm: Live, *words: str, stdin: str = "", status: int = 0) -> str:
+    """What a verb that asks this farm prints; on the error output where it is refused."""
+    done = run_verb(*words, stdin=stdin, **as_ada(farm))
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    if status:
+        assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.stderr if status else done.stdout
+
+
+def fail(farm: Live, run: str, number: int, message: str) -> None:
+    assert farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number),
+                    {"status": "failed", "exitCode": 3, "message": message})[0] == 204
+
+
+def worker(farm: Live, name: str, lease: Optional[int] = None) -> None:
+    body = {"uuid": name, "hostname": "node-" + name, "pid": 7}
+    assert farm.ask("POST", "/api/worker", dict(body, lease=lease) if lease else body)[0] == 201
+
+
+def start_task(farm: Live, run: str, name: str) -> int:
+    status, task = farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": name})
+    assert status == 201
+    return int(task["task"])
+
+
+def test_new_prints_the_uuid_alone_and_makes_what_was_asked_for(farm: Live, tmp_path: Path) -> None:
+    shown = verb(farm, "new", "70", "--name", "ant arctica", "--max-failures", "3", "--max-losses", "0")
+    assert re.fullmatch("[0-9a-f]{32}\n", shown)
+    _, run = farm.ask("GET", "/api/runs/" + shown.strip())
+    assert (run["numTasks"], run["name"], run["maxFailures"], run["maxLosses"]) == (70, "ant arctica", 3, 0)
+    for text, lines in (("a b\n\nc\n", 3), ("a\nb", 2), ("x", 1)):
+        (tmp_path / "lines").write_text(text)
+        uuid_ = verb(farm, "new", "--lines", str(tmp_path / "lines")).strip()
+        assert farm.ask("GET", "/api/runs/" + uuid_)[1]["numTasks"] == lines, text
+    (tmp_path / "lines").write_text("")
+    before = farm.ask("GET", "/api/runs")
+    assert "has no lines" in verb(farm, "new", "--lines", str(tmp_path / "lines"), status=1)
+    assert "cannot be read" in verb(farm, "new", "--lines", str(tmp_path / "missing"), status=1)
+    detail = farm.ask("POST", "/api/run", {"numTasks": 0})[1]["detail"]
+    assert verb(farm, "new", "0", status=1) == "taskfarm: %s\n" % detail, "refusals are the server's own sentences"
+    assert verb(farm, "new", "5", "--name", "\udcff", status=1).count("\n") == 1
+    for words in (["new"], ["new", "many"], ["new", "5", "--lines", "x"], ["new", "-5"]):
+        verb(farm, *words, status=2)
+    assert farm.ask("GET", "/api/runs") == before
+
+
+def test_new_may_stand_right_behind_the_first_start_of_a_server(tmp_path: Path) -> None:
+    environ = dict(os.environ, HOME=str(tmp_path))
+    new = subprocess.Popen([sys.executable, str(MODULE), "new", "5"], stdout=subprocess.PIPE, text=True, env=environ)
+    server = subprocess.Popen([sys.executable, str(MODULE), "--db", str(tmp_path / "f"), "--port", "0"], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ)
+    shown, _ = new.communicate(timeout=20)
+    assert new.returncode == 0 and len(shown) == 33
+    server.terminate()
+    assert server.communicate(timeout=20) and server.returncode == 0
+
+
+def test_a_verb_sends_what_workers_left(farm: Live, tmp_path: Path) -> None:
+    run = make_run(farm, 4)
+    worker(farm, "w1")
+    number = start_task(farm, run, "w1")
+    left = tmp_path / "taskfarm/left-w1.json"
+    taskfarm.write_access(str(left), {"farm": "", "url": farm.url, "run": run, "worker": "w1", "reports": [
+        {"task": number, "attempt": 1, "status": "done"}]})
+    done = run_verb("list", "--json", XDG_STATE_HOME=str(tmp_path), **as_ada(farm))
+    assert json.loads(done.stdout)["data"][0]["numDone"] == 1 and "are sent" in done.stderr and not left.exists()
+
+
+def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
+    assert verb(farm, "list").split()[:2] == ["run", "tasks"]
+    first, second = verb(farm, "new", "4", "--name", "one").strip(), make_run(farm, 10)
+    assert report(farm, second, 3, status="done") == 204
+    lines = verb(farm, "list").splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [[first, "4"], [second, "10"]] and "\x1b" not in "".join(lines)
+    assert lines[1].endswith("one") and "10.0%" in lines[2] and "\t" not in "".join(lines)
+    verb(farm, "new", "5", "--name", "\u00e9tude")
+    ascii_ = run_verb("list", PYTHONIOENCODING="ascii", **as_ada(farm))
+    assert ascii_.returncode == 0 and ascii_.stdout.endswith("\\xe9tude\n"), "what the terminal cannot show is spelt"
+    assert json.loads(verb(farm, "list", "--json")) == farm.ask("GET", "/api/runs")[1]
+    terminal = Terminal(["list"], as_ada(farm), columns=60)
+    assert terminal.end() == 0
+    shown = terminal.shown.replace("\x1b[1m", "").replace("\x1b[0m", "").split("\r\n")
+    assert max(map(len, shown)) <= 60 and shown[1].split()[0] == first[:8]
+    assert "\x1b[1m" in terminal.shown
+    plain = Terminal(["list"], dict(as_ada(farm), NO_COLOR="1"))
+    assert plain.end() == 0 and "\x1b" not in plain.shown and "one" in plain.shown
+
+
+def test_runs_are_meant_by_beginnings_and_names(farm: Live) -> None:
+    one, two = (verb(farm, "new", "4", "--name", name).strip() for name in ("antarctica", "arctic"))
+    for text, meant in ((one, one), ("antarctica", one), ("ar", two), (two[:20], two)):
+        assert json.loads(verb(farm, "status", text, "--json"))["run"]["uuid"] == meant, text
+    several = verb(farm, "status", "a", status=1)
+    assert "say which" in several and one in several and two in several
+    assert "'taskfarm.py list'" in verb(farm, "status", "greenland", status=1)
+    gone = "0" * 32
+    assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
+
+
+def test_status_shows_states_rate_workers_and_what_failed(farm: Live) -> None:
+    run = verb(farm, "new", "200", "--name", "antarctica").strip()
+    shown = verb(farm, "status", run)
+    assert "200 waiting" in shown and "time left  unknown: nothing is computing" in shown and "none is alive" in shown
+    worker(farm, "w1", 120)
+    for _ in range(60):
+        assert report(farm, run, start_task(farm, run, "w1"), status="done", worker_uuid="w1") == 204
+    fail(farm, run, start_task(farm, run, "w1"), "Segmentation fault\nin \x1b[2Jtile.sh")
+    longest = start_task(farm, run, "w1")
+    found = json.loads(verb(farm, "status", run, "--json"))
+    assert found["run"] == farm.ask("GET", "/api/runs/" + run)[1] and found["over"] is False
+    assert found["workers"] == {"alive": 1, "hosts": 1, "held": 1}
+    assert [task["task"] for task in found["longest"]] == [longest]
+    assert [(task["task"], task["exitCode"]) for task in found["failures"]] == [(60, 3)]
+    rate, left = found["rate"], found["secondsLeft"]
+    assert rate["ended"] in (60, 61) and rate["low"] < rate["perSecond"] < rate["high"]
+    assert left["least"] == pytest.approx(139 / rate["high"]) and (
+        left["most"] == (pytest.approx(139 / rate["low"]) if rate["low"] else None))
+    shown = verb(farm, "status", "antarctica")
+    assert "30.0 %" in shown and "\n[" in shown and "60 done" in shown and "1 failed" in shown
+    assert re.search(r"rate +[0-9.]+ tasks/s over the last [0-9.]+ s \([0-9.]+ to [0-9.]+ tasks/s\)\n", shown)
+    assert re.search(r"last failures\n +task .*\n +60 .* 3  node-w1  Segmentation fault in \?\[2Jtile.sh\n", shown)
+    assert re.search(r"longest computing\n +task .*\n +%d .* node-w1\n" % longest, shown)
+
+
+def test_a_run_that_is_over_says_what_is_to_do(farm: Live) -> None:
+    run = make_run(farm, 2)
+    assert report(farm, run, 0, status="done") == 204
+    fail(farm, run, 1, "")
+    shown = verb(farm, "status", run)
+    assert "restart %s --failed" % run[:8] in shown and "time left" not in shown
+    assert json.loads(verb(farm, "status", run, "--json"))["over"] is True
+    watched = run_verb("status", run, "--watch", **as_ada(farm))
+    assert watched.returncode == 0 and watched.stdout.count("\n") == 1 and "over" in watched.stdout
+
+
+def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
+    run = make_run(farm, 2500)
+    worker(farm, "w1")
+    start_task(farm, run, "w1")
+    for number in (7, 8):
+        fail(farm, run, number, "message %d" % number)
+    lines = verb(farm, "tasks", run).splitlines()
+    assert len(lines) == 2501 and [int(line.split()[0]) for line in lines[1:]] == list(range(2500))
+    lines = verb(farm, "tasks", run, "--status", "failed").splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["7", "failed"], ["8", "failed"]]
+    assert lines[1].endswith("message 7")
+    last_first = json.loads(verb(farm, "tasks", run, "--status", "failed", "--order", "finished", "--json"))["data"]
+    assert [task["task"] for task in last_first] == [8, 7]
+    assert last_first[0] == farm.ask("GET", "/api/runs/%s/tasks?status=failed&order=finished" % run)[1]["data"][0]
+    assert len(json.loads(verb(farm, "tasks", run, "--json"))["data"]) == 2500
+    assert json.loads(verb(farm, "tasks", run, "--status", "done", "--json")) == {"data": []}
+    assert len(verb(farm, "tasks", run, "--limit", "1200").splitlines()) == 1201
+    terminal = Terminal(["tasks", run, "--limit", "3"], as_ada(farm), columns=50)
+    assert terminal.end() == 0
+    assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
+
+
+def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
+    run = make_run(farm, 100000)
+    process = subprocess.Popen([sys.executable, str(MODULE), "tasks", run], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env=dict(os.environ, **as_ada(farm)))
+    assert process.stdout and process.stderr
+    assert process.stdout.readline().startswith("task ")
+    process.stdout.close()
+    assert process.wait(20) == 1 and process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_workers_are_listed_alive_or_all(farm: Live) -> None:
+    worker(farm, "w1", 120)
+    worker(farm, "w2")
+    assert farm.ask("DELETE", "/api/worker/w1")[0] == 204
+    (line,) = verb(farm, "workers").splitlines()[1:]
+    assert line.split()[:4] == ["node-w2", "7", "alive", "0"] and line.endswith("w2")
+    assert len(verb(farm, "workers", "--all").splitlines()) == 3
+    listed = json.loads(verb(farm, "workers", "--all", "--json"))["data"]
+    assert listed == farm.ask("GET", "/api/workers?all=True")[1]["data"] and len(listed) == 2
+
+
+@pytest.mark.parametrize("words, counts", [([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all"], (4, 0, 0))])
+def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], counts: Tuple[int, int, int]) -> None:
+    run = make_run(farm, 4)
+    worker(farm, "w1")
+    assert start_task(farm, run, "w1") == 0
+    assert report(farm, run, 1, status="done") == 204
+    fail(farm, run, 2, "")
+    shown = verb(farm, "restart", run, *words)
+    _, after = farm.ask("GET", "/api/runs/" + run)
+    assert (after["numWaiting"], after["numDone"], after["numFailed"]) == counts
+    assert "%d waiting" % counts[0] in shown
+    verb(farm, "restart", run, "--all", "--failed", status=2)
+
+
+def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
+    run = verb(farm, "new", "4", "--name", "antarctica").strip()
+    assert "--yes" in verb(farm, "delete", run, stdin="y\n", status=1), "a pipe cannot agree"
+    for answer, left in (("n\r", True), ("\r", True), ("yesterday\r", True), ("y\r", False)):
+        terminal = Terminal(["delete", "ant"], as_ada(farm))
+        terminal.wait_for("[y/N]")
+        assert "antarctica" in terminal.shown and "4 waiting" in terminal.shown
+        terminal.type(answer)
+        assert terminal.end() == int(left)
+        assert farm.ask("GET", "/api/runs/" + run)[0] == (200 if left else 404), answer
+    other = make_run(farm, 4)
+    assert other in verb(farm, "delete", other[:12], "--yes")
+    assert farm.ask("GET", "/api/runs")[1] == {"data": []}
+    assert "there is no run" in verb(farm, "delete", other, "--yes", status=1)
+
+
+def file_of(farm: Live) -> Dict[str, str]:
+    """What this farm's access file says, for ada."""
+    return {"url": farm.url, "user": "ada", "token": farm.token, "farm": farm.service.store.identity,
+            "proof": farm.service.store.proof_key.hex()}
+
+
+def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "access.json"
+    environ = {"TASKFARM_ACCESS": str(path)}
+    words = ["login", farm.url + "/api/", "--user", "ada"]
+    done = run_verb(*words, stdin="wrong\n", **environ)
+    assert done.returncode == 6 and "log in" in done.stderr and not path.exists()
+    assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    access = json.loads(path.read_text())
+    assert dict(access, token=farm.token) == file_of(farm) and Live.PASSWORD not in path.read_text()
+    assert taskfarm.still_answers(taskfarm.as_access(access, "")), "it can know the farm again"
+    assert run_verb("new", "5", **environ).returncode == 0
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
+    path.unlink()
+    terminal = Terminal(words, environ)
+    terminal.wait_for("password for ada: ")
+    terminal.type(Live.PASSWORD + "\r")
+    assert terminal.end() == 0 and Live.PASSWORD not in terminal.shown
+    assert json.loads(path.read_text())["url"] == farm.url
+
+
+def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of_a_living_farm(
+        farm: Live, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        done = run_verb("login", "127.0.0.1:%d" % unused.getsockname()[1], stdin="", HOME=str(tmp_path))
+    assert done.returncode == 5 and "no farm answers" in done.stderr
+    assert not (tmp_path / ".config").exists()
+    mine = tmp_path / ".config/taskfarm/access.json"
+    taskfarm.write_access(str(mine), file_of(farm))
+    with contextlib.closing(Live(str(tmp_path / "other.sqlite"))) as other:
+        done = run_verb("login", other.url, "--user", "ada", stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
+        assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
+        (beside,) = (path for path in mine.parent.iterdir() if path != mine)
+        assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_watch_lives_through_a_restart_of_the_server_and_ends_with_the_run(
+        farm: Live, tmp_path: Path, terminal: bool) -> None:
+    path = tmp_path / "access.json"
+    taskfarm.write_access(str(path), file_of(farm))
+    run = make_run(farm, 3)
+    words = ["status", run, "--watch", "--every", "0.1"]
+    if terminal:
+        watch = Terminal(words, {"TASKFARM_ACCESS": str(path)})
+        shown, process = (lambda: watch.shown), watch.process
+    else:
+        log = (tmp_path / "log").open("w+")
+        process = subprocess.Popen([sys.executable, str(MODULE), *words], stdout=log,
+                                   env=dict(os.environ, TASKFARM_ACCESS=str(path)))
+        shown = (tmp_path / "log").read_text
+    try:
+        wait_until(lambda: "3 waiting" in shown())
+        farm.stop()
+        wait_until(lambda: "the server is away" in shown())
+        farm.local = threading.local()
+        farm.start()
+        taskfarm.write_access(str(path), file_of(farm))       # as a server that starts does: it has another port now
+        assert report(farm, run, 0, status="done") == 204
+        wait_until(lambda: "2 waiting" in shown())
+        for number in (1, 2):
+            assert report(farm, run, number, status="done") == 204
+        if terminal:
+            assert watch.end() == 0
+            before, _, last = watch.shown.rpartition("\x1b[J")
+            assert "all tasks are done" in last and "away" not in last, "the last picture stays"
+            assert re.search(r"\x1b\[[0-9]+A\r$", before), "and stands in the place of the one before"
+        else:
+            assert process.wait(20) == 0
+            log.close()
+            assert "the server is back" in shown() and "\x1b" not in shown()
+            assert "over" in shown().splitlines()[-1] and "100.0 %" in shown().splitlines()[-1]
+    finally:
+        process.kill()
+
+
+def test_a_watch_of_a_run_that_is_deleted_ends_with_the_sentence_of_the_server(farm: Live) -> None:
+    run = make_run(farm, 3)
+    process = subprocess.Popen([sys.executable, str(MODULE), "status", run, "--watch", "--every", "0.1", "--json"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=dict(os.environ, **as_ada(farm)))
+    assert process.stdout
+    assert json.loads(process.stdout.readline())["run"]["numWaiting"] == 3
+    assert farm.ask("DELETE", "/api/runs/" + run)[0] == 204
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1 and "there is no run" in errors and errors.count("\n") == 1
+
+
+def test_the_pace_of_a_watch_comes_from_its_own_readings_once_they_tell_more(farm: Live) -> None:
+    run = make_run(farm, 5000)
+    for first in (0, 1000):
+        farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": [
+            {"task": number, "status": "done"} for number in range(first, first + 1000)]})
+    with contextlib.closing(taskfarm.Client(lambda: taskfarm.as_access(file_of(farm), "test"))) as client:
+        lookout = taskfarm.Lookout(client, run)
+        assert lookout.look().rate is None or lookout.ends.points, "a list that is cut off tells of its own time"
+        lookout.readings.appendleft((time.monotonic() - 100.0, 0))
+        seen = lookout.look().rate
+        assert seen and seen.ended == 2000 and seen.window_s > 99
+        assert farm.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+        lookout.look()
+        assert len(lookout.readings) == 1, "what was before a restart says nothing"
+
+
+def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(taskfarm, "VERB_PATIENCE_S", 0.2)
+    monkeypatch.setenv("TASKFARM_TOKEN", "tf1.x")
+    with contextlib.closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:%d" % unused.getsockname()[1]
+        for words in (["list"], ["new", "5"], ["status", "x", "--watch"], ["workers"], ["delete", "x", "--yes"]):
+            assert taskfarm.main([*words, "--url", url]) == 5
+            shown = capsys.readouterr()
+            assert shown.out == "" and shown.err.count("\n") == 1 and url in shown.err
+
+
+def test_the_help_shows_every_verb_and_the_first_ones_first() -> None:
+    shown = run_verb("--help").stdout
+    listed = re.findall(r"^  ([a-z]+)  +\S", shown.partition("options:")[0], re.M)
+    assert [name for name in listed if name in ("new", "work", "status")] == listed[:sum(
+        name in listed for name in ("new", "work", "status"))]
+    assert set(listed) == {words[0] for words in VERBS} and len(listed) == len(set(listed))
+    assert max(map(len, shown.splitlines())) <= 120
+
+
 def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
@@ -3783,7 +5293,8 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
     assert set(content) == {"url", "user", "token", "farm", "proof"}
     assert content["url"] == server.line.split()[-1]
     assert server.ask("GET", "/api/runs")[0] == 200
-    assert taskfarm.still_answers(content) and not taskfarm.still_answers(dict(content, proof="00"))
+    for proof, answers in ((content["proof"], True), ("00", False), ("", False)):
+        assert taskfarm.still_answers(taskfarm.as_access(dict(content, proof=proof), "")) is answers
     for path in [access, *(tmp_path / name for name in ("f", "f-wal", "f.lock"))]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert "password" not in server.log() + server.line, "it is shown on a terminal only"
