@@ -880,8 +880,9 @@ class Machine(RuleBasedStateMachine):
     def live(self, run: str, worker: str, rival: str, dice: random.Random) -> None:
         """What may happen to one worker: the rules beside this one, met more closely."""
         for _ in range(dice.randrange(3, 8)):
+            seldom = dice.choice(["sign off", "register", "restart", "put", "server"])
             act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "end", "silence", "silence", "beat",
-                               dice.choice(["sign off", "register", "restart", "put", "server"])])
+                               seldom])
             if act == "claim":
                 self.claim(run, worker, dice.random() < 0.5, False)
             elif act == "ahead":
@@ -3666,7 +3667,7 @@ while True:
     for task in tasks:
         log.write("claimed %d %d\\n" % (task["task"], task["attempt"]))
     if dice.random() < 0.5:
-        time.sleep(dice.random() * 0.1)
+        time.sleep(dice.random() * 0.1 if dice.random() < 0.95 else 1.3)     # longer than the lease
     if dice.random() < 0.1:
         ask("PUT", "/api/worker/" + name)
     verdicts = [dice.choice(["done"] * 9 + ["failed", "waiting"]) for _ in tasks]
@@ -3694,7 +3695,7 @@ print("ended")
 
 def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_once(tmp_path: Path) -> None:
     """Workers are killed and replaced, stopped and continued, the server is killed and started again on its port."""
-    number_workers, number_tasks = (6, 300) if QUICK else (20, 4000)
+    number_workers, number_tasks = (6, 400) if QUICK else (20, 8000)
     db, dice = str(tmp_path / "f"), random.Random(11)
     server = Process(db)
     status, shown = server.ask("POST", "/api/run", {"numTasks": number_tasks, "maxFailures": 0, "maxLosses": 0})
@@ -3726,14 +3727,14 @@ def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_onc
                 workers[slot].send_signal(signal.SIGCONT)
                 stopped.remove(slot)
         slot = dice.randrange(number_workers)
-        if dice.random() < 0.15 and slot not in stopped and workers[slot].poll() is None:
+        if dice.random() < 0.3 and slot not in stopped and workers[slot].poll() is None:
             workers[slot].send_signal(signal.SIGSTOP)
             stopped.append(slot)
-        elif dice.random() < 0.15 and slot not in stopped and workers[slot].poll() is None:
+        elif dice.random() < 0.2 and slot not in stopped and workers[slot].poll() is None:
             workers[slot].kill()
             workers[slot].communicate()
             start_worker(slot)
-        if beats % 40 == 0:
+        if beats % (15 if QUICK else 40) == 0:
             server_kills += 1
             server.end(signal.SIGKILL)
             server = Process(db, port=port)
@@ -3760,7 +3761,7 @@ def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_onc
     assert len({number for number, _ in finished}) == len(finished), "done twice"
     assert all((tasks[int(number)]["worker"], str(tasks[int(number)]["attempt"])) == (name, attempt)
                for (number, attempt), name in finished.items()), "another result stands than the one that was taken"
-    assert server_kills > 1 and started > number_workers and max(task["attempt"] for task in tasks.values()) > 1
+    assert server_kills > 0 and started > number_workers and max(task["attempt"] for task in tasks.values()) > 1
     assert server.end(signal.SIGTERM) == 0
     with contextlib.closing(Store(db)) as store:
         assert store.call(taskfarm.check()) == []
