@@ -866,6 +866,7 @@ class Machine(RuleBasedStateMachine):
     def sign_off(self, worker: str) -> None:
         assert self.farm.ask("DELETE", "/api/worker/" + worker)[0] == self.model.sign_off(worker)[0]
         self.farm.settle()      # the tasks follow in slices
+        self.keyed = [entry for entry in self.keyed if entry[3] != worker]
 
     @rule(steps=st.sampled_from([1, 2, 9]), beating=st.sets(names))
     def time_passes(self, steps: int, beating: Set[str]) -> None:
@@ -881,8 +882,8 @@ class Machine(RuleBasedStateMachine):
         """What may happen to one worker: the rules beside this one, met more closely."""
         for _ in range(dice.randrange(3, 8)):
             seldom = dice.choice(["sign off", "register", "restart", "put", "server"])
-            act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "end", "silence", "silence", "beat",
-                               seldom])
+            act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "end", "silence", "silence",
+                               "beat", seldom])
             if act == "claim":
                 self.claim(run, worker, dice.random() < 0.5, False)
             elif act == "ahead":
