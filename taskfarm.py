@@ -6907,7 +6907,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
     parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
     parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
-    parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="what to run for each task")
+    parser.add_argument("words", nargs="*", metavar="-- COMMAND ...", help="what to run for each task")
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
@@ -7273,13 +7273,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
+    """The words of a command line parsed, with what follows the first -- of `work` left as it is.
+
+    argparse would take a second -- out of the command, in some versions of Python.
+    """
+    at = words.index("--") if words[0] == "work" and "--" in words else len(words)
+    args = parser.parse_args(words[:at])
+    if words[0] == "work":
+        args.words += words[at + 1:]
+        if not args.words:
+            parser.error("which command? work RUN -- COMMAND ...")
+    return args
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
     parser = make_parser()
-    args = parser.parse_args(words)
+    args = parse_words(parser, words)
     if args.needs_db and not args.db:
         parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
     try:
