@@ -6844,10 +6844,12 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
     access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
-    commands and give their tasks back; a second signal does it at once.
+    commands and give their tasks back; a second signal does it at once. Slurm signals the worker only
+    when it is started by exec or srun, as below.
 
-    exit status: 0 the run is finished, 3 finished with failed tasks, 4 the run was deleted, 5 the
-    server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused, 2 usage
+    exit status: 0 nothing is left to do, 3 the same with failed tasks, 4 there is no such run (any
+    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused,
+    2 usage
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
@@ -6890,6 +6892,7 @@ def cmd_work(args: argparse.Namespace) -> int:
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """How to run the commands."""
+    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
     parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
     parser.add_argument("-j", "--jobs", type=positive(int), default=1, metavar="N",
                         help="so many commands at a time; by default 1")
@@ -6907,7 +6910,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
     parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
     parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
-    parser.add_argument("words", nargs="*", metavar="-- COMMAND ...", help="what to run for each task")
+    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
