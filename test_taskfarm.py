@@ -2464,6 +2464,25 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
 
 
+def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    hand = Hand(server, run, "-j", "2", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02; %s %s "
+                "progress 50" % (tmp_path, sys.executable, MODULE))
+    wait_until(lambda: list(tmp_path.glob("ran-*")))
+    server.process.kill()
+    server.process.wait()
+    other = Process(str(tmp_path / "other"), home=server.home)
+    wait_until(lambda: "is the server running" in hand.said())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    again.token = server.token      # the file is the other's
+    hand.end(0)
+    assert counts(again, run) == (0, 0, 40, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    other.process.kill()
+    other.process.wait()
+    assert again.end(signal.SIGTERM) == 0
+
+
 def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
     relay, swallow = Flaky(farm.port), [True] * 3
     relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
