@@ -4622,14 +4622,27 @@ def as_access(known: Mapping[str, Any], source: str) -> Access:
     return Access(base_of(url), user, token, "", proof, farm, source)
 
 
-def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "") -> Access:
+def access_beside(path: str, farm: str) -> Access:
+    """What an access file in the folder says that is this farm's; empty when there is none."""
+    for name in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
+        access = as_access(read_access(name), name)
+        if access.farm == farm:
+            return access
+    return as_access({}, path)
+
+
+def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "",
+                farm: str = "") -> Access:
     """Farm and login from the arguments, TASKFARM_URL, TASKFARM_TOKEN or TASKFARM_USER, or else the access file.
 
     What is not given comes from the access file, which also says how the farm proves that it is the
-    one: a login out of it never goes to another. Raises Refusal when there is nothing to go by.
+    one: a login out of it never goes to another. Who knows already which farm it is names it, since
+    another may have got the file meanwhile. Raises Refusal when there is nothing to go by.
     """
     path = access_path(environ)
     known = as_access(read_access(path), path)
+    if farm and known.farm != farm:
+        known = access_beside(path, farm)
     given = base_of(url or environ.get("TASKFARM_URL", ""))
     token = "" if user else environ.get("TASKFARM_TOKEN", "")
     if not user and not token:
@@ -4737,6 +4750,8 @@ class Client:
         """Read again where the farm is; whether there is a new address or login, which is used from here on."""
         with contextlib.suppress(Refusal):
             found = self.find()
+            if self.access and self.access.farm and found.farm not in ("", self.access.farm):
+                return False        # another farm has got the access file: our runs are not there
             if found != self.access:
                 self.close()
                 self.access = found
@@ -4757,11 +4772,16 @@ class Client:
         self.welcome = True
         return answer
 
-    def connect(self) -> Access:
-        """Be connected, with the farm's proof of who it is when that can be had. Raises Unreachable."""
+    @property
+    def known(self) -> Access:
+        """Farm and login in use. Raises Refusal when there is no farm to ask."""
         if self.access is None:
             self.access = self.find()
-        access = self.access
+        return self.access
+
+    def connect(self) -> Access:
+        """Be connected, with the farm's proof of who it is when that can be had. Raises Unreachable."""
+        access = self.known
         if self.pid != os.getpid():
             self.connection, self.pid = None, os.getpid()
         if self.connection is None:
@@ -4928,12 +4948,13 @@ class Heartbeat:
                 client.ask("DELETE", "/api/worker/" + self.worker)
 
 
-def script_access(username: Optional[str], password: Optional[str], url_base: Optional[str]) -> Access:
+def script_access(username: Optional[str], password: Optional[str], url_base: Optional[str],
+                  farm: str = "") -> Access:
     """Farm and login of a script: as it says, else as `find_access`; with a login alone, localhost as ever."""
     access = read_access(access_path(os.environ)).get("url")
     if username and not (url_base or access or os.environ.get("TASKFARM_URL")):
         url_base = "http://localhost:5000/api/"
-    return find_access(os.environ, url_base or "", username or "", password or "")
+    return find_access(os.environ, url_base or "", username or "", password or "", farm)
 
 
 def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
@@ -4955,9 +4976,11 @@ class TaskFarm:
     """
     def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
                  numTasks: Optional[int] = None, url_base: Optional[str] = None) -> None:
-        self._client = Client(functools.partial(script_access, username, password, url_base), START_PATIENCE_S)
+        find = functools.partial(script_access, username, password, url_base)
+        self._client = Client(find, START_PATIENCE_S)
         self._lock = threading.Lock()
         self._token = str(self._ask("GET", "/api/token")["token"])
+        self._client.find = functools.partial(find, self._client.known.farm)
         if uuid is None and numTasks is None:
             raise RuntimeError("numTasks must be set when creating a new task")
         if uuid is None:
@@ -4973,7 +4996,7 @@ class TaskFarm:
 
     def url(self, url: str) -> str:
         """The whole URL of an end point, as "runs"."""
-        return "%s/api/%s" % (self._client.access.url if self._client.access else "", url)
+        return "%s/api/%s" % (self._client.known.url, url)
 
     @property
     def session(self) -> Client:
@@ -5649,7 +5672,6 @@ class Farmhand:
         except OSError as error:
             raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         self._prepare_environment()
-        access = self.client.connect()
         self.courier = Courier(self.client, self.run["uuid"], self.uuid, self._wake, self.display.bar)
         self.client.say = self.courier.say
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
@@ -5663,11 +5685,11 @@ class Farmhand:
                 self._turn()
         finally:
             left = self.courier.close()
-            self._close(left, access)
+            self._close(left)
         return self.status
 
     def _prepare_environment(self) -> None:
-        access = self.client.connect()
+        access = self.client.known
         environ = dict(os.environ, TASKFARM_RUN=self.run["uuid"], TASKFARM_WORKER=self.uuid)
         if not environ.get("TASKFARM_URL"):
             # The address is in the access file, where `progress` looks again: it may change while a command runs.
@@ -6105,7 +6127,7 @@ class Farmhand:
             self.courier.report(task, attempt, status="waiting")
         self.ready.clear()
 
-    def _close(self, left: List[Dict[str, Any]], access: Access) -> None:
+    def _close(self, left: List[Dict[str, Any]]) -> None:
         """Send the last reports, sign off, and leave for later what cannot be sent."""
         for command in list(self.running.values()):     # only when something went wrong here
             signal_group(command.pid, signal.SIGKILL)
@@ -6125,7 +6147,7 @@ class Farmhand:
                 self.status = RUN_DELETED
                 return
             except (FarmError, Unreachable, Refusal) as error:
-                self._leave(client.access or access, left, error)
+                self._leave(left, error)
                 return
         self.display.look(run)
         self.display.end("%d done, %d failed, %d waiting, %d computing" % tuple(
@@ -6135,7 +6157,7 @@ class Farmhand:
         elif run["numFailed"]:
             self.status = TASKS_FAILED
 
-    def _leave(self, access: Access, left: List[Dict[str, Any]], error: Exception) -> None:
+    def _leave(self, left: List[Dict[str, Any]], error: Exception) -> None:
         results = [entry for entry in left if entry["status"] != "computing"]
         if self.stopping:
             self.status = self.exit_status
@@ -6145,7 +6167,7 @@ class Farmhand:
             self.display.end(str(error))
             return
         try:
-            path = leave_reports(access, self.run["uuid"], self.uuid, results)
+            path = leave_reports(self.client.known, self.run["uuid"], self.uuid, results)
             self.display.end("%s; %d reports are left in %s, which the next worker sends" % (error, len(results), path))
         except OSError as trouble:
             self.display.end("%s; %d reports are lost: %s" % (error, len(results), trouble))
@@ -7831,10 +7853,12 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
     access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
-    commands and give their tasks back; a second signal does it at once.
+    commands and give their tasks back; a second signal does it at once. Slurm signals the worker only
+    when it is started by exec or srun, as below.
 
-    exit status: 0 the run is finished, 3 finished with failed tasks, 4 the run was deleted, 5 the
-    server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused, 2 usage
+    exit status: 0 nothing is left to do, 3 the same with failed tasks, 4 there is no such run (any
+    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused,
+    2 usage
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
@@ -7847,6 +7871,7 @@ def cmd_work(args: argparse.Namespace) -> int:
     client.say = display.say
     try:
         run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
+        client.find = functools.partial(find_access, os.environ, farm=client.known.farm)
         for sentence in send_leftovers(client):
             display.say(sentence)
     except (FarmError, Unreachable) as error:
@@ -7877,6 +7902,7 @@ def cmd_work(args: argparse.Namespace) -> int:
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """How to run the commands."""
+    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
     parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
     parser.add_argument("-j", "--jobs", type=positive(int), default=1, metavar="N",
                         help="so many commands at a time; by default 1")
@@ -7894,7 +7920,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
     parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
     parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
-    parser.add_argument("words", nargs="+", metavar="-- COMMAND ...", help="what to run for each task")
+    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
@@ -7915,13 +7941,14 @@ def cmd_progress(args: argparse.Namespace) -> int:
               args.percent, file=sys.stderr)
         return 0
     environ = dict(os.environ)
-    farm = environ.pop("TASKFARM_FARM", "")
-    if farm and read_access(access_path(environ)).get("farm") == farm:
+    farm = environ.get("TASKFARM_FARM", "")
+    if farm:
         environ.pop("TASKFARM_URL", None)       # the access file knows better where that farm is by now
-    with contextlib.closing(Client(functools.partial(find_access, environ), 2.0, timeout_s=3.0)) as client:
+    find = functools.partial(find_access, environ, farm=farm)
+    with contextlib.closing(Client(find, 2.0, timeout_s=3.0)) as client:
         try:
             client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
-        except Unreachable as error:
+        except (Unreachable, Refusal) as error:
             print("taskfarm: %g percent are not reported: %s" % (args.percent, error), file=sys.stderr)
     return 0
 
@@ -8676,6 +8703,20 @@ and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells m
     return parser
 
 
+def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
+    """The words of a command line parsed, with what follows the first -- of `work` left as it is.
+
+    argparse would take a second -- out of the command, in some versions of Python.
+    """
+    at = words.index("--") if words[0] == "work" and "--" in words else len(words)
+    args = parser.parse_args(words[:at])
+    if words[0] == "work":
+        args.words += words[at + 1:]
+        if not args.words:
+            parser.error("which command? work RUN -- COMMAND ...")
+    return args
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage, 5 no server, 6 no login.
 
@@ -8687,7 +8728,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
     parser = make_parser()
-    args = parser.parse_args(words)
+    args = parse_words(parser, words)
     if args.needs_db and not args.db:
         parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
     try:

@@ -3944,7 +3944,7 @@ def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
 
 
 def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
-    for host in ("::1", "localhost"):
+    for host in ("::1", "localhost") if os.path.exists("/proc/net/if_inet6") else ("localhost",):
         service = Service(str(tmp_path / "f"), host, 0)
         thread = threading.Thread(target=service.serve)
         thread.start()
@@ -4135,11 +4135,11 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
     show.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], {n: v for n, v in os.environ.items() if "
                     "n.startswith('TASKFARM')}, sys.stdin.read(), os.getpgid(0) == os.getpid()]))\n")
     Hand(server, run[:8], "--lines", str(lines), "--log-dir", str(tmp_path / "logs"), "--", sys.executable, str(show),
-         "{task}/{attempt}", "{run}", "<{line}>", "{other}").end(0)
+         "{task}/{attempt}", "--", "{run}", "<{line}>", "{other}", "--jobs").end(0)
     words = ["a b; exit 1", "'\"$HOME {task}", "\udcff"]
     for task in range(3):
         argv, environ, stdin, leads = json.loads((tmp_path / "logs" / ("%d.log" % task)).read_text())
-        assert argv == ["%d/1" % task, run, "<%s>" % words[task], "{other}"] and stdin == "" and leads
+        assert argv == ["%d/1" % task, "--", run, "<%s>" % words[task], "{other}", "--jobs"] and stdin == "" and leads
         assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
         assert environ.pop("TASKFARM_FARM") and environ == {
             "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
@@ -4380,6 +4380,25 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     assert counts(server, run) == (0, 0, 400, 0)
     assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
     assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
+
+
+def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    hand = Hand(server, run, "-j", "2", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02; %s %s "
+                "progress 50" % (tmp_path, sys.executable, MODULE))
+    wait_until(lambda: list(tmp_path.glob("ran-*")))
+    server.process.kill()
+    server.process.wait()
+    other = Process(str(tmp_path / "other"), home=server.home)
+    wait_until(lambda: "is the server running" in hand.said())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    again.token = server.token      # the file is the other's
+    hand.end(0)
+    assert counts(again, run) == (0, 0, 40, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    other.process.kill()
+    other.process.wait()
+    assert again.end(signal.SIGTERM) == 0
 
 
 def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
@@ -5432,6 +5451,8 @@ def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_pat
     ([], 2, "--db runs.sqlite"),
     (["harvest"], 2, "invalid choice"),
     (["user", "list", "--db", "{dir}/missing"], 1, "there is no"),
+    (["work", "antarctica"], 2, "which command?"),
+    (["work", "antarctica", "--until", "later", "--", "true"], 2, "17:30"),
 ])
 def test_a_wrong_start_gets_a_sentence(tmp_path: Path, words: List[str], status: int, sentence: str) -> None:
     (tmp_path / "text").write_text("some text\n" * 200)
