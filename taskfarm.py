@@ -2099,6 +2099,7 @@ class Store:
         self.sweep_again = 0.0                          # the tick of the next try, after one that failed
         self.chore_at = 0.0                             # the tick of the next look for workers to forget
         self.awake = time.monotonic()                   # when the writer last had a batch
+        self.disk_s = 0.0                               # waited for the disk since: a slow one is no stop
         self.queue: "queue.SimpleQueue[Optional[List[Operation]]]" = queue.SimpleQueue()
         self.stopping = False
         self.writer: Optional[threading.Thread] = None
@@ -2235,9 +2236,10 @@ class Store:
         except queue.Empty:
             pass
         woken = time.monotonic()
-        if patience_s is not None and (woken - began > patience_s + STOPPED_S or began - self.awake > LOOK_S):
+        late_s = 0.0 if patience_s is None else woken - began - patience_s
+        if max(late_s, began - self.awake - self.disk_s) > STOPPED_S or self.disk_s > LOOK_S:
             self.sql.leases.renew_all(self.clock().tick)        # this process was stopped, and could hear nobody
-        self.awake = woken
+        self.awake, self.disk_s = woken, 0.0
         if self.large or any(named.large for named in batch):
             self.large += [named for named in batch if named.large]
             batch = [named for named in batch if not named.large] + [self.large.popleft()]
@@ -2364,7 +2366,9 @@ class Store:
         try:
             yield sql, self.clock()
             sql.flush()
+            began = time.monotonic()
             sql.execute("COMMIT")
+            self.disk_s += time.monotonic() - began
         except BaseException:
             sql.forget()
             self.sweeps = sweeps
@@ -3508,6 +3512,7 @@ class Server(ThreadingHTTPServer):
         self.paused: List[Connection] = []
         self.posted: "deque[Callable[[], None]]" = deque()
         self.woken = False
+        self.waking = threading.RLock()     # a signal handler may post in the middle of a post
         self.stopping = False
         self.stop_by = math.inf
         self.listening = True           # the selector watches the listener
@@ -3612,9 +3617,11 @@ class Server(ThreadingHTTPServer):
         """Have the I/O thread do something. For any thread, and for signal handlers."""
         self.posted.append(what)
         if not self.woken:
-            self.woken = True
-            with contextlib.suppress(BlockingIOError):
-                os.write(self.wake_write, b"\0")
+            with self.waking:       # or the descriptor might be closed, and another's, by the time of the write
+                if not self.woken:
+                    self.woken = True
+                    with contextlib.suppress(BlockingIOError):
+                        os.write(self.wake_write, b"\0")
 
     def stop(self) -> None:
         """Stop accepting, send the answers in hand, then let `serve_forever` return. For any thread and signal."""
@@ -3645,10 +3652,11 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Give back all descriptors, once `serve_forever` has returned."""
         super().server_close()
-        self.woken = True       # a signal that comes now must not write to a descriptor that is another's by then
         self.selector.close()
-        os.close(self.wake_read)
-        os.close(self.wake_write)
+        with self.waking:
+            self.woken = True
+            os.close(self.wake_read)
+            os.close(self.wake_write)
 
     def accept(self) -> None:
         """Take all connections that wait."""
