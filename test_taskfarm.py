@@ -9,8 +9,9 @@
     Crash               kill -9 under load, a disk that is full, descriptors that run out
     Command line        start, stop, users, access file, README as printed
 
-No test sleeps, asks for rights or looks at a clock to judge (but that a real lease did not end before its time). `QUICK=1` in the environment leaves out what needs the
-published client and lowers the number of examples; the oldest and newest Python run that part.
+No test sleeps, asks for rights or looks at a clock to judge (but that a real lease did not end before its time).
+`QUICK=1` in the environment leaves out what needs the published client and lowers the number of examples; the oldest
+and newest Python run that part.
 """
 import ast
 import base64
