@@ -881,10 +881,10 @@ class Machine(RuleBasedStateMachine):
     @rule(run=runs, worker=names, rival=names, dice=dices)
     def live(self, run: str, worker: str, rival: str, dice: random.Random) -> None:
         """What may happen to one worker: the rules beside this one, met more closely."""
-        for _ in range(dice.randrange(3, 8)):
+        for _ in range(dice.randrange(4, 12)):
             seldom = dice.choice(["sign off", "register", "restart", "put", "server"])
-            act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "end", "silence", "silence",
-                               "beat", seldom])
+            act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "report", "end", "end", "silence",
+                               "silence", "silence", "beat", "restart", seldom])
             if act == "claim":
                 self.claim(run, worker, dice.random() < 0.5, False)
             elif act == "ahead":
@@ -896,7 +896,7 @@ class Machine(RuleBasedStateMachine):
             elif act == "end":
                 self.report_fenced(dice, None, dice.choice(["done", "done", "failed", "waiting"]), {"exitCode": 1})
             elif act == "silence":
-                self.time_passes(2, dice.choice([{"a", "b"} - {worker}, set(), {rival}]))
+                self.time_passes(dice.choice([1, 2]), dice.choice([{"a", "b"} - {worker}, set(), {rival}]))
             elif act == "beat":
                 self.beat(worker, dice.random() < 0.5)
             elif act == "sign off":
@@ -1150,7 +1150,7 @@ class StoreMachine(Machine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
-    max_examples=8 if QUICK else 30, stateful_step_count=30, **machine_settings)   # type: ignore[arg-type]
+    max_examples=8 if QUICK else 80, stateful_step_count=30, **machine_settings)   # type: ignore[arg-type]
 
 
 def make_run(farm: Any, n: int) -> str:
