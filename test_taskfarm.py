@@ -2163,7 +2163,9 @@ def server(tmp_path: Path) -> Iterator[Process]:
     served = Process(str(tmp_path / "f"))
     yield served
     while Hand.all:
-        Hand.all.pop().process.kill()       # with its commands
+        hand = Hand.all.pop()
+        hand.process.kill()         # with its commands
+        hand.process.wait()
     if served.process.poll() is None:
         served.end(signal.SIGTERM)
     with contextlib.closing(Store(str(tmp_path / "f"))) as store:
