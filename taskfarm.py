@@ -6022,11 +6022,12 @@ class Farmhand:
             for command in list(self.running.values()) + self.ended:
                 command.ending = command.ending or "stopping"
                 command.kill_at = min(command.kill_at or now, now)
-        if self.orders.end is not None and not self.stopping:
-            left_s = self.leave_at - time.time()
-            if left_s <= 0:
-                self._stop(now, "the job ends soon")
+        left_s = self.leave_at - time.time()
+        if left_s > 0:
             due = min(due, now + left_s)
+        else:
+            self._stop(now, "the job ends soon")
+            self._end_all(now)      # also those that were to finish
         for command in list(self.running.values()):
             due = min(due, self._see_to(command, now))
         for command in list(self.ended):
@@ -6095,9 +6096,12 @@ class Farmhand:
             count, "s" * (count > 1), "may finish" if drain else "are ended" if count > 1 else "is ended")))
         self._give_back_ready()
         if not drain:
-            for command in list(self.running.values()):
-                if not command.ending:
-                    self._end(command, now, "stopping")
+            self._end_all(now)
+
+    def _end_all(self, now: float) -> None:
+        for command in self.running.values():
+            if not command.ending:
+                self._end(command, now, "stopping")
 
     def _give_back_ready(self) -> None:
         for task, attempt in self.ready:
