@@ -2677,6 +2677,25 @@ def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
     assert logged.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
+    (None, 0, 0, 0),            # nothing is known yet
+    (0.01, 10, 0, 20),          # it begins with few, and doubles
+    (0.01, 10 ** 6, 0, 2400),   # 16 at a time for 1.5 s
+    (0.0001, 10 ** 6, 0, taskfarm.AHEAD_LIMIT),
+    (1.0, 10 ** 6, 0, 24), (60.0, 10 ** 6, 0, 0),
+    (0.01, 10 ** 6, 60.0, 0),   # they have become longer
+])
+def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
+                                                       ahead: int) -> None:
+    orders = taskfarm.Orders(16, 1e9, 5.0, False, True, None, None, "", False)
+    hand = taskfarm.Farmhand(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x"},
+                             taskfarm.Template(["true"], "x"), orders, taskfarm.Display(False, {}))
+    hand.mean_s, hand.finished = mean_s, finished
+    if longest_s:
+        hand.running[1] = taskfarm.Command(0, 1, 0, 1000.0 - longest_s)
+    assert hand._ahead(1000.0) == ahead
+
+
 def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 200)
     hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000",
