@@ -2382,10 +2382,11 @@ def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
 
 def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
-    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'touch %s/saved; exit 0' TERM; touch %s/on; "
-                "while :; do sleep 0.01; done" % (tmp_path, tmp_path))
+    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'sleep 0.3; touch %s/saved; exit 0' TERM; "
+                "touch %s/on; while :; do sleep 0.01; done" % (tmp_path, tmp_path), tweak="taskfarm.AGAIN_S = 1000")
     wait_until((tmp_path / "on").exists)
     hand.process.terminate()            # srun sends it twice
+    wait_until(lambda: "stopping" in hand.said())
     hand.end(7, signal.SIGTERM)
     assert (tmp_path / "saved").exists(), "the command had its grace"
     assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
