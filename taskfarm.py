@@ -4572,6 +4572,7 @@ def address_refused(host: str, port: int, error: OSError) -> str:
 
 CLIENT_TIMEOUT_S = 10.0
 LOGIN_PATIENCE_S = 60.0             # a login that has worked is tried so long: NFS may show an old access file
+TRY_AGAIN = (408, 500, 502, 503, 504)       # statuses that may be others the next time
 PAUSES_S = (0.1, 10.0)              # between two tries: at first, and at most
 
 
@@ -4692,7 +4693,7 @@ class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
     *find* gives farm and login, and is asked again after a failed connection and a 401. A request is
-    repeated for *patience_s* seconds while the server does not answer or says 502, 503 or 504; an
+    repeated for *patience_s* seconds while the server does not answer or says one of TRY_AGAIN; an
     answer is waited for *timeout_s* seconds. `retry_after`: seconds, when the last answer said so.
     """
     def __init__(self, find: Callable[[], Access], patience_s: float = 0.0,
@@ -4736,7 +4737,7 @@ class Client:
                 trouble: Exception = error
                 patience_s = min(self.patience_s, LOGIN_PATIENCE_S) if self.welcome else 0.0
             except (FarmError, Unreachable) as error:
-                if isinstance(error, FarmError) and error.status not in (502, 503, 504):
+                if isinstance(error, FarmError) and error.status not in TRY_AGAIN:
                     raise
                 if isinstance(error, Unreachable):
                     self.close()
@@ -4834,6 +4835,9 @@ class Client:
             raise Unreachable("what answers at %s is not the farm of %s, so no login was sent: start that farm again, "
                               "or 'taskfarm.py login %s' to get to know this one" % (
                                   access.url, access.source, access.url))
+        if self.connection is None:
+            raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over one "
+                              "on which the farm has proven who it is" % access.url)
 
     def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
                   headers: Dict[str, str]) -> Tuple[int, Any]:
@@ -6053,11 +6057,12 @@ class Farmhand:
             for command in list(self.running.values()) + self.ended:
                 command.ending = command.ending or "stopping"
                 command.kill_at = min(command.kill_at or now, now)
-        if self.orders.end is not None and not self.stopping:
-            left_s = self.leave_at - time.time()
-            if left_s <= 0:
-                self._stop(now, "the job ends soon")
+        left_s = self.leave_at - time.time()
+        if left_s > 0:
             due = min(due, now + left_s)
+        else:
+            self._stop(now, "the job ends soon")
+            self._end_all(now)      # also those that were to finish
         for command in list(self.running.values()):
             due = min(due, self._see_to(command, now))
         for command in list(self.ended):
@@ -6126,9 +6131,12 @@ class Farmhand:
             count, "s" * (count > 1), "may finish" if drain else "are ended" if count > 1 else "is ended")))
         self._give_back_ready()
         if not drain:
-            for command in list(self.running.values()):
-                if not command.ending:
-                    self._end(command, now, "stopping")
+            self._end_all(now)
+
+    def _end_all(self, now: float) -> None:
+        for command in self.running.values():
+            if not command.ending:
+                self._end(command, now, "stopping")
 
     def _give_back_ready(self) -> None:
         for task, attempt in self.ready:

@@ -4077,6 +4077,7 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
 
 class Hand:
     """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
+    all: List["Hand"] = []
 
     def __init__(self, server: Process, *words: str, tweak: str = "", **environ: str) -> None:
         self.server = server
@@ -4088,6 +4089,7 @@ class Hand:
         self.process = subprocess.Popen(
             [sys.executable, *start, "work", *words], text=True, stdout=self.output, stderr=self.errors,
             stdin=subprocess.DEVNULL, env=dict(os.environ, HOME=server.home, **environ))
+        self.all.append(self)
 
     def said(self) -> str:
         self.output.seek(0)
@@ -4113,6 +4115,10 @@ class Hand:
 def server(tmp_path: Path) -> Iterator[Process]:
     served = Process(str(tmp_path / "f"))
     yield served
+    while Hand.all:
+        hand = Hand.all.pop()
+        hand.process.kill()         # with its commands
+        hand.process.wait()
     if served.process.poll() is None:
         served.end(signal.SIGTERM)
     with contextlib.closing(Store(str(tmp_path / "f"))) as store:
@@ -4226,7 +4232,7 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
 def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     (tmp_path / "commands").write_text("\n".join([
         "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
-        "(sleep 1000; echo late) & echo short >&2; exit 5"]))
+        "sleep 1000 & echo $! > %s/left; echo short >&2; exit 5" % tmp_path]))
     run = new_run(server, 4)
     hand = Hand(server, run, "-j", "4", "--timeout", "1", "--grace", "0.1", "--lines", str(tmp_path / "commands"),
                 "--", "{line}")
@@ -4234,6 +4240,7 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
     assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
     assert "first\nlast" in hand.erred(), "the error output is passed on"
+    os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
 
 
 def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
@@ -4328,10 +4335,11 @@ def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
 
 def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
-    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'touch %s/saved; exit 0' TERM; touch %s/on; "
-                "while :; do sleep 0.01; done" % (tmp_path, tmp_path))
+    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'sleep 0.3; touch %s/saved; exit 0' TERM; "
+                "touch %s/on; while :; do sleep 0.01; done" % (tmp_path, tmp_path), tweak="taskfarm.AGAIN_S = 1000")
     wait_until((tmp_path / "on").exists)
     hand.process.terminate()            # srun sends it twice
+    wait_until(lambda: "stopping" in hand.said())
     hand.end(7, signal.SIGTERM)
     assert (tmp_path / "saved").exists(), "the command had its grace"
     assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
@@ -4363,6 +4371,11 @@ def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
     wait_until(lambda: "may finish" in hand.said())
     (tmp_path / "go").touch()
     hand.end(7)
+    assert counts(server, run) == (8, 0, 2, 0)
+    hand = Hand(server, run, "--drain", "--until", "+3", "--grace", "0.1", "--", "sh", "-c", "touch %s/last; sleep 1000" %
+                tmp_path, tweak="taskfarm.LEAVE_S = 0.5")
+    wait_until((tmp_path / "last").exists)
+    hand.end(7, signal.SIGTERM)     # the end of the job
     assert counts(server, run) == (8, 0, 2, 0)
 
 
@@ -4616,6 +4629,25 @@ def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
     assert counts(logged, run) == (0, 0, 1500, 0)
     assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
     assert logged.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
+    (None, 0, 0, 0),            # nothing is known yet
+    (0.01, 10, 0, 20),          # it begins with few, and doubles
+    (0.01, 10 ** 6, 0, 2400),   # 16 at a time for 1.5 s
+    (0.0001, 10 ** 6, 0, taskfarm.AHEAD_LIMIT),
+    (1.0, 10 ** 6, 0, 24), (60.0, 10 ** 6, 0, 0),
+    (0.01, 10 ** 6, 60.0, 0),   # they have become longer
+])
+def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
+                                                       ahead: int) -> None:
+    orders = taskfarm.Orders(16, 1e9, 5.0, False, True, None, None, "", False)
+    hand = taskfarm.Farmhand(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x"},
+                             taskfarm.Template(["true"], "x"), orders, taskfarm.Display(False, {}))
+    hand.mean_s, hand.finished = mean_s, finished
+    if longest_s:
+        hand.running[1] = taskfarm.Command(0, 1, 0, 1000.0 - longest_s)
+    assert hand._ahead(1000.0) == ahead
 
 
 def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
