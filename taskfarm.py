@@ -3947,9 +3947,18 @@ class Farm:
         """A token of this farm for a user; *expires* as in make_token."""
         return make_token(self.store.signing_key, user, expires)
 
-    def proof(self, nonce: str) -> str:
-        """What only this farm can answer to a nonce; clients that have the access file can tell."""
-        return hmac.new(self.store.proof_key, nonce.encode(), "sha256").hexdigest()
+    def proof_key(self, user_id: Optional[int]) -> bytes:
+        """What a user can tell this farm by. Each has a key of its own, since who has one could also feign the farm."""
+        farms = self.store.proof_key
+        return farms if user_id is None else hmac.digest(farms, b"user %d" % user_id, "sha256")
+
+    def known_by(self, user: User) -> str:
+        """The `proof` of an access file: the user's id and key."""
+        return "%d.%s" % (user.id, self.proof_key(user.id).hex())
+
+    def proof(self, nonce: str, user_id: Optional[int]) -> str:
+        """What only this farm, and who has the key, can answer to a nonce."""
+        return hmac.new(self.proof_key(user_id), nonce.encode(), "sha256").hexdigest()
 
 
     def once(self, req: Request, named: Operation) -> Operation:
@@ -4102,14 +4111,16 @@ UUID_PATTERN = "[A-Za-z0-9._-]+"
 UUID = Text(64, UUID_PATTERN)
 
 
-@route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False)})
+@route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False),
+                                            "user": Count(0, 2 ** 62, required=False)})
 def alive(req: Request) -> Reply:
     """Tell a supervisor that the server answers, and a client that this is the farm it knows.
 
-    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of it under the farm's proof key, in hex}
+    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of it in hex, under the key of the user of that
+    id, or without one under that of the lock file}
     """
     nonce = req.query.get("nonce")
-    return json_reply(200, {"status": "alive", "proof": req.farm.proof(nonce)} if nonce else {"status": "alive"})
+    return json_reply(200, {"status": "alive", "proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {"status": "alive"})
 
 
 @route("GET", "/readyz", access=OPEN)
@@ -4135,7 +4146,7 @@ def give_token(req: Request) -> Reply:
     expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
     answer = {"token": req.farm.token(login.user, expires)}
     if req.query.get("proof"):
-        answer.update(farm=req.farm.store.identity, proof=req.farm.store.proof_key.hex())
+        answer.update(farm=req.farm.store.identity, proof=req.farm.known_by(login.user))
     return json_reply(200, answer)
 
 
@@ -4586,7 +4597,8 @@ class Access(NamedTuple):
     user: str
     token: str          # used when there is one, else user and password
     password: str
-    proof: str          # the key with which the farm proves who it is, in hex; "" when it is not known
+    proof: str          # the key with which the farm proves who it is, in hex, after a user's id and a dot if it is
+                        # that user's own; "" when it is not known
     farm: str           # its identity; "" when it is not known
     source: str         # where this was found, for sentences
 
@@ -4825,9 +4837,11 @@ class Client:
 
     def _want_proof(self, access: Access) -> None:
         nonce = secrets.token_hex(16)
-        _, answer = self._exchange(access, "GET", "/livez?nonce=" + nonce, None, {})
+        user_id, dot, key = access.proof.rpartition(".")
+        path = "/livez?nonce=%s%s" % (nonce, "&user=" + user_id if dot else "")
+        _, answer = self._exchange(access, "GET", path, None, {})
         try:
-            wanted = hmac.new(bytes.fromhex(access.proof), nonce.encode(), "sha256").hexdigest()
+            wanted = hmac.new(bytes.fromhex(key), nonce.encode(), "sha256").hexdigest()
             proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
         except (ValueError, AttributeError):
             proven = False
@@ -7712,7 +7726,7 @@ def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
     path = own_access_path(environ, farm.store.identity, db)
     try:
         write_access(path, {"url": url, "user": user.name, "token": farm.token(user, 0),
-                            "farm": farm.store.identity, "proof": farm.store.proof_key.hex()})
+                            "farm": farm.store.identity, "proof": farm.known_by(user)})
     except OSError as error:
         log.warning("the access file %s cannot be written (%s): clients need TASKFARM_URL and a login, or set "
                     "XDG_CONFIG_HOME to a folder that can be written", path, error.strerror)

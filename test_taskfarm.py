@@ -5260,7 +5260,15 @@ def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
 def file_of(farm: Live) -> Dict[str, str]:
     """What this farm's access file says, for ada."""
     return {"url": farm.url, "user": "ada", "token": farm.token, "farm": farm.service.store.identity,
-            "proof": farm.service.store.proof_key.hex()}
+            "proof": farm.service.farm.known_by(farm.user("ada"))}
+
+
+def test_what_one_user_knows_does_not_feign_the_farm_to_another(farm: Live) -> None:
+    bob = farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    ours, bobs = file_of(farm)["proof"], farm.service.farm.known_by(bob)
+    assert ours.split(".")[1] != bobs.split(".")[1] and farm.service.store.proof_key.hex() not in (ours + bobs)
+    for proof, answers in ((ours, True), (bobs, True), ("1." + bobs.split(".")[1], False), (ours.split(".")[1], False)):
+        assert taskfarm.still_answers(taskfarm.as_access(dict(file_of(farm), proof=proof), "")) is answers, proof
 
 
 def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
