@@ -4120,7 +4120,8 @@ def alive(req: Request) -> Reply:
     id, or without one under that of the lock file}
     """
     nonce = req.query.get("nonce")
-    return json_reply(200, {"status": "alive", "proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {"status": "alive"})
+    proof = {"proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {}
+    return json_reply(200, dict({"status": "alive"}, **proof))
 
 
 @route("GET", "/readyz", access=OPEN)

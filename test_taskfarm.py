@@ -4372,8 +4372,8 @@ def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     hand.end(7)
     assert counts(server, run) == (8, 0, 2, 0)
-    hand = Hand(server, run, "--drain", "--until", "+3", "--grace", "0.1", "--", "sh", "-c", "touch %s/last; sleep 1000" %
-                tmp_path, tweak="taskfarm.LEAVE_S = 0.5")
+    hand = Hand(server, run, "--drain", "--until", "+3", "--grace", "0.1", "--", "sh", "-c",
+                "touch %s/last; sleep 1000" % tmp_path, tweak="taskfarm.LEAVE_S = 0.5")
     wait_until((tmp_path / "last").exists)
     hand.end(7, signal.SIGTERM)     # the end of the job
     assert counts(server, run) == (8, 0, 2, 0)
