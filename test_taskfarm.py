@@ -861,7 +861,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(worker=names, settled=st.booleans())
     def beat(self, worker: str, settled: bool) -> None:
-        """While the rows of a restart or a deletion follow, the number held may be behind, and nothing is taken back."""
+        """While the rows of a restart or a deletion follow, the number held may be behind; nothing is taken back."""
         if settled or self.model.held(worker, "expired"):
             settled = True
             self.farm.settle()
