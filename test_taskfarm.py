@@ -322,6 +322,20 @@ def farm(tmp_path: Path) -> Iterator[Live]:
     live.close()
 
 
+RUNNING: List["subprocess.Popen[str]"] = []     # servers and workers of the present test
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on() -> Iterator[None]:
+    """A test that fails leaves no process behind."""
+    yield
+    for process in RUNNING:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    RUNNING.clear()
+
+
 ADAS_HASH = taskfarm.hash_password(Live.PASSWORD)
 
 
@@ -3442,6 +3456,7 @@ class Process(Caller):
         self.process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", str(port), *words],
                                         text=True, stdout=subprocess.PIPE, stderr=self.errors, env=environ,
                                         preexec_fn=prepare)
+        RUNNING.append(self.process)
         assert self.process.stdout
         self.line = self.process.stdout.readline()
         assert self.line, self.log()
@@ -3811,6 +3826,7 @@ def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_onc
         words = [str(port), run, token, "w%d" % started, str(started), str(tmp_path / ("log%d" % started))]
         workers[slot] = subprocess.Popen([sys.executable, "-c", STEADFAST, *words], stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, text=True)
+        RUNNING.append(workers[slot])
     for slot in range(number_workers):
         start_worker(slot)
     stopped: List[int] = []
