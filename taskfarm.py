@@ -4772,8 +4772,8 @@ class Client:
         """Read again where the farm is; whether there is a new address or login, which is used from here on."""
         with contextlib.suppress(Refusal):
             found = self.find()
-            if self.access and self.access.farm and found.farm not in ("", self.access.farm):
-                return False        # another farm has got the access file: our runs are not there
+            if self.welcome and self.access and self.access.farm and found.farm not in ("", self.access.farm):
+                return False        # another farm has got the access file: what we asked for so far is not there
             if found != self.access:
                 self.close()
                 self.access = found
@@ -7711,11 +7711,11 @@ class Watch:
 # ---------------------------------------------------------------- COMMAND LINE
 # Verbs, options, start and end of the server.
 
-def own_access_path(environ: Dict[str, str], identity: str, db: str) -> str:
-    """Where this farm writes its access file: beside that of another farm that still answers."""
+def own_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
+    """Where this farm writes its access file: beside that of another farm that still answers, at another address."""
     path = access_path(environ)
     access = as_access(read_access(path), path)
-    if access.farm in ("", identity) or not still_answers(access):
+    if access.farm in ("", identity) or access.url == url or not still_answers(access):
         return path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
@@ -7724,7 +7724,7 @@ def own_access_path(environ: Dict[str, str], identity: str, db: str) -> str:
 def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
     """Write the access file, with a token of *user* that lasts until the password changes."""
     environ = dict(os.environ)
-    path = own_access_path(environ, farm.store.identity, db)
+    path = own_access_path(environ, farm.store.identity, url, db)
     try:
         write_access(path, {"url": url, "user": user.name, "token": farm.token(user, 0),
                             "farm": farm.store.identity, "proof": farm.known_by(user)})

@@ -5538,6 +5538,21 @@ def test_a_second_farm_leaves_the_access_file_of_one_that_answers(farm: Live, tm
         del os.environ["XDG_CONFIG_HOME"]
 
 
+def test_a_new_farm_at_the_address_of_one_that_is_gone_is_found_by_who_waits_for_it(farm: Live, tmp_path: Path) -> None:
+    path = str(tmp_path / "access.json")
+    gone = dict(file_of(farm), farm="0" * 32, proof="1." + "00" * 32)
+    taskfarm.write_access(path, gone)
+    environ = {"TASKFARM_ACCESS": path}
+    with contextlib.closing(taskfarm.Client(lambda: taskfarm.find_access(environ), 20.0)) as client:
+        client.say = lambda _: taskfarm.write_access(path, file_of(farm))      # while it already waits
+        assert client.ask("GET", "/api/runs") == {"data": []}
+        client.say = print
+        taskfarm.write_access(path, dict(gone, url="http://127.0.0.1:1"))
+        assert client.ask("GET", "/api/runs") == {"data": []} and not client._look_again(), "it stays with its farm"
+    taskfarm.write_access(path, gone)
+    assert taskfarm.own_access_path(environ, "1" * 32, farm.url, farm.path) == path, "at our address only we answer"
+
+
 @pytest.mark.parametrize("running", [False, True])
 def test_users_are_kept_by_verbs_with_and_without_a_server(tmp_path: Path, running: bool) -> None:
     db = str(tmp_path / "f")
