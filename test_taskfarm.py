@@ -4160,7 +4160,8 @@ class Hand:
                 str(HERE), tweak)]
         self.process = subprocess.Popen(
             [sys.executable, *start, "work", *words], text=True, stdout=self.output, stderr=self.errors,
-            stdin=subprocess.DEVNULL, env=dict(os.environ, HOME=server.home, **environ))
+            stdin=subprocess.DEVNULL, env=dict(os.environ, HOME=server.home, **environ),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background ignores it
         self.all.append(self)
 
     def said(self) -> str:
