@@ -1489,20 +1489,20 @@ def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], work
     if status == was and started == row[8] and (hold, losses) == (row[5], row[7]) and status <= COMPUTING and has_row:
         # Progress, the most frequent report: what stands in an index is better not named.
         sql.execute("UPDATE task SET millionths = ? WHERE id = ?", (millionths, task_id))
-    elif status == DONE and has_row and started is not None and started == row[8]:      # the most frequent end
+    elif said.status == DONE and has_row and started is not None and started == row[8]:     # the most frequent end
         sql.execute("""
             UPDATE task
             SET status = 2, millionths = ?, hold = ?, losses = ?, finished = ?, exit_code = NULL, message = NULL
             WHERE id = ?""", (millionths, hold, losses, milliseconds(now.utc), task_id))
     else:
-        if status == FAILED:
-            failures += 1
         if status == COMPUTING:
             finished = None
-        elif status != WAITING:
+        elif said.status in (DONE, FAILED):
             finished = milliseconds(now.utc)
-        if status == FAILED and not 0 < run.max_failures <= failures:
-            status = WAITING
+        if said.status == FAILED:
+            failures += 1
+            if not 0 < run.max_failures <= failures:
+                status = WAITING
         told = row[10:] if said.status in (None, WAITING, COMPUTING) else (exit_code, message)
         write_task(sql, run, has_row, (status, millionths, run.id, hold, failures, losses, started, finished, *told,
                                        task_id))

@@ -2339,6 +2339,19 @@ def test_failures_that_name_nobody_count_each_time(store: Direct) -> None:
         assert look(store, run, 0, "status", "failures", "exitCode") == (status, number, number)
 
 
+def test_a_percentage_alone_ends_no_attempt_once_more(store: Direct) -> None:
+    run = a_run(store, 2, maxFailures=2, maxLosses=1)
+    take(store, run, "a")
+    store.pass_time(101)
+    report(store, run, 1, status="done")
+    before = [look(store, run, number, "status", "failures", "losses", "finished") for number in (0, 1)]
+    assert [task[0] for task in before] == ["failed", "done"]
+    store.pass_time(1)
+    assert [report(store, run, number, percentCompleted=5) for number in (0, 1)] == [204, 204]
+    assert [look(store, run, number, "status", "failures", "losses", "finished") for number in (0, 1)] == before
+    assert figures(store, run) == (0, 0, 1, 5.0)
+
+
 def test_a_repeat_is_known_for_8_attempts_and_over_restarts(store: Direct) -> None:
     run = a_run(store, 1, maxFailures=0)
     endings = ["failed", "waiting", "done", "failed", "waiting", "failed", "done", "failed", "waiting", "done"]
