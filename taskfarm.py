@@ -1591,8 +1591,8 @@ def register_worker(sql: Ledger, now: Now, worker_uuid: str, hostname: str, pid:
     if (worker.lease, worker.state) != (lease, ALIVE):
         worker.lease, worker.state, worker.heard = lease, ALIVE, now.utc
         save_worker(sql, worker)
-    if lease is None:
-        sql.leases.drop(worker.id)
+    if lease is None:       # once that is on the disk: if the disk is full, the lease still runs
+        sql.after_commit(lambda: sql.leases.drop(worker.id) if worker.lease is None else None)
     hear(sql, now, worker)
     return worker.snapshot()
 
@@ -1647,8 +1647,7 @@ def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> None:
         sql.after_commit(lambda: sql.leavers.append(worker.id))
     worker.state, worker.heard = SIGNED_OFF, now.utc
     save_worker(sql, worker)
-    forget_claim(sql, worker.id)
-    sql.leases.drop(worker.id)
+    forget_claim(sql, worker.id)    # the lease runs on, since the disk may be full; with no tasks, its end is nothing
 
 
 def release_some(sql: Ledger, now: Now, worker_id: int, signed_off: bool, most: int = MOST_TASKS) -> bool:

@@ -1891,6 +1891,20 @@ def test_a_lease_that_runs_out_lets_tasks_wait(store: Direct) -> None:
     assert (task["task"], task["attempt"], task["percentCompleted"], task["losses"]) == (0, 2, 40.0, 1)
 
 
+@pytest.mark.parametrize("ending", [taskfarm.sign_off("a"), taskfarm.register_worker("a", "node-a", 1, None)],
+                         ids=["sign off", "register without a lease"])
+def test_a_lease_runs_on_when_its_end_met_a_full_disk(store: Direct, ending: Operation) -> None:
+    @taskfarm.operation
+    def fill(sql: Any, now: Now) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+    run = a_run(store, 1)
+    take(store, run, "a")
+    outcomes = [outcome for _, outcome in store.store.apply([ending, fill()])]
+    assert [type(outcome) for outcome in outcomes] == [taskfarm.Unavailable] * 2
+    store.pass_time(101)
+    assert look(store, run) == ("waiting", 1) and worker_state(store, "a") == "expired"
+
+
 def test_no_lease_is_never_timed_out(store: Direct) -> None:
     run = a_run(store, 2)
     take(store, run, "c")
