@@ -601,7 +601,7 @@ class Leases:
     rolled back: that a worker was heard stays true. Revisions need no writing either: those of each
     start of a server are above all that were before.
     """
-    REMEMBERED = 200000     # workers without a lease, then they are forgotten here
+    REMEMBERED = 200000     # workers without a lease that runs, then they are forgotten here
 
     def __init__(self, starts: int) -> None:
         self.heard: Dict[int, float] = {}               # worker id to seconds since 1970
@@ -620,10 +620,10 @@ class Leases:
                 heapq.heappush(self.due, (end, worker.id))
             self.ends[worker.id] = end
             self.spans[worker.id] = worker.lease
-        elif len(self.heard) > self.REMEMBERED + len(self.ends):
+        if len(self.heard) > self.REMEMBERED + len(self.ends):
             self.heard = {key: self.heard[key] for key in self.ends}
             self.revisions = {key: self.revisions[key] for key in self.ends if key in self.revisions}
-            self.base = self.revision
+            self.base = self.revision = self.revision + 1
 
     def drop(self, worker_id: int) -> None:
         """The worker has no lease that runs."""

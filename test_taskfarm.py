@@ -1905,6 +1905,22 @@ def test_a_lease_runs_on_when_its_end_met_a_full_disk(store: Direct, ending: Ope
     assert look(store, run) == ("waiting", 1) and worker_state(store, "a") == "expired"
 
 
+@pytest.mark.parametrize("lease", [None, 1])
+def test_of_workers_that_went_memory_is_bounded(
+        store: Direct, monkeypatch: pytest.MonkeyPatch, lease: Optional[int]) -> None:
+    monkeypatch.setattr(taskfarm.Leases, "REMEMBERED", 5)
+    run = a_run(store, 5)
+    take(store, run, "a")
+    report(store, run, 0, status="computing")
+    revisions = [beat(store, worker)[1] for worker in "abc"]
+    for number in range(20):
+        enlist(store, "w%d" % number, lease=lease)
+        store.pass_time(2)
+        beat(store, "a")
+    assert len(store.store.sql.leases.heard) <= 5 + 3
+    assert all(beat(store, worker)[1] >= revision for worker, revision in zip("abc", revisions))
+
+
 def test_no_lease_is_never_timed_out(store: Direct) -> None:
     run = a_run(store, 2)
     take(store, run, "c")
