@@ -1726,10 +1726,10 @@ def read_worker(sql: Ledger, now: Now, worker_uuid: str, limit: int, after: int)
     """A worker, and a page of the tasks that it holds by id: (run uuid, Task) of each. Raises NotFound."""
     worker = find_worker(sql, worker_uuid)
     rows: List[Any] = []
-    for hold in (HELD, STARTED):
+    for hold in (HELD, STARTED):    # IS: with = newer planners (3.40) walk over all that is held, and sort it
         rows += sql.all("SELECT run, " + TASK_COLUMNS + """
             FROM task INDEXED BY task_held
-            WHERE worker = ? AND hold = ? AND hold <= 4 AND id > ?
+            WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
             ORDER BY id
             LIMIT ?""", worker.id, hold, after, limit)
     rows = sorted(rows, key=lambda row: row[1])[:limit]

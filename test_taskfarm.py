@@ -1307,6 +1307,18 @@ def test_hot_statements_search_by_key_and_never_scan(store: Direct) -> None:
     report(store, run, 30, percentCompleted=5)
     report(store, run, 1, status="waiting")
     claim(store, run)
+    report(store, run, 2, worker_uuid="w", attempt=1, status="done")
+    report(store, run, 2, worker_uuid="w", attempt=1, status="done")
+    tell_batch(store, run, {"task": 1, "status": "done"}, {"task": 2, "status": "done"}, worker_uuid="w")
+    take_batch(store, run, "w", 3)
+    for _ in range(2):
+        claim(store, run)
+    store.ask("PUT", "/api/worker/w")
+    store.ask("GET", "/api/worker/w?limit=1&after=1")
+    store.ask("GET", "/api/workers?limit=1&after=1")
+    for query in ("", "&status=waiting", "&status=done", "&order=started&status=computing", "&order=finished"):
+        after = store.ask("GET", "/api/runs/%s/tasks?limit=1%s" % (run, query))[1]["next"]
+        assert store.ask("GET", "/api/runs/%s/tasks?limit=1%s&after=%s" % (run, query, after))[0] == 200
     store.ask("GET", "/api/runs/" + run)
     store.ask("GET", "/api/runs/%s/tasks/1" % run)
     store.ask("POST", "/api/worker", {"uuid": "w2", "hostname": "node1", "pid": 1})
