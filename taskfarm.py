@@ -2176,7 +2176,7 @@ class Store:
         self.writer.start()
 
     def _write(self) -> None:
-        while not self.stopping or self.large:
+        while not self.stopping or self.large or self.due:
             self._round(None)
             if self.sql.copy and not self.sql.copy.begun:
                 self.copy(self.sql.copy, lambda: self._round(0.0))

@@ -2394,6 +2394,22 @@ def test_a_percentage_alone_ends_no_attempt_once_more(store: Direct) -> None:
     assert figures(store, run) == (0, 0, 1, 5.0)
 
 
+def test_a_large_batch_of_reports_is_done_in_slices_and_ended_before_the_file_is_closed(store: Direct) -> None:
+    size = 4 * taskfarm.REPORT_SLICE
+    run = a_run(store, size)
+    assert len(take_batch(store, run, "a", size)) == size
+    report(store, run, size - 1, status="done")
+    reports = [taskfarm.Report(number, status=2, millionths=number) for number in range(size)]
+    named, seen = taskfarm.report_many(run, "a", reports), []
+    named.done = lambda _, outcome: seen.append(outcome)
+    assert store.store.apply([named]) == [], "others have their turn"
+    store.store.start()
+    store.store.close()
+    assert [(accepted, [number for number, _ in refused]) for accepted, refused in seen] == [(size - 1, [size - 1])]
+    store.start()
+    assert figures(store, run)[:3] == (0, 0, size)
+
+
 def test_a_repeat_is_known_for_8_attempts_and_over_restarts(store: Direct) -> None:
     run = a_run(store, 1, maxFailures=0)
     endings = ["failed", "waiting", "done", "failed", "waiting", "failed", "done", "failed", "waiting", "done"]
