@@ -798,7 +798,6 @@ class Ledger:
         self.workers: Dict[str, Worker] = {}
         self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
         self.leases = Leases(0)
-        self.leavers: List[int] = []            # signed off, with more tasks than one operation lets go
         self.claim_keys: Optional[Dict[bytes, int]] = None      # of the last claims, to worker ids; None: to be read
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
@@ -1638,16 +1637,20 @@ def presence(sql: Ledger, worker: Worker, held: Optional[int] = None) -> Presenc
 
 
 @operation
-def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> None:
-    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound."""
+def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> Optional[Unfinished]:
+    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound.
+
+    One without a lease may hold any number of tasks: they are let go in slices, and then it has signed off.
+    """
     worker = find_worker(sql, worker_uuid)
     if worker.state == SIGNED_OFF:
-        return
+        return None
     if not release_some(sql, now, worker.id, signed_off=True):
-        sql.after_commit(lambda: sql.leavers.append(worker.id))
+        return Unfinished((worker_uuid,))
     worker.state, worker.heard = SIGNED_OFF, now.utc
     save_worker(sql, worker)
     forget_claim(sql, worker.id)    # the lease runs on, since the disk may be full; with no tasks, its end is nothing
+    return None
 
 
 def release_some(sql: Ledger, now: Now, worker_id: int, signed_off: bool, most: int = MOST_TASKS) -> bool:
@@ -2124,7 +2127,7 @@ class Store:
                 path, "another program has it open, end that first" if "locked" in str(error) else error))
 
     def _begin_leases(self) -> None:
-        """Each worker with a lease has a whole one from here on; those who left but were not let go yet are."""
+        """Each worker with a lease has a whole one from here on."""
         try:
             self.sql.execute("UPDATE farm SET starts = starts + 1")
         except sqlite3.Error as error:      # a disk that is full should not keep a farm from being looked at
@@ -2138,10 +2141,6 @@ class Store:
                 WHERE state = 0 AND lease IS NOT NULL"""):
             worker = Worker(row)
             self.sql.leases.renew(worker, Now(worker.heard, now.tick))
-        self.sql.leavers = [worker_id for worker_id, in self.sql.all("""
-            SELECT id FROM worker
-            WHERE state = 2 AND EXISTS (
-                SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 2 AND hold <= 4)""")]
         self.chore_at = now.tick
 
     @property
@@ -2202,7 +2201,7 @@ class Store:
         if now.tick < self.sweep_again or self.sql.trouble and self._copying():
             return
         until = now.tick if tick is None else tick
-        if self.sql.leavers or self.sql.leases.next_end() <= until:
+        if self.sql.leases.next_end() <= until:
             self._spend(lambda sql, now: self._expire(sql, now, until))
         if self.sweeps:
             self.sweep()
@@ -2247,7 +2246,7 @@ class Store:
     def _idle_s(self) -> Optional[float]:
         """How long the writer may wait for requests; None for ever."""
         now, wait = self.clock().tick, math.inf
-        if self.sweeps or self.sql.leavers:     # the mark of a sweep, or of a sign-off, is on the disk: go on at once
+        if self.sweeps:     # the mark of a sweep is on the disk: go on at once
             wait = 0.0
         elif self.sql.leases.next_end() < math.inf:
             wait = min(LOOK_S, max(0.0, self.sql.leases.next_end() - now))
@@ -2393,13 +2392,7 @@ class Store:
         return bool(self.sweeps)
 
     def _expire(self, sql: Ledger, now: Now, tick: float) -> bool:
-        """One slice of the tasks of a worker who left, or whose lease had ended by *tick*; True when there are more."""
-        if sql.leavers:
-            with contextlib.suppress(Parked):       # it is tried again: the writer does not rest while there is a sweep
-                if not release_some(sql, now, sql.leavers[0], signed_off=True, most=EXPIRY_SLICE):
-                    return True
-                sql.after_commit(lambda: sql.leavers.__delitem__(0))
-            return False
+        """One slice of the tasks of a worker whose lease had ended by *tick*; True when there are more."""
         leases = sql.leases
         worker_id = leases.run_out(tick)
         if worker_id is None:

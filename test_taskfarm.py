@@ -123,7 +123,7 @@ class Direct:
 
     def settle(self) -> None:
         """Let the rows of restarts and deletions follow."""
-        while self.store.sweeps or self.store.sql.leavers:
+        while self.store.sweeps:
             self.store.turn()
 
     def wrong(self) -> List[str]:
@@ -214,7 +214,7 @@ class Live(Caller):
 
     def settle(self) -> None:
         """Let the rows of restarts and deletions follow."""
-        wait_until(lambda: not (self.service.store.sweeps or self.service.store.sql.leavers))
+        wait_until(lambda: not self.service.store.sweeps)
 
     def wrong(self) -> List[str]:
         return list(self.service.store.call(taskfarm.check()))
@@ -1874,6 +1874,17 @@ def test_a_sign_off_lets_tasks_wait_and_blames_nobody(store: Direct) -> None:
     assert take(store, run, "a") == 409, "also after a restart of the server"
     enlist(store, "a", lease=100)
     assert worker_state(store, "a") == "alive" and take(store, run, "a")["attempt"] == 2
+
+
+def test_what_is_claimed_after_a_large_sign_off_is_kept(store: Direct) -> None:
+    run = a_run(store, taskfarm.MOST_TASKS + 2)
+    assert len(take_batch(store, run, "c", taskfarm.MOST_TASKS)) == taskfarm.MOST_TASKS
+    take(store, run, "c")
+    assert store.ask("DELETE", "/api/worker/c")[0] == 204
+    enlist(store, "c")
+    assert take(store, run, "c")["task"] == 0
+    store.pass_time(1)
+    assert beat(store, "c")[0] == 1 and figures(store, run)[1] == 1
 
 
 @pytest.mark.parametrize("body, status", [
