@@ -1928,6 +1928,18 @@ def test_a_lease_runs_on_when_its_end_met_a_full_disk(store: Direct, ending: Ope
     assert look(store, run) == ("waiting", 1) and worker_state(store, "a") == "expired"
 
 
+def test_who_lives_again_in_the_first_write_after_a_full_disk_can_expire_again(store: Direct) -> None:
+    run = a_run(store, 1)
+    store.pass_time(101)
+    store.store._note_trouble("the disk is full")
+    assert beat(store, "a")[0] == 0 and worker_state(store, "a") == "expired", "it is answered, and nothing is written"
+    assert take(store, run, "a")["attempt"] == 1
+    store.restart_server()
+    assert worker_state(store, "a") == "alive"
+    store.pass_time(101)
+    assert look(store, run) == ("waiting", 1)
+
+
 @pytest.mark.parametrize("lease", [None, 1])
 def test_of_workers_that_went_memory_is_bounded(
         store: Direct, monkeypatch: pytest.MonkeyPatch, lease: Optional[int]) -> None:
