@@ -601,7 +601,7 @@ class Leases:
     rolled back: that a worker was heard stays true. Revisions need no writing either: those of each
     start of a server are above all that were before.
     """
-    REMEMBERED = 200000     # workers without a lease, then they are forgotten here
+    REMEMBERED = 200000     # workers without a lease that runs, then they are forgotten here
 
     def __init__(self, starts: int) -> None:
         self.heard: Dict[int, float] = {}               # worker id to seconds since 1970
@@ -620,10 +620,10 @@ class Leases:
                 heapq.heappush(self.due, (end, worker.id))
             self.ends[worker.id] = end
             self.spans[worker.id] = worker.lease
-        elif len(self.heard) > self.REMEMBERED + len(self.ends):
+        if len(self.heard) > self.REMEMBERED + len(self.ends):
             self.heard = {key: self.heard[key] for key in self.ends}
             self.revisions = {key: self.revisions[key] for key in self.ends if key in self.revisions}
-            self.base = self.revision
+            self.base = self.revision = self.revision + 1
 
     def drop(self, worker_id: int) -> None:
         """The worker has no lease that runs."""
@@ -798,7 +798,6 @@ class Ledger:
         self.workers: Dict[str, Worker] = {}
         self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
         self.leases = Leases(0)
-        self.leavers: List[int] = []            # signed off, with more tasks than one operation lets go
         self.claim_keys: Optional[Dict[bytes, int]] = None      # of the last claims, to worker ids; None: to be read
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
@@ -970,13 +969,10 @@ def worker_of_task(sql: Ledger, worker_id: int) -> Optional[Worker]:
 
 
 def hear(sql: Ledger, now: Now, worker: Worker) -> None:
-    """A request named the worker: its lease is renewed, and it lives again if it had expired.
-
-    With a disk that takes no writes memory alone is changed, so that heartbeats are answered.
-    """
+    """A request named the worker: its lease is renewed, and it lives again if it had expired."""
     if worker.state != SIGNED_OFF:
         sql.leases.renew(worker, now)
-        if (worker.state or now.utc - worker.heard >= DAY_S) and not sql.trouble:
+        if worker.state or now.utc - worker.heard >= DAY_S:
             worker.state, worker.heard = ALIVE, now.utc
             save_worker(sql, worker)
 
@@ -1591,8 +1587,8 @@ def register_worker(sql: Ledger, now: Now, worker_uuid: str, hostname: str, pid:
     if (worker.lease, worker.state) != (lease, ALIVE):
         worker.lease, worker.state, worker.heard = lease, ALIVE, now.utc
         save_worker(sql, worker)
-    if lease is None:
-        sql.leases.drop(worker.id)
+    if lease is None:       # once that is on the disk: if the disk is full, the lease still runs
+        sql.after_commit(lambda: sql.leases.drop(worker.id) if worker.lease is None else None)
     hear(sql, now, worker)
     return worker.snapshot()
 
@@ -1601,11 +1597,15 @@ def register_worker(sql: Ledger, now: Now, worker_uuid: str, hostname: str, pid:
 def beat(sql: Ledger, now: Now, worker_uuid: str) -> Presence:
     """The worker lives: renew its lease, and give it back what has lapsed and nobody claimed since.
 
-    Writes only if something has. Raises NotFound, and Conflict when it has signed off.
+    Writes only if something has, and nothing while the disk takes no writes: the lease is renewed
+    all the same. Raises NotFound, and Conflict when it has signed off.
     """
     worker = find_worker(sql, worker_uuid)
     refuse_signed_off(worker)
-    hear(sql, now, worker)
+    if sql.trouble:
+        sql.leases.renew(worker, now)
+    else:
+        hear(sql, now, worker)
     counts = dict(sql.all("""
         SELECT hold, count(*) FROM task INDEXED BY task_held
         WHERE worker = ? AND hold <= 4 GROUP BY hold""", worker.id))
@@ -1638,17 +1638,20 @@ def presence(sql: Ledger, worker: Worker, held: Optional[int] = None) -> Presenc
 
 
 @operation
-def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> None:
-    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound."""
+def sign_off(sql: Ledger, now: Now, worker_uuid: str) -> Optional[Unfinished]:
+    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound.
+
+    One without a lease may hold any number of tasks: they are let go in slices, and then it has signed off.
+    """
     worker = find_worker(sql, worker_uuid)
     if worker.state == SIGNED_OFF:
-        return
+        return None
     if not release_some(sql, now, worker.id, signed_off=True):
-        sql.after_commit(lambda: sql.leavers.append(worker.id))
+        return Unfinished((worker_uuid,))
     worker.state, worker.heard = SIGNED_OFF, now.utc
     save_worker(sql, worker)
-    forget_claim(sql, worker.id)
-    sql.leases.drop(worker.id)
+    forget_claim(sql, worker.id)    # the lease runs on, since the disk may be full; with no tasks, its end is nothing
+    return None
 
 
 def release_some(sql: Ledger, now: Now, worker_id: int, signed_off: bool, most: int = MOST_TASKS) -> bool:
@@ -1727,10 +1730,10 @@ def read_worker(sql: Ledger, now: Now, worker_uuid: str, limit: int, after: int)
     """A worker, and a page of the tasks that it holds by id: (run uuid, Task) of each. Raises NotFound."""
     worker = find_worker(sql, worker_uuid)
     rows: List[Any] = []
-    for hold in (HELD, STARTED):
+    for hold in (HELD, STARTED):    # IS: with = newer planners (3.40) walk over all that is held, and sort it
         rows += sql.all("SELECT run, " + TASK_COLUMNS + """
             FROM task INDEXED BY task_held
-            WHERE worker = ? AND hold = ? AND hold <= 4 AND id > ?
+            WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
             ORDER BY id
             LIMIT ?""", worker.id, hold, after, limit)
     rows = sorted(rows, key=lambda row: row[1])[:limit]
@@ -2125,7 +2128,7 @@ class Store:
                 path, "another program has it open, end that first" if "locked" in str(error) else error))
 
     def _begin_leases(self) -> None:
-        """Each worker with a lease has a whole one from here on; those who left but were not let go yet are."""
+        """Each worker with a lease has a whole one from here on."""
         try:
             self.sql.execute("UPDATE farm SET starts = starts + 1")
         except sqlite3.Error as error:      # a disk that is full should not keep a farm from being looked at
@@ -2139,10 +2142,6 @@ class Store:
                 WHERE state = 0 AND lease IS NOT NULL"""):
             worker = Worker(row)
             self.sql.leases.renew(worker, Now(worker.heard, now.tick))
-        self.sql.leavers = [worker_id for worker_id, in self.sql.all("""
-            SELECT id FROM worker
-            WHERE state = 2 AND EXISTS (
-                SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 2 AND hold <= 4)""")]
         self.chore_at = now.tick
 
     @property
@@ -2177,7 +2176,7 @@ class Store:
         self.writer.start()
 
     def _write(self) -> None:
-        while not self.stopping or self.large:
+        while not self.stopping or self.large or self.due:
             self._round(None)
             if self.sql.copy and not self.sql.copy.begun:
                 self.copy(self.sql.copy, lambda: self._round(0.0))
@@ -2203,7 +2202,7 @@ class Store:
         if now.tick < self.sweep_again or self.sql.trouble and self._copying():
             return
         until = now.tick if tick is None else tick
-        if self.sql.leavers or self.sql.leases.next_end() <= until:
+        if self.sql.leases.next_end() <= until:
             self._spend(lambda sql, now: self._expire(sql, now, until))
         if self.sweeps:
             self.sweep()
@@ -2248,7 +2247,7 @@ class Store:
     def _idle_s(self) -> Optional[float]:
         """How long the writer may wait for requests; None for ever."""
         now, wait = self.clock().tick, math.inf
-        if self.sweeps or self.sql.leavers:     # the mark of a sweep, or of a sign-off, is on the disk: go on at once
+        if self.sweeps:     # the mark of a sweep is on the disk: go on at once
             wait = 0.0
         elif self.sql.leases.next_end() < math.inf:
             wait = min(LOOK_S, max(0.0, self.sql.leases.next_end() - now))
@@ -2394,13 +2393,7 @@ class Store:
         return bool(self.sweeps)
 
     def _expire(self, sql: Ledger, now: Now, tick: float) -> bool:
-        """One slice of the tasks of a worker who left, or whose lease had ended by *tick*; True when there are more."""
-        if sql.leavers:
-            with contextlib.suppress(Parked):       # it is tried again: the writer does not rest while there is a sweep
-                if not release_some(sql, now, sql.leavers[0], signed_off=True, most=EXPIRY_SLICE):
-                    return True
-                sql.after_commit(lambda: sql.leavers.__delitem__(0))
-            return False
+        """One slice of the tasks of a worker whose lease had ended by *tick*; True when there are more."""
         leases = sql.leases
         worker_id = leases.run_out(tick)
         if worker_id is None:

@@ -124,7 +124,7 @@ class Direct:
 
     def settle(self) -> None:
         """Let the rows of restarts and deletions follow."""
-        while self.store.sweeps or self.store.sql.leavers:
+        while self.store.sweeps:
             self.store.turn()
 
     def wrong(self) -> List[str]:
@@ -216,7 +216,7 @@ class Live(Caller):
 
     def settle(self) -> None:
         """Let the rows of restarts and deletions follow."""
-        wait_until(lambda: not (self.service.store.sweeps or self.service.store.sql.leavers))
+        wait_until(lambda: not self.service.store.sweeps)
 
     def wrong(self) -> List[str]:
         return list(self.service.store.call(taskfarm.check()))
@@ -1345,6 +1345,18 @@ def test_hot_statements_search_by_key_and_never_scan(store: Direct) -> None:
     report(store, run, 30, percentCompleted=5)
     report(store, run, 1, status="waiting")
     claim(store, run)
+    report(store, run, 2, worker_uuid="w", attempt=1, status="done")
+    report(store, run, 2, worker_uuid="w", attempt=1, status="done")
+    tell_batch(store, run, {"task": 1, "status": "done"}, {"task": 2, "status": "done"}, worker_uuid="w")
+    take_batch(store, run, "w", 3)
+    for _ in range(2):
+        claim(store, run)
+    store.ask("PUT", "/api/worker/w")
+    store.ask("GET", "/api/worker/w?limit=1&after=1")
+    store.ask("GET", "/api/workers?limit=1&after=1")
+    for query in ("", "&status=waiting", "&status=done", "&order=started&status=computing", "&order=finished"):
+        after = store.ask("GET", "/api/runs/%s/tasks?limit=1%s" % (run, query))[1]["next"]
+        assert store.ask("GET", "/api/runs/%s/tasks?limit=1%s&after=%s" % (run, query, after))[0] == 200
     store.ask("GET", "/api/runs/" + run)
     store.ask("GET", "/api/runs/%s/tasks/1" % run)
     store.ask("POST", "/api/worker", {"uuid": "w2", "hostname": "node1", "pid": 1})
@@ -1902,6 +1914,17 @@ def test_a_sign_off_lets_tasks_wait_and_blames_nobody(store: Direct) -> None:
     assert worker_state(store, "a") == "alive" and take(store, run, "a")["attempt"] == 2
 
 
+def test_what_is_claimed_after_a_large_sign_off_is_kept(store: Direct) -> None:
+    run = a_run(store, taskfarm.MOST_TASKS + 2)
+    assert len(take_batch(store, run, "c", taskfarm.MOST_TASKS)) == taskfarm.MOST_TASKS
+    take(store, run, "c")
+    assert store.ask("DELETE", "/api/worker/c")[0] == 204
+    enlist(store, "c")
+    assert take(store, run, "c")["task"] == 0
+    store.pass_time(1)
+    assert beat(store, "c")[0] == 1 and figures(store, run)[1] == 1
+
+
 @pytest.mark.parametrize("body, status", [
     ({"percentCompleted": 7}, 409), ({"status": "computing"}, 409), ({"status": "waiting"}, 409),
     ({"status": "done"}, 204), ({"status": "failed"}, 204)], ids=str)
@@ -1927,6 +1950,48 @@ def test_a_lease_that_runs_out_lets_tasks_wait(store: Direct) -> None:
     assert blame(store, run, 1) == ("waiting", 0, 0), "it was not"
     task = take(store, run, "b")
     assert (task["task"], task["attempt"], task["percentCompleted"], task["losses"]) == (0, 2, 40.0, 1)
+
+
+@pytest.mark.parametrize("ending", [taskfarm.sign_off("a"), taskfarm.register_worker("a", "node-a", 1, None)],
+                         ids=["sign off", "register without a lease"])
+def test_a_lease_runs_on_when_its_end_met_a_full_disk(store: Direct, ending: Operation) -> None:
+    @taskfarm.operation
+    def fill(sql: Any, now: Now) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+    run = a_run(store, 1)
+    take(store, run, "a")
+    outcomes = [outcome for _, outcome in store.store.apply([ending, fill()])]
+    assert [type(outcome) for outcome in outcomes] == [taskfarm.Unavailable] * 2
+    store.pass_time(101)
+    assert look(store, run) == ("waiting", 1) and worker_state(store, "a") == "expired"
+
+
+def test_who_lives_again_in_the_first_write_after_a_full_disk_can_expire_again(store: Direct) -> None:
+    run = a_run(store, 1)
+    store.pass_time(101)
+    store.store._note_trouble("the disk is full")
+    assert beat(store, "a")[0] == 0 and worker_state(store, "a") == "expired", "it is answered, and nothing is written"
+    assert take(store, run, "a")["attempt"] == 1
+    store.restart_server()
+    assert worker_state(store, "a") == "alive"
+    store.pass_time(101)
+    assert look(store, run) == ("waiting", 1)
+
+
+@pytest.mark.parametrize("lease", [None, 1])
+def test_of_workers_that_went_memory_is_bounded(
+        store: Direct, monkeypatch: pytest.MonkeyPatch, lease: Optional[int]) -> None:
+    monkeypatch.setattr(taskfarm.Leases, "REMEMBERED", 5)
+    run = a_run(store, 5)
+    take(store, run, "a")
+    report(store, run, 0, status="computing")
+    revisions = [beat(store, worker)[1] for worker in "abc"]
+    for number in range(20):
+        enlist(store, "w%d" % number, lease=lease)
+        store.pass_time(2)
+        beat(store, "a")
+    assert len(store.store.sql.leases.heard) <= 5 + 3
+    assert all(beat(store, worker)[1] >= revision for worker, revision in zip("abc", revisions))
 
 
 def test_no_lease_is_never_timed_out(store: Direct) -> None:
@@ -2406,6 +2471,22 @@ def test_a_percentage_on_a_failed_task_or_a_done_one_is_no_other_failure_or_end(
         assert report(store, run, number, percentCompleted=50) == 204
         after = store.ask("GET", "/api/runs/%s/tasks/%d" % (run, number))[1]
         assert after == dict(before[number], percentCompleted=50.0)
+
+
+def test_a_large_batch_of_reports_is_done_in_slices_and_ended_before_the_file_is_closed(store: Direct) -> None:
+    size = 4 * taskfarm.REPORT_SLICE
+    run = a_run(store, size)
+    assert len(take_batch(store, run, "a", size)) == size
+    report(store, run, size - 1, status="done")
+    reports = [taskfarm.Report(number, status=2, millionths=number) for number in range(size)]
+    named, seen = taskfarm.report_many(run, "a", reports), []
+    named.done = lambda _, outcome: seen.append(outcome)
+    assert store.store.apply([named]) == [], "others have their turn"
+    store.store.start()
+    store.store.close()
+    assert [(accepted, [number for number, _ in refused]) for accepted, refused in seen] == [(size - 1, [size - 1])]
+    store.start()
+    assert figures(store, run)[:3] == (0, 0, size)
 
 
 def test_a_repeat_is_known_for_8_attempts_and_over_restarts(store: Direct) -> None:
