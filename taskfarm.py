@@ -511,7 +511,8 @@ CREATE TABLE last_claim (
     request BLOB NOT NULL,
     given TEXT NOT NULL                         -- first:last:attempt,... in ids of tasks
 );
--- For people who look into the file.
+-- For people who look into the file. (For sweep IS NOT 'delete' older SQLite, 3.26, takes the index run_sweep, and
+-- there is no run in it.)
 CREATE VIEW tasks AS
     SELECT run.uuid AS run, run.name, task.id - run.first_id AS task,
         CASE task.status WHEN 0 THEN 'waiting' WHEN 1 THEN 'computing' WHEN 2 THEN 'done' ELSE 'failed' END AS status,
@@ -521,7 +522,7 @@ CREATE VIEW tasks AS
     FROM run
     JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
     LEFT JOIN worker ON worker.id = task.worker
-    WHERE run.sweep IS NOT 'delete';
+    WHERE coalesce(run.sweep, '') <> 'delete';
 """]
 
 
@@ -876,7 +877,8 @@ def find_run(sql: Ledger, run_uuid: str, reading: bool = False) -> Run:
     """The run of that uuid. Raises NotFound; unless for reading, Parked while it is being restarted."""
     run = sql.runs.get(run_uuid)
     if run is None:
-        row = sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE uuid = ? AND sweep IS NOT 'delete'", run_uuid)
+        row = sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE uuid = ? AND coalesce(sweep, '') <> 'delete'",
+                      run_uuid)
         if row is None:
             raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
         run = sql.keep_run(Run(row))
@@ -1026,7 +1028,7 @@ def create_run(sql: Ledger, now: Now, run_uuid: str, num_tasks: int, name: Optio
 def list_runs(sql: Ledger, now: Now) -> List[Tuple[Any, ...]]:
     """All runs in order of creation, as rows that class Run takes: the writer does no more work than it must."""
     sql.flush()
-    return sql.all("SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT 'delete' ORDER BY id")
+    return sql.all("SELECT " + Run.COLUMNS + " FROM run WHERE coalesce(sweep, '') <> 'delete' ORDER BY id")
 
 
 @operation(reads=True)

@@ -1270,6 +1270,16 @@ def test_the_mean_stays_exact_after_many_updates(store: Direct) -> None:
     assert figures(store, run)[3] == 33.3
 
 
+def test_the_view_for_people_shows_tasks_that_were_touched(store: Direct) -> None:
+    run = make_run(store, 3)
+    claim(store, run)
+    report(store, run, 1, status="done")
+    assert store.store.connection.execute("SELECT run, task, status, percent, hostname FROM tasks").fetchall() == [
+        (run, 0, "computing", 0.0, "node1"), (run, 1, "done", 100.0, None)]
+    store.ask("DELETE", "/api/runs/" + run)
+    assert store.store.connection.execute("SELECT count(*) FROM tasks").fetchone() == (0,)
+
+
 def test_task_ids_are_never_used_again(store: Direct) -> None:
     first = make_run(store, 3)
     seen = {store.ask("GET", "/api/runs/%s/tasks/%d" % (first, n))[1]["id"] for n in range(3)}
