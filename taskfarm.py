@@ -3181,7 +3181,6 @@ class Request:
         self.key = self._key(keyed[1] if keyed else None) if self.method == "POST" else ""
         self.expects = b"expect" in self.headers
 
-
     def _key(self, cut_out: Optional[bytes]) -> str:
         """The Idempotency-Key, "" when there is none. Raises BadRequest."""
         left = self.headers.get(b"idempotency-key")
@@ -3954,7 +3953,6 @@ class Farm:
     def proof(self, nonce: str, user_id: Optional[int]) -> str:
         """What only this farm, and who has the key, can answer to a nonce."""
         return hmac.new(self.proof_key(user_id), nonce.encode(), "sha256").hexdigest()
-
 
     def once(self, req: Request, named: Operation) -> Operation:
         """The operation; with an Idempotency-Key, once for all requests that come with it."""
