@@ -70,7 +70,7 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
 
     "admin" is whoever can read the lock file beside the database: the verbs of this file.
 
-    A POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
+    A user's POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
     and changes nothing more. Remembered for a day; of claims, the last key of each worker.
 
 Errors common to all (RFC 9457 problem details), judged in this order
@@ -1139,20 +1139,21 @@ def room_for(sql: Ledger, worker: Worker) -> int:
 def pause(sql: Ledger, now: Now, run: Run) -> Pause:
     """Nothing waits: whether leased tasks compute that may come back, and when the first lease of theirs may end.
 
-    The tasks that began first are looked at: most of the time, one of them answers.
+    Most of the time one of the first thousand computing tasks answers; else the leases do, which
+    are fewer than the tasks of workers without one may be.
     """
-    for most in (1000, -1):
-        workers = sql.all("""
-            SELECT DISTINCT worker
-            FROM (SELECT worker, hold FROM task INDEXED BY task_open
-                  WHERE status = 1 AND status <> 2 AND id >= ? AND id < ? LIMIT ?)
-            WHERE hold <= 2""", run.first_id, run.end_id, most)
-        ends = [sql.leases.ends[worker] for worker, in workers if worker in sql.leases.ends]
-        if ends:
-            return Pause(max(0.0, min(ends) - now.tick))
-        if run.counts[COMPUTING] <= most:
-            break
-    return Pause(None)
+    workers = [worker_id for worker_id, in sql.all("""
+        SELECT DISTINCT worker
+        FROM (SELECT worker, hold FROM task INDEXED BY task_open
+              WHERE status = 1 AND status <> 2 AND id >= ? AND id < ? LIMIT 1000)
+        WHERE hold <= 2""", run.first_id, run.end_id)]
+    if run.counts[COMPUTING] > 1000 and not any(worker_id in sql.leases.ends for worker_id in workers):
+        workers = [worker_id for worker_id in sql.leases.ends if sql.one("""
+            SELECT 1 FROM task INDEXED BY task_held
+            WHERE worker = ? AND hold IN (1, 2) AND hold <= 4 AND id >= ? AND id < ?
+            LIMIT 1""", worker_id, run.first_id, run.end_id)]
+    ends = [sql.leases.ends[worker_id] for worker_id in workers if worker_id in sql.leases.ends]
+    return Pause(max(0.0, min(ends) - now.tick) if ends else None)
 
 
 # Without the hint the planner takes the primary key, and walks over every task that is done.

@@ -2154,6 +2154,15 @@ def test_workers_are_forgotten_30_days_after_the_last_hold(store: Direct) -> Non
     assert report(store, run, 0, worker_uuid="a", attempt=1, status="failed") == 409, "it is another one"
 
 
+def test_a_leased_task_behind_a_thousand_without_a_lease_may_come_back_too(store: Direct) -> None:
+    run = a_run(store, 1101)
+    assert len(take_batch(store, run, "c", 1100)) == 1100
+    assert take(store, run, "a")["task"] == 1100
+    assert (take(store, run, "c"), store.retry_after is not None) == (204, True)
+    report(store, run, 1100, worker_uuid="a", status="done")
+    assert (take(store, run, "c"), store.retry_after) == (204, None)
+
+
 def test_a_claim_in_vain_says_when_to_ask_again(store: Direct) -> None:
     run = a_run(store, 2, maxLosses=1)
 
