@@ -101,10 +101,10 @@ Contents
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
     SERVICE             lock, store and address made into one server
+    TERMINAL            what a person sees on a terminal: tables, bars, rates
     CLIENT              how programs and this file's own verbs talk to a server
     WORKER              runs a command for each task it is given
     BENCH               how many workers this machine can feed
-    TERMINAL            what a person sees on a terminal: tables, bars, rates
     DOCTOR              whether a node is fit to serve and to work
     STATUS              how a run gets on, once or until it is over
     COMMAND LINE        verbs, options, start and end of the server
@@ -4572,9 +4572,384 @@ def address_refused(host: str, port: int, error: OSError) -> str:
         host, port, error.strerror or error)
 
 
+# ---------------------------------------------------------------- TERMINAL
+# What a person sees on a terminal: tables, bars, rates. Plain values in, text out; knows no server.
+
+COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
+NARROWEST = 8                       # columns that a cell which may be cut keeps
+
+# The four states in the order of a bar: name, field of a run, colour, mark in any encoding, mark where UTF-8 is shown.
+# They differ in shape, so that the bar can be read without colours.
+STATES = (("done", "numDone", "green", "#", "\u2588"), ("failed", "numFailed", "red", "x", "\u2573"),
+          ("computing", "numComputing", "yellow", "+", "\u2592"), ("waiting", "numWaiting", "dim", ".", "\u00b7"))
+
+
+class Screen:
+    """A stream as a person sees it: how wide it is, whether it shows colours and more than ASCII, and can be redrawn.
+
+    A pipe or a file has no limit of width, no colours, and only grows.
+    """
+    def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
+        self.stream = stream
+        self.terminal = stream.isatty()
+        self.moves = self.terminal and environ.get("TERM", "") not in ("", "dumb")
+        self.colours = self.moves and not environ.get("NO_COLOR")
+        self.drawn = 0                  # lines that `redraw` would replace
+        try:
+            "".join(mark for *_, mark in STATES).encode(getattr(stream, "encoding", None) or "ascii")
+            self.unicode = True
+        except (UnicodeError, LookupError):
+            self.unicode = False
+
+    @property
+    def columns(self) -> int:
+        """How many columns a line may have; 0 for any number."""
+        return shutil.get_terminal_size().columns if self.terminal else 0
+
+    def paint(self, text: str, colour: str) -> str:
+        """The text in one of COLOURS, where colours are shown."""
+        return "\x1b[%sm%s\x1b[0m" % (COLOURS[colour], text) if self.colours and text else text
+
+    def print(self, lines: Sequence[str]) -> None:
+        """Write lines that stay."""
+        self.stream.write("".join(line + "\n" for line in lines))
+        self.stream.flush()
+
+    def redraw(self, lines: Sequence[str]) -> None:
+        """Write lines in the place of those drawn last; what is too much for the height is left out."""
+        lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
+        up = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
+        self.stream.write(up + "".join(line + "\n" for line in lines))
+        self.stream.flush()
+        self.drawn = len(lines)
+
+
+def harmless(text: Any) -> str:
+    """Text of others in one line, fit for a terminal: no escape sequences, no invisible or turning characters."""
+    spaced = " ".join(str(text).split())
+    return "".join(mark if unicodedata.category(mark) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else "?"
+                   for mark in spaced)
+
+
+def width_of(text: str) -> int:
+    """The columns that a text takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(mark) in ("Mn", "Me") else
+               2 if unicodedata.east_asian_width(mark) in "WF" else 1 for mark in text)
+
+
+def cut(text: str, width: int) -> str:
+    """The text in at most *width* columns, with ~ at its end when something is missing."""
+    if width_of(text) <= width:
+        return text
+    kept = ""
+    for mark in text:
+        if width_of(kept + mark) > width - 1:
+            break
+        kept += mark
+    return kept + "~" if width > 0 else ""
+
+
+def span(seconds: float) -> str:
+    """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
+    if seconds < 100:
+        return "%.*f s" % (2 if seconds < 10 else 0, seconds)
+    for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return "%d %s %d %s" % (seconds // size, name, seconds % size // below, small)
+    raise AssertionError(seconds)
+
+
+def grouped(number: int) -> str:
+    """A number in groups of three digits: 200 000."""
+    return "{:,}".format(number).replace(",", " ")
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things: 1 task, 200 000 tasks."""
+    return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
+
+
+def per_time(*per_s: float) -> str:
+    """A rate of tasks, or the last two of several, in the unit that the first wants: 4.0 tasks/min, 3 to 5 tasks/s."""
+    unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if per_s[0] * pair[1] >= 1), ("h", 3600))
+    return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * seconds >= 100 else 1, rate * seconds)
+                                        for rate in per_s[-2:]), unit)
+
+
+def percent(part: float, whole: float) -> str:
+    """A share that is 100 % only when it is all, and 0 % only when it is nothing."""
+    share = 100.0 * part / whole if whole else 0.0
+    if 0 < part < whole:
+        share = min(max(share, 0.1), 99.9)
+    return "%.1f %%" % share
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+    title: str
+    right: bool = False     # numbers stand under each other
+    gives: bool = False     # may be cut where the terminal is too narrow
+    spare: bool = False     # is left out where that does not help
+
+
+class Table:
+    """Rows under headings in plain columns, as wide as they need to be; on a terminal they fit it.
+
+    *columns*: how wide the terminal is, 0 for any width. Rows may come in several calls of `lines`;
+    a column never becomes narrower then, and the headings come once.
+    """
+    def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
+        self.heads, self.columns = heads, columns
+        self.widths = [width_of(head.title) for head in heads]
+        self.shown = list(range(len(heads)))
+        self.begun = False
+
+    def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
+        """The lines of some rows, before the first of them the headings; an empty cell is shown as -."""
+        shown = [[harmless("" if cell is None else cell) or "-" for cell in row] for row in rows]
+        if not self.begun:
+            self.begun = True
+            shown.insert(0, [head.title for head in self.heads])
+        for row in shown:
+            self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
+        self._leave_out()
+        widths = self._fitting()
+        return [self._line(row, widths) for row in shown]
+
+    def _too_much(self, widths: Sequence[int]) -> int:
+        """By how many columns the shown ones are wider than the terminal."""
+        return sum(widths[number] + 2 for number in self.shown) - 2 - self.columns if self.columns else 0
+
+    def _leave_out(self) -> None:
+        """Leave out columns until the rest can be made to fit, the last first; they stay out."""
+        least = [min(width, NARROWEST) if head.gives else width for head, width in zip(self.heads, self.widths)]
+        for number in reversed(range(len(self.heads))):
+            if self.heads[number].spare and self._too_much(least) > 0:
+                self.shown = [other for other in self.shown if other != number]
+
+    def _fitting(self) -> List[int]:
+        widths = list(self.widths)
+        while self._too_much(widths) > 0:
+            able = [number for number in self.shown if self.heads[number].gives and widths[number] > NARROWEST]
+            if not able:
+                break
+            widths[max(able, key=lambda number: widths[number])] -= 1
+        return widths
+
+    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
+        cells = []
+        for number in self.shown:
+            head, width = self.heads[number], widths[number]
+            text = cut(row[number], width) if self.columns else row[number]
+            space = " " * (width - width_of(text))
+            cells.append(space + text if head.right else text + space)
+        line = "  ".join(cells).rstrip()
+        return cut(line, self.columns) if self.columns else line
+
+
+def shares(parts: Sequence[int], cells: int) -> List[int]:
+    """How many of so many cells each part gets: in proportion, and one at least where there is anything at all."""
+    whole = sum(parts)
+    if not whole:
+        return [0] * len(parts)
+    given = [max(part * cells // whole, 1 if part else 0) for part in parts]
+    while sum(given) != cells:
+        step = 1 if sum(given) < cells else -1
+        # The part that is furthest from its due; one that has a single cell keeps it.
+        able = [number for number, part in enumerate(parts) if part and (step > 0 or given[number] > 1)]
+        if not able:
+            break
+        given[max(able, key=lambda number: step * (parts[number] * cells / whole - given[number]))] += step
+    return given
+
+
+def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
+    """The states of a run's tasks as a bar."""
+    given = shares([run[field] for _, field, *_ in STATES], cells)
+    return "[" + "".join(screen.paint((rich if screen.unicode else plain) * number, colour)
+                         for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
+
+
+def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
+    """What the marks of the bar mean, with the numbers; on a narrow terminal in several lines."""
+    lines, used = [""], 0
+    for name, field, colour, plain, rich in STATES:
+        words = " %s %s" % (grouped(run[field]), name)
+        if used and screen.columns and used + 4 + len(words) > screen.columns:
+            lines, used = lines + [""], 0
+        lines[-1] += "   " * (used > 0) + screen.paint(rich if screen.unicode else plain, colour) + words
+        used += 3 * (used > 0) + 1 + len(words)
+    return lines
+
+
+class Rate(NamedTuple):
+    """How fast tasks end, with what the true rate may well be."""
+    per_s: float
+    low: float              # tasks per second
+    high: float
+    ended: int              # so many tasks were seen to end
+    window_s: float         # in so long a time
+
+
+RATE_SLICES = 10
+
+
+def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
+    """The rate that readings (seconds, tasks ended so far), oldest first, tell; None when nothing ended.
+
+    The range is two standard errors wide on either side. The error comes from how much equal slices of the
+    time differ, so that tasks that end in waves make it wide, and is never less than chance alone makes it.
+    """
+    if len(points) < 2 or points[-1][1] <= points[0][1] or points[-1][0] <= points[0][0]:
+        return None
+    window_s, ended = points[-1][0] - points[0][0], points[-1][1] - points[0][1]
+    counts = slice_counts(points, RATE_SLICES)
+    mean = ended / RATE_SLICES
+    spread = sum((count - mean) ** 2 for count in counts) * RATE_SLICES / (RATE_SLICES - 1)
+    error = math.sqrt(max(spread, ended))
+    low, high = max(ended - 2 * error, 0.0), ended + 2 * error
+    return Rate(ended / window_s, low / window_s, high / window_s, ended, window_s)
+
+
+def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
+    """How much the second figure of the readings grew in each of so many equal slices of their time."""
+    begin, end = points[0][0], points[-1][0]
+    at, seen = [], 0
+    for border in range(number + 1):
+        moment = begin + (end - begin) * border / number
+        while seen < len(points) - 2 and points[seen + 1][0] < moment:
+            seen += 1
+        (before, low), (after, high) = points[seen], points[seen + 1]
+        part = (moment - before) / (after - before) if after > before else 1.0
+        at.append(low + (high - low) * min(max(part, 0.0), 1.0))
+    return [later - earlier for earlier, later in zip(at, at[1:])]
+
+
+def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
+    """The seconds that so many tasks will take, least and most; None where nothing can be said."""
+    if not remaining:
+        return 0.0, 0.0
+    if rate is None:
+        return None, None
+    return remaining / rate.high, remaining / rate.low if rate.low > 0 else None
+
+
+def in_words(least: Optional[float], most: Optional[float]) -> str:
+    """A range of time: 2 h 01 min to 2 h 10 min, more than 3 h 00 min, unknown."""
+    if least is None:
+        return "unknown"
+    if most is None:
+        return "more than " + span(least)
+    low, high = span(least), span(most)
+    return "about " + low if low == high else "%s to %s" % (low, high)
+
+
+def moment(text: Optional[str]) -> Optional[float]:
+    """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
+    return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
+
+
+def age(text: Optional[str], now_utc: float) -> str:
+    """How long ago a time of the API was; "" for none."""
+    then = moment(text)
+    return "" if then is None else span(max(now_utc - then, 0.0))
+
+
+class Ends(NamedTuple):
+    """What the tasks that ended last tell of a run's pace."""
+    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `rate_of`
+    took_s: List[float]                 # how long they took, ascending; of those of which it is known
+
+
+RECENT_S = 600.0        # a rate is taken over so long, and over several times what a task takes
+RECENT_TASKS = 4
+
+
+def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> Ends:
+    """The pace that tasks which have ended show, with their times `started` and `finished`.
+
+    *whole*: there are no earlier ones that were left out. The window begins when the first of its tasks
+    was started, not when it ended: the first wave of long tasks ends all at once, after a long time.
+    """
+    spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
+    took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
+    window_s = window_of(took_s)
+    recent = [(end, start) for end, start in spans if end > now_utc - window_s]
+    if not recent:
+        return Ends([], took_s)
+    starts = [start for _, start in recent if start is not None]
+    if starts and (whole or len(recent) < len(spans)):
+        begin = min(max(min(starts), now_utc - window_s), recent[0][0])
+    else:
+        begin = recent.pop(0)[0]
+    points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
+    return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+
+
+def window_of(took_s: Sequence[float]) -> float:
+    """The seconds over which a rate is taken, where tasks take so long (ascending)."""
+    return max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
+
+
+def quantile(ordered: Sequence[float], part: float) -> float:
+    """The value below which that part of ascending values lies."""
+    return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+
+
+def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
+            longest_s: Optional[float]) -> Tuple[Optional[float], Optional[float], str]:
+    """The seconds a run still takes, least and most, and why nothing can be said where that is so.
+
+    *longest_s*: how long the task that computes longest has done so. When nothing waits any more the rate
+    says little, since workers run out of work; what the tasks before took says more.
+    """
+    waiting, computing = run["numWaiting"], run["numComputing"]
+    if not waiting + computing:
+        return 0.0, 0.0, ""
+    if not computing and rate is None:
+        return None, None, "nothing is computing"
+    if waiting or not ends.took_s or longest_s is None:
+        least, most = time_left(waiting + computing, rate)
+        return least, most, "" if rate else "too few tasks have ended lately"
+    most_s = quantile(ends.took_s, 0.9)
+    if longest_s > most_s:
+        return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
+            span(longest_s), span(most_s))
+    return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
+
+
+class Progress:
+    """A bar on a terminal for work that takes longer than a moment; nothing where there is no terminal."""
+    WIDTH = 30
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.shown = False
+        self.since = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def show(self, done: float, total: float) -> None:
+        """Draw the bar: so much of so much."""
+        if sys.stderr.isatty() and total and time.monotonic() - self.since > 0.1:
+            filled = int(self.WIDTH * done / total)
+            sys.stderr.write("\r%s [%s%s] %3d %%\x1b[K" % (
+                self.what, "#" * filled, " " * (self.WIDTH - filled), 100 * done / total))
+            sys.stderr.flush()
+            self.shown = True
+            self.since = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.shown:
+            sys.stderr.write("\r\x1b[K")
+
+
 # ---------------------------------------------------------------- CLIENT
-# How programs and this file's own verbs talk to a server. Knows the contract, and nothing of the sections above but
-# the errors.
+# How programs and this file's own verbs talk to a server. Knows the contract, and of the sections above nothing but
+# the errors and how a time is said.
 
 CLIENT_TIMEOUT_S = 10.0
 LOGIN_PATIENCE_S = 60.0             # a login that has worked is tried so long: NFS may show an old access file
@@ -4684,16 +5059,6 @@ def refusal_of(status: int, detail: str) -> FarmError:
     error = kind.__new__(kind, detail)      # some make their own sentence, and this is the server's
     error.status = status
     return error
-
-
-def span(seconds: float) -> str:
-    """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
-    if seconds < 100:
-        return "%.*f s" % (2 if seconds < 10 else 0, seconds)
-    for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return "%d %s %d %s" % (seconds // size, name, seconds % size // below, small)
-    raise AssertionError(seconds)
 
 
 class Client:
@@ -5166,33 +5531,6 @@ class TaskFarmWorker(TaskFarm):
         """Sign off: what the worker still holds waits for others. Also happens by itself at the end of the process."""
         self._end()
         self._client.close()
-
-
-class Progress:
-    """A bar on a terminal for work that takes longer than a moment; nothing where there is no terminal."""
-    WIDTH = 30
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.shown = False
-        self.since = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def show(self, done: float, total: float) -> None:
-        """Draw the bar: so much of so much."""
-        if sys.stderr.isatty() and total and time.monotonic() - self.since > 0.1:
-            filled = int(self.WIDTH * done / total)
-            sys.stderr.write("\r%s [%s%s] %3d %%\x1b[K" % (
-                self.what, "#" * filled, " " * (self.WIDTH - filled), 100 * done / total))
-            sys.stderr.flush()
-            self.shown = True
-            self.since = time.monotonic()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.shown:
-            sys.stderr.write("\r\x1b[K")
 
 
 # ---------------------------------------------------------------- WORKER
@@ -6740,344 +7078,6 @@ def flat_table(result: Dict[str, Any]) -> str:
         lines.append("%-22s" % shown + "".join("  %8.3f  %5.2f" % (
             result["median_ms"][case][name], result["ratio"][case][name]) for name in ("claim", "update", "run info")))
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- TERMINAL
-# What a person sees on a terminal: tables, bars, rates. Plain values in, text out; knows no server.
-
-COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
-NARROWEST = 8                       # columns that a cell which may be cut keeps
-
-# The four states in the order of a bar: name, field of a run, colour, mark in any encoding, mark where UTF-8 is shown.
-# They differ in shape, so that the bar can be read without colours.
-STATES = (("done", "numDone", "green", "#", "\u2588"), ("failed", "numFailed", "red", "x", "\u2573"),
-          ("computing", "numComputing", "yellow", "+", "\u2592"), ("waiting", "numWaiting", "dim", ".", "\u00b7"))
-
-
-class Screen:
-    """A stream as a person sees it: how wide it is, whether it shows colours and more than ASCII, and can be redrawn.
-
-    A pipe or a file has no limit of width, no colours, and only grows.
-    """
-    def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
-        self.stream = stream
-        self.terminal = stream.isatty()
-        self.moves = self.terminal and environ.get("TERM", "") not in ("", "dumb")
-        self.colours = self.moves and not environ.get("NO_COLOR")
-        self.drawn = 0                  # lines that `redraw` would replace
-        try:
-            "".join(mark for *_, mark in STATES).encode(getattr(stream, "encoding", None) or "ascii")
-            self.unicode = True
-        except (UnicodeError, LookupError):
-            self.unicode = False
-
-    @property
-    def columns(self) -> int:
-        """How many columns a line may have; 0 for any number."""
-        return shutil.get_terminal_size().columns if self.terminal else 0
-
-    def paint(self, text: str, colour: str) -> str:
-        """The text in one of COLOURS, where colours are shown."""
-        return "\x1b[%sm%s\x1b[0m" % (COLOURS[colour], text) if self.colours and text else text
-
-    def print(self, lines: Sequence[str]) -> None:
-        """Write lines that stay."""
-        self.stream.write("".join(line + "\n" for line in lines))
-        self.stream.flush()
-
-    def redraw(self, lines: Sequence[str]) -> None:
-        """Write lines in the place of those drawn last; what is too much for the height is left out."""
-        lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
-        up = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
-        self.stream.write(up + "".join(line + "\n" for line in lines))
-        self.stream.flush()
-        self.drawn = len(lines)
-
-
-def harmless(text: Any) -> str:
-    """Text of others in one line, fit for a terminal: no escape sequences, no invisible or turning characters."""
-    spaced = " ".join(str(text).split())
-    return "".join(mark if unicodedata.category(mark) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else "?"
-                   for mark in spaced)
-
-
-def width_of(text: str) -> int:
-    """The columns that a text takes: two for a wide character, none for a combining one."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.category(mark) in ("Mn", "Me") else
-               2 if unicodedata.east_asian_width(mark) in "WF" else 1 for mark in text)
-
-
-def cut(text: str, width: int) -> str:
-    """The text in at most *width* columns, with ~ at its end when something is missing."""
-    if width_of(text) <= width:
-        return text
-    kept = ""
-    for mark in text:
-        if width_of(kept + mark) > width - 1:
-            break
-        kept += mark
-    return kept + "~" if width > 0 else ""
-
-
-def grouped(number: int) -> str:
-    """A number in groups of three digits: 200 000."""
-    return "{:,}".format(number).replace(",", " ")
-
-
-def counted(number: int, thing: str) -> str:
-    """So many things: 1 task, 200 000 tasks."""
-    return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
-
-
-def per_time(*per_s: float) -> str:
-    """A rate of tasks, or the last two of several, in the unit that the first wants: 4.0 tasks/min, 3 to 5 tasks/s."""
-    unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if per_s[0] * pair[1] >= 1), ("h", 3600))
-    return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * seconds >= 100 else 1, rate * seconds)
-                                        for rate in per_s[-2:]), unit)
-
-
-def percent(part: float, whole: float) -> str:
-    """A share that is 100 % only when it is all, and 0 % only when it is nothing."""
-    share = 100.0 * part / whole if whole else 0.0
-    if 0 < part < whole:
-        share = min(max(share, 0.1), 99.9)
-    return "%.1f %%" % share
-
-
-class Column(NamedTuple):
-    """A column of a table."""
-    title: str
-    right: bool = False     # numbers stand under each other
-    gives: bool = False     # may be cut where the terminal is too narrow
-    spare: bool = False     # is left out where that does not help
-
-
-class Table:
-    """Rows under headings in plain columns, as wide as they need to be; on a terminal they fit it.
-
-    *columns*: how wide the terminal is, 0 for any width. Rows may come in several calls of `lines`;
-    a column never becomes narrower then, and the headings come once.
-    """
-    def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
-        self.heads, self.columns = heads, columns
-        self.widths = [width_of(head.title) for head in heads]
-        self.shown = list(range(len(heads)))
-        self.begun = False
-
-    def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
-        """The lines of some rows, before the first of them the headings; an empty cell is shown as -."""
-        shown = [[harmless("" if cell is None else cell) or "-" for cell in row] for row in rows]
-        if not self.begun:
-            self.begun = True
-            shown.insert(0, [head.title for head in self.heads])
-        for row in shown:
-            self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
-        self._leave_out()
-        widths = self._fitting()
-        return [self._line(row, widths) for row in shown]
-
-    def _too_much(self, widths: Sequence[int]) -> int:
-        """By how many columns the shown ones are wider than the terminal."""
-        return sum(widths[number] + 2 for number in self.shown) - 2 - self.columns if self.columns else 0
-
-    def _leave_out(self) -> None:
-        """Leave out columns until the rest can be made to fit, the last first; they stay out."""
-        least = [min(width, NARROWEST) if head.gives else width for head, width in zip(self.heads, self.widths)]
-        for number in reversed(range(len(self.heads))):
-            if self.heads[number].spare and self._too_much(least) > 0:
-                self.shown = [other for other in self.shown if other != number]
-
-    def _fitting(self) -> List[int]:
-        widths = list(self.widths)
-        while self._too_much(widths) > 0:
-            able = [number for number in self.shown if self.heads[number].gives and widths[number] > NARROWEST]
-            if not able:
-                break
-            widths[max(able, key=lambda number: widths[number])] -= 1
-        return widths
-
-    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
-        cells = []
-        for number in self.shown:
-            head, width = self.heads[number], widths[number]
-            text = cut(row[number], width) if self.columns else row[number]
-            space = " " * (width - width_of(text))
-            cells.append(space + text if head.right else text + space)
-        line = "  ".join(cells).rstrip()
-        return cut(line, self.columns) if self.columns else line
-
-
-def shares(parts: Sequence[int], cells: int) -> List[int]:
-    """How many of so many cells each part gets: in proportion, and one at least where there is anything at all."""
-    whole = sum(parts)
-    if not whole:
-        return [0] * len(parts)
-    given = [max(part * cells // whole, 1 if part else 0) for part in parts]
-    while sum(given) != cells:
-        step = 1 if sum(given) < cells else -1
-        # The part that is furthest from its due; one that has a single cell keeps it.
-        able = [number for number, part in enumerate(parts) if part and (step > 0 or given[number] > 1)]
-        if not able:
-            break
-        given[max(able, key=lambda number: step * (parts[number] * cells / whole - given[number]))] += step
-    return given
-
-
-def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
-    """The states of a run's tasks as a bar."""
-    given = shares([run[field] for _, field, *_ in STATES], cells)
-    return "[" + "".join(screen.paint((rich if screen.unicode else plain) * number, colour)
-                         for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
-
-
-def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
-    """What the marks of the bar mean, with the numbers; on a narrow terminal in several lines."""
-    lines, used = [""], 0
-    for name, field, colour, plain, rich in STATES:
-        words = " %s %s" % (grouped(run[field]), name)
-        if used and screen.columns and used + 4 + len(words) > screen.columns:
-            lines, used = lines + [""], 0
-        lines[-1] += "   " * (used > 0) + screen.paint(rich if screen.unicode else plain, colour) + words
-        used += 3 * (used > 0) + 1 + len(words)
-    return lines
-
-
-class Rate(NamedTuple):
-    """How fast tasks end, with what the true rate may well be."""
-    per_s: float
-    low: float              # tasks per second
-    high: float
-    ended: int              # so many tasks were seen to end
-    window_s: float         # in so long a time
-
-
-RATE_SLICES = 10
-
-
-def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
-    """The rate that readings (seconds, tasks ended so far), oldest first, tell; None when nothing ended.
-
-    The range is two standard errors wide on either side. The error comes from how much equal slices of the
-    time differ, so that tasks that end in waves make it wide, and is never less than chance alone makes it.
-    """
-    if len(points) < 2 or points[-1][1] <= points[0][1] or points[-1][0] <= points[0][0]:
-        return None
-    window_s, ended = points[-1][0] - points[0][0], points[-1][1] - points[0][1]
-    counts = slice_counts(points, RATE_SLICES)
-    mean = ended / RATE_SLICES
-    spread = sum((count - mean) ** 2 for count in counts) * RATE_SLICES / (RATE_SLICES - 1)
-    error = math.sqrt(max(spread, ended))
-    low, high = max(ended - 2 * error, 0.0), ended + 2 * error
-    return Rate(ended / window_s, low / window_s, high / window_s, ended, window_s)
-
-
-def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
-    """How much the second figure of the readings grew in each of so many equal slices of their time."""
-    begin, end = points[0][0], points[-1][0]
-    at, seen = [], 0
-    for border in range(number + 1):
-        moment = begin + (end - begin) * border / number
-        while seen < len(points) - 2 and points[seen + 1][0] < moment:
-            seen += 1
-        (before, low), (after, high) = points[seen], points[seen + 1]
-        part = (moment - before) / (after - before) if after > before else 1.0
-        at.append(low + (high - low) * min(max(part, 0.0), 1.0))
-    return [later - earlier for earlier, later in zip(at, at[1:])]
-
-
-def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
-    """The seconds that so many tasks will take, least and most; None where nothing can be said."""
-    if not remaining:
-        return 0.0, 0.0
-    if rate is None:
-        return None, None
-    return remaining / rate.high, remaining / rate.low if rate.low > 0 else None
-
-
-def in_words(least: Optional[float], most: Optional[float]) -> str:
-    """A range of time: 2 h 01 min to 2 h 10 min, more than 3 h 00 min, unknown."""
-    if least is None:
-        return "unknown"
-    if most is None:
-        return "more than " + span(least)
-    low, high = span(least), span(most)
-    return "about " + low if low == high else "%s to %s" % (low, high)
-
-
-def moment(text: Optional[str]) -> Optional[float]:
-    """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
-    return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
-
-
-def age(text: Optional[str], now_utc: float) -> str:
-    """How long ago a time of the API was; "" for none."""
-    then = moment(text)
-    return "" if then is None else span(max(now_utc - then, 0.0))
-
-
-class Ends(NamedTuple):
-    """What the tasks that ended last tell of a run's pace."""
-    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `rate_of`
-    took_s: List[float]                 # how long they took, ascending; of those of which it is known
-
-
-RECENT_S = 600.0        # a rate is taken over so long, and over several times what a task takes
-RECENT_TASKS = 4
-
-
-def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> Ends:
-    """The pace that tasks which have ended show, with their times `started` and `finished`.
-
-    *whole*: there are no earlier ones that were left out. The window begins when the first of its tasks
-    was started, not when it ended: the first wave of long tasks ends all at once, after a long time.
-    """
-    spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
-    took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
-    window_s = window_of(took_s)
-    recent = [(end, start) for end, start in spans if end > now_utc - window_s]
-    if not recent:
-        return Ends([], took_s)
-    starts = [start for _, start in recent if start is not None]
-    if starts and (whole or len(recent) < len(spans)):
-        begin = min(max(min(starts), now_utc - window_s), recent[0][0])
-    else:
-        begin = recent.pop(0)[0]
-    points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
-    return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
-
-
-def window_of(took_s: Sequence[float]) -> float:
-    """The seconds over which a rate is taken, where tasks take so long (ascending)."""
-    return max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
-
-
-def quantile(ordered: Sequence[float], part: float) -> float:
-    """The value below which that part of ascending values lies."""
-    return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
-
-
-def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
-            longest_s: Optional[float]) -> Tuple[Optional[float], Optional[float], str]:
-    """The seconds a run still takes, least and most, and why nothing can be said where that is so.
-
-    *longest_s*: how long the task that computes longest has done so. When nothing waits any more the rate
-    says little, since workers run out of work; what the tasks before took says more.
-    """
-    waiting, computing = run["numWaiting"], run["numComputing"]
-    if not waiting + computing:
-        return 0.0, 0.0, ""
-    if not computing and rate is None:
-        return None, None, "nothing is computing"
-    if waiting or not ends.took_s or longest_s is None:
-        least, most = time_left(waiting + computing, rate)
-        return least, most, "" if rate else "too few tasks have ended lately"
-    most_s = quantile(ends.took_s, 0.9)
-    if longest_s > most_s:
-        return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
-            span(longest_s), span(most_s))
-    return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
 
 
 # ---------------------------------------------------------------- DOCTOR

@@ -1133,7 +1133,7 @@ def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
     defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     used = {defined[node.id] for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in defined
             and section_of(node) in ("CLIENT", "WORKER")}
-    assert used <= {"LIMITS AND ERRORS", "CLIENT", "WORKER"}
+    assert used <= {"LIMITS AND ERRORS", "TERMINAL", "CLIENT", "WORKER"}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -3987,6 +3987,181 @@ def test_workers_and_the_server_are_killed_and_stopped_and_each_task_is_done_onc
         assert store.call(taskfarm.check()) == []
 
 
+# ---------------------------------------------------------------- TERMINAL
+
+class Stream(io.StringIO):
+    """A stream that is a terminal or not, with an encoding."""
+
+    def __init__(self, terminal: bool, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self.terminal, self.called = terminal, encoding
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.called
+
+
+def test_a_share_is_whole_only_when_all_is_done() -> None:
+    assert [taskfarm.percent(part, 10 ** 6) for part in (0, 1, 532000, 999999, 10 ** 6)] == [
+        "0.0 %", "0.1 %", "53.2 %", "99.9 %", "100.0 %"]
+
+
+def test_rates_have_the_unit_that_can_be_read() -> None:
+    assert [taskfarm.per_time(rate) for rate in (745.2, 12.34, 0.5, 0.002)] == [
+        "745 tasks/s", "12.3 tasks/s", "30.0 tasks/min", "7.2 tasks/h"]
+
+
+@given(parts=st.lists(st.integers(0, 10 ** 9), min_size=4, max_size=4), cells=st.integers(4, 200))
+def test_a_bar_is_full_and_shows_whatever_there_is(parts: List[int], cells: int) -> None:
+    given_ = taskfarm.shares(parts, cells)
+    assert sum(given_) == (cells if sum(parts) else 0)
+    assert all(bool(part) == bool(number) for part, number in zip(parts, given_))
+    for part, number in zip(parts, given_):
+        assert abs(number - part * cells / (sum(parts) or 1)) < 4, "a part is off by no more than what others need"
+
+
+@pytest.mark.parametrize("width", [0, 20, 33, 60, 200])
+def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
+    rows = [(7, "node17.cluster.example.org", "out of memory: the tile is larger than\nexpected"), (123456, None, "x")]
+    table = taskfarm.Table([taskfarm.Column("task", True), taskfarm.Column("host", gives=True),
+                            taskfarm.Column("message", gives=True)], width)
+    lines = table.lines(rows) + table.lines([(8, "a", "b")])
+    assert len(lines) == 4 and "\t" not in "".join(lines)
+    assert lines[0].split()[0] == "task" and [line[:6].strip() for line in lines[1:]] == ["7", "123456", "8"]
+    if width in (0, 200):
+        assert lines[1].endswith("node17.cluster.example.org  out of memory: the tile is larger than expected")
+        assert lines[2].split() == ["123456", "-", "x"]
+    else:
+        assert max(map(len, lines)) <= width and "~" in lines[1]
+
+
+def test_where_a_table_is_too_wide_spare_columns_are_left_out_and_stay_so() -> None:
+    table = taskfarm.Table([taskfarm.Column("task"), taskfarm.Column("losses", spare=True),
+                            taskfarm.Column("took", spare=True), taskfarm.Column("host", gives=True)], 24)
+    assert table.lines([(1, 2, 3, "n1")]) == ["task  losses  took  host", "1     2       3     n1"]
+    assert table.lines([(1, 2, 3, "node1234")]) == ["1     2       node1234"]
+    assert table.lines([(1, 2, 3, "n1")]) == ["1     2       n1"]
+
+
+def test_wide_and_combining_characters_are_counted_as_they_are_shown() -> None:
+    table = taskfarm.Table([taskfarm.Column("name", gives=True), taskfarm.Column("n", True)], 14)
+    lines = table.lines([("\u6771\u4eac", 1), ("e\u0301e\u0301", 22), ("\u6771\u4eac\u6771\u4eac\u6771\u4eac", 333)])
+    assert {taskfarm.width_of(line) for line in lines} == {14}, lines
+    assert taskfarm.cut("\u6771\u4eac", 3) == "\u6771~" and taskfarm.cut("abc", 3) == "abc"
+
+
+def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+    wicked = "a\x1b]0;title\x07b\x9b2J\u202ec\nd\te\u2028\udc80"
+    assert taskfarm.harmless(wicked) == "a?]0;title?b?2J?c d e ?"
+    (_, line) = taskfarm.Table([taskfarm.Column("message")]).lines([(wicked,)])
+    assert "\x1b" not in line and "\n" not in line
+
+
+@pytest.mark.parametrize("terminal, environ, colours, moves", [
+    (True, {"TERM": "xterm"}, True, True), (False, {"TERM": "xterm"}, False, False),
+    (True, {"TERM": "xterm", "NO_COLOR": "1"}, False, True), (True, {"TERM": "xterm", "NO_COLOR": ""}, True, True),
+    (True, {"TERM": "dumb"}, False, False), (True, {}, False, False)])
+def test_colours_are_for_terminals_that_want_them(
+        terminal: bool, environ: Dict[str, str], colours: bool, moves: bool) -> None:
+    screen = taskfarm.Screen(Stream(terminal), environ)
+    assert (screen.colours, screen.moves) == (colours, moves)
+    assert (screen.paint("x", "red") == "x") is not colours
+
+
+def test_the_bar_is_ascii_where_the_encoding_is() -> None:
+    run = {"numDone": 5, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
+    plain = taskfarm.Screen(Stream(False, "ascii"), {})
+    assert taskfarm.state_bar(run, 10, plain) == "[#####x++..]"
+    assert taskfarm.state_lines(run, plain) == ["# 5 done   x 1 failed   + 2 computing   . 2 waiting"]
+    rich = taskfarm.state_bar(run, 10, taskfarm.Screen(Stream(False), {}))
+    assert len(rich) == 12 and not rich.isascii()
+
+
+def test_what_the_bar_means_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {"numDone": 5 * 10 ** 6, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
+    monkeypatch.setenv("COLUMNS", "32")
+    lines = taskfarm.state_lines(run, taskfarm.Screen(Stream(True, "ascii"), {}))
+    assert lines == ["# 5 000 000 done   x 1 failed", "+ 2 computing   . 2 waiting"]
+
+
+def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_terminal(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "4")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Stream(True)
+    screen = taskfarm.Screen(stream, {"TERM": "xterm"})
+    screen.redraw(["1", "2"])
+    screen.redraw(["a", "b", "c", "d", "e"])
+    screen.redraw(["z"])
+    assert stream.getvalue() == "1\n2\n" "\x1b[2A\r\x1b[J" "a\nb\nc\n" "\x1b[3A\r\x1b[J" "z\n"
+
+
+def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
+    steady = taskfarm.rate_of([(float(second), 10 * second) for second in range(101)])
+    waves = taskfarm.rate_of([(0.0, 0), (49.0, 0), (50.0, 500), (99.0, 500), (100.0, 1000)])
+    assert steady and waves and steady.per_s == waves.per_s == 10.0
+    assert 9 < steady.low < 10 < steady.high < 11, "a thousand tasks tell a rate to some percent"
+    assert waves.high - waves.low > 5 * (steady.high - steady.low)
+    few = taskfarm.rate_of([(0.0, 0), (100.0, 2)])
+    assert few and few.low == 0 and taskfarm.time_left(100, few)[1] is None, "of two tasks nobody knows the rest"
+    for nothing in ([], [(0.0, 5)], [(0.0, 5), (9.0, 5)], [(1.0, 0), (1.0, 3)]):
+        assert taskfarm.rate_of(nothing) is None
+
+
+@pytest.mark.parametrize("least, most, words", [
+    (None, None, "unknown"), (7200, None, "more than 2 h 0 min"), (7260, 7800, "2 h 1 min to 2 h 10 min"),
+    (120.1, 120.2, "about 2 min 0 s"), (0, 0, "about 0.00 s")])
+def test_the_time_left_is_a_range(least: Optional[float], most: Optional[float], words: str) -> None:
+    assert taskfarm.in_words(least, most) == words
+
+
+def ended(start: Optional[float], end: float) -> Dict[str, Any]:
+    """A task that was started and that ended so many seconds after 1970."""
+    def shown(seconds: Optional[float]) -> Optional[str]:
+        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime(
+            "%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return {"started": shown(start), "finished": shown(end)}
+
+
+def per_hour(ends: "taskfarm.Ends") -> float:
+    rate = taskfarm.rate_of(ends.points)
+    return round(3600 * rate.per_s, 1) if rate else 0.0
+
+
+def test_the_pace_of_tasks_that_ended() -> None:
+    now = 1.7e9
+    wave = [ended(now - 3700, now - 100 + number) for number in range(16)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave, True, now)) < 16, "a first wave took as long as its tasks"
+    old = [ended(now - 90000, now - 86400) for _ in range(50)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave + old, True, now)) < 16, "what was yesterday does not count"
+    assert per_hour(taskfarm.recent_ends(old, True, now)) == 0, "nor is there a rate when nothing ended lately"
+    quick = [ended(now - 10 - 0.1 * number, now - 0.1 * number) for number in range(100)]
+    assert 34000 < per_hour(taskfarm.recent_ends(quick, False, now)) < 37000, "of a list that was cut off its own time"
+    batch = [ended(None, now - 50 - number) for number in range(10)]
+    assert 500 < per_hour(taskfarm.recent_ends(batch, True, now)) < 700, "without starts from the first end on"
+    assert taskfarm.recent_ends(batch, True, now).took_s == []
+    assert taskfarm.recent_ends(wave, True, now).took_s[0] == 3600
+    stopped = [ended(now - 600, now - 500 + number) for number in range(100)]
+    assert 500 < per_hour(taskfarm.recent_ends(stopped, True, now)) < 700, "time in which nothing ends counts too"
+
+
+def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
+    rate = taskfarm.Rate(1.0, 0.5, 2.0, 100, 100.0)
+    ends = taskfarm.Ends([], [float(seconds) for seconds in range(60, 160)])
+
+    def left(waiting: int, computing: int, rate: Optional[taskfarm.Rate], longest_s: Optional[float]) -> Any:
+        return taskfarm.outlook({"numWaiting": waiting, "numComputing": computing}, rate, ends, longest_s)
+    assert left(0, 0, rate, None) == (0.0, 0.0, "")
+    assert left(90, 10, rate, 5.0) == (50.0, 200.0, "")
+    assert left(90, 10, None, 5.0)[:2] == (None, None) and "too few" in left(90, 10, None, 5.0)[2]
+    assert left(90, 0, None, None)[2] == "nothing is computing"
+    assert left(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the tasks tell more than the rate"
+    assert "1 h 0 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
+
+
 # ---------------------------------------------------------------- CLIENT
 
 def access_of(farm: Any, **changes: str) -> taskfarm.Access:
@@ -4854,181 +5029,6 @@ def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path)
         assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
         assert text.endswith("0 computing\r\n"), "the bar is gone at the end"
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
-
-
-# ---------------------------------------------------------------- TERMINAL
-
-class Stream(io.StringIO):
-    """A stream that is a terminal or not, with an encoding."""
-
-    def __init__(self, terminal: bool, encoding: str = "utf-8") -> None:
-        super().__init__()
-        self.terminal, self.called = terminal, encoding
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self.called
-
-
-def test_a_share_is_whole_only_when_all_is_done() -> None:
-    assert [taskfarm.percent(part, 10 ** 6) for part in (0, 1, 532000, 999999, 10 ** 6)] == [
-        "0.0 %", "0.1 %", "53.2 %", "99.9 %", "100.0 %"]
-
-
-def test_rates_have_the_unit_that_can_be_read() -> None:
-    assert [taskfarm.per_time(rate) for rate in (745.2, 12.34, 0.5, 0.002)] == [
-        "745 tasks/s", "12.3 tasks/s", "30.0 tasks/min", "7.2 tasks/h"]
-
-
-@given(parts=st.lists(st.integers(0, 10 ** 9), min_size=4, max_size=4), cells=st.integers(4, 200))
-def test_a_bar_is_full_and_shows_whatever_there_is(parts: List[int], cells: int) -> None:
-    given_ = taskfarm.shares(parts, cells)
-    assert sum(given_) == (cells if sum(parts) else 0)
-    assert all(bool(part) == bool(number) for part, number in zip(parts, given_))
-    for part, number in zip(parts, given_):
-        assert abs(number - part * cells / (sum(parts) or 1)) < 4, "a part is off by no more than what others need"
-
-
-@pytest.mark.parametrize("width", [0, 20, 33, 60, 200])
-def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
-    rows = [(7, "node17.cluster.example.org", "out of memory: the tile is larger than\nexpected"), (123456, None, "x")]
-    table = taskfarm.Table([taskfarm.Column("task", True), taskfarm.Column("host", gives=True),
-                            taskfarm.Column("message", gives=True)], width)
-    lines = table.lines(rows) + table.lines([(8, "a", "b")])
-    assert len(lines) == 4 and "\t" not in "".join(lines)
-    assert lines[0].split()[0] == "task" and [line[:6].strip() for line in lines[1:]] == ["7", "123456", "8"]
-    if width in (0, 200):
-        assert lines[1].endswith("node17.cluster.example.org  out of memory: the tile is larger than expected")
-        assert lines[2].split() == ["123456", "-", "x"]
-    else:
-        assert max(map(len, lines)) <= width and "~" in lines[1]
-
-
-def test_where_a_table_is_too_wide_spare_columns_are_left_out_and_stay_so() -> None:
-    table = taskfarm.Table([taskfarm.Column("task"), taskfarm.Column("losses", spare=True),
-                            taskfarm.Column("took", spare=True), taskfarm.Column("host", gives=True)], 24)
-    assert table.lines([(1, 2, 3, "n1")]) == ["task  losses  took  host", "1     2       3     n1"]
-    assert table.lines([(1, 2, 3, "node1234")]) == ["1     2       node1234"]
-    assert table.lines([(1, 2, 3, "n1")]) == ["1     2       n1"]
-
-
-def test_wide_and_combining_characters_are_counted_as_they_are_shown() -> None:
-    table = taskfarm.Table([taskfarm.Column("name", gives=True), taskfarm.Column("n", True)], 14)
-    lines = table.lines([("\u6771\u4eac", 1), ("e\u0301e\u0301", 22), ("\u6771\u4eac\u6771\u4eac\u6771\u4eac", 333)])
-    assert {taskfarm.width_of(line) for line in lines} == {14}, lines
-    assert taskfarm.cut("\u6771\u4eac", 3) == "\u6771~" and taskfarm.cut("abc", 3) == "abc"
-
-
-def test_what_others_wrote_cannot_steer_the_terminal() -> None:
-    wicked = "a\x1b]0;title\x07b\x9b2J\u202ec\nd\te\u2028\udc80"
-    assert taskfarm.harmless(wicked) == "a?]0;title?b?2J?c d e ?"
-    (_, line) = taskfarm.Table([taskfarm.Column("message")]).lines([(wicked,)])
-    assert "\x1b" not in line and "\n" not in line
-
-
-@pytest.mark.parametrize("terminal, environ, colours, moves", [
-    (True, {"TERM": "xterm"}, True, True), (False, {"TERM": "xterm"}, False, False),
-    (True, {"TERM": "xterm", "NO_COLOR": "1"}, False, True), (True, {"TERM": "xterm", "NO_COLOR": ""}, True, True),
-    (True, {"TERM": "dumb"}, False, False), (True, {}, False, False)])
-def test_colours_are_for_terminals_that_want_them(
-        terminal: bool, environ: Dict[str, str], colours: bool, moves: bool) -> None:
-    screen = taskfarm.Screen(Stream(terminal), environ)
-    assert (screen.colours, screen.moves) == (colours, moves)
-    assert (screen.paint("x", "red") == "x") is not colours
-
-
-def test_the_bar_is_ascii_where_the_encoding_is() -> None:
-    run = {"numDone": 5, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
-    plain = taskfarm.Screen(Stream(False, "ascii"), {})
-    assert taskfarm.state_bar(run, 10, plain) == "[#####x++..]"
-    assert taskfarm.state_lines(run, plain) == ["# 5 done   x 1 failed   + 2 computing   . 2 waiting"]
-    rich = taskfarm.state_bar(run, 10, taskfarm.Screen(Stream(False), {}))
-    assert len(rich) == 12 and not rich.isascii()
-
-
-def test_what_the_bar_means_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = {"numDone": 5 * 10 ** 6, "numFailed": 1, "numComputing": 2, "numWaiting": 2}
-    monkeypatch.setenv("COLUMNS", "32")
-    lines = taskfarm.state_lines(run, taskfarm.Screen(Stream(True, "ascii"), {}))
-    assert lines == ["# 5 000 000 done   x 1 failed", "+ 2 computing   . 2 waiting"]
-
-
-def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_terminal(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LINES", "4")
-    monkeypatch.setenv("COLUMNS", "80")
-    stream = Stream(True)
-    screen = taskfarm.Screen(stream, {"TERM": "xterm"})
-    screen.redraw(["1", "2"])
-    screen.redraw(["a", "b", "c", "d", "e"])
-    screen.redraw(["z"])
-    assert stream.getvalue() == "1\n2\n" "\x1b[2A\r\x1b[J" "a\nb\nc\n" "\x1b[3A\r\x1b[J" "z\n"
-
-
-def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
-    steady = taskfarm.rate_of([(float(second), 10 * second) for second in range(101)])
-    waves = taskfarm.rate_of([(0.0, 0), (49.0, 0), (50.0, 500), (99.0, 500), (100.0, 1000)])
-    assert steady and waves and steady.per_s == waves.per_s == 10.0
-    assert 9 < steady.low < 10 < steady.high < 11, "a thousand tasks tell a rate to some percent"
-    assert waves.high - waves.low > 5 * (steady.high - steady.low)
-    few = taskfarm.rate_of([(0.0, 0), (100.0, 2)])
-    assert few and few.low == 0 and taskfarm.time_left(100, few)[1] is None, "of two tasks nobody knows the rest"
-    for nothing in ([], [(0.0, 5)], [(0.0, 5), (9.0, 5)], [(1.0, 0), (1.0, 3)]):
-        assert taskfarm.rate_of(nothing) is None
-
-
-@pytest.mark.parametrize("least, most, words", [
-    (None, None, "unknown"), (7200, None, "more than 2 h 0 min"), (7260, 7800, "2 h 1 min to 2 h 10 min"),
-    (120.1, 120.2, "about 2 min 0 s"), (0, 0, "about 0.00 s")])
-def test_the_time_left_is_a_range(least: Optional[float], most: Optional[float], words: str) -> None:
-    assert taskfarm.in_words(least, most) == words
-
-
-def ended(start: Optional[float], end: float) -> Dict[str, Any]:
-    """A task that was started and that ended so many seconds after 1970."""
-    def shown(seconds: Optional[float]) -> Optional[str]:
-        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime(
-            "%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-    return {"started": shown(start), "finished": shown(end)}
-
-
-def per_hour(ends: "taskfarm.Ends") -> float:
-    rate = taskfarm.rate_of(ends.points)
-    return round(3600 * rate.per_s, 1) if rate else 0.0
-
-
-def test_the_pace_of_tasks_that_ended() -> None:
-    now = 1.7e9
-    wave = [ended(now - 3700, now - 100 + number) for number in range(16)]
-    assert 15 < per_hour(taskfarm.recent_ends(wave, True, now)) < 16, "a first wave took as long as its tasks"
-    old = [ended(now - 90000, now - 86400) for _ in range(50)]
-    assert 15 < per_hour(taskfarm.recent_ends(wave + old, True, now)) < 16, "what was yesterday does not count"
-    assert per_hour(taskfarm.recent_ends(old, True, now)) == 0, "nor is there a rate when nothing ended lately"
-    quick = [ended(now - 10 - 0.1 * number, now - 0.1 * number) for number in range(100)]
-    assert 34000 < per_hour(taskfarm.recent_ends(quick, False, now)) < 37000, "of a list that was cut off its own time"
-    batch = [ended(None, now - 50 - number) for number in range(10)]
-    assert 500 < per_hour(taskfarm.recent_ends(batch, True, now)) < 700, "without starts from the first end on"
-    assert taskfarm.recent_ends(batch, True, now).took_s == []
-    assert taskfarm.recent_ends(wave, True, now).took_s[0] == 3600
-    stopped = [ended(now - 600, now - 500 + number) for number in range(100)]
-    assert 500 < per_hour(taskfarm.recent_ends(stopped, True, now)) < 700, "time in which nothing ends counts too"
-
-
-def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
-    rate = taskfarm.Rate(1.0, 0.5, 2.0, 100, 100.0)
-    ends = taskfarm.Ends([], [float(seconds) for seconds in range(60, 160)])
-
-    def left(waiting: int, computing: int, rate: Optional[taskfarm.Rate], longest_s: Optional[float]) -> Any:
-        return taskfarm.outlook({"numWaiting": waiting, "numComputing": computing}, rate, ends, longest_s)
-    assert left(0, 0, rate, None) == (0.0, 0.0, "")
-    assert left(90, 10, rate, 5.0) == (50.0, 200.0, "")
-    assert left(90, 10, None, 5.0)[:2] == (None, None) and "too few" in left(90, 10, None, 5.0)[2]
-    assert left(90, 0, None, None)[2] == "nothing is computing"
-    assert left(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the tasks tell more than the rate"
-    assert "1 h 0 min" in left(0, 10, rate, 3600.0)[2], "one that hangs is said"
 
 
 # ---------------------------------------------------------------- DOCTOR
