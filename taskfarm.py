@@ -4784,6 +4784,11 @@ def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
     return lines
 
 
+def state_counts(run: Mapping[str, Any]) -> str:
+    """The tasks of a run by state, in words."""
+    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
+
+
 class Rate(NamedTuple):
     """How fast tasks end, with what the true rate may well be."""
     per_s: float
@@ -6233,7 +6238,7 @@ class Farmhand:
                 actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
             # The error output comes through us: its last line is wanted, and in one file with the other it need not
             # be the last. So does the other where it has to go above a bar.
-            for target in (1, 2) if self.display.terminal and not self.orders.log_dir else (2,):
+            for target in (1, 2) if self.display.screen.terminal and not self.orders.log_dir else (2,):
                 near, other = os.pipe()
                 command.pipes[near] = target
                 far.append(other)
@@ -6513,8 +6518,7 @@ class Farmhand:
                 self._leave(left, error)
                 return
         self.display.look(run)
-        self.display.end("%d done, %d failed, %d waiting, %d computing" % tuple(
-            run[name] for name in ("numDone", "numFailed", "numWaiting", "numComputing")))
+        self.display.end(state_counts(run))
         if self.stopping:
             self.status = self.exit_status
         elif run["numFailed"]:
@@ -6542,9 +6546,8 @@ class Display:
 
     def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
         self.quiet = quiet
-        self.terminal = sys.stdout.isatty()
-        self.bar = sys.stderr.isatty() and environ.get("TERM") != "dumb"
-        self.colour = self.terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        self.screen, self.below = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
+        self.bar = self.below.moves
         self.lines: List[str] = []
         self.flush_at = math.inf
         self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands that has no end of line yet
@@ -6561,11 +6564,11 @@ class Display:
         self.since += 1
         if not self.quiet or failed:
             line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
-            self._add("\033[31m%s\033[0m" % line if failed and self.colour else line)
+            self._add(self.screen.paint(line, "red") if failed else line)
 
     def say(self, sentence: str) -> None:
         """A line about the work as a whole."""
-        self._add(sentence)
+        self._add(harmless(sentence))
         self._write()
 
     def once(self, sentence: str) -> None:
@@ -6635,20 +6638,30 @@ class Display:
     def _draw(self, running: int) -> None:
         if not self.bar or not self.run:
             return
-        total = self.run["numTasks"]
-        over = min(total, self.run["numDone"] + self.run["numFailed"] + self.since)
-        filled = self.WIDTH * over // total
-        text = "[%s%s] %d of %d" % ("#" * filled, "." * (self.WIDTH - filled), over, total)
-        if self.run["numFailed"]:
-            text += ", %d failed" % self.run["numFailed"]
+        run = self._by_now()
+        total, over = run["numTasks"], run["numDone"] + run["numFailed"]
+        room = self.below.columns - 1       # in the last column some terminals begin a new line
+        cells = max(min(self.WIDTH, room // 3), 1)
+        text = " %s of %s" % (grouped(over), grouped(total))
+        if run["numFailed"]:
+            text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
-        (first_at, first), (last_at, last) = self.looks[0], self.looks[-1]
-        if last > first and last_at > first_at:
-            rate = (last - first) / (last_at - first_at)
-            text += ", %.3g/s, %s left" % (rate, span((total - over) / rate))
-        columns = shutil.get_terminal_size().columns
-        write_all(2, ("\r" + text[:columns - 1] + "\x1b[K").encode())
+        rate = rate_of(list(self.looks))
+        if rate:
+            text += ", %s, %s left" % (per_time(rate.per_s), in_words(*time_left(total - over, rate)))
+        line = "\r" + state_bar(run, cells, self.below) + cut(text, room - cells - 2) + "\x1b[K"
+        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"))
         self.drawn = True
+
+    def _by_now(self) -> Dict[str, Any]:
+        """The figures of the last look, with the tasks that were finished here since, taken for done."""
+        run, left = dict(self.run), self.since
+        for field in ("numComputing", "numWaiting"):
+            moved = min(run[field], left)
+            run[field] -= moved
+            run["numDone"] += moved
+            left -= moved
+        return run
 
 
 def write_all(descriptor: int, text: bytes) -> None:
@@ -7633,11 +7646,6 @@ def look_line(look: Look) -> str:
     pace = "over" if look.over else "%s, time left %s" % (
         per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
     return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
-
-
-def state_counts(run: Mapping[str, Any]) -> str:
-    """The tasks of a run by state, in words."""
-    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
 
 
 class Watch:

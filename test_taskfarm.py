@@ -5027,7 +5027,7 @@ def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path)
         assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
         assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
         assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
-        assert text.endswith("0 computing\r\n"), "the bar is gone at the end"
+        assert text.endswith("0 computing, 0 waiting\r\n"), "the bar is gone at the end"
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
 
