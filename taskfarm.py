@@ -6285,7 +6285,7 @@ class Farmhand:
             return False
         self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
         self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
-                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT])
+                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT], elapsed=0.0)
         return True
 
     def _read(self, command: Command, near: int) -> bool:
@@ -6356,7 +6356,7 @@ class Farmhand:
         self.mean_s = took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * took_s
         if code == 0:
             self._finished(command.task, took_s, "done", failed=False)
-            self.courier.report(command.task, command.attempt, status="done")
+            self.courier.report(command.task, command.attempt, status="done", elapsed=round(took_s, 3))
         else:
             message = self._message(command)
             self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
@@ -6364,7 +6364,7 @@ class Farmhand:
             if command.ending or os.WIFSIGNALED(command.status or 0):
                 message = self._why(command, code) + (": " + message if message else "")
             self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
-                                message=message[:MESSAGE_LIMIT])
+                                message=message[:MESSAGE_LIMIT], elapsed=round(took_s, 3))
         self._close_log(command, failed=code != 0)
 
     def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
@@ -6464,7 +6464,7 @@ class Farmhand:
             if age_s < MOMENT_S:
                 return min(command.started + MOMENT_S, command.started + self.orders.timeout_s)
             command.told = True
-            self.courier.report(command.task, command.attempt, status="computing")
+            self.courier.report(command.task, command.attempt, status="computing", elapsed=round(age_s, 3))
         return command.started + self.orders.timeout_s
 
     def _end(self, command: Command, now: float, why: str) -> None:

@@ -4748,6 +4748,19 @@ def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp
     assert counts(server, run) == (0, 0, 2, 0)
 
 
+def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 9)
+    hand = Hand(server, run, "-j", "3", "--", "sh", "-c", "sleep 0.3; [ {task} != 4 ] || exit 1; [ {task} != 7 ] || "
+                "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path, tweak="taskfarm.MOMENT_S = 0.5")
+    started = wait_until(lambda: taskfarm.moment(task_of(server, run, 7)["started"]))
+    assert started <= time.time() - 0.49, "begun before it was told about"
+    (tmp_path / "go").touch()
+    hand.end(3)
+    tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
+    times = [(taskfarm.moment(task["started"]) or 0.0, taskfarm.moment(task["finished"]) or 0.0) for task in tasks]
+    assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
+
+
 def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 60)
     hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
