@@ -5571,9 +5571,10 @@ class Lines:
         try:
             self.file = open(path, "rb")      # noqa: SIM115
             self.before = array.array("Q", [0])     # lines that end before block n
-            last = b""
+            self.path, self.size, last = path, 0, b""
             for block in iter(lambda: self.file.read(self.BLOCK), b""):
                 self.before.append(self.before[-1] + block.count(b"\n"))
+                self.size += len(block)
                 last = block[-1:]
         except OSError as error:
             raise Refusal("%s cannot be read: %s" % (path, error.strerror))
@@ -5583,9 +5584,12 @@ class Lines:
         return self.number
 
     def __getitem__(self, number: int) -> bytes:
-        """A line without what ends it."""
+        """A line without what ends it. Raises Refusal when it is not there any more."""
         if not 0 <= number < self.number:
             raise IndexError(number)
+        if os.fstat(self.file.fileno()).st_size < self.size:
+            raise Refusal("%s has become shorter since this worker began, so line %d may be another one" % (
+                self.path, number))
         block = bisect.bisect_left(self.before, number, 1) - 1 if number else 0     # holds the end of the line before
         skip = number - self.before[block]
         self.file.seek(block * self.BLOCK)
@@ -5615,6 +5619,8 @@ class Template:
         self.wants_line = "line" in fields
         if self.wants_line and lines is None:
             raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
+        if lines is not None and not lines.file.seekable():
+            raise Refusal("%s is a pipe, out of which lines come once and in order: write them into a file" % lines.path)
         self.program = self.words[0]
         if self.FIELD.search(self.program):
             return
@@ -6218,7 +6224,7 @@ class Farmhand:
             slot = self.slots.pop()
             try:
                 self._start(task, attempt, slot)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, Refusal) as error:
                 self.slots.append(slot)
                 if not self._could_not_start(task, attempt, error, now):
                     return
@@ -6279,9 +6285,11 @@ class Farmhand:
             self.display.once("commands cannot be started just now (%s): trying again every second" % sentence)
             return False
         if number in (errno.ENOENT, errno.EACCES) and self.template.fixed:      # it could be, when we began
+            error = Refusal("%s cannot be started here (%s)" % (self.template.program, sentence))
+        if isinstance(error, Refusal):
             self.ready.appendleft((task, attempt))
             self.exit_status = 1
-            self._stop(now, "%s cannot be started here (%s)" % (self.template.program, str(error).partition("] ")[2]))
+            self._stop(now, str(error))
             return False
         self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
         self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,

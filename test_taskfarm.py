@@ -4578,6 +4578,17 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
     assert counts(server, run) == (3, 0, 0, 0)
 
 
+def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    done = run_verb("work", run, "--lines", "/dev/stdin", "--", "echo", "{line}", stdin="1\n2\n3\n", HOME=server.home)
+    assert done.returncode == 1 and "/dev/stdin is a pipe" in done.stderr and counts(server, run) == (3, 0, 0, 0)
+    (tmp_path / "lines").write_text("a\nb\nc\n")
+    hand = Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "sh", "-c", "truncate -s 3 %s/lines; echo {line}"
+                % tmp_path)
+    assert "lines has become shorter" in hand.end(1) and hand.erred() == ""
+    assert counts(server, run) == (2, 0, 1, 0)
+
+
 def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     (tmp_path / "commands").write_text("\n".join([
         "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
