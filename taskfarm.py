@@ -6240,7 +6240,7 @@ class Farmhand:
             self.environ[b"TASKFARM_ATTEMPT"] = b"%d" % attempt
             if self.orders.log_dir:
                 command.log_path = os.path.join(self.orders.log_dir, "%d.log" % task)
-                command.log = os.open(command.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+                command.log = self._open_log(command.log_path)
                 actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
             # The error output comes through us: its last line is wanted, and in one file with the other it need not
             # be the last. So does the other where it has to go above a bar.
@@ -6261,6 +6261,14 @@ class Farmhand:
         self.guard.note(slot, command.pid)
         self.running[command.pid] = command
         self.due = min(self.due, command.started + 0.05)
+
+    def _open_log(self, path: str) -> int:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        except OSError as error:
+            if error.errno in TEMPORARY:
+                raise
+            raise Refusal("the log %s cannot be written: %s" % (path, error.strerror))      # no fault of the task
 
     def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
         try:
@@ -6309,7 +6317,9 @@ class Farmhand:
         if target == 2:
             command.tail = (command.tail + text)[-TAIL:]
         if command.log >= 0:
-            write_all(command.log, text)
+            if not write_all(command.log, text):
+                self.display.once("logs in %s cannot be written (is the disk full?): what commands say is lost"
+                                  % self.orders.log_dir)
         else:
             self.display.pass_on((command.pid, target), text)
         return True
@@ -6672,11 +6682,12 @@ class Display:
         return run
 
 
-def write_all(descriptor: int, text: bytes) -> None:
-    """Write to standard output or error; where nobody reads any more, the work goes on all the same."""
+def write_all(descriptor: int, text: bytes) -> bool:
+    """Write; whether all of it went. Where nobody reads any more, or the disk is full, the work goes on all the same."""
     with contextlib.suppress(OSError):
         while text:
             text = text[os.write(descriptor, text):]
+    return not text
 
 
 def answer_of(words: Sequence[str]) -> str:

@@ -4589,6 +4589,18 @@ def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path:
     assert counts(server, run) == (2, 0, 1, 0)
 
 
+def test_a_log_that_cannot_be_written_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    (tmp_path / "logs" / "1.log").mkdir(parents=True)
+    assert "1.log cannot be written" in Hand(server, run, "--log-dir", str(tmp_path / "logs"), "--", "true").end(1)
+    assert counts(server, run) == (2, 0, 1, 0)
+    (tmp_path / "logs" / "1.log").rmdir()
+    for number in (1, 2):
+        (tmp_path / "logs" / ("%d.log" % number)).symlink_to("/dev/full")
+    hand = Hand(server, run, "--log-dir", str(tmp_path / "logs"), "--", "sh", "-c", "echo a >&2; echo b >&2")
+    assert hand.end(0).count("is the disk full?") == 1
+
+
 def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     (tmp_path / "commands").write_text("\n".join([
         "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
