@@ -6745,7 +6745,9 @@ def job_end(environ: Mapping[str, str], now: float) -> Optional[float]:
 def moment_of(text: str, now: float) -> float:
     """The UTC seconds of "+3600" (seconds from now), "17:30" (the next) or RFC 3339. Raises ValueError."""
     if text.startswith("+"):
-        return now + float(text)
+        end = now + float(text)
+        datetime.datetime.fromtimestamp(end)        # not for ever, nor beyond the year 9999
+        return end
     found = re.fullmatch(r"(\d\d?):(\d\d)", text)
     if found:
         today = datetime.datetime.fromtimestamp(now).replace(
@@ -7888,7 +7890,7 @@ def parse_moment(text: str) -> float:
     """An argparse type: a moment, as UTC seconds. Raises ArgumentTypeError."""
     try:
         return moment_of(text, time.time())
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, OSError):
         raise argparse.ArgumentTypeError("a time looks like 17:30, 2026-11-24T17:30:00 or +3600 (seconds from now), "
                                          "not like %r" % text)
 
@@ -7939,7 +7941,7 @@ def cmd_work(args: argparse.Namespace) -> int:
             os.makedirs(args.log_dir, exist_ok=True)
         except OSError as error:
             raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
-    end = args.until or job_end(os.environ, time.time())
+    end = job_end(os.environ, time.time()) if args.until is None else args.until
     orders = Orders(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
                     end, args.log_dir or "", args.log_failed)
     if args.jobs > 400:
