@@ -5066,6 +5066,17 @@ def refusal_of(status: int, detail: str) -> FarmError:
     return error
 
 
+def authorization(access: Access) -> str:
+    """The header that logs in. Raises Refusal where no header could hold the token."""
+    if not access.token:
+        pair = "%s:%s" % (access.user, access.password)
+        return "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
+    if not re.fullmatch("[!-~]+", access.token):
+        raise Refusal("a token has no spaces, no ends of lines and no letters beyond ASCII: look at TASKFARM_TOKEN, "
+                      "or at %s" % access.source)
+    return "Bearer " + access.token
+
+
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
@@ -5147,11 +5158,8 @@ class Client:
     def _once(self, method: str, path: str, content: Optional[bytes], headers: Dict[str, str]) -> Any:
         self.retry_after = None
         access = self.connect()
-        if access.token:
-            headers["Authorization"] = "Bearer " + access.token
-        elif access.user:
-            pair = ("%s:%s" % (access.user, access.password)).encode()
-            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        if access.token or access.user:
+            headers["Authorization"] = authorization(access)
         status, answer = self._exchange(access, method, path, content, headers)
         if status >= 400:
             raise refusal_of(status, answer)
@@ -5186,7 +5194,7 @@ class Client:
             port = parts.port
         except ValueError:
             parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.isascii():
             raise Refusal("a farm's address looks like http://host:5000, not like %r (%s)" % (
                 access.url, access.source))
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

@@ -4326,6 +4326,21 @@ def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
             taskfarm.Client(lambda: taskfarm.find_access(environ, url)).ask("GET", "/livez")   # noqa: B023
 
 
+@pytest.mark.parametrize("environ, sentence", [
+    ({"TASKFARM_TOKEN": "tf1.x\r"}, "look at TASKFARM_TOKEN"),
+    ({"TASKFARM_TOKEN": "tf1.\u20ac"}, "look at TASKFARM_TOKEN"),
+    ({"TASKFARM_TOKEN": "tf1.x", "TASKFARM_URL": "{url}/\u00e9"}, "looks like http://host:5000"),
+    ({"TASKFARM_USER": "ad\udcff", "TASKFARM_PASSWORD": "\udcff"}, "log in with"),
+])
+def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Live, environ: Dict[str, str],
+                                                                  sentence: str) -> None:
+    known = dict({"TASKFARM_URL": "{url}"}, **environ)
+    known = {name: value.replace("{url}", shared_farm.url) for name, value in known.items()}
+    with contextlib.closing(taskfarm.Client(lambda: taskfarm.find_access(known))) as client:
+        with pytest.raises((Refusal, FarmError), match=sentence):
+            client.ask("GET", "/api/runs")
+
+
 def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
     for host in ("::1", "localhost") if os.path.exists("/proc/net/if_inet6") else ("localhost",):
         service = Service(str(tmp_path / "f"), host, 0)
