@@ -5288,7 +5288,10 @@ def still_answers(access: Access) -> bool:
 
 
 def find_run_uuid(client: Client, text: str) -> str:
-    """The uuid of the run that is meant by its uuid or name, or a beginning that no other has. Raises Refusal."""
+    """The uuid of the run that is meant by its uuid or name, or a beginning that no other has.
+
+    Raises NotFound when none is meant, Refusal when several are.
+    """
     if re.fullmatch("[0-9a-f]{32}", text):
         return text
     runs = client.ask("GET", "/api/runs")["data"]
@@ -5296,7 +5299,7 @@ def find_run_uuid(client: Client, text: str) -> str:
     meant = named or [run for run in runs if text and (
         run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
     if not meant:
-        raise Refusal("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
+        raise NotFound("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
     if len(meant) > 1:
         raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
             len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
@@ -5551,7 +5554,8 @@ class TaskFarmWorker(TaskFarm):
 # another, the courier, claims and reports and never waits for a command.
 
 AHEAD_S = 1.5                       # work of so long is claimed ahead, at most
-AHEAD_LIMIT = 4000                  # tasks claimed ahead, at most: a worker may hold 10 000
+MOST_JOBS = 5000                    # commands at a time ...
+AHEAD_LIMIT = 4000                  # ... and tasks claimed ahead, at most: a worker may hold 10 000
 UNUSED_S = 5.0                      # what was claimed ahead and could not be started by then is given back
 MOMENT_S = 1.0                      # a command that runs longer is reported as computing
 FLUSH_S = 0.1                       # reports are sent together so often, at most
@@ -7966,7 +7970,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     """How to run the commands."""
     parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
     parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
-    parser.add_argument("-j", "--jobs", type=positive(int), default=1, metavar="N",
+    parser.add_argument("-j", "--jobs", type=number_of_jobs, default=1, metavar="N",
                         help="so many commands at a time; by default 1")
     parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
     parser.add_argument("--timeout", type=positive(float), metavar="SECONDS", help="a command that runs longer is "
@@ -8044,6 +8048,15 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError("a number above 0 is wanted, not %r" % text)
         return number
     return read
+
+
+def number_of_jobs(text: str) -> int:
+    """An argparse type: 1 to MOST_JOBS. Raises ArgumentTypeError."""
+    number = int(positive(int)(text))
+    if number > MOST_JOBS:
+        raise argparse.ArgumentTypeError("one worker runs %d commands at a time at most, not %d: start more of them" % (
+            MOST_JOBS, number))
+    return number
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
