@@ -5811,12 +5811,6 @@ class Courier:
                     self._register()
                 self._step()
                 self.unknown = False
-            except Unreachable as error:
-                if self.closing:
-                    return
-                if self.idle and not self.reports:
-                    self._tell("ended", error)
-                    return
             except NotFound as error:
                 if self.unknown or not self._run_is_there():
                     self._tell("ended", error)
@@ -5824,8 +5818,10 @@ class Courier:
                 self.unknown = True
                 self.revision = None            # we register again: the server went back to an older file
             except Exception as error:
-                self._tell("ended", error)
-                return
+                away = isinstance(error, Unreachable) or isinstance(error, FarmError) and error.status in TRY_AGAIN
+                if not away or self.idle and not self.reports:
+                    self._tell("ended", error)
+                    return
 
     def _run_is_there(self) -> bool:
         try:
@@ -6004,6 +6000,8 @@ class Orders(NamedTuple):
 
 def status_of(error: Exception) -> int:
     """The exit status of a worker that an error ends."""
+    if isinstance(error, FarmError) and error.status in TRY_AGAIN:
+        return NO_SERVER        # it answers, and cannot work
     return next((status for kind, status in ((NotFound, RUN_DELETED), (Unauthorized, NO_LOGIN),
                                              (Unreachable, NO_SERVER)) if isinstance(error, kind)), 1)
 
@@ -7992,8 +7990,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
 def cmd_progress(args: argparse.Namespace) -> int:
     """report from inside a task's command how far it is
 
-    For commands that `work` runs, which tells them by the environment which task they are at. When
-    the server is away the command is not disturbed: that is said, and the exit status is 0. It is 1
+    For commands that `work` runs, which tells them by the environment which task they are at. Where
+    it cannot be reported the command is not disturbed: that is said, and the exit status is 0. It is 1
     when the task is not this command's any more.
 
     example:
@@ -8003,8 +8001,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
         run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
         body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
     except (KeyError, ValueError):
-        print("taskfarm: %g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" %
-              args.percent, file=sys.stderr)
+        tell("%g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" % args.percent)
         return 0
     environ = dict(os.environ)
     farm = environ.get("TASKFARM_FARM", "")
@@ -8014,8 +8011,10 @@ def cmd_progress(args: argparse.Namespace) -> int:
     with contextlib.closing(Client(find, 2.0, timeout_s=3.0)) as client:
         try:
             client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
-        except (Unreachable, Refusal) as error:
-            print("taskfarm: %g percent are not reported: %s" % (args.percent, error), file=sys.stderr)
+        except (NotFound, Conflict):
+            raise
+        except (Unreachable, FarmError, Refusal) as error:
+            tell("%g percent are not reported: %s" % (args.percent, error))
     return 0
 
 

@@ -4667,6 +4667,17 @@ def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None
     assert task_of(server, run, 4)["message"] == "why"
 
 
+@contextlib.contextmanager
+def no_more_room(server: Process) -> Iterator[None]:
+    """The disk takes nothing more from the server."""
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+
+
 def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
     hand = Hand(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/told; until [ -e %s/go ]; do "
@@ -4681,6 +4692,9 @@ def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> No
     assert alone.returncode == 0 and "not reported" in alone.stderr
     away = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **dict(mine, TASKFARM_URL="http://127.0.0.1:1"))
     assert away.returncode == 0 and "not reported" in away.stderr
+    with no_more_room(server):
+        full = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **mine)
+    assert full.returncode == 0 and "not reported" in full.stderr and "disk" in full.stderr
     assert run_verb("progress", "101").returncode == 2
     (tmp_path / "go").touch()
     hand.end(0)
@@ -4812,6 +4826,23 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, t
     assert counts(again, run) == (0, 0, 60, 0) and ran < 60
     assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
     assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/$$; until [ -e %s/{task} ]; do sleep 0.01; done" % (
+        tmp_path, tmp_path), tweak="taskfarm.PATIENCE_S = 0.2; taskfarm.MOMENT_S = 0.01")
+    wait_until(lambda: len(pids_in(tmp_path)) == 2 and counts(server, run)[1] == 2)
+    with no_more_room(server):
+        (tmp_path / "0").touch()
+        wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
+        wait_until(lambda: server.ask("GET", "/readyz")[0] == 503)
+        for _ in range(3):      # its patience is at an end
+            assert run_verb("progress", "1", TASKFARM_TASK="1", TASKFARM_RUN=run, TASKFARM_ATTEMPT="1", HOME=server.home,
+                            TASKFARM_WORKER=task_of(server, run, 1)["worker"]).returncode == 0
+    (tmp_path / "1").touch()
+    hand.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
 
 
 def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
