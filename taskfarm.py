@@ -5632,7 +5632,7 @@ class Template:
         if self.wants_line and lines is None:
             raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
         if lines is not None and not lines.file.seekable():
-            raise Refusal("%s is a pipe, out of which lines come once and in order: write them into a file" % lines.path)
+            raise Refusal("%s is a pipe, out of which lines come once: write them into a file" % lines.path)
         self.program = self.words[0]
         if self.FIELD.search(self.program):
             return
@@ -5951,10 +5951,11 @@ def send_leftovers(client: Client) -> List[str]:
     """Send what workers that could not reach this farm have left; a sentence for each of them.
 
     Two may send the same at once: a report that comes again changes nothing. What cannot be sent
-    now stays. Costs a look into a folder when there is nothing.
+    now stays, and ends the attempt when nothing answers: the next file would wait as long. Costs a
+    look into a folder when there is nothing.
     """
     said = []
-    for path in glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json")):
+    for path in sorted(glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))):
         left = read_access(path)
         try:
             access = client.connect()
@@ -5965,8 +5966,10 @@ def send_leftovers(client: Client) -> List[str]:
                 os.remove(path)
         except (KeyError, TypeError):
             said.append("%s cannot be read: look at it, and remove it" % path)
-        except (FarmError, Unreachable, OSError) as error:
+        except (FarmError, OSError) as error:
             said.append("%s could not be sent: %s" % (path, error))
+            if isinstance(error, Unreachable):
+                break
     return said
 
 
@@ -6693,7 +6696,7 @@ class Display:
 
 
 def write_all(descriptor: int, text: bytes) -> bool:
-    """Write; whether all of it went. Where nobody reads any more, or the disk is full, the work goes on all the same."""
+    """Write; whether all of it went. Where nobody reads any more, or the disk is full, the work goes on."""
     with contextlib.suppress(OSError):
         while text:
             text = text[os.write(descriptor, text):]
@@ -8791,11 +8794,24 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
     return args
 
 
+def open_standard_streams() -> None:
+    """Have 0, 1 and 2 open, if only on /dev/null: else a file or a connection gets the number, and what is said."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor < 3:       # the lowest that is free
+        os.set_inheritable(descriptor, True)
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0, closefd=False)     # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)     # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage, 5 no server, 6 no login.
 
     `work` has some more.
     """
+    open_standard_streams()
     with contextlib.suppress(AttributeError):       # a name or message that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if argv is None else argv)

@@ -4575,6 +4575,18 @@ def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
     assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_worker_whose_standard_streams_are_closed_works(server: Process, tmp_path: Path, closed: str) -> None:
+    run = new_run(server, 2)
+    done = subprocess.run(
+        ["sh", "-c", '"$@" ' + closed, "sh", sys.executable, str(MODULE), "work", run, "--log-dir",
+         str(tmp_path / "logs"), "--", "sh", "-c", "cat; echo out; echo {task} >&2; exit {task}"], env=dict(os.environ, HOME=server.home),
+        stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 3 and counts(server, run) == (0, 0, 1, 1)
+    assert task_of(server, run, 1)["message"] == "1"
+    assert sorted((tmp_path / "logs" / "1.log").read_text().split()) == ["1", "out"]
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["{run}", "--", "no-such-program"], "there is no program no-such-program"),
     (["{run}", "--", "echo", "{line}"], "--lines FILE"),
@@ -4838,7 +4850,7 @@ def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Pa
         wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
         wait_until(lambda: server.ask("GET", "/readyz")[0] == 503)
         for _ in range(3):      # its patience is at an end
-            assert run_verb("progress", "1", TASKFARM_TASK="1", TASKFARM_RUN=run, TASKFARM_ATTEMPT="1", HOME=server.home,
+            assert run_verb("progress", "1", HOME=server.home, TASKFARM_TASK="1", TASKFARM_RUN=run, TASKFARM_ATTEMPT="1",
                             TASKFARM_WORKER=task_of(server, run, 1)["worker"]).returncode == 0
     (tmp_path / "1").touch()
     hand.end(0)
@@ -5372,6 +5384,15 @@ def test_a_verb_sends_what_workers_left(farm: Live, tmp_path: Path) -> None:
         {"task": number, "attempt": 1, "status": "done"}]})
     done = run_verb("list", "--json", XDG_STATE_HOME=str(tmp_path), **as_ada(farm))
     assert json.loads(done.stdout)["data"][0]["numDone"] == 1 and "are sent" in done.stderr and not left.exists()
+
+
+def test_what_workers_left_keeps_nobody_waiting_where_nothing_answers(tmp_path: Path) -> None:
+    for number in range(20):
+        taskfarm.write_access(str(tmp_path / ("taskfarm/left-%d.json" % number)), {
+            "farm": "", "url": "http://127.0.0.1:1", "run": "r", "worker": "w", "reports": []})
+    done = run_verb("list", XDG_STATE_HOME=str(tmp_path), TASKFARM_URL="http://127.0.0.1:1", TASKFARM_TOKEN="tf1.x")
+    assert done.returncode == 5 and done.stderr.count("could not be sent") == 1 and done.stderr.count("\n") < 5
+    assert len(list((tmp_path / "taskfarm").iterdir())) == 20
 
 
 def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
