@@ -6057,6 +6057,7 @@ class Farmhand:
         self._prepare_environment()
         self.courier = Courier(self.client, self.run["uuid"], self.uuid, self._wake, self.display.bar)
         self.client.say = self.courier.say
+        self.display.hurry = lambda: bool(self.signals) or time.time() > self.leave_at
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in STOP_SIGNALS:
@@ -6579,6 +6580,7 @@ class Display:
         self.quiet = quiet
         self.screen, self.below = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
         self.bar = self.below.moves
+        self.hurry: Callable[[], bool] = lambda: False      # whether there is no time left to wait for who reads this
         self.lines: List[str] = []
         self.flush_at = math.inf
         self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands that has no end of line yet
@@ -6627,7 +6629,7 @@ class Display:
         if end:
             self._write()
             self._clear()
-            write_all(source[1], whole + end)
+            write_all(source[1], whole + end, self.hurry)
 
     def look(self, run: Dict[str, Any]) -> None:
         """Figures of the whole run have come."""
@@ -6658,12 +6660,12 @@ class Display:
             self._clear()
             text = "\n".join(self.lines) + "\n"
             self.lines = []
-            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"))
+            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"), self.hurry)
         self.flush_at = math.inf
 
     def _clear(self) -> None:
         if self.drawn:
-            write_all(2, b"\r\x1b[K")
+            write_all(2, b"\r\x1b[K", self.hurry)
             self.drawn = False
 
     def _draw(self, running: int) -> None:
@@ -6681,7 +6683,7 @@ class Display:
         if rate:
             text += ", %s, %s left" % (per_time(rate.per_s), in_words(*time_left(total - over, rate)))
         line = "\r" + state_bar(run, cells, self.below) + cut(text, room - cells - 2) + "\x1b[K"
-        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"))
+        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.hurry)
         self.drawn = True
 
     def _by_now(self) -> Dict[str, Any]:
@@ -6695,11 +6697,19 @@ class Display:
         return run
 
 
-def write_all(descriptor: int, text: bytes) -> bool:
-    """Write; whether all of it went. Where nobody reads any more, or the disk is full, the work goes on."""
+def write_all(descriptor: int, text: bytes, hurry: Callable[[], bool] = lambda: False) -> bool:
+    """Write; whether all of it went. Where nobody reads any more, or the disk is full, the work goes on.
+
+    A reader that takes nothing (a terminal after Ctrl-S) is waited for while *hurry* says no.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
     with contextlib.suppress(OSError):
         while text:
-            text = text[os.write(descriptor, text):]
+            while not poll.poll(0 if hurry() else 200):
+                if hurry():
+                    return False
+            text = text[os.write(descriptor, text[:select.PIPE_BUF]):]      # so much fits, and does not block
     return not text
 
 

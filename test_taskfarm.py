@@ -30,6 +30,7 @@ import pwd
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -4734,6 +4735,19 @@ def test_a_signal_ends_the_commands_and_gives_the_tasks_back(server: Process, tm
     assert worker["state"] == "signed off"
 
 
+def test_a_reader_that_takes_nothing_keeps_no_worker_from_leaving(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10000)
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, 1031, 4096)         # F_SETPIPE_SZ
+    process = subprocess.Popen([sys.executable, str(MODULE), "work", run, "--", "true"], stdout=writer,
+                               env=dict(os.environ, HOME=server.home))
+    wait_until(lambda: not select.select([], [writer], [], 0)[1])
+    process.terminate()
+    assert process.wait(20) == 7 and counts(server, run)[1] == 0
+    os.close(reader)
+    os.close(writer)
+
+
 def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
     (tmp_path / "pids").mkdir()
@@ -4843,7 +4857,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, t
 def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 2)
     hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/$$; until [ -e %s/{task} ]; do sleep 0.01; done" % (
-        tmp_path, tmp_path), tweak="taskfarm.PATIENCE_S, taskfarm.MOMENT_S, taskfarm.PAUSES_S = 0.2, 0.01, (0.01, 0.02)")
+        tmp_path, tmp_path), tweak="taskfarm.PATIENCE_S = 0.2; taskfarm.PAUSES_S = 0.01, 0.02; taskfarm.MOMENT_S = 0")
     wait_until(lambda: len(pids_in(tmp_path)) == 2 and counts(server, run)[1] == 2)
     with no_more_room(server):
         (tmp_path / "0").touch()
