@@ -4738,14 +4738,17 @@ def test_a_signal_ends_the_commands_and_gives_the_tasks_back(server: Process, tm
 def test_a_reader_that_takes_nothing_keeps_no_worker_from_leaving(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10000)
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, 4096)         # F_SETPIPE_SZ
     process = subprocess.Popen([sys.executable, str(MODULE), "work", run, "--", "true"], stdout=writer,
                                env=dict(os.environ, HOME=server.home))
-    wait_until(lambda: not select.select([], [writer], [], 0)[1])
+    wait_until(lambda: counts(server, run)[2])
+    filler = os.open("/proc/self/fd/%d" % writer, os.O_WRONLY | os.O_NONBLOCK)      # the worker's own end must block
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(filler, b"x")
     process.terminate()
     assert process.wait(20) == 7 and counts(server, run)[1] == 0
-    os.close(reader)
-    os.close(writer)
+    for descriptor in (reader, writer, filler):
+        os.close(descriptor)
 
 
 def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
