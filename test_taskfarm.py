@@ -4746,7 +4746,10 @@ def test_a_reader_that_takes_nothing_keeps_no_worker_from_leaving(server: Proces
         while True:
             os.write(filler, b"x")
     process.terminate()
-    assert process.wait(20) == 7 and counts(server, run)[1] == 0
+    try:
+        assert process.wait(20) == 7 and counts(server, run)[1] == 0
+    finally:
+        process.kill()
     for descriptor in (reader, writer, filler):
         os.close(descriptor)
 
