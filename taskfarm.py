@@ -4958,6 +4958,7 @@ class Progress:
 
 CLIENT_TIMEOUT_S = 10.0
 LOGIN_PATIENCE_S = 60.0             # a login that has worked is tried so long: NFS may show an old access file
+MOST_ANSWER = 1 << 28               # bytes of one; what is longer is none of a taskfarm
 TRY_AGAIN = (408, 500, 502, 503, 504)       # statuses that may be others the next time
 PAUSES_S = (0.1, 10.0)              # between two tries: at first, and at most
 
@@ -5233,7 +5234,7 @@ class Client:
         try:
             self.connection.request(method, urllib.parse.urlsplit(access.url).path + path, content, headers)
             response = self.connection.getresponse()
-            text = response.read()
+            text = response.read(MOST_ANSWER)
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable("%s does not answer as a taskfarm (%s)" % (
                 access.url, str(error) or type(error).__name__))
@@ -5241,17 +5242,18 @@ class Client:
             self.connection = None
         self.date, self.heard_utc = response.getheader("Date", ""), time.time()
         after = response.getheader("Retry-After", "")
-        self.retry_after = float(after) if after.isdigit() else None
+        self.retry_after = float(after) if re.fullmatch("[0-9]{1,9}", after) else None
         if response.status == 204:
             return 204, None
         try:
             answer = json.loads(text)
-            return response.status, str(answer["detail"]) if response.status >= 400 else answer
-        except (ValueError, KeyError, TypeError):
-            if response.status >= 500:
-                return response.status, "%s answers %d %s" % (access.url, response.status, response.reason)
-            raise Unreachable("%s does not answer as a taskfarm (%d %s)" % (
-                access.url, response.status, response.reason))
+            if isinstance(answer, dict):
+                return response.status, str(answer["detail"]) if response.status >= 400 else answer
+        except (ValueError, KeyError, RecursionError):
+            pass
+        if response.status >= 500:
+            return response.status, "%s answers %d %s" % (access.url, response.status, response.reason)
+        raise Unreachable("%s does not answer as a taskfarm (%d %s)" % (access.url, response.status, response.reason))
 
     @property
     def peer(self) -> str:

@@ -30,7 +30,6 @@ import pwd
 import random
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -4340,6 +4339,29 @@ def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Li
     with contextlib.closing(taskfarm.Client(lambda: taskfarm.find_access(known))) as client:
         with pytest.raises((Refusal, FarmError), match=sentence):
             client.ask("GET", "/api/runs")
+
+
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[1]", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n" + b"[" * 99999, b"\0\xff\r\n\r\n", b"",
+    b"HTTP/1.1 302 Found\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 404 No\r\nRetry-After: \xb2\r\nContent-Length: 4\r\n\r\nnull",
+    b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200000])
+def test_what_is_no_answer_of_a_taskfarm_is_said_so(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "MOST_ANSWER", 100000)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        def serve() -> None:
+            with contextlib.suppress(OSError), contextlib.closing(listener.accept()[0]) as sock:
+                sock.recv(65536)
+                sock.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        access = taskfarm.Access("http://127.0.0.1:%d" % listener.getsockname()[1], "", "tf1.x", "", "", "", "the test")
+        with contextlib.closing(taskfarm.Client(lambda: access)) as client:
+            with pytest.raises(taskfarm.Unreachable, match="does not answer as a taskfarm"):
+                client.ask("GET", "/api/runs")
+        thread.join()
 
 
 def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
