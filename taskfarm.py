@@ -4979,9 +4979,15 @@ class Access(NamedTuple):
     source: str         # where this was found, for sentences
 
 
+def home_folder() -> str:
+    """The home directory; this folder where the system knows none, and a folder that is called ~ would be made."""
+    home = os.path.expanduser("~")
+    return "." if home == "~" else home
+
+
 def access_path(environ: Mapping[str, str]) -> str:
     """Where the access file lies: $TASKFARM_ACCESS, else in $XDG_CONFIG_HOME, else in ~/.config."""
-    base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    base = environ.get("XDG_CONFIG_HOME") or os.path.join(home_folder(), ".config")
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
 
 
@@ -5938,7 +5944,7 @@ def send_reports(client: Client, run: str, worker: str,
 
 def state_folder(environ: Mapping[str, str]) -> str:
     """Where reports are left that could not be sent: in $XDG_STATE_HOME, else ~/.local/state."""
-    base = environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    base = environ.get("XDG_STATE_HOME") or os.path.join(home_folder(), ".local", "state")
     return os.path.join(base, "taskfarm")
 
 
@@ -7238,7 +7244,11 @@ def check_home() -> Iterator[Finding]:
             yield Finding(WARN, "home", "%s cannot be written: set HOME, or XDG_CONFIG_HOME and XDG_STATE_HOME, to "
                           "folders that can" % there)
             return
-    home = os.path.expanduser("~")
+    home = home_folder()
+    if home == ".":
+        yield Finding(WARN, "home", "the system knows none for this user, so that verbs and workers find server and "
+                      "login in this folder alone: set HOME")
+        return
     yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, kind_of(home)))
 
 
@@ -7390,8 +7400,13 @@ def check_job() -> Iterator[Finding]:
     now = time.time()
     if os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"):
         end = job_end(os.environ, now)
-        yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until") if (
-            end is None) else Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
+        if end is None:
+            yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until")
+        elif end < now:
+            yield Finding(WARN, "job", "it should have ended %s ago, so that workers take no task: look at "
+                          "SLURM_JOB_END_TIME, or tell 'work' by --until" % span(now - end))
+        else:
+            yield Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
     left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))
     if left:
         yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "

@@ -5224,6 +5224,18 @@ def test_doctor_says_where_nothing_can_be_written_for_workers(tmp_path: Path) ->
         assert found["home"][0] == "warn" and "XDG_" in found["home"][1], environ
 
 
+def test_a_user_without_a_home_gets_no_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "TASKFARM_ACCESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert taskfarm.access_path(os.environ) == "./.config/taskfarm/access.json"
+    assert taskfarm.state_folder(os.environ) == "./.local/state/taskfarm"
+    assert [finding.verdict for finding in taskfarm.check_home()] == ["warn"]
+
+
 def test_doctor_says_who_has_the_port(tmp_path: Path) -> None:
     with contextlib.closing(socket.socket()) as other:
         other.bind(("127.0.0.1", 0))
@@ -5266,6 +5278,8 @@ def test_doctor_does_not_wait_for_what_hangs(tmp_path: Path) -> None:
 def test_doctor_says_when_the_job_ends_and_what_workers_left(tmp_path: Path) -> None:
     _, found = doctor(HOME=str(tmp_path), SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(time.time()) + 7250))
     assert found["job"][0] == "ok" and "2 h" in found["job"][1]
+    _, found = doctor(HOME=str(tmp_path), SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(time.time()) - 7250))
+    assert found["job"][0] == "warn" and "2 h 0 min ago" in found["job"][1]
     _, found = doctor(HOME=str(tmp_path), PBS_JOBID="1", PATH="")
     assert found["job"][0] == "warn" and "--until" in found["job"][1] and "leftovers" not in found
     taskfarm.write_access(str(tmp_path / ".local/state/taskfarm/left-w.json"), {})
