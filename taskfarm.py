@@ -5698,7 +5698,10 @@ class Guard:
     both share which groups run: nothing is said to it while tasks come and go. (PR_SET_PDEATHSIG
     would want code between fork and exec, which makes each start twice as dear.)
     """
-    def __init__(self, jobs: int, grace_s: float) -> None:
+    STARTED_S = 0.1             # a command that was being started has its environment by then
+
+    def __init__(self, jobs: int, grace_s: float, worker: str) -> None:
+        self.worker, self.session = worker, os.getsid(0)
         self.groups = mmap.mmap(-1, 4 * jobs)
         reader, self.leash = os.pipe()
         self.pid = os.fork()
@@ -5723,7 +5726,12 @@ class Guard:
             os.dup2(null, descriptor)
         while os.read(reader, 1):
             pass
-        groups = [group for group in struct.unpack("%di" % jobs, self.groups) if group]
+        noted = struct.unpack("%di" % jobs, self.groups)
+        groups = [group for group in noted if group > 0]
+        begun = [-1 - note for note in noted if note < 0]
+        if begun:
+            time.sleep(self.STARTED_S)
+            groups += self._find(begun)
         for group in groups:
             signal_group(group, signal.SIGTERM)
         end = time.monotonic() + grace_s
@@ -5732,9 +5740,26 @@ class Guard:
         for group in groups:
             signal_group(group, signal.SIGKILL)
 
+    def _find(self, tasks: Sequence[int]) -> List[int]:
+        """The groups of tasks whose commands were being started, by their environment (proc(5))."""
+        wanted = [{b"TASKFARM_WORKER=" + self.worker.encode(), b"TASKFARM_TASK=%d" % task} for task in tasks]
+        found = []
+        for path in glob.glob("/proc/[0-9]*/environ"):
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                variables = set(file.read().split(b"\0"))
+                pid = int(path.split("/")[2])
+                if any(names <= variables for names in wanted) and (
+                        os.getpgid(pid), os.getsid(pid)) == (pid, self.session):
+                    found.append(pid)
+        return found
+
     def note(self, slot: int, group: int) -> None:
         """A group runs in a slot; 0 for none."""
         struct.pack_into("i", self.groups, 4 * slot, group)
+
+    def expect(self, slot: int, task: int) -> None:
+        """The command of a task is about to be started there, and its group is not known yet."""
+        self.note(slot, -1 - task)
 
     def close(self) -> None:
         """Let it go."""
@@ -6059,7 +6084,7 @@ class Farmhand:
             os.set_blocking(descriptor, False)
         self.selector.register(self.wake_in, selectors.EVENT_READ)
         try:
-            self.guard = Guard(self.orders.jobs, self.orders.grace_s)
+            self.guard = Guard(self.orders.jobs, self.orders.grace_s, self.uuid)
         except OSError as error:
             raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         self._prepare_environment()
@@ -6272,8 +6297,10 @@ class Farmhand:
                 far.append(other)
                 os.set_blocking(near, False)
                 actions.append((os.POSIX_SPAWN_DUP2, other, target))
+            self.guard.expect(slot, task)
             command.pid = self._spawn(words, actions)
         except BaseException:
+            self.guard.note(slot, 0)
             for near in list(command.pipes) + [command.log] * (command.log >= 0):
                 os.close(near)
             raise

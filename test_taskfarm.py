@@ -4842,6 +4842,17 @@ def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp
     wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
 
 
+def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    stop = "spawn = taskfarm.Farmhand._spawn; taskfarm.Farmhand._spawn = lambda *words: [spawn(*words), " \
+           "taskfarm.os.kill(taskfarm.os.getpid(), 9)][0]"
+    Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/$$; setsid sh -c 'echo $$ > %s/left; "
+         "exec sleep 1000' & exec sleep 1000" % (tmp_path, tmp_path), tweak=stop).end(-9)
+    left = wait_until(lambda: (tmp_path / "left").exists() and (tmp_path / "left").read_text())
+    wait_until(lambda: pids_in(tmp_path) and not any(alive(pid) for pid in pids_in(tmp_path)))
+    os.kill(int(left), signal.SIGKILL)      # it is there: what a command leaves in a session of its own is not ours
+
+
 def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 2)
     hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path,
