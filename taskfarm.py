@@ -5084,6 +5084,12 @@ def authorization(access: Access) -> str:
     return "Bearer " + access.token
 
 
+def whole_body(response: http.client.HTTPResponse) -> bytes:
+    """The body of an answer, cut off where it is longer than any of a taskfarm."""
+    parts = iter(functools.partial(response.read, 1 << 16), b"")        # Python 3.9 makes room for what is asked for
+    return b"".join(itertools.islice(parts, MOST_ANSWER >> 16))
+
+
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
@@ -5240,7 +5246,7 @@ class Client:
         try:
             self.connection.request(method, urllib.parse.urlsplit(access.url).path + path, content, headers)
             response = self.connection.getresponse()
-            text = response.read(MOST_ANSWER)
+            text = whole_body(response)
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable("%s does not answer as a taskfarm (%s)" % (
                 access.url, str(error) or type(error).__name__))
@@ -5667,13 +5673,14 @@ class Template:
 
 class Command:
     """A command that runs for a task."""
-    __slots__ = ("task", "attempt", "pid", "slot", "started", "told", "pipes", "watched", "tail", "log", "log_path",
-                 "status", "ending", "kill_at")
+    __slots__ = ("task", "attempt", "pid", "slot", "started", "took_s", "told", "pipes", "watched", "tail", "log",
+                 "log_path", "status", "ending", "kill_at")
 
     def __init__(self, task: int, attempt: int, slot: int, started: float) -> None:
         self.task, self.attempt, self.slot = task, attempt, slot
         self.pid = 0                # and its process group
         self.started = started      # tick
+        self.took_s = 0.0           # once it has ended
         self.told = False           # that it is computing
         self.pipes: Dict[int, int] = {}         # where its output comes from, and whether that is 1 or 2
         self.watched = False        # they are
@@ -6390,7 +6397,7 @@ class Farmhand:
             command = self.running.pop(pid, None)
             if command is None:
                 continue
-            command.status = status
+            command.status, command.took_s = status, time.monotonic() - command.started
             for near in list(command.pipes):
                 for _ in range(16):     # what is in it: a process that lives on may hold it open, or fill it, for ever
                     if not self._read(command, near):
@@ -6412,7 +6419,7 @@ class Farmhand:
         self.guard.note(command.slot, 0)
         self.slots.append(command.slot)
         code = 124 if command.ending == "timeout" else command.exit_code      # 124 is what timeout(1) says
-        took_s = time.monotonic() - command.started
+        took_s = command.took_s
         if command.ending in ("stopping", "lost"):
             self._close_log(command, failed=True)
             if command.ending == "stopping":

@@ -4348,7 +4348,7 @@ def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Li
     b"HTTP/1.1 404 No\r\nRetry-After: \xb2\r\nContent-Length: 4\r\n\r\nnull",
     b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200000])
 def test_what_is_no_answer_of_a_taskfarm_is_said_so(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taskfarm, "MOST_ANSWER", 100000)
+    monkeypatch.setattr(taskfarm, "MOST_ANSWER", 1 << 17)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         def serve() -> None:
             with contextlib.suppress(OSError), contextlib.closing(listener.accept()[0]) as sock:
@@ -4862,6 +4862,13 @@ def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp
     (tmp_path / "go").touch()
     hand.end(0)
     assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_what_a_worker_waits_for_counts_for_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    Hand(server, run, "--", "sh", "-c", "kill -TERM $$", tweak="taskfarm.SUSPECT_S = 3").end(3)
+    task = task_of(server, run, 0)
+    assert (taskfarm.moment(task["finished"]) or 0.0) - (taskfarm.moment(task["started"]) or 0.0) < 3
 
 
 def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
