@@ -7931,14 +7931,17 @@ def cmd_bench(args: argparse.Namespace) -> int:
     unknown = set(profiles) - {"constant", "lean", "paper", "flat", "batch"}
     if unknown:
         raise Refusal("there is no profile %s: constant, lean, paper, flat and batch are" % ", ".join(sorted(unknown)))
-    if args.dir is not None and not os.path.isdir(args.dir):
-        raise Refusal("there is no folder %s" % args.dir)
+    try:
+        trial = tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir)
+    except OSError as error:
+        raise Refusal("no folder can be made in %s (%s): --dir names another" % (
+            args.dir or tempfile.gettempdir(), error.strerror))
     raise_descriptor_limit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # through what removes the folder
     points: List[Dict[str, Any]] = []
     pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile not in ("flat", "batch")]
     wide = {"batch": batch_table, "flat": flat_table}       # profiles with tables of their own
-    with tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir) as folder, Progress("bench") as progress:
+    with trial as folder, Progress("bench") as progress:
         if set(profiles) - {"flat"}:
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):

@@ -5340,6 +5340,9 @@ def test_bench_measures_and_counts(tmp_path: Path) -> None:
     wait_until(lambda: list(tmp_path.glob("*/farm.sqlite.lock")))
     killed.terminate()
     assert killed.wait(20) == 143
+    for wrong in ("/proc", str(tmp_path / "none")):
+        refused = run_verb("bench", "--profile", "lean", "--dir", wrong)
+        assert refused.returncode == 1 and "no folder can be made in " + wrong in refused.stderr
     wait_until(lambda: not list(tmp_path.iterdir()))
     shown = run_verb("bench", "--profile", "lean", "--clients", "2", "--seconds", "0.1", "--dir", str(tmp_path))
     assert shown.returncode == 0 and "\nprofile " in shown.stdout and shown.stdout.count("\n") == 4
@@ -5940,6 +5943,6 @@ def test_the_first_commands_of_the_readme_run_as_printed(tmp_path: Path) -> None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
-    assert "199 done, 1 failed, 0 waiting, 0 computing" in output and "exit status 3: some tasks failed" in output
+    assert "199 done, 1 failed, 0 computing, 0 waiting" in output and "exit status 3: some tasks failed" in output
     assert "tile 13 is all clouds" in output and "200 done, 0 failed, 0 waiting, 0 computing" in output
     assert '"numWaiting":2,"numComputing":0,"numDone":1' in output
