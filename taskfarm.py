@@ -5688,7 +5688,7 @@ class Command:
         self.log = -1               # the open file, and its path
         self.log_path = ""
         self.status: Optional[int] = None       # as waitpid tells it, once it has ended
-        self.ending = ""            # why it is being ended: "timeout", "stopping" or "lost"
+        self.ending = ""            # why it is being ended: "timeout", "stopping", "lost" or, by itself, "unread"
         self.kill_at = 0.0          # when what is left of its group is killed, or it is judged all the same
 
     @property
@@ -6296,6 +6296,8 @@ class Farmhand:
                 command.log_path = os.path.join(self.orders.log_dir, "%d.log" % task)
                 command.log = self._open_log(command.log_path)
                 actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
+            elif self.display.unread:
+                actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
             # The error output comes through us: its last line is wanted, and in one file with the other it need not
             # be the last. So does the other where it has to go above a bar.
             for target in (1, 2) if self.display.screen.terminal and not self.orders.log_dir else (2,):
@@ -6406,6 +6408,8 @@ class Farmhand:
                     self._close_pipe(command, near)
             # PBS, and Slurm with proctrack/linuxproc, signal the commands as well as us, and they may be faster.
             suspect = not command.ending and command.exit_code - 128 in STOP_SIGNALS
+            if command.exit_code - 128 == signal.SIGPIPE and not self.orders.log_dir and self.display.unread:
+                command.ending = command.ending or "unread"
             if suspect:
                 command.kill_at = time.monotonic() + SUSPECT_S
             if suspect or command.ending and signal_group(pid, 0):
@@ -6420,9 +6424,9 @@ class Farmhand:
         self.slots.append(command.slot)
         code = 124 if command.ending == "timeout" else command.exit_code      # 124 is what timeout(1) says
         took_s = command.took_s
-        if command.ending in ("stopping", "lost"):
+        if command.ending in ("stopping", "lost", "unread"):
             self._close_log(command, failed=True)
-            if command.ending == "stopping":
+            if command.ending != "lost":
                 self.courier.report(command.task, command.attempt, status="waiting")
             self.none_left = False      # this very task may wait
             return
@@ -6651,6 +6655,13 @@ class Display:
         if sentence not in self.said:
             self.said.add(sentence)
             self.say(sentence)
+
+    @property
+    def unread(self) -> bool:
+        """Whether nobody reads the standard output any more, so that commands would die of writing there."""
+        poll = select.poll()
+        poll.register(1, 0)         # errors are told all the same
+        return bool(poll.poll(0))
 
     def waits(self) -> None:
         """Nothing is left to claim, and some of it may come back."""

@@ -4776,6 +4776,19 @@ def test_a_reader_that_takes_nothing_keeps_no_worker_from_leaving(server: Proces
         os.close(descriptor)
 
 
+def test_a_reader_that_has_ended_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 20)
+    words = [sys.executable, str(MODULE), "work", run, "-j", "2", "--", "sh", "-c", "sleep 0.05; echo x"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=dict(os.environ, HOME=server.home))
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    try:
+        assert process.wait(20) == 0 and counts(server, run) == (0, 0, 20, 0)
+    finally:
+        process.kill()
+
+
 def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
     (tmp_path / "pids").mkdir()
