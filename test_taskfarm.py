@@ -5957,5 +5957,5 @@ def test_the_first_commands_of_the_readme_run_as_printed(tmp_path: Path) -> None
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     assert "199 done, 1 failed, 0 computing, 0 waiting" in output and "exit status 3: some tasks failed" in output
-    assert "tile 13 is all clouds" in output and "200 done, 0 failed, 0 waiting, 0 computing" in output
+    assert "tile 13 is all clouds" in output and "200 done, 0 failed, 0 computing, 0 waiting" in output
     assert '"numWaiting":2,"numComputing":0,"numDone":1' in output
