@@ -170,7 +170,7 @@ from http.server import ThreadingHTTPServer
 from typing import (
     Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 log = logging.getLogger("taskfarm")
 
