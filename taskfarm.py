@@ -747,7 +747,7 @@ class Operation:
     *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
     the writer after COMMIT with the result, or with the exception that the operation ended in.
     """
-    __slots__ = ("function", "args", "reads", "show", "extra", "long", "large", "done")
+    __slots__ = ("function", "args", "reads", "show", "extra", "long", "large", "begun", "done")
 
     def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
         self.function = function
@@ -757,6 +757,7 @@ class Operation:
         self.extra: Tuple[Any, ...] = ()
         self.long = False
         self.large = False
+        self.begun = False              # a slice of its work is on the disk
         self.done: Optional[Callable[["Operation", Any], None]] = None
 
     def shown_as(self, show: Callable[..., Any], *extra: Any, long: bool = False, large: bool = False) -> "Operation":
@@ -2084,7 +2085,7 @@ def disk_trouble(error: BaseException) -> Optional[str]:
     text = str(error)
     if isinstance(error, sqlite3.OperationalError) and any(part in text for part in (
             "is full", "disk I/O error", "readonly database", "unable to open database", "out of memory")):
-        return "nothing was changed: the server's disk does not take a write just now (%s)" % text
+        return "the server's disk does not take a write just now (%s)" % text
     return None
 
 
@@ -2323,7 +2324,9 @@ class Store:
     def _only_read(self, batch: List[Operation], trouble: str) -> List[Tuple[Operation, Any]]:
         """Refuse what writes, and run the rest."""
         reads = [named for named in batch if named.reads]
-        refused: List[Tuple[Operation, Any]] = [(named, Unavailable(trouble)) for named in batch if not named.reads]
+        refused: List[Tuple[Operation, Any]] = [(named, Unavailable("%s: %s" % (
+            "only a part was done, so send it all again" if named.begun else "nothing was changed", trouble)))
+            for named in batch if not named.reads]
         try:
             return refused + (self._transact(reads, "BEGIN") if reads else [])
         except Exception as error:      # a disk that cannot be read either
@@ -2355,7 +2358,7 @@ class Store:
     def _goes_on(self, named: Operation, outcome: Any) -> bool:
         """Whether an operation has done but a slice of its work; the next one is due."""
         if type(outcome) is Unfinished:
-            named.args = outcome.args
+            named.args, named.begun = outcome.args, True
             self.due.append(named)
             return True
         return False

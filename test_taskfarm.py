@@ -2508,6 +2508,18 @@ def test_a_large_batch_of_reports_is_done_in_slices_and_ended_before_the_file_is
     assert figures(store, run)[:3] == (0, 0, size)
 
 
+def test_a_batch_that_a_full_disk_cuts_short_says_that_a_part_was_done(store: Direct) -> None:
+    run = a_run(store, 2 * taskfarm.REPORT_SLICE)
+    reports = [taskfarm.Report(number, status=2) for number in range(2 * taskfarm.REPORT_SLICE)]
+    named = taskfarm.report_many(run, None, reports)
+    for begun, sentence in ((False, "nothing was changed: "), (True, "only a part was done")):
+        assert named.begun is begun
+        (_, refusal), = store.store._only_read([named], "the disk is full")
+        assert refusal.status == 503 and str(refusal).startswith(sentence)
+        assert begun or store.store.apply([named]) == []
+    assert len(store.store.apply([])) == 1 and figures(store, run)[2] == len(reports)
+
+
 def test_a_repeat_is_known_for_8_attempts_and_over_restarts(store: Direct) -> None:
     run = a_run(store, 1, maxFailures=0)
     endings = ["failed", "waiting", "done", "failed", "waiting", "failed", "done", "failed", "waiting", "done"]
