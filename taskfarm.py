@@ -800,6 +800,7 @@ class Ledger:
         self.workers: Dict[str, Worker] = {}
         self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
         self.leases = Leases(0)
+        self.opened = Now(0.0, 0.0)
         self.claim_keys: Optional[Dict[bytes, int]] = None      # of the last claims, to worker ids; None: to be read
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
@@ -807,6 +808,10 @@ class Ledger:
         self.trouble: Optional[str] = None      # why the last write failed; None when it did not
         self.copy: Optional[Copy] = None        # the newest one
         self.users: Dict[str, User] = {}        # replaced, never changed, so that any thread may read it
+
+    def steady_utc(self, now: Now) -> float:
+        """UTC seconds that go on evenly from the start, for what is kept some days: no step of the clock ends it."""
+        return self.opened.utc + now.tick - self.opened.tick
 
     def one(self, query: str, *values: Any) -> Any:
         """The first row of a query, or None."""
@@ -1274,7 +1279,7 @@ def given_before(sql: Ledger, now: Now, worker: Worker, keyed: Keyed) -> List[Ta
     """
     before = claim_with(sql, keyed.key)
     if before is None:
-        row = sql.one(ANSWER, keyed.key, now.utc - KEY_MEMORY_S)
+        row = sql.one(ANSWER, keyed.key, sql.steady_utc(now) - KEY_MEMORY_S)
         if row is not None:
             keyed.compare(row[0])
         return []
@@ -1335,7 +1340,8 @@ def answer_once(sql: Ledger, now: Now, keyed: Keyed, named: Operation,
     *render* turns its result into them. What is refused is not remembered, since it has changed
     nothing. Raises what the operation raises, and Unprocessable for a key that came with another request.
     """
-    row = sql.one(ANSWER, keyed.key, now.utc - KEY_MEMORY_S)
+    utc = sql.steady_utc(now)
+    row = sql.one(ANSWER, keyed.key, utc - KEY_MEMORY_S)
     if row is not None:
         keyed.compare(row[0])
         return row[1], row[2]
@@ -1344,10 +1350,10 @@ def answer_once(sql: Ledger, now: Now, keyed: Keyed, named: Operation,
         keyed.compare(claimed[0])
     status, body = render(named.function(sql, now, *named.args))
     cursor = sql.execute("INSERT OR REPLACE INTO answer (key, request, at, status, body) VALUES (?, ?, ?, ?, ?)",
-                         (keyed.key, keyed.request, now.utc, status, body))
+                         (keyed.key, keyed.request, utc, status, body))
     sql.execute("DELETE FROM answer WHERE id <= ?", (int(cursor.lastrowid or 0) - KEYS_REMEMBERED,))
     sql.execute("DELETE FROM answer WHERE id IN (SELECT id FROM answer ORDER BY id LIMIT 4) AND at <= ?",
-                (now.utc - KEY_MEMORY_S,))
+                (utc - KEY_MEMORY_S,))
     return status, body
 
 
@@ -1711,7 +1717,7 @@ def forget_workers(sql: Ledger, now: Now) -> bool:
         SELECT id FROM worker INDEXED BY worker_heard
         WHERE heard < ? AND NOT EXISTS (SELECT 1 FROM task INDEXED BY task_held WHERE worker = worker.id AND hold <= 4)
         ORDER BY heard
-        LIMIT 200""", now.utc - WORKER_MEMORY_S) if not sql.leases.runs(worker_id, now)]
+        LIMIT 200""", sql.steady_utc(now) - WORKER_MEMORY_S) if not sql.leases.runs(worker_id, now)]
     for worker_id in gone:
         forget_claim(sql, worker_id)
         sql.execute("DELETE FROM worker WHERE id = ?", (worker_id,))
@@ -2139,7 +2145,7 @@ class Store:
             self.sql.trouble = disk_trouble(error)
             if self.sql.trouble is None:
                 raise
-        now = self.clock()
+        self.sql.opened = now = self.clock()
         self.sql.leases = Leases(self.sql.one("SELECT starts FROM farm")[0])
         for row in self.sql.all("SELECT " + Worker.COLUMNS + """
                 FROM worker INDEXED BY worker_living

@@ -2163,6 +2163,19 @@ def test_a_leased_task_behind_a_thousand_without_a_lease_may_come_back_too(store
     assert (take(store, run, "c"), store.retry_after) == (204, None)
 
 
+def test_no_step_of_the_clock_forgets_a_worker_or_a_key(store: Direct) -> None:
+    assert isinstance(store.farm.clock, FakeClock)
+    status, run = store.ask("POST", "/api/run", {"numTasks": 3}, "key")
+    enlist(store, "c")
+    for step_s in (40 * 86400, -90 * 86400):
+        store.farm.clock.utc += step_s
+        store.pass_time(2 * taskfarm.CHORE_S)
+        assert store.ask("POST", "/api/run", {"numTasks": 3}, "key") == (201, run)
+        assert store.ask("PUT", "/api/worker/c")[0] == 200
+    store.pass_time(86400)
+    assert store.ask("POST", "/api/run", {"numTasks": 3}, "key")[1]["uuid"] != run["uuid"], "time that passes does"
+
+
 def test_a_claim_in_vain_says_when_to_ask_again(store: Direct) -> None:
     run = a_run(store, 2, maxLosses=1)
 
