@@ -3840,7 +3840,7 @@ def test_a_server_that_was_stopped_or_restarted_gives_a_whole_lease(tmp_path: Pa
     assert take(server, run, "a")["task"] == 0
     began = time.monotonic()
     server.process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: time.monotonic() > began + 6.5)
+    wait_until(lambda: time.monotonic() > began + 3.5)
     server.process.send_signal(signal.SIGCONT)
     woken = time.monotonic()
     assert look(server, run) == ("computing", 1) or time.monotonic() > woken + 2
