@@ -1097,10 +1097,7 @@ def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str,
     Raises NotFound for worker and run; Conflict for a worker that has signed off, or has a lease
     and holds all it may; Unprocessable for a key that came with another claim.
     """
-    worker = find_worker(sql, worker_uuid)
-    hear(sql, now, worker)
-    refuse_signed_off(worker)
-    run = find_run(sql, run_uuid)
+    worker, run = claimant(sql, now, worker_uuid), find_run(sql, run_uuid)
     given = given_before(sql, now, worker, keyed) if keyed else []
     if given:
         return task_of(sql, run, given[0])
@@ -1118,10 +1115,7 @@ def claim(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str,
 def claim_many(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str, count: int,
                keyed: "Optional[Keyed]" = None) -> Union[List[Tuple[int, int, int]], Pause]:
     """Give up to *count* of the lowest waiting tasks: number, attempt and millionths of each. Raises as claim."""
-    worker = find_worker(sql, worker_uuid)
-    hear(sql, now, worker)
-    refuse_signed_off(worker)
-    run = find_run(sql, run_uuid)
+    worker, run = claimant(sql, now, worker_uuid), find_run(sql, run_uuid)
     given = given_before(sql, now, worker, keyed) if keyed else []
     if given:
         return [(row[0] - run.first_id, row[4], row[2]) for row in given]
@@ -1131,6 +1125,14 @@ def claim_many(sql: Ledger, now: Now, run_uuid: str, worker_uuid: str, count: in
     if keyed:
         remember_claim(sql, worker, keyed, [(run.first_id + number, attempt) for number, attempt, _ in taken])
     return taken
+
+
+def claimant(sql: Ledger, now: Now, worker_uuid: str) -> Worker:
+    """The worker who claims, now heard. Raises NotFound, and Conflict when it has signed off."""
+    worker = find_worker(sql, worker_uuid)
+    hear(sql, now, worker)
+    refuse_signed_off(worker)
+    return worker
 
 
 def room_for(sql: Ledger, worker: Worker) -> int:
@@ -1469,67 +1471,67 @@ def finish_span(sql: Ledger, now: Now, run: Run, worker: Worker, first: Report, 
 def report_one(sql: Ledger, now: Now, run: Run, worker_uuid: Optional[str], worker: Optional[Worker],
                said: Report) -> None:
     """One report, judged and written."""
-    number, attempt, status, millionths, exit_code, message, elapsed_ms = said
-    row, has_row = find_task(sql, run, number)
-    task_id, was, had, owner, _, hold, failures, losses, started, finished = row[:10]
-    if worker_uuid is None and attempt is None:
+    row, has_row = find_task(sql, run, said.number)
+    _, was, had, owner, _, hold, _, losses, started = row[:9]
+    status, millionths = said.status, said.millionths
+    if worker_uuid is None and said.attempt is None:
         if hold is not None and hold <= GIVEN_UP:
             if hold <= STARTED:
                 sql.leases.taken_from(owner)    # type: ignore[arg-type]
             hold = None
-        if status is None:
-            status = was
+        status = was if status is None else status
         begins = status == COMPUTING and (was != COMPUTING or started is None)
     else:
         if not judge(sql, now, row, worker_uuid, worker, said):
             return
-        if status is None:
-            status = COMPUTING
+        status = COMPUTING if status is None else status
         losses -= hold == LOST and losses > 0
         hold = ENDED.get(status, STARTED)
         begins = status == COMPUTING and started is None
     if millionths is None:
         millionths = FULL if status == DONE else had
-    if begins or elapsed_ms is not None and status != WAITING:
-        started = milliseconds(now.utc) - (elapsed_ms or 0)
-    if status == was and started == row[8] and (hold, losses) == (row[5], row[7]) and status <= COMPUTING and has_row:
-        # Progress, the most frequent report: what stands in an index is better not named.
-        sql.execute("UPDATE task SET millionths = ? WHERE id = ?", (millionths, task_id))
-    elif said.status == DONE and has_row and started is not None and started == row[8]:     # the most frequent end
-        sql.execute("""
-            UPDATE task
-            SET status = 2, millionths = ?, hold = ?, losses = ?, finished = ?, exit_code = NULL, message = NULL
-            WHERE id = ?""", (millionths, hold, losses, milliseconds(now.utc), task_id))
-    else:
-        if status == COMPUTING:
-            finished = None
-        elif said.status in (DONE, FAILED):     # and not a percentage alone of a task that has ended
-            finished = milliseconds(now.utc)
-        if said.status == FAILED:
-            failures += 1
-            if not 0 < run.max_failures <= failures:
-                status = WAITING
-        told = row[10:] if said.status in (None, WAITING, COMPUTING) else (exit_code, message)
-        write_task(sql, run, has_row, (status, millionths, run.id, hold, failures, losses, started, finished, *told,
-                                       task_id))
+    if begins or said.elapsed_ms is not None and status != WAITING:
+        started = milliseconds(now.utc) - (said.elapsed_ms or 0)
+    status = write_report(sql, now, run, row, has_row, said, status, millionths, hold, losses, started)
     run.last_report = now.utc
     count_change(sql, run, was, had, status, millionths)
 
 
-def write_task(sql: Ledger, run: Run, has_row: bool, values: Tuple[Any, ...]) -> None:
-    """Write what a report changes of a task, the last of *values* its id."""
-    if has_row:
+def write_report(sql: Ledger, now: Now, run: Run, row: TaskRow, has_row: bool, said: Report, status: int,
+                 millionths: int, hold: Optional[int], losses: int, started: Optional[int]) -> int:
+    """Write what a report makes of a row; the status, which a failure that was not the last sets to waiting.
+
+    An index is written whenever a column of it is named, so the two most frequent kinds, progress
+    and the end of what was started, name few.
+    """
+    task_id, failures, finished, same_start = row[0], row[6], row[9], started == row[8]
+    if has_row and same_start and status == row[1] <= COMPUTING and (hold, losses) == (row[5], row[7]):
+        sql.execute("UPDATE task SET millionths = ? WHERE id = ?", (millionths, task_id))
+        return status
+    if has_row and same_start and said.status == DONE and started is not None:
         sql.execute("""
             UPDATE task
-            SET status = ?, millionths = ?, run = ?, hold = ?, failures = ?, losses = ?, started = ?, finished = ?,
-                exit_code = ?, message = ?
-            WHERE id = ?""", values)
-    else:
-        touch(sql, run, values[-1], values[-1])
-        sql.execute("""
-            INSERT INTO task (status, millionths, run, hold, failures, losses, started, finished, exit_code, message,
-                id)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""", values)
+            SET status = 2, millionths = ?, hold = ?, losses = ?, finished = ?, exit_code = NULL, message = NULL
+            WHERE id = ?""", (millionths, hold, losses, milliseconds(now.utc), task_id))
+        return status
+    if status == COMPUTING:
+        finished = None
+    elif said.status in (DONE, FAILED):     # and not a percentage alone of a task that has ended
+        finished = milliseconds(now.utc)
+    if said.status == FAILED:
+        failures += 1
+        if not 0 < run.max_failures <= failures:
+            status = WAITING
+    told = (said.exit_code, said.message) if said.status in (DONE, FAILED) else row[10:]
+    if not has_row:
+        touch(sql, run, task_id, task_id)
+        sql.execute("INSERT INTO task (id, status, millionths) VALUES (?, ?, ?)", (task_id, status, millionths))
+    sql.execute("""
+        UPDATE task
+        SET status = ?, millionths = ?, run = ?, hold = ?, failures = ?, losses = ?, started = ?, finished = ?,
+            exit_code = ?, message = ?
+        WHERE id = ?""", (status, millionths, run.id, hold, failures, losses, started, finished, *told, task_id))
+    return status
 
 
 def count_change(sql: Ledger, run: Run, was: int, had: int, status: int, millionths: int) -> None:
