@@ -95,7 +95,12 @@ Promises
 
 Contents
     LIMITS AND ERRORS   constants with units; what can go wrong, by status
-    STORE               all that is written down; the only section that speaks SQL
+    RULES               what may become of a task: pure functions
+    SCHEMA              the tables, and their rows as classes
+    TRANSACTIONS        what an operation is given, and what is remembered between two
+    OPERATIONS          what can be done to the file, one function each
+    FILE                whose the file is
+    WRITER              one connection, one thread: all that waits in one transaction
     LOGIN               password hashes, signed tokens, remembered logins
     HTTP                requests and replies on sockets; knows no run and no task
     API                 one function for each endpoint
@@ -104,10 +109,13 @@ Contents
     TERMINAL            what a person sees on a terminal: tables, bars, rates
     CLIENT              how programs and this file's own verbs talk to a server
     WORKER              runs a command for each task it is given
+    BATCH SYSTEMS       Slurm and PBS: where we are, and when it ends
     BENCH               how many workers this machine can feed
     DOCTOR              whether a node is fit to serve and to work
     STATUS              how a run gets on, once or until it is over
-    COMMAND LINE        verbs, options, start and end of the server
+    VERBS               what users type: runs, tasks, workers, work
+    UPKEEP              what keepers type: start and end of the server, users, copies, checks
+    COMMAND LINE        options, the parser and main
 """
 import sys
 
@@ -328,12 +336,8 @@ def system_clock() -> Now:
     return Now(time.time(), time.monotonic())
 
 
-# ---------------------------------------------------------------- STORE
-# All that is written down. The only section that speaks SQL.
-#
-# One process owns the file, one connection is open on it, one thread (the writer) uses it. What
-# can be done is a plain function (sql, now, ...) marked @operation; calling it only names it. The
-# writer runs all operations that are waiting in one transaction, and answers after COMMIT.
+# ---------------------------------------------------------------- RULES
+# What may become of a task. Pure functions; knows no SQL, no clock and no file.
 
 WAITING, COMPUTING, DONE, FAILED = range(4)
 STATUS = ("waiting", "computing", "done", "failed")
@@ -346,6 +350,10 @@ HELD, STARTED, LAPSED, LOST, GIVEN_UP = range(1, 6)
 ENDED = {DONE: 6, FAILED: 7, WAITING: 8}
 
 ALIVE, EXPIRED, SIGNED_OFF = range(3)       # states of a worker
+
+
+# ---------------------------------------------------------------- SCHEMA
+# The tables, with the reason for each column and index, and their rows as classes.
 
 APPLICATION_ID = 0x7461736B         # "task", in the header of the file
 SQLITE_VERSION = sqlite3.sqlite_version_info
@@ -595,6 +603,49 @@ class Presence(NamedTuple):
     revision: int                   # rises whenever a task is taken from it
 
 
+class Run:
+    """A run in the writer's memory: its row, changed here first and written before COMMIT.
+
+    Many tasks of one run change in one batch; its row is then written once.
+    """
+    __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
+                 "millionths", "head", "head_end", "sweep", "last_report", "name", "max_failures", "max_losses")
+
+    COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
+        num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses"""
+
+    def __init__(self, row: Tuple[Any, ...]) -> None:
+        (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
+         self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
+         self.last_report, self.name, self.max_failures, self.max_losses) = row
+        self.counts = [waiting, computing, done, failed]
+
+    def snapshot(self) -> "Run":
+        """A copy that later operations do not change."""
+        return Run((self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1],
+                    self.name, self.max_failures, self.max_losses))
+
+    @property
+    def end_id(self) -> int:
+        """The id after the last task's."""
+        return self.first_id + self.num_tasks
+
+    def saved(self) -> Tuple[Any, ...]:
+        """What SAVE_RUN takes."""
+        return (*self.counts, self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end,
+                self.sweep, self.last_report, self.id)
+
+
+SAVE_RUN = """
+    UPDATE run
+    SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
+        millionths = ?, head = ?, head_end = ?, sweep = ?, last_report = ?
+    WHERE id = ?"""
+
+
+# ---------------------------------------------------------------- TRANSACTIONS
+# What an operation is given: the open transaction, and what the writer remembers between two of them.
+
 class Leases:
     """When workers were heard, and until when their leases run: memory alone, in ticks.
 
@@ -672,46 +723,6 @@ class Leases:
         return self.revisions.get(worker_id, self.base)
 
 
-class Run:
-    """A run in the writer's memory: its row, changed here first and written before COMMIT.
-
-    Many tasks of one run change in one batch; its row is then written once.
-    """
-    __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
-                 "millionths", "head", "head_end", "sweep", "last_report", "name", "max_failures", "max_losses")
-
-    COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
-        num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses"""
-
-    def __init__(self, row: Tuple[Any, ...]) -> None:
-        (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
-         self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
-         self.last_report, self.name, self.max_failures, self.max_losses) = row
-        self.counts = [waiting, computing, done, failed]
-
-    def snapshot(self) -> "Run":
-        """A copy that later operations do not change."""
-        return Run((self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1],
-                    self.name, self.max_failures, self.max_losses))
-
-    @property
-    def end_id(self) -> int:
-        """The id after the last task's."""
-        return self.first_id + self.num_tasks
-
-    def saved(self) -> Tuple[Any, ...]:
-        """What SAVE_RUN takes."""
-        return (*self.counts, self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end,
-                self.sweep, self.last_report, self.id)
-
-
-SAVE_RUN = """
-    UPDATE run
-    SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
-        millionths = ?, head = ?, head_end = ?, sweep = ?, last_report = ?
-    WHERE id = ?"""
-
-
 class Copy:
     """A copy of the file in the making; *total* pages, 0 until it has begun. *ended* says how, "" until it has.
 
@@ -782,6 +793,11 @@ def operation(function: Optional[Callable[..., Any]] = None, reads: bool = False
     def name_it(*args: Any) -> Operation:
         return Operation(function, args, reads)
     return name_it
+
+
+def every_user(sql: "Ledger") -> List[User]:
+    """All users, the oldest first."""
+    return [User(*row) for row in sql.all("SELECT id, name, password, generation FROM user ORDER BY id")]
 
 
 class Ledger:
@@ -878,6 +894,10 @@ class Ledger:
         for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id):
             memory.clear()
 
+
+# ---------------------------------------------------------------- OPERATIONS
+# What can be done to the file: each a plain function (sql, now, ...) that the writer runs inside a transaction.
+# Calling one marked @operation only names it. They check first and write after.
 
 def find_run(sql: Ledger, run_uuid: str, reading: bool = False) -> Run:
     """The run of that uuid. Raises NotFound; unless for reading, Parked while it is being restarted."""
@@ -1885,11 +1905,6 @@ def list_users(sql: Ledger, now: Now) -> List[User]:
     return every_user(sql)
 
 
-def every_user(sql: Ledger) -> List[User]:
-    """All users, the oldest first."""
-    return [User(*row) for row in sql.all("SELECT id, name, password, generation FROM user ORDER BY id")]
-
-
 def find_user(sql: Ledger, name: str) -> User:
     """The user of that name. Raises NotFound."""
     for user in every_user(sql):
@@ -2083,6 +2098,177 @@ def recount(sql: Ledger, run: Run) -> Iterator[str]:
         if sql.one("SELECT 1 FROM task WHERE id >= ? AND id < ? LIMIT 1", first, end):
             yield "tasks from id %d on are both touched and untouched" % first
 
+
+# ---------------------------------------------------------------- FILE
+# Whose the file is: lock, foreign and damaged files, the schema brought up to date.
+
+def prepare(connection: sqlite3.Connection, path: str) -> None:
+    """Settings of the connection, and the schema brought up to date in one transaction.
+
+    EXCLUSIVE comes before the first access, so that WAL needs no shared memory, which network
+    file systems do not have (https://www.sqlite.org/wal.html#noshm).
+    """
+    for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL",
+                    "temp_store = MEMORY", "cache_size = -32000"):
+        connection.execute("PRAGMA " + setting)
+    (wrong,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if wrong != "ok":
+        raise Refusal("%s is damaged (%s): restore it from a backup, or save what can be read by sqlite3 .recover"
+                      % (path, wrong.replace("\n", " ")))
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == len(SCHEMA):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    for script in SCHEMA[version:]:
+        for statement in statements(script):
+            connection.execute(statement)
+    if version == 0:
+        connection.execute("PRAGMA application_id = %d" % APPLICATION_ID)
+        connection.execute(
+            "INSERT INTO farm (id, identity, signing_key, proof_key, next_task_id) VALUES (1, ?, ?, ?, 1)",
+            (secrets.token_hex(16), secrets.token_bytes(32), secrets.token_bytes(32)))
+    connection.execute("PRAGMA user_version = %d" % len(SCHEMA))
+    connection.execute("COMMIT")
+
+
+def remove_if_there(path: str) -> None:
+    """Remove a file that may have gone already."""
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: executescript would commit before the first."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def refuse_foreign(path: str) -> None:
+    """Raise Refusal for a file that this program must not open; touches nothing.
+
+    Reads the 100 bytes that begin an SQLite file (https://www.sqlite.org/fileformat2.html#the_database_header),
+    from the write-ahead log where a newer copy of them lies there.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Refusal("%s is not a file: --db wants a file that taskfarm made, or a name that is free" % path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+            size = file.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+    if not os.access(path, os.W_OK):
+        raise Refusal("%s cannot be written: its mode and owner, or a file system mounted read-only, forbid it" % path)
+    if size and (size < 512 or not head.startswith(b"SQLite format 3\0")):
+        raise Refusal("%s is not an SQLite file: --db wants a file that taskfarm made, or a name that is free" % path)
+    newest = page_one_of_wal(path + "-wal") or head
+    if not newest:
+        return
+    page_size = struct.unpack(">H", newest[16:18])[0]
+    pages, schema_cookie, version, application = (struct.unpack(">I", newest[at:at + 4])[0] for at in (28, 40, 60, 68))
+    if application != APPLICATION_ID and schema_cookie:
+        raise Refusal("%s belongs to another program: --db wants a file that taskfarm made, or a name that is free"
+                      % path)
+    if version > len(SCHEMA):
+        raise Refusal("%s was written by a newer taskfarm (its schema is %d, this program's %d): use that one"
+                      % (path, version, len(SCHEMA)))
+    if newest is head and size < pages * (65536 if page_size == 1 else page_size):
+        raise Refusal("%s is cut off: it has %d bytes and should have %d pages; restore it from a backup"
+                      % (path, size, pages))
+
+
+def page_one_of_wal(path: str) -> bytes:
+    """The newest first page that a write-ahead log has committed, or nothing.
+
+    Frames of the present log carry the salts of its header (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
+    """
+    newest = candidate = b""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(32)
+            page_size = struct.unpack(">I", head[8:12])[0] if len(head) == 32 else 0
+            while page_size:
+                frame = file.read(24)
+                if frame[8:16] != head[16:24] or file.tell() + page_size > size:     # of an earlier log, or torn
+                    break
+                number, committed = struct.unpack(">II", frame[:8])
+                page = file.read(100)
+                file.seek(page_size - len(page), os.SEEK_CUR)
+                candidate = page if number == 1 else candidate
+                newest = candidate if committed else newest
+    except OSError:
+        pass
+    return newest
+
+
+class Lock:
+    """The locked file beside the database: who serves it, and a secret for those who may read it.
+
+    *path*: the database. Raises Refusal when another process holds it, or when the file system has
+    no locks that work.
+    """
+    def __init__(self, path: str) -> None:
+        self.path = lock_path(path)
+        try:
+            # Never through a link: root may keep the users of a service that could have laid one to any file.
+            self.file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise Refusal("%s cannot be made: %s" % (self.path, error.strerror))
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.file)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise Refusal("%s is in use: %s" % (path, described(read_holder(path))))
+            raise Refusal("the file system of %s has no locks that work (%s), and without them two servers could "
+                          "ruin the file: put it on another (on Lustre, one mounted with -o flock)"
+                          % (path, error.strerror))
+
+    def write(self, holder: Dict[str, Any]) -> None:
+        """Tell others who holds the file."""
+        content = json.dumps(holder).encode()
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, content, 0)
+
+    def close(self) -> None:
+        """Let go. The file stays: to remove it would let two processes lock two files of one name."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.file, 0)
+        os.close(self.file)
+
+
+def lock_path(path: str) -> str:
+    """Where the lock of a database lies, whichever of its names is used."""
+    return os.path.realpath(path) + ".lock"
+
+
+def read_holder(path: str) -> Dict[str, Any]:
+    """What the holder wrote: host, pid, url, admin_url, secret, proof; empty when there is none."""
+    try:
+        with open(lock_path(path), encoding="utf-8") as file:
+            holder = json.load(file)
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def described(holder: Dict[str, Any]) -> str:
+    """A holder in words."""
+    if not holder:
+        return "another process holds it, and does not say which"
+    return "process %s on %s serves it at %s" % (holder.get("pid"), holder.get("host"), holder.get("url"))
+
+
+# ---------------------------------------------------------------- WRITER
+# One process owns the file, one connection is open on it, one thread (the writer) uses it. It runs all operations
+# that are waiting in one transaction, and answers after COMMIT.
 
 def disk_trouble(error: BaseException) -> Optional[str]:
     """A sentence when an error of SQLite means that the disk does not take a write, else None.
@@ -2456,170 +2642,6 @@ class Store:
                                                         "tasks cannot be changed: the server's log says why")))
             else:
                 self.parked.append((run_uuid, named))
-
-
-def prepare(connection: sqlite3.Connection, path: str) -> None:
-    """Settings of the connection, and the schema brought up to date in one transaction.
-
-    EXCLUSIVE comes before the first access, so that WAL needs no shared memory, which network
-    file systems do not have (https://www.sqlite.org/wal.html#noshm).
-    """
-    for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL",
-                    "temp_store = MEMORY", "cache_size = -32000"):
-        connection.execute("PRAGMA " + setting)
-    (wrong,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if wrong != "ok":
-        raise Refusal("%s is damaged (%s): restore it from a backup, or save what can be read by sqlite3 .recover"
-                      % (path, wrong.replace("\n", " ")))
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == len(SCHEMA):
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    for script in SCHEMA[version:]:
-        for statement in statements(script):
-            connection.execute(statement)
-    if version == 0:
-        connection.execute("PRAGMA application_id = %d" % APPLICATION_ID)
-        connection.execute(
-            "INSERT INTO farm (id, identity, signing_key, proof_key, next_task_id) VALUES (1, ?, ?, ?, 1)",
-            (secrets.token_hex(16), secrets.token_bytes(32), secrets.token_bytes(32)))
-    connection.execute("PRAGMA user_version = %d" % len(SCHEMA))
-    connection.execute("COMMIT")
-
-
-def remove_if_there(path: str) -> None:
-    """Remove a file that may have gone already."""
-    with contextlib.suppress(OSError):
-        os.remove(path)
-
-
-def statements(script: str) -> Iterator[str]:
-    """The statements of a script one by one: executescript would commit before the first."""
-    statement = ""
-    for line in script.splitlines():
-        statement += line + "\n"
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-def refuse_foreign(path: str) -> None:
-    """Raise Refusal for a file that this program must not open; touches nothing.
-
-    Reads the 100 bytes that begin an SQLite file (https://www.sqlite.org/fileformat2.html#the_database_header),
-    from the write-ahead log where a newer copy of them lies there.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Refusal("%s is not a file: --db wants a file that taskfarm made, or a name that is free" % path)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(100)
-            size = file.seek(0, os.SEEK_END)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise Refusal("%s cannot be read: %s" % (path, error.strerror))
-    if not os.access(path, os.W_OK):
-        raise Refusal("%s cannot be written: its mode and owner, or a file system mounted read-only, forbid it" % path)
-    if size and (size < 512 or not head.startswith(b"SQLite format 3\0")):
-        raise Refusal("%s is not an SQLite file: --db wants a file that taskfarm made, or a name that is free" % path)
-    newest = page_one_of_wal(path + "-wal") or head
-    if not newest:
-        return
-    page_size = struct.unpack(">H", newest[16:18])[0]
-    pages, schema_cookie, version, application = (struct.unpack(">I", newest[at:at + 4])[0] for at in (28, 40, 60, 68))
-    if application != APPLICATION_ID and schema_cookie:
-        raise Refusal("%s belongs to another program: --db wants a file that taskfarm made, or a name that is free"
-                      % path)
-    if version > len(SCHEMA):
-        raise Refusal("%s was written by a newer taskfarm (its schema is %d, this program's %d): use that one"
-                      % (path, version, len(SCHEMA)))
-    if newest is head and size < pages * (65536 if page_size == 1 else page_size):
-        raise Refusal("%s is cut off: it has %d bytes and should have %d pages; restore it from a backup"
-                      % (path, size, pages))
-
-
-def page_one_of_wal(path: str) -> bytes:
-    """The newest first page that a write-ahead log has committed, or nothing.
-
-    Frames of the present log carry the salts of its header (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
-    """
-    newest = candidate = b""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(32)
-            page_size = struct.unpack(">I", head[8:12])[0] if len(head) == 32 else 0
-            while page_size:
-                frame = file.read(24)
-                if frame[8:16] != head[16:24] or file.tell() + page_size > size:     # of an earlier log, or torn
-                    break
-                number, committed = struct.unpack(">II", frame[:8])
-                page = file.read(100)
-                file.seek(page_size - len(page), os.SEEK_CUR)
-                candidate = page if number == 1 else candidate
-                newest = candidate if committed else newest
-    except OSError:
-        pass
-    return newest
-
-
-class Lock:
-    """The locked file beside the database: who serves it, and a secret for those who may read it.
-
-    *path*: the database. Raises Refusal when another process holds it, or when the file system has
-    no locks that work.
-    """
-    def __init__(self, path: str) -> None:
-        self.path = lock_path(path)
-        try:
-            # Never through a link: root may keep the users of a service that could have laid one to any file.
-            self.file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise Refusal("%s cannot be made: %s" % (self.path, error.strerror))
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self.file)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Refusal("%s is in use: %s" % (path, described(read_holder(path))))
-            raise Refusal("the file system of %s has no locks that work (%s), and without them two servers could "
-                          "ruin the file: put it on another (on Lustre, one mounted with -o flock)"
-                          % (path, error.strerror))
-
-    def write(self, holder: Dict[str, Any]) -> None:
-        """Tell others who holds the file."""
-        content = json.dumps(holder).encode()
-        os.ftruncate(self.file, 0)
-        os.pwrite(self.file, content, 0)
-
-    def close(self) -> None:
-        """Let go. The file stays: to remove it would let two processes lock two files of one name."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.file, 0)
-        os.close(self.file)
-
-
-def lock_path(path: str) -> str:
-    """Where the lock of a database lies, whichever of its names is used."""
-    return os.path.realpath(path) + ".lock"
-
-
-def read_holder(path: str) -> Dict[str, Any]:
-    """What the holder wrote: host, pid, url, admin_url, secret, proof; empty when there is none."""
-    try:
-        with open(lock_path(path), encoding="utf-8") as file:
-            holder = json.load(file)
-        return holder if isinstance(holder, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def described(holder: Dict[str, Any]) -> str:
-    """A holder in words."""
-    if not holder:
-        return "another process holds it, and does not say which"
-    return "process %s on %s serves it at %s" % (holder.get("pid"), holder.get("host"), holder.get("url"))
 
 
 # ---------------------------------------------------------------- LOGIN
@@ -6777,6 +6799,9 @@ def write_all(descriptor: int, text: bytes, hurry: Callable[[], bool] = lambda: 
     return not text
 
 
+# ---------------------------------------------------------------- BATCH SYSTEMS
+# Slurm and PBS: when the job ends that we are in.
+
 def answer_of(words: Sequence[str]) -> str:
     """What another program prints, "" when it cannot or takes longer than 20 s."""
     try:
@@ -7827,59 +7852,8 @@ class Watch:
                 self._say(look_line(self.last))
 
 
-# ---------------------------------------------------------------- COMMAND LINE
-# Verbs, options, start and end of the server.
-
-def own_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
-    """Where this farm writes its access file: beside that of another farm that still answers, at another address."""
-    path = access_path(environ)
-    access = as_access(read_access(path), path)
-    if access.farm in ("", identity) or access.url == url or not still_answers(access):
-        return path
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
-    return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
-
-
-def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
-    """Write the access file, with a token of *user* that lasts until the password changes."""
-    environ = dict(os.environ)
-    path = own_access_path(environ, farm.store.identity, url, db)
-    try:
-        write_access(path, {"url": url, "user": user.name, "token": farm.token(user, 0),
-                            "farm": farm.store.identity, "proof": farm.known_by(user)})
-    except OSError as error:
-        log.warning("the access file %s cannot be written (%s): clients need TASKFARM_URL and a login, or set "
-                    "XDG_CONFIG_HOME to a folder that can be written", path, error.strerror)
-        return
-    if path != access_path(environ):
-        log.warning("another farm answers at the address in %s, so this one's access file is %s: "
-                    "choose it with export TASKFARM_ACCESS=%s", access_path(environ), path, path)
-
-
-def starter() -> str:
-    """A user name after whoever started the server."""
-    with contextlib.suppress(Exception):    # getpass asks the environment, then the password database; neither may know
-        return check_name(re.sub(r"[:/]", "_", getpass.getuser()))
-    return "farmer"
-
-
-def first_user(store: Store) -> User:
-    """Make the first user, and show the password to a person, once."""
-    name, password = starter(), secrets.token_urlsafe(12)
-    user: User = store.call(add_user(name, hash_password(password)))
-    if sys.stdout.isatty():
-        print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
-    return user
-
-
-def notify(state: str) -> None:
-    """Tell systemd our state: one datagram to $NOTIFY_SOCKET (sd_notify(3)), where there is one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with contextlib.suppress(OSError), contextlib.closing(
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
-            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-
+# ---------------------------------------------------------------- VERBS
+# What a user types: runs, tasks, workers, and work itself.
 
 def raise_descriptor_limit() -> None:
     """Allow as many connections as the system lets us have: login nodes give 1024 unless asked."""
@@ -7891,107 +7865,22 @@ def raise_descriptor_limit() -> None:
                 return
 
 
-def warn_if_open(path: str) -> None:
-    """Warn of files that others may read: they hold password hashes, signing keys and secrets."""
-    for name in (path, path + "-wal", lock_path(path)):
-        with contextlib.suppress(OSError):
-            mode = stat.S_IMODE(os.stat(name).st_mode)
-            if mode & 0o077:
-                log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
+def starter() -> str:
+    """A user name after whoever started the server."""
+    with contextlib.suppress(Exception):    # getpass asks the environment, then the password database; neither may know
+        return check_name(re.sub(r"[:/]", "_", getpass.getuser()))
+    return "farmer"
 
 
-def cmd_serve(args: argparse.Namespace) -> int:
-    """serve a farm from one file (what happens when no verb is given)
-
-    The file is made when it is not there, and the first user with it. Every start writes the access
-    file (~/.config/taskfarm/access.json), which tells clients and workers address and login.
-
-    examples:
-      python3 taskfarm.py --db runs.sqlite                   for programs on this machine
-      python3 taskfarm.py --db runs.sqlite --host 0.0.0.0    for the whole cluster
-      python3 taskfarm.py --db runs.sqlite --port 0          on any free port
-    """
-    logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
-    raise_descriptor_limit()
-    access_log = open_access_log(args.access_log)
-    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log)
-
-    def stop(*_: Any) -> None:
-        notify("STOPPING=1")
-        service.stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
-    warn_if_open(args.db)
-    users = service.store.users
-    user = users.get(starter()) or next(iter(users.values()), None) or first_user(service.store)
-    publish_access(service.farm, user, service.url, args.db)
-    service.farm.renewed = lambda renewed: (
-        publish_access(service.farm, renewed, service.url, args.db) if renewed.name == user.name else None)
-    print("taskfarm %s serves %s at %s" % (__version__, args.db, service.url), flush=True)
-    notify("READY=1\nSTATUS=serving %s at %s" % (args.db, service.url))
-    service.serve()
-    return 0
-
-
-def cmd_bench(args: argparse.Namespace) -> int:
-    """measure how many workers this machine can feed
-
-    Starts a server of its own on a temporary file (in --dir, for the disk that matters) and drives
-    it from other processes. Profiles: lean (claim, done), paper (what the published client's stress
-    test does: claim, read, ten updates, done), constant (the same parser and login, a fixed answer:
-    what the others are compared with), flat (whether costs stay the same with many tasks and runs),
-    batch (claims and results of up to 10 000 tasks, in the store alone and over HTTP).
-    Tasks given twice or never are counted; both must be 0.
-
-    examples:
-      python3 taskfarm.py bench
-      python3 taskfarm.py bench --profile constant,lean --clients 1,16,64,256 --seconds 5
-      python3 taskfarm.py bench --profile flat --rows 10000000
-    """
-    profiles = args.profile.split(",")
-    unknown = set(profiles) - {"constant", "lean", "paper", "flat", "batch"}
-    if unknown:
-        raise Refusal("there is no profile %s: constant, lean, paper, flat and batch are" % ", ".join(sorted(unknown)))
+def one_password(name: str) -> str:
+    """A password from the terminal, or one line of standard input; never an argument, where `ps` shows it."""
+    if sys.stdin.isatty():
+        return getpass.getpass("password for %s: " % name)
+    line = sys.stdin.buffer.readline().rstrip(b"\r\n")
     try:
-        trial = tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir)
-    except OSError as error:
-        raise Refusal("no folder can be made in %s (%s): --dir names another" % (
-            args.dir or tempfile.gettempdir(), error.strerror))
-    raise_descriptor_limit()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # through what removes the folder
-    points: List[Dict[str, Any]] = []
-    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile not in ("flat", "batch")]
-    wide = {"batch": batch_table, "flat": flat_table}       # profiles with tables of their own
-    with trial as folder, Progress("bench") as progress:
-        if set(profiles) - {"flat"}:
-            server = BenchServer(os.path.join(folder, "farm.sqlite"))
-            for number, (profile, clients) in enumerate(pairs):
-                progress.what = "%s, %d client%s" % (profile, clients, "s" * (clients > 1))
-                progress.show(number, len(pairs))
-                points.append(bench_point(server, profile, clients, args.seconds, args.processes))
-            if "batch" in profiles:
-                points.append(bench_batch(folder, server, args.seconds, args.processes))
-            server.stop()
-        if "flat" in profiles:
-            points.append(bench_flat(folder, args.rows, args.seconds, progress))
-    if args.json:
-        print(json.dumps(points))
-        return 0
-    if pairs:
-        print(bench_table(points[:len(pairs)]))
-    for point in points[len(pairs):]:
-        print(wide[point["profile"]](point))
-    return 0
-
-
-def parse_moment(text: str) -> float:
-    """An argparse type: a moment, as UTC seconds. Raises ArgumentTypeError."""
-    try:
-        return moment_of(text, time.time())
-    except (ValueError, OverflowError, OSError):
-        raise argparse.ArgumentTypeError("a time looks like 17:30, 2026-11-24T17:30:00 or +3600 (seconds from now), "
-                                         "not like %r" % text)
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
 
 
 def cmd_work(args: argparse.Namespace) -> int:
@@ -8053,29 +7942,6 @@ def cmd_work(args: argparse.Namespace) -> int:
     return worker.work()
 
 
-def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """How to run the commands."""
-    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
-    parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
-    parser.add_argument("-j", "--jobs", type=number_of_jobs, default=1, metavar="N",
-                        help="so many commands at a time; by default 1")
-    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
-    parser.add_argument("--timeout", type=positive(float), metavar="SECONDS", help="a command that runs longer is "
-                        "ended, and has failed")
-    parser.add_argument("--grace", type=positive(float), default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
-                        "SIGKILL to a command; by default 5, and less than the batch system gives")
-    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
-    parser.add_argument("--log-failed", action="store_true", help="of failed tasks alone")
-    parser.add_argument("--until", type=parse_moment, metavar="TIME", help="leave before 17:30, "
-                        "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
-    parser.add_argument("--task-time", type=positive(float), metavar="SECONDS", help="what a task takes: none is begun "
-                        "that would not fit; by default judged by those before")
-    parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
-    parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
-    parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
-    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
-
-
 def cmd_progress(args: argparse.Namespace) -> int:
     """report from inside a task's command how far it is
 
@@ -8104,281 +7970,6 @@ def cmd_progress(args: argparse.Namespace) -> int:
             raise
         except (Unreachable, FarmError, Refusal) as error:
             tell("%g percent are not reported: %s" % (args.percent, error))
-    return 0
-
-
-def percent_number(text: str) -> float:
-    """An argparse type: 0 to 100. Raises ArgumentTypeError."""
-    try:
-        percent = float(text.rstrip("%"))
-    except ValueError:
-        percent = -1.0
-    if not 0 <= percent <= 100:
-        raise argparse.ArgumentTypeError("a percentage is a number from 0 to 100, not %r" % text)
-    return percent
-
-
-def number_list(text: str) -> List[int]:
-    """Numbers from 1 on, with commas between. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", text):
-        raise argparse.ArgumentTypeError("numbers of clients look like 1,16,64, not like %r" % text)
-    return [int(number) for number in text.split(",")]
-
-
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type: a number of a kind, above 0 and finite."""
-    def read(text: str) -> float:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = 0
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError("a number above 0 is wanted, not %r" % text)
-        return number
-    return read
-
-
-def number_of_jobs(text: str) -> int:
-    """An argparse type: 1 to MOST_JOBS. Raises ArgumentTypeError."""
-    number = int(positive(int)(text))
-    if number > MOST_JOBS:
-        raise argparse.ArgumentTypeError("one worker runs %d commands at a time at most, not %d: start more of them" % (
-            MOST_JOBS, number))
-    return number
-
-
-def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """What to measure, and how long."""
-    parser.add_argument("--profile", default="constant,lean,paper", help="which, with commas between; by default "
-                        "constant,lean,paper")
-    parser.add_argument("--clients", type=number_list, default=[1, 16, 64, 256], metavar="N,...",
-                        help="connections at once; by default 1,16,64,256")
-    parser.add_argument("--seconds", type=positive(float), default=3.0, help="for each line; by default 3")
-    parser.add_argument("--processes", type=positive(int), default=2, help="that drive the server; by default 2")
-    parser.add_argument("--rows", type=positive(int), default=10 ** 6,
-                        help="touched tasks of profile flat; by default 1000000")
-    parser.add_argument("--dir", default=None, help="where the temporary file lies")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def open_access_log(name: str) -> Any:
-    """The access log: a file that is appended to, - for the standard output, nothing for none. Raises Refusal."""
-    if name in ("", "-"):
-        return sys.stdout if name else None
-    try:
-        return open(name, "a", encoding="utf-8")
-    except OSError as error:
-        raise Refusal("the access log %s cannot be opened: %s" % (name, error.strerror))
-
-
-class Local:
-    """The farm in a file, for local verbs: through the server that serves it, or directly when none does."""
-
-    def __init__(self, db: str) -> None:
-        try:
-            os.stat(db)
-        except FileNotFoundError:
-            raise Refusal("there is no %s: 'taskfarm.py --db %s' makes it and serves it" % (db, db))
-        except OSError as error:
-            raise Refusal("%s cannot be read: %s" % (db, error.strerror))
-        self.db = db
-
-    @contextlib.contextmanager
-    def store(self) -> Iterator[Optional[Store]]:
-        """The open store, or None when a server has it, which then answers to `ask_server`."""
-        try:
-            lock = Lock(self.db)
-        except Refusal as held:
-            self.holder = read_holder(self.db)
-            self.held = held
-            if "secret" not in self.holder:
-                raise
-            yield None
-            return
-        try:
-            with contextlib.closing(Store(self.db)) as store:
-                yield store
-        finally:
-            lock.close()
-
-    def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
-        """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
-        access = as_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
-        with contextlib.closing(Client(lambda: access)) as client:
-            try:
-                return client.ask(method, path, body)
-            except Unreachable:
-                here = self.holder.get("host") == socket.gethostname()
-                raise Refusal("%s, but it does not answer here: %s" % (self.held, (
-                    "it may be starting or stopping, try again" if here
-                    else "run this on %s" % self.holder.get("host"))))
-
-    def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
-        """Have a request answered, or an operation run."""
-        with self.store() as store:
-            return store.call(named) if store else self.ask_server(method, path, body)
-
-    @contextlib.contextmanager
-    def copy(self) -> Iterator[str]:
-        """Make a consistent copy beside the file, with a progress bar; it is gone again at the end. Raises Refusal."""
-        with self.store() as store, Progress("copying") as progress:
-            if store:
-                copy = store.call(begin_copy(secrets.token_hex(8)))
-                store.copy(copy, lambda: progress.show(copy.copied, copy.total))
-                path, ended = copy.path, copy.ended
-            else:
-                path, ended = self._copy_by_server(progress)
-        if ended != Copy.DONE:
-            raise Refusal(ended)
-        try:
-            yield path
-        finally:
-            remove_if_there(path)
-            remove_if_there(path + "-wal")
-
-    def _copy_by_server(self, progress: Progress) -> Tuple[str, str]:
-        path = str(self.ask_server("POST", "/api/backup")["path"])
-        try:
-            while True:
-                time.sleep(0.1)
-                state = self.ask_server("GET", "/api/backup")
-                if state["path"] != path:       # another was begun since
-                    return path, Copy.DONE if os.path.exists(path) else "the copy was not made: the log says why"
-                progress.show(state["copied"], state["total"])
-                if state["ended"]:
-                    return path, state["ended"]
-        except KeyboardInterrupt:
-            self.ask_server("DELETE", "/api/backup", {"path": path})
-            raise
-
-
-def take_away(path: str, target: str) -> None:
-    """Give a file another name, also in another file system, 0600 and never over one that is there. Raises Refusal."""
-    try:
-        try:
-            os.link(path, target)
-        except FileExistsError:
-            raise
-        except OSError:     # another file system, or one without links
-            descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
-            with open(path, "rb") as source, os.fdopen(descriptor, "wb") as file:
-                shutil.copyfileobj(source, file, 2 ** 20)
-                file.flush()
-                os.fsync(file.fileno())
-    except FileExistsError:
-        raise Refusal("%s is there already: name a file that is not" % target)
-    except OSError as error:
-        raise Refusal("%s cannot be made: %s" % (target, error.strerror))
-
-
-def cmd_check(args: argparse.Namespace) -> int:
-    """recount every promise of the file: counters, intervals, ranges, and SQLite's own integrity
-
-    Says what is wrong, a line each, and exits with 1 when something is. Of a farm that is being
-    served it checks a copy, which the server makes beside the file, and removes it.
-
-    example:
-      python3 taskfarm.py check --db runs.sqlite
-    """
-    local = Local(args.db)
-    with local.store() as store:
-        wrong = store.call(check()) if store else None
-    if wrong is None:
-        with local.copy() as copy, contextlib.closing(Store(copy)) as store:
-            wrong = store.call(check())
-    for sentence in wrong:
-        print(sentence)
-    if not wrong:
-        print("%s keeps all its promises" % args.db)
-    return 1 if wrong else 0
-
-
-def cmd_backup(args: argparse.Namespace) -> int:
-    """make a consistent copy of the file, while the farm is served or not
-
-    The copy is the file as it is when the copying ends; it holds the users and their tokens too. It
-    is made beside the file, where there must be room for it, and then moved.
-
-    example:
-      python3 taskfarm.py backup --db runs.sqlite runs-monday.sqlite
-    """
-    if os.path.lexists(args.copy):
-        raise Refusal("%s is there already: name a file that is not" % args.copy)
-    with Local(args.db).copy() as copy:
-        take_away(copy, args.copy)
-    print("%s is a copy of %s" % (args.copy, args.db))
-    return 0
-
-
-def one_password(name: str) -> str:
-    """A password from the terminal, or one line of standard input; never an argument, where `ps` shows it."""
-    if sys.stdin.isatty():
-        return getpass.getpass("password for %s: " % name)
-    line = sys.stdin.buffer.readline().rstrip(b"\r\n")
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return line.decode("latin-1")
-
-
-def new_password(name: str) -> str:
-    """A password that is to be set; on the terminal it is typed twice."""
-    password = one_password(name)
-    if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
-        raise Refusal("the two are not the same: nothing was changed")
-    if not password:
-        raise Refusal("an empty password will not do: nothing was changed")
-    return password
-
-
-def cmd_user_add(args: argparse.Namespace) -> int:
-    """add a user; the password comes from the terminal, or as one line of standard input
-
-    example:
-      python3 taskfarm.py user add alice --db runs.sqlite
-    """
-    local, name = Local(args.db), check_name(args.name)
-    password = hash_password(new_password(name))
-    local.ask("POST", "/api/users", add_user(name, password), {"name": name, "password": password})
-    print("user %s is added" % name)
-    return 0
-
-
-def cmd_user_list(args: argparse.Namespace) -> int:
-    """list the users, a line each
-
-    example:
-      python3 taskfarm.py user list --db runs.sqlite
-    """
-    answer = Local(args.db).ask("GET", "/api/users", list_users())
-    for name in answer["data"] if isinstance(answer, dict) else [user.name for user in answer]:
-        print(name)
-    return 0
-
-
-def cmd_user_passwd(args: argparse.Namespace) -> int:
-    """set another password; every token the user had is void
-
-    example:
-      python3 taskfarm.py user passwd alice --db runs.sqlite
-    """
-    local, name = Local(args.db), normal(args.name)
-    password = hash_password(new_password(name))
-    local.ask("PUT", "/api/users/" + urllib.parse.quote(name, safe=""), set_password(name, password),
-              {"password": password})
-    print("user %s has another password" % name)
-    return 0
-
-
-def cmd_user_remove(args: argparse.Namespace) -> int:
-    """remove a user; every token the user had is void
-
-    example:
-      python3 taskfarm.py user remove alice --db runs.sqlite
-    """
-    name = normal(args.name)
-    Local(args.db).ask("DELETE", "/api/users/" + urllib.parse.quote(name, safe=""), remove_user(name))
-    print("user %s is removed" % name)
     return 0
 
 
@@ -8421,13 +8012,6 @@ def wait_for_access(args: argparse.Namespace) -> None:
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON."""
     print(json.dumps(value))
-
-
-def whole_number(text: str) -> int:
-    """An argparse type: a whole number from 0 on. Its upper limit is the server's to say."""
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("a whole number is wanted, not %r" % text)
-    return int(text)
 
 
 def cmd_new(args: argparse.Namespace) -> int:
@@ -8682,6 +8266,359 @@ def login_path(environ: Mapping[str, str], url: str) -> str:
     return os.path.join(os.path.dirname(path), "access-%s.json" % re.sub(r"[^A-Za-z0-9.-]+", "-", url.split("://")[1]))
 
 
+# ---------------------------------------------------------------- UPKEEP
+# What who keeps the farm types: the server's start and end, users, copies, checks, measurements.
+
+# Verbs, options, start and end of the server.
+
+def own_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
+    """Where this farm writes its access file: beside that of another farm that still answers, at another address."""
+    path = access_path(environ)
+    access = as_access(read_access(path), path)
+    if access.farm in ("", identity) or access.url == url or not still_answers(access):
+        return path
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
+    return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
+
+
+def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
+    """Write the access file, with a token of *user* that lasts until the password changes."""
+    environ = dict(os.environ)
+    path = own_access_path(environ, farm.store.identity, url, db)
+    try:
+        write_access(path, {"url": url, "user": user.name, "token": farm.token(user, 0),
+                            "farm": farm.store.identity, "proof": farm.known_by(user)})
+    except OSError as error:
+        log.warning("the access file %s cannot be written (%s): clients need TASKFARM_URL and a login, or set "
+                    "XDG_CONFIG_HOME to a folder that can be written", path, error.strerror)
+        return
+    if path != access_path(environ):
+        log.warning("another farm answers at the address in %s, so this one's access file is %s: "
+                    "choose it with export TASKFARM_ACCESS=%s", access_path(environ), path, path)
+
+
+def first_user(store: Store) -> User:
+    """Make the first user, and show the password to a person, once."""
+    name, password = starter(), secrets.token_urlsafe(12)
+    user: User = store.call(add_user(name, hash_password(password)))
+    if sys.stdout.isatty():
+        print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
+    return user
+
+
+def notify(state: str) -> None:
+    """Tell systemd our state: one datagram to $NOTIFY_SOCKET (sd_notify(3)), where there is one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), contextlib.closing(
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def warn_if_open(path: str) -> None:
+    """Warn of files that others may read: they hold password hashes, signing keys and secrets."""
+    for name in (path, path + "-wal", lock_path(path)):
+        with contextlib.suppress(OSError):
+            mode = stat.S_IMODE(os.stat(name).st_mode)
+            if mode & 0o077:
+                log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
+
+
+def cmd_serve(args: argparse.Namespace) -> int:
+    """serve a farm from one file (what happens when no verb is given)
+
+    The file is made when it is not there, and the first user with it. Every start writes the access
+    file (~/.config/taskfarm/access.json), which tells clients and workers address and login.
+
+    examples:
+      python3 taskfarm.py --db runs.sqlite                   for programs on this machine
+      python3 taskfarm.py --db runs.sqlite --host 0.0.0.0    for the whole cluster
+      python3 taskfarm.py --db runs.sqlite --port 0          on any free port
+    """
+    logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
+    raise_descriptor_limit()
+    access_log = open_access_log(args.access_log)
+    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log)
+
+    def stop(*_: Any) -> None:
+        notify("STOPPING=1")
+        service.stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
+    warn_if_open(args.db)
+    users = service.store.users
+    user = users.get(starter()) or next(iter(users.values()), None) or first_user(service.store)
+    publish_access(service.farm, user, service.url, args.db)
+    service.farm.renewed = lambda renewed: (
+        publish_access(service.farm, renewed, service.url, args.db) if renewed.name == user.name else None)
+    print("taskfarm %s serves %s at %s" % (__version__, args.db, service.url), flush=True)
+    notify("READY=1\nSTATUS=serving %s at %s" % (args.db, service.url))
+    service.serve()
+    return 0
+
+
+def cmd_bench(args: argparse.Namespace) -> int:
+    """measure how many workers this machine can feed
+
+    Starts a server of its own on a temporary file (in --dir, for the disk that matters) and drives
+    it from other processes. Profiles: lean (claim, done), paper (what the published client's stress
+    test does: claim, read, ten updates, done), constant (the same parser and login, a fixed answer:
+    what the others are compared with), flat (whether costs stay the same with many tasks and runs),
+    batch (claims and results of up to 10 000 tasks, in the store alone and over HTTP).
+    Tasks given twice or never are counted; both must be 0.
+
+    examples:
+      python3 taskfarm.py bench
+      python3 taskfarm.py bench --profile constant,lean --clients 1,16,64,256 --seconds 5
+      python3 taskfarm.py bench --profile flat --rows 10000000
+    """
+    profiles = args.profile.split(",")
+    unknown = set(profiles) - {"constant", "lean", "paper", "flat", "batch"}
+    if unknown:
+        raise Refusal("there is no profile %s: constant, lean, paper, flat and batch are" % ", ".join(sorted(unknown)))
+    try:
+        trial = tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir)
+    except OSError as error:
+        raise Refusal("no folder can be made in %s (%s): --dir names another" % (
+            args.dir or tempfile.gettempdir(), error.strerror))
+    raise_descriptor_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # through what removes the folder
+    points: List[Dict[str, Any]] = []
+    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile not in ("flat", "batch")]
+    wide = {"batch": batch_table, "flat": flat_table}       # profiles with tables of their own
+    with trial as folder, Progress("bench") as progress:
+        if set(profiles) - {"flat"}:
+            server = BenchServer(os.path.join(folder, "farm.sqlite"))
+            for number, (profile, clients) in enumerate(pairs):
+                progress.what = "%s, %d client%s" % (profile, clients, "s" * (clients > 1))
+                progress.show(number, len(pairs))
+                points.append(bench_point(server, profile, clients, args.seconds, args.processes))
+            if "batch" in profiles:
+                points.append(bench_batch(folder, server, args.seconds, args.processes))
+            server.stop()
+        if "flat" in profiles:
+            points.append(bench_flat(folder, args.rows, args.seconds, progress))
+    if args.json:
+        print(json.dumps(points))
+        return 0
+    if pairs:
+        print(bench_table(points[:len(pairs)]))
+    for point in points[len(pairs):]:
+        print(wide[point["profile"]](point))
+    return 0
+
+
+def open_access_log(name: str) -> Any:
+    """The access log: a file that is appended to, - for the standard output, nothing for none. Raises Refusal."""
+    if name in ("", "-"):
+        return sys.stdout if name else None
+    try:
+        return open(name, "a", encoding="utf-8")
+    except OSError as error:
+        raise Refusal("the access log %s cannot be opened: %s" % (name, error.strerror))
+
+
+class Local:
+    """The farm in a file, for local verbs: through the server that serves it, or directly when none does."""
+
+    def __init__(self, db: str) -> None:
+        try:
+            os.stat(db)
+        except FileNotFoundError:
+            raise Refusal("there is no %s: 'taskfarm.py --db %s' makes it and serves it" % (db, db))
+        except OSError as error:
+            raise Refusal("%s cannot be read: %s" % (db, error.strerror))
+        self.db = db
+
+    @contextlib.contextmanager
+    def store(self) -> Iterator[Optional[Store]]:
+        """The open store, or None when a server has it, which then answers to `ask_server`."""
+        try:
+            lock = Lock(self.db)
+        except Refusal as held:
+            self.holder = read_holder(self.db)
+            self.held = held
+            if "secret" not in self.holder:
+                raise
+            yield None
+            return
+        try:
+            with contextlib.closing(Store(self.db)) as store:
+                yield store
+        finally:
+            lock.close()
+
+    def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
+        """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
+        access = as_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
+        with contextlib.closing(Client(lambda: access)) as client:
+            try:
+                return client.ask(method, path, body)
+            except Unreachable:
+                here = self.holder.get("host") == socket.gethostname()
+                raise Refusal("%s, but it does not answer here: %s" % (self.held, (
+                    "it may be starting or stopping, try again" if here
+                    else "run this on %s" % self.holder.get("host"))))
+
+    def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
+        """Have a request answered, or an operation run."""
+        with self.store() as store:
+            return store.call(named) if store else self.ask_server(method, path, body)
+
+    @contextlib.contextmanager
+    def copy(self) -> Iterator[str]:
+        """Make a consistent copy beside the file, with a progress bar; it is gone again at the end. Raises Refusal."""
+        with self.store() as store, Progress("copying") as progress:
+            if store:
+                copy = store.call(begin_copy(secrets.token_hex(8)))
+                store.copy(copy, lambda: progress.show(copy.copied, copy.total))
+                path, ended = copy.path, copy.ended
+            else:
+                path, ended = self._copy_by_server(progress)
+        if ended != Copy.DONE:
+            raise Refusal(ended)
+        try:
+            yield path
+        finally:
+            remove_if_there(path)
+            remove_if_there(path + "-wal")
+
+    def _copy_by_server(self, progress: Progress) -> Tuple[str, str]:
+        path = str(self.ask_server("POST", "/api/backup")["path"])
+        try:
+            while True:
+                time.sleep(0.1)
+                state = self.ask_server("GET", "/api/backup")
+                if state["path"] != path:       # another was begun since
+                    return path, Copy.DONE if os.path.exists(path) else "the copy was not made: the log says why"
+                progress.show(state["copied"], state["total"])
+                if state["ended"]:
+                    return path, state["ended"]
+        except KeyboardInterrupt:
+            self.ask_server("DELETE", "/api/backup", {"path": path})
+            raise
+
+
+def take_away(path: str, target: str) -> None:
+    """Give a file another name, also in another file system, 0600 and never over one that is there. Raises Refusal."""
+    try:
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            raise
+        except OSError:     # another file system, or one without links
+            descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+            with open(path, "rb") as source, os.fdopen(descriptor, "wb") as file:
+                shutil.copyfileobj(source, file, 2 ** 20)
+                file.flush()
+                os.fsync(file.fileno())
+    except FileExistsError:
+        raise Refusal("%s is there already: name a file that is not" % target)
+    except OSError as error:
+        raise Refusal("%s cannot be made: %s" % (target, error.strerror))
+
+
+def cmd_check(args: argparse.Namespace) -> int:
+    """recount every promise of the file: counters, intervals, ranges, and SQLite's own integrity
+
+    Says what is wrong, a line each, and exits with 1 when something is. Of a farm that is being
+    served it checks a copy, which the server makes beside the file, and removes it.
+
+    example:
+      python3 taskfarm.py check --db runs.sqlite
+    """
+    local = Local(args.db)
+    with local.store() as store:
+        wrong = store.call(check()) if store else None
+    if wrong is None:
+        with local.copy() as copy, contextlib.closing(Store(copy)) as store:
+            wrong = store.call(check())
+    for sentence in wrong:
+        print(sentence)
+    if not wrong:
+        print("%s keeps all its promises" % args.db)
+    return 1 if wrong else 0
+
+
+def cmd_backup(args: argparse.Namespace) -> int:
+    """make a consistent copy of the file, while the farm is served or not
+
+    The copy is the file as it is when the copying ends; it holds the users and their tokens too. It
+    is made beside the file, where there must be room for it, and then moved.
+
+    example:
+      python3 taskfarm.py backup --db runs.sqlite runs-monday.sqlite
+    """
+    if os.path.lexists(args.copy):
+        raise Refusal("%s is there already: name a file that is not" % args.copy)
+    with Local(args.db).copy() as copy:
+        take_away(copy, args.copy)
+    print("%s is a copy of %s" % (args.copy, args.db))
+    return 0
+
+
+def new_password(name: str) -> str:
+    """A password that is to be set; on the terminal it is typed twice."""
+    password = one_password(name)
+    if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
+        raise Refusal("the two are not the same: nothing was changed")
+    if not password:
+        raise Refusal("an empty password will not do: nothing was changed")
+    return password
+
+
+def cmd_user_add(args: argparse.Namespace) -> int:
+    """add a user; the password comes from the terminal, or as one line of standard input
+
+    example:
+      python3 taskfarm.py user add alice --db runs.sqlite
+    """
+    local, name = Local(args.db), check_name(args.name)
+    password = hash_password(new_password(name))
+    local.ask("POST", "/api/users", add_user(name, password), {"name": name, "password": password})
+    print("user %s is added" % name)
+    return 0
+
+
+def cmd_user_list(args: argparse.Namespace) -> int:
+    """list the users, a line each
+
+    example:
+      python3 taskfarm.py user list --db runs.sqlite
+    """
+    answer = Local(args.db).ask("GET", "/api/users", list_users())
+    for name in answer["data"] if isinstance(answer, dict) else [user.name for user in answer]:
+        print(name)
+    return 0
+
+
+def cmd_user_passwd(args: argparse.Namespace) -> int:
+    """set another password; every token the user had is void
+
+    example:
+      python3 taskfarm.py user passwd alice --db runs.sqlite
+    """
+    local, name = Local(args.db), normal(args.name)
+    password = hash_password(new_password(name))
+    local.ask("PUT", "/api/users/" + urllib.parse.quote(name, safe=""), set_password(name, password),
+              {"password": password})
+    print("user %s has another password" % name)
+    return 0
+
+
+def cmd_user_remove(args: argparse.Namespace) -> int:
+    """remove a user; every token the user had is void
+
+    example:
+      python3 taskfarm.py user remove alice --db runs.sqlite
+    """
+    name = normal(args.name)
+    Local(args.db).ask("DELETE", "/api/users/" + urllib.parse.quote(name, safe=""), remove_user(name))
+    print("user %s is removed" % name)
+    return 0
+
+
 def cmd_doctor(args: argparse.Namespace) -> int:
     """say whether this node is fit to serve and to work, and what to do where it is not
 
@@ -8717,6 +8654,102 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
     says = harmless(finding.says)
     parts = textwrap.wrap(says, max(screen.columns - len(head) - 1, 20)) if screen.columns else [says]
     return [screen.paint(head[:4], colour) + head[4:] + parts[0]] + [" " * len(head) + part for part in parts[1:]]
+
+
+# ---------------------------------------------------------------- COMMAND LINE
+# Options and the parser, and `main`.
+
+def parse_moment(text: str) -> float:
+    """An argparse type: a moment, as UTC seconds. Raises ArgumentTypeError."""
+    try:
+        return moment_of(text, time.time())
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError("a time looks like 17:30, 2026-11-24T17:30:00 or +3600 (seconds from now), "
+                                         "not like %r" % text)
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """How to run the commands."""
+    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
+    parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
+    parser.add_argument("-j", "--jobs", type=number_of_jobs, default=1, metavar="N",
+                        help="so many commands at a time; by default 1")
+    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
+    parser.add_argument("--timeout", type=positive(float), metavar="SECONDS", help="a command that runs longer is "
+                        "ended, and has failed")
+    parser.add_argument("--grace", type=positive(float), default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
+                        "SIGKILL to a command; by default 5, and less than the batch system gives")
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
+    parser.add_argument("--log-failed", action="store_true", help="of failed tasks alone")
+    parser.add_argument("--until", type=parse_moment, metavar="TIME", help="leave before 17:30, "
+                        "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
+    parser.add_argument("--task-time", type=positive(float), metavar="SECONDS", help="what a task takes: none is begun "
+                        "that would not fit; by default judged by those before")
+    parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
+    parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
+    parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
+    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
+
+
+def percent_number(text: str) -> float:
+    """An argparse type: 0 to 100. Raises ArgumentTypeError."""
+    try:
+        percent = float(text.rstrip("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise argparse.ArgumentTypeError("a percentage is a number from 0 to 100, not %r" % text)
+    return percent
+
+
+def number_list(text: str) -> List[int]:
+    """Numbers from 1 on, with commas between. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", text):
+        raise argparse.ArgumentTypeError("numbers of clients look like 1,16,64, not like %r" % text)
+    return [int(number) for number in text.split(",")]
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type: a number of a kind, above 0 and finite."""
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError("a number above 0 is wanted, not %r" % text)
+        return number
+    return read
+
+
+def number_of_jobs(text: str) -> int:
+    """An argparse type: 1 to MOST_JOBS. Raises ArgumentTypeError."""
+    number = int(positive(int)(text))
+    if number > MOST_JOBS:
+        raise argparse.ArgumentTypeError("one worker runs %d commands at a time at most, not %d: start more of them" % (
+            MOST_JOBS, number))
+    return number
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and how long."""
+    parser.add_argument("--profile", default="constant,lean,paper", help="which, with commas between; by default "
+                        "constant,lean,paper")
+    parser.add_argument("--clients", type=number_list, default=[1, 16, 64, 256], metavar="N,...",
+                        help="connections at once; by default 1,16,64,256")
+    parser.add_argument("--seconds", type=positive(float), default=3.0, help="for each line; by default 3")
+    parser.add_argument("--processes", type=positive(int), default=2, help="that drive the server; by default 2")
+    parser.add_argument("--rows", type=positive(int), default=10 ** 6,
+                        help="touched tasks of profile flat; by default 1000000")
+    parser.add_argument("--dir", default=None, help="where the temporary file lies")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number from 0 on. Its upper limit is the server's to say."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError("a whole number is wanted, not %r" % text)
+    return int(text)
 
 
 def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
