@@ -1384,7 +1384,7 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
     """
     worker = find_worker(sql, worker_uuid)
     tasks: List[Task] = []
-    for hold in (HELD, STARTED):    # IS: with = newer planners (3.40) walk over all that is held, and sort it
+    for hold in (HELD, STARTED):    # IS, here and elsewhere: with = SQLite 3.40 walks over all that is held, and sorts it
         tasks += sql.tasks("SELECT " + TASK_COLUMNS + """
             FROM task INDEXED BY task_held
             WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
@@ -2095,13 +2095,10 @@ def beat(sql: Transaction, now: Now, worker_uuid: str) -> Union[Continue, ShownW
         sql.leases.hear(worker, now)
         return shown_worker(sql, now, worker)
     renew_lease(sql, now, worker)
-    lapsed_tasks = sql.value("""
-        SELECT count(*) FROM (
-            SELECT 1 FROM task INDEXED BY task_held
-            WHERE worker = ? AND hold IN (3, 4) AND hold <= 4
-            LIMIT ?)""", worker.id, SMALL + 1)
-    sql.takes_long(lapsed_tasks)
-    if lapsed_tasks and not take_back(sql, worker):
+    lapsed_ids = sql.all("SELECT id FROM task INDEXED BY task_held WHERE worker = ? AND hold >= 3 AND hold <= 4 LIMIT ?",
+                         worker.id, SMALL + 1)
+    sql.takes_long(len(lapsed_ids))
+    if lapsed_ids and not take_back(sql, worker):
         return Continue((worker_uuid,))
     return shown_worker(sql, now, worker)
 
@@ -2116,7 +2113,7 @@ def take_back(sql: Transaction, worker: Worker) -> bool:
         while True:
             tasks = sql.tasks("SELECT " + TASK_COLUMNS + """
                 FROM task INDEXED BY task_held
-                WHERE worker = ? AND hold = ? AND hold <= 4 AND id > ?
+                WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
                 ORDER BY id
                 LIMIT ?""", worker.id, hold, last_id, SLICE)
             for run, part in by_run(sql, tasks):
@@ -2646,10 +2643,10 @@ class Store:
         """Have one operation run, wait for its result and return it. Raises what it raises."""
         if self.writer is None:
             ended = self.apply([named])
-            while not ended:
+            while not any(other is named for other, _ in ended):
                 self.turn()
                 ended = self.apply([])
-            (_, outcome), = ended
+            outcome = next(outcome for other, outcome in ended if other is named)
         else:
             answers: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
             named.done = lambda _, outcome: answers.put(outcome)

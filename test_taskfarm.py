@@ -1230,6 +1230,14 @@ def report(farm: Any, run: str, number: int, **body: Any) -> int:
     return int(farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), body)[0])
 
 
+def run_all(store: Direct, *operations: Operation) -> List[Any]:
+    """Hand operations to the store at once, and give what came of each."""
+    ended = store.store.apply(list(operations))
+    while len(ended) < len(operations):
+        ended += store.store.apply([])
+    return [next(outcome for other, outcome in ended if other is named) for named in operations]
+
+
 def figures(farm: Any, run: str) -> Tuple[int, int, int, float]:
     shown = farm.ask("GET", "/api/runs/" + run)[1]
     return shown["numWaiting"], shown["numComputing"], shown["numDone"], shown["percentDone"]
@@ -1353,7 +1361,7 @@ def test_an_operation_that_fails_unexpectedly_takes_no_other_with_it(store: Dire
         raise ZeroDivisionError
 
     batch = [taskfarm.claim(run, "w"), broken(), taskfarm.claim(run, "w")]
-    outcomes = [outcome for _, outcome in store.store.apply(batch)]
+    outcomes = run_all(store, *batch)
     assert [outcomes[0].number, type(outcomes[1]), outcomes[2].number] == [0, ZeroDivisionError, 1]
     assert figures(store, run) == (3, 2, 0, 0.0)
 
@@ -1426,118 +1434,22 @@ def test_a_file_of_a_newer_version_is_refused_also_when_only_its_log_says_so(tmp
     assert "newer taskfarm" in refused(path)
 
 
-SCHEMA_1 = """
-CREATE TABLE farm (
-    id INTEGER PRIMARY KEY CHECK (id = 1),
-    identity TEXT NOT NULL,                     -- names this farm to clients
-    signing_key BLOB NOT NULL,                  -- signs tokens
-    proof_key BLOB NOT NULL,                    -- proves to clients that this is the farm they know
-    next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
-    probes INTEGER NOT NULL DEFAULT 0           -- rises to see whether the disk takes writes again
-);
-CREATE TABLE user (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,       -- a name that comes again is another user
-    name TEXT NOT NULL UNIQUE,
-    password TEXT NOT NULL,                     -- algorithm, parameters, salt and hash
-    generation INTEGER NOT NULL DEFAULT 1,      -- rises with each new password; tokens carry it
-    created REAL NOT NULL
-);
-CREATE TABLE worker (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    uuid TEXT NOT NULL UNIQUE,
-    hostname TEXT NOT NULL,
-    pid INTEGER NOT NULL,
-    created REAL NOT NULL
-);
--- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs neither the
--- run nor its number. Tasks that nothing has happened to are no rows: they are the interval from
--- head to head_end - 1 and the intervals of table untouched, all of which lie above it.
-CREATE TABLE run (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    uuid TEXT NOT NULL UNIQUE,
-    first_id INTEGER NOT NULL,
-    num_tasks INTEGER NOT NULL CHECK (num_tasks BETWEEN 1 AND 2147483647),
-    created REAL NOT NULL,
-    num_waiting INTEGER NOT NULL CHECK (num_waiting >= 0),      -- touched or not
-    num_computing INTEGER NOT NULL CHECK (num_computing >= 0),
-    num_done INTEGER NOT NULL CHECK (num_done >= 0),
-    num_failed INTEGER NOT NULL CHECK (num_failed >= 0),
-    num_untouched INTEGER NOT NULL CHECK (num_untouched BETWEEN 0 AND num_waiting),
-    num_complete INTEGER NOT NULL CHECK (num_complete BETWEEN 0 AND num_done),  -- done, and at 100 percent
-    millionths INTEGER NOT NULL CHECK (millionths >= 0),        -- sum over the tasks, of a percent
-    head INTEGER NOT NULL,
-    head_end INTEGER NOT NULL CHECK (head_end >= head),
-    sweep TEXT CHECK (sweep IN ('restart', 'restart all', 'delete')),  -- begun, its rows are to follow
-    CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
-);
-CREATE TABLE untouched (
-    last INTEGER PRIMARY KEY,                   -- keyed by the end: claims take from the start, in place
-    first INTEGER NOT NULL CHECK (first <= last)
-);
-CREATE TABLE task (
-    id INTEGER PRIMARY KEY,
-    status INTEGER NOT NULL CHECK (status BETWEEN 0 AND 3),     -- waiting, computing, done, failed
-    millionths INTEGER NOT NULL CHECK (millionths BETWEEN 0 AND 100000000),
-    worker INTEGER                              -- who claimed it last
-);
-CREATE INDEX task_waiting ON task (status) WHERE status = 0;
-CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
--- For people who look into the file.
-CREATE VIEW tasks AS
-    SELECT run.uuid AS run, task.id - run.first_id AS task,
-        CASE task.status WHEN 0 THEN 'waiting' WHEN 1 THEN 'computing' WHEN 2 THEN 'done' ELSE 'failed' END AS status,
-        task.millionths / 1e6 AS percent, worker.hostname, worker.pid
-    FROM run
-    JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
-    LEFT JOIN worker ON worker.id = task.worker
-    WHERE run.sweep IS NOT 'delete';
-INSERT INTO farm VALUES (1, 'farm-1', x'aa', x'bb', 2000021, 0);
-INSERT INTO user (name, password, created) VALUES ('ada', 'scrypt$1$00$00', 1e9);
-INSERT INTO worker (uuid, hostname, pid, created) VALUES ('w', 'node1', 1, 1e9), ('v', 'node2', 2, 1.1e9);
--- 20 tasks: 0 and 1 computing, 2 and 9 done, 3 waits at 50 percent, 4 done at 50 percent, the others untouched
-INSERT INTO run VALUES (4, '11111111111111111111111111111111', 1, 20, 1e9, 15, 2, 3, 0, 14, 2, 300000000, 6, 10, NULL);
-INSERT INTO untouched (last, first) VALUES (20, 11);
-INSERT INTO task (id, status, millionths, worker) VALUES (1, 1, 0, 1), (2, 1, 0, NULL), (3, 2, 100000000, 1),
-    (4, 0, 50000000, 2), (5, 2, 50000000, 2), (10, 2, 100000000, 1);
--- a large one that nothing has happened to, and one whose full restart was cut short
-INSERT INTO run VALUES (5, '22222222222222222222222222222222', 21, 2000000, 1e9, 2000000, 0, 0, 0, 2000000, 0, 0, 21,
-    2000021, NULL);
-UPDATE farm SET next_task_id = 2000024;
-INSERT INTO run VALUES (7, '33333333333333333333333333333333', 2000021, 3, 1e9, 3, 0, 0, 0, 1, 0, 0, 2000023, 2000024,
-    'restart all');
-INSERT INTO task (id, status, millionths, worker) VALUES (2000021, 2, 100000000, 1), (2000022, 1, 5, 1);
-"""
-
-
-def test_a_file_of_version_1_is_carried_over(tmp_path: Path) -> None:
+def test_a_file_of_an_older_schema_gets_what_has_come_since_or_stays_as_it_was(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "f")
-    with contextlib.closing(sqlite3.connect(path)) as old:
-        old.executescript(SCHEMA_1 + "PRAGMA user_version = 1; PRAGMA application_id = %d;" % taskfarm.APPLICATION_ID)
     direct = Direct(path, FakeClock())
-    run, large, swept = "1" * 32, "2" * 32, "3" * 32
-    assert direct.wrong() == [] and direct.store.identity == "farm-1" and "ada" in direct.store.users
-    assert figures(direct, run) == (15, 2, 3, 15.0)
-    shown = direct.ask("GET", "/api/runs/" + run)[1]
-    assert (shown["id"], shown["name"], shown["maxFailures"], shown["maxLosses"], shown["created"], shown["lastReport"]
-            ) == (4, None, 1, 5, "2001-09-09T01:46:40.000Z", None)
-    assert [look(direct, run, number, "status", "percentCompleted") for number in (0, 1, 2, 3, 4, 5, 9)] == [
-        ("computing", 0.0), ("computing", 0.0), ("done", 100.0), ("waiting", 50.0), ("done", 50.0), ("waiting", 0.0),
-        ("done", 100.0)]
-    assert look(direct, run, 2, "worker", "hostname") == ("w", "node1")
-    assert figures(direct, large) == (2000000, 0, 0, 0.0) and figures(direct, swept) == (3, 0, 0, 0.0)
-    assert report(direct, run, 0, status="done") == 204, "who computed before goes on, in the way of before"
-    assert claim(direct, run) == (201, 3)
-    assert worker_state(direct, "v") == "alive", "it has no lease"
-    assert direct.ask("POST", "/api/worker", {"uuid": "v", "hostname": "node2", "pid": 2, "lease": 60})[1]["id"] == 2
-    assert take_batch(direct, run, "v", 3) == [5, 6, 7]
-    assert direct.ask("POST", "/api/runs/%s/restart" % run)[0] == 204
-    assert [look(direct, run, number)[0] for number in (0, 1, 2, 3, 4, 5)] == [
-        "done", "waiting", "done", "waiting", "waiting", "computing"]
-    assert [take(direct, swept, "v")["task"] for _ in range(3)] == [0, 1, 2]
-    assert [task["task"] for task in walk(direct, "/api/runs/%s/tasks" % run, "status=done")] == [0, 2, 9]
-    new = direct.ask("POST", "/api/run", {"numTasks": 1})[1]
-    assert new["id"] == 8 and look(direct, new["uuid"], 0, "id") == (2000024,)
-    direct.restart_server()
+    run = make_run(direct, 3)
+    claim(direct, run)
+    direct.close()
+    later = "ALTER TABLE run ADD COLUMN colour TEXT;\nCREATE INDEX run_colour ON run (colour);\n"
+    monkeypatch.setattr(taskfarm, "SCHEMA", taskfarm.SCHEMA + [later + "SELECT no_such_column FROM run;\n"])
+    with pytest.raises(Refusal, match="no_such_column"):
+        Store(path)
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        assert file.execute("PRAGMA user_version").fetchone() == (1,), "a script that fails has changed nothing"
+    monkeypatch.setattr(taskfarm, "SCHEMA", taskfarm.SCHEMA[:1] + [later])
+    direct.start()
+    assert direct.store.sql.one("SELECT colour FROM run") == (None,) and figures(direct, run)[:3] == (2, 1, 0)
     direct.close()
 
 
@@ -1578,7 +1490,7 @@ def test_a_read_that_fails_does_not_end_the_writer(farm: Live) -> None:
         raise sqlite3.OperationalError("disk I/O error")
     with pytest.raises(taskfarm.Unavailable):
         farm.service.store.call(unreadable())
-    assert make_run(farm, 1)
+    wait_until(lambda: farm.ask("POST", "/api/run", {"numTasks": 1})[0] == 201)
 
 
 def test_a_sweep_that_fails_is_said_and_refuses_its_run_alone(store: Direct, caplog: pytest.LogCaptureFixture) -> None:
@@ -1698,6 +1610,7 @@ def test_a_copy_on_a_full_disk_is_not_begun_anew_by_writes_that_fail(store: Dire
         assert report(store, run, 5, status="waiting") == 503 and figures(store, run)[2] == 1000
     store.store.copy(copy, between)
     assert copy.ended == copy.DONE
+    store.pass_time(taskfarm.RETRY_S)
     assert report(store, run, 5, status="waiting") == 204
     os.remove(copy.path)
 
@@ -1994,6 +1907,7 @@ def test_who_lives_again_in_the_first_write_after_a_full_disk_can_expire_again(s
     store.pass_time(101)
     store.store._note_trouble("the disk is full")
     assert beat(store, "a")[0] == 0 and worker_state(store, "a") == "expired", "it is answered, and nothing is written"
+    store.pass_time(taskfarm.RETRY_S)
     assert take(store, run, "a")["attempt"] == 1
     store.restart_server()
     assert worker_state(store, "a") == "alive"
@@ -2519,14 +2433,17 @@ def test_a_percentage_on_a_failed_task_or_a_done_one_is_no_other_failure_or_end(
 
 
 def test_a_large_batch_of_reports_is_done_in_slices_and_ended_before_the_file_is_closed(store: Direct) -> None:
-    size = 4 * taskfarm.REPORT_SLICE
+    size = 4 * taskfarm.REPORTS_SLICE
     run = a_run(store, size)
     assert len(take_batch(store, run, "a", size)) == size
     report(store, run, size - 1, status="done")
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S
     reports = [taskfarm.Report(number, status=2, millionths=number) for number in range(size)]
     named, seen = taskfarm.report_many(run, "a", reports), []
     named.done = lambda _, outcome: seen.append(outcome)
-    assert store.store.apply([named]) == [], "others have their turn"
+    for _ in range(3):
+        assert store.store.apply([named] if not named.large else []) == [], "others have their turn"
     store.store.start()
     store.store.close()
     assert [(accepted, [number for number, _ in refused]) for accepted, refused in seen] == [(size - 1, [size - 1])]
@@ -2535,14 +2452,16 @@ def test_a_large_batch_of_reports_is_done_in_slices_and_ended_before_the_file_is
 
 
 def test_a_batch_that_a_full_disk_cuts_short_says_that_a_part_was_done(store: Direct) -> None:
-    run = a_run(store, 2 * taskfarm.REPORT_SLICE)
-    reports = [taskfarm.Report(number, status=2) for number in range(2 * taskfarm.REPORT_SLICE)]
+    run = a_run(store, 2 * taskfarm.REPORTS_SLICE)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S
+    reports = [taskfarm.Report(number, status=2) for number in range(2 * taskfarm.REPORTS_SLICE)]
     named = taskfarm.report_many(run, None, reports)
     for begun, sentence in ((False, "nothing was changed: "), (True, "only a part was done")):
         assert named.begun is begun
         (_, refusal), = store.store._only_read([named], "the disk is full")
         assert refusal.status == 503 and str(refusal).startswith(sentence)
-        assert begun or store.store.apply([named]) == []
+        assert begun or store.store.apply([named]) == store.store.apply([]) == []
     assert len(store.store.apply([])) == 1 and figures(store, run)[2] == len(reports)
 
 
@@ -2715,11 +2634,11 @@ def test_a_claim_that_was_rolled_back_is_not_remembered(store: Direct) -> None:
         raise ZeroDivisionError
 
     keys = [taskfarm.IdempotencyKey(letter.encode() * 16, b"r" * 16) for letter in "klm"]
-    store.store.apply([taskfarm.claim(run, "a", keys[0])])
+    run_all(store, taskfarm.claim(run, "a", keys[0]))
     for batch in ([taskfarm.claim(run, "a", keys[1]), broken()], [broken(), taskfarm.claim(run, "a", keys[2])]):
-        outcomes = {named.function.__name__: outcome for named, outcome in store.store.apply(batch)}
-        again = store.store.apply([named for named in batch if named.args])[0][1]
-        assert again[:2] == outcomes["claim"][:2] and isinstance(outcomes["broken"], ZeroDivisionError)
+        outcomes = {named.function.__name__: outcome for named, outcome in zip(batch, run_all(store, *batch))}
+        again, = run_all(store, *[named for named in batch if named.args])
+        assert again.number == outcomes["claim"].number and isinstance(outcomes["broken"], ZeroDivisionError)
     assert figures(store, run)[1] == 3
 
 
