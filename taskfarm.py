@@ -40,7 +40,7 @@ States of a task
     percent and that no worker under a lease computes; or the failed ones. The last two keep percentages.
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
-    GET    /livez                         open  200 while the server answers; ?nonce= proves which farm it is
+    GET    /livez                         open  200 while the server answers; ?nonce=HEX proves which farm it is
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
     POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
@@ -222,6 +222,8 @@ REPORTS_REMEMBERED = 8              # attempts of a task whose last report is kn
 WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten so long after it was heard last
 CHORE_S = 3600.0                    # between two looks for workers to forget
 DAY_S = 86400.0
+
+PROOF_LABEL = "taskfarm proof: "    # stands before a nonce that is signed; no key is made with it
 
 
 class FarmError(RuntimeError):
@@ -531,6 +533,9 @@ CREATE VIEW tasks AS
     JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
     LEFT JOIN worker ON worker.id = task.worker
     WHERE coalesce(run.sweep, '') <> 'delete';
+""", """
+-- Answers to /livez gave away the keys that came of the root key. A new root makes all of them void.
+UPDATE farm SET proof_key = randomblob(32);
 """]
 
 
@@ -3976,9 +3981,17 @@ class Farm:
         return make_token(self.store.signing_key, user, expires)
 
     def proof_key(self, user_id: Optional[int]) -> bytes:
-        """What a user can tell this farm by. Each has a key of its own, since who has one could also feign the farm."""
-        farms = self.store.proof_key
-        return farms if user_id is None else hmac.digest(farms, b"user %d" % user_id, "sha256")
+        """The key by which a user knows this farm again; None: by which a reader of the lock file does.
+
+        Each has a key of their own, since who has one can also pass for the farm. The root key signs two fixed texts
+        and nothing that a client sends. (Previously it signed users' ids and nonces alike: the proof for the nonce
+        "user 1" was the key of user 1.)
+        """
+        root = self.store.proof_key
+        if user_id is None:
+            return hmac.digest(root, b"taskfarm key: lock file", "sha256")
+        users = hmac.digest(root, b"taskfarm key: users", "sha256")
+        return hmac.digest(users, b"taskfarm key: user %d" % user_id, "sha256")
 
     def known_by(self, user: User) -> str:
         """The `proof` of an access file: the user's id and key."""
@@ -3986,7 +3999,7 @@ class Farm:
 
     def proof(self, nonce: str, user_id: Optional[int]) -> str:
         """What only this farm, and who has the key, can answer to a nonce."""
-        return hmac.new(self.proof_key(user_id), nonce.encode(), "sha256").hexdigest()
+        return hmac.new(self.proof_key(user_id), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
 
     def once(self, req: Request, named: Operation) -> Operation:
         """The operation; with an Idempotency-Key, once for all requests that come with it."""
@@ -4138,13 +4151,14 @@ UUID_PATTERN = "[A-Za-z0-9._-]+"
 UUID = Text(64, UUID_PATTERN)
 
 
-@route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False),
+@route("GET", "/livez", access=OPEN, query={"nonce": Text(64, "[0-9a-f]+", required=False),
                                             "user": Count(0, 2 ** 62, required=False)})
 def alive(req: Request) -> Reply:
     """Tell a supervisor that the server answers, and a client that this is the farm it knows.
 
-    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of it in hex, under the key of the user of that
-    id, or without one under that of the lock file}
+    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of PROOF_LABEL and it in hex, under the key of
+    the user of that id, or without one under that of the lock file}
+    errors: 400 a nonce that is not 1 to 64 hexadecimal digits in lower case
     """
     nonce = req.query.get("nonce")
     proof = {"proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {}
@@ -4568,7 +4582,7 @@ class Service:
             self.url = url_of(shown, self.server.server_port)
             self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
                              "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                             "proof": self.store.proof_key.hex()})
+                             "proof": self.farm.proof_key(None).hex()})
             try:
                 self.server.start_threads()
                 self.store.start()
@@ -5260,7 +5274,7 @@ class Client:
         path = "/livez?nonce=%s%s" % (nonce, "&user=" + user_id if dot else "")
         _, answer = self._exchange(access, "GET", path, None, {})
         try:
-            wanted = hmac.new(bytes.fromhex(key), nonce.encode(), "sha256").hexdigest()
+            wanted = hmac.new(bytes.fromhex(key), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
             proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
         except (ValueError, AttributeError):
             proven = False

@@ -22,6 +22,7 @@ import base64
 import contextlib
 import decimal
 import fcntl
+import hmac
 import http.client
 import io
 import json
@@ -42,6 +43,7 @@ import tempfile
 import termios
 import threading
 import time
+import urllib.parse
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
@@ -1529,6 +1531,20 @@ def test_a_file_of_version_1_is_carried_over(tmp_path: Path) -> None:
     assert new["id"] == 8 and look(direct, new["uuid"], 0, "id") == (2000024,)
     direct.restart_server()
     direct.close()
+
+
+def test_keys_from_before_labels_do_not_prove_a_farm(tmp_path: Path) -> None:
+    path = str(tmp_path / "f")
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(SCHEMA_1 + "PRAGMA user_version = 1; PRAGMA application_id = %d;" % taskfarm.APPLICATION_ID)
+    farm = Live(path)
+    of_user = hmac.new(b"\xbb", b"user 1", "sha256").hexdigest()
+    for proof, answers in (("bb", False), ("1." + of_user, False), (file_of(farm)["proof"], True)):
+        assert taskfarm.still_answers(access_of(farm, proof=proof)) is answers, proof
+    root = farm.service.store.proof_key
+    farm.restart_server()
+    assert farm.service.store.proof_key == root and len(root) == 32, "replaced once"
+    farm.close()
 
 
 def test_a_file_that_another_program_has_open_is_refused(tmp_path: Path) -> None:
@@ -3511,6 +3527,37 @@ def test_the_same_key_sent_at_the_same_time_counts_once(farm: Live, path: str, b
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == (1 if given else 1 + (5 if QUICK else 20))
 
 
+def test_no_open_answer_is_a_key(farm: Live) -> None:
+    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    root, labels = farm.service.store.proof_key, {"", "lock file", "user"}
+    labels |= {const.decode() for const in Farm.proof_key.__code__.co_consts if isinstance(const, bytes)}
+    texts = {label.replace("%d", "1") for label in labels} | {"user %d" % number for number in range(4)}
+    keys = {taskfarm.read_holder(farm.path)["proof"], root.hex()}
+    keys |= {farm.service.farm.known_by(farm.user(name)).split(".")[1] for name in ("ada", "bob")}
+    nonces = texts | {text.encode().hex() for text in texts} | keys
+    answers = [farm.ask("GET", "/livez?nonce=%s%s" % (urllib.parse.quote(nonce), user))
+               for nonce in sorted(nonces) for user in ("", "&user=0", "&user=1", "&user=2")]
+    proofs = {answer["proof"] for status, answer in answers if status == 200}
+    assert len(proofs) > len(keys) and not proofs & keys
+    assert len(keys) == 4, "the root key is in no file, and each reader has a key of their own"
+
+
+def test_a_nonce_is_signed_with_a_label_that_no_key_is_made_with(shared_farm: Live) -> None:
+    label, key = b"taskfarm proof: ", taskfarm.read_holder(shared_farm.path)["proof"]
+    signed = hmac.new(bytes.fromhex(key), label + b"ab12", "sha256").hexdigest()
+    assert shared_farm.ask("GET", "/livez?nonce=ab12") == (200, {"status": "alive", "proof": signed})
+    of_keys = [const for const in Farm.proof_key.__code__.co_consts if isinstance(const, bytes)]
+    assert of_keys and len(set(of_keys)) == len(of_keys) and not any(text.startswith(label) for text in of_keys)
+
+
+@pytest.mark.parametrize("nonce, status", [
+    ("a", 200), ("0123456789abcdef" * 4, 200), ("", 400), ("0" * 65, 400), ("user%201", 400), ("AB", 400), ("0x1", 400),
+    ("ab%0A", 400), ("%D9%A3", 400)])
+def test_a_nonce_is_1_to_64_hexadecimal_digits(shared_farm: Live, nonce: str, status: int) -> None:
+    answered, answer = shared_farm.ask("GET", "/livez?nonce=" + nonce)
+    assert answered == status and ("proof" in answer) is (status == 200)
+
+
 def test_a_batch_may_be_4_mib_and_others_64_kib(farm: Live) -> None:
     run = make_run(farm, 10000)
     entries = [{"task": number, "status": "failed", "message": "x" * 300} for number in range(10000)]
@@ -4194,7 +4241,7 @@ def test_what_is_left_of_a_run_is_said_only_where_something_is_known() -> None:
 
 def access_of(farm: Any, **changes: str) -> taskfarm.Access:
     """Farm and login of a live farm."""
-    proof = farm.service.store.proof_key.hex()
+    proof = farm.service.farm.proof_key(None).hex()
     access = taskfarm.Access(farm.url, "ada", farm.token, "", proof, farm.service.store.identity, "the test")
     return access._replace(**changes)
 
@@ -4397,7 +4444,7 @@ def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
         service = Service(str(tmp_path / "f"), host, 0)
         thread = threading.Thread(target=service.serve)
         thread.start()
-        access = taskfarm.Access(service.url, "", "", "", service.store.proof_key.hex(), "", "the test")
+        access = taskfarm.Access(service.url, "", "", "", service.farm.proof_key(None).hex(), "", "the test")
         assert taskfarm.still_answers(access)
         service.stop()
         thread.join(20)
@@ -5660,7 +5707,7 @@ def file_of(farm: Live) -> Dict[str, str]:
 def test_what_one_user_knows_does_not_feign_the_farm_to_another(farm: Live) -> None:
     bob = farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
     ours, bobs = file_of(farm)["proof"], farm.service.farm.known_by(bob)
-    assert ours.split(".")[1] != bobs.split(".")[1] and farm.service.store.proof_key.hex() not in (ours + bobs)
+    assert ours.split(".")[1] != bobs.split(".")[1] and farm.service.farm.proof_key(None).hex() not in (ours + bobs)
     for proof, answers in ((ours, True), (bobs, True), ("1." + bobs.split(".")[1], False), (ours.split(".")[1], False)):
         assert taskfarm.still_answers(taskfarm.as_access(dict(file_of(farm), proof=proof), "")) is answers, proof
 
