@@ -4438,6 +4438,23 @@ def test_a_run_is_found_by_uuid_beginning_or_name(farm: Live) -> None:
                 taskfarm.find_run_uuid(client, text)
 
 
+def test_a_run_is_changed_by_its_whole_name_or_eight_digits_alone(farm: Live) -> None:
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        def make(name: str) -> str:
+            return str(client.ask("POST", "/api/run", {"numTasks": 1, "name": name})["uuid"])
+
+        ice, final, *seas = make("ice"), make("ice-final"), make("sea"), make("sea")
+        hidden = make(ice[:8])      # a name that another run's uuid begins with
+        for text, meant in (("ice", ice), ("ice-final", final), (final, final), (final[:8].upper(), final)):
+            assert taskfarm.find_run_uuid(client, text, changes=True) == meant
+        for text, sentence in (("ice-", final), ("ice-fina", "'ice-final'"), (final[:7], final), ("land", "no run")):
+            with pytest.raises(taskfarm.NotFound, match=sentence):
+                taskfarm.find_run_uuid(client, text, changes=True)
+        for text, several in (("sea", seas), (ice[:8], [hidden, ice])):
+            with pytest.raises(Refusal, match="2 runs.*say which.*%s.*%s" % tuple(several)):
+                taskfarm.find_run_uuid(client, text, changes=True)
+
+
 @pytest.mark.parametrize("published", [False] if QUICK else [True, False])
 def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published: bool) -> None:
     if published:
@@ -5564,6 +5581,24 @@ def test_runs_are_meant_by_beginnings_and_names(farm: Live) -> None:
     assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
 
 
+@pytest.mark.parametrize("words", [("delete", "--yes"), ("restart", "--all"), ("work", "--", "true")])
+def test_a_verb_that_changes_a_run_never_hits_one_of_a_longer_name(farm: Live, words: Tuple[str, ...]) -> None:
+    first, final = (verb(farm, "new", "3", "--name", name).strip() for name in ("sweep", "sweep-final"))
+    assert report(farm, final, 1, status="done") == 204
+    before = farm.ask("GET", "/api/runs/" + final)[1]
+    verb(farm, "delete", "sweep", "--yes")
+    no_such_run = 4 if words[0] == "work" else 1
+    for text in ("sweep", final[:7]):
+        refused = verb(farm, words[0], text, *words[1:], status=no_such_run)
+        assert final in refused and "'sweep-final'" in refused and first not in refused
+    twin = verb(farm, "new", "3", "--name", "sweep-final").strip()
+    refused = verb(farm, words[0], "sweep-final", *words[1:], status=1)
+    assert final in refused and twin in refused
+    assert farm.ask("GET", "/api/runs/" + final)[1] == before
+    verb(farm, words[0], final[:8], *words[1:])
+    assert farm.ask("GET", "/api/runs/" + final)[1] != before
+
+
 def test_status_shows_states_rate_workers_and_what_failed(farm: Live) -> None:
     run = verb(farm, "new", "200", "--name", "antarctica").strip()
     shown = verb(farm, "status", run)
@@ -5662,7 +5697,7 @@ def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
     run = verb(farm, "new", "4", "--name", "antarctica").strip()
     assert "--yes" in verb(farm, "delete", run, stdin="y\n", status=1), "a pipe cannot agree"
     for answer, left in (("n\r", True), ("\r", True), ("yesterday\r", True), ("y\r", False)):
-        terminal = Terminal(["delete", "ant"], as_ada(farm))
+        terminal = Terminal(["delete", "antarctica"], as_ada(farm))
         terminal.wait_for("[y/N]")
         assert "antarctica" in terminal.shown and "4 waiting" in terminal.shown
         terminal.type(answer)
