@@ -2288,6 +2288,22 @@ def disk_trouble(error: BaseException) -> Optional[str]:
     return None
 
 
+def next_from(waiting: "queue.SimpleQueue[Any]", patience_s: Optional[float]) -> Any:
+    """The next entry of a queue that one thread reads. Waits *patience_s* at most, for ever if None.
+
+    Raises queue.Empty. `get(timeout=...)` alone may wait for ever on Python 3.9 and 3.10: after an entry
+    has been taken it begins with the queue's lock free, takes it, and goes on with what is left of the
+    timeout. Less than nothing means for ever there. It hung within some 100 000 calls at a timeout of
+    0 and within 10 000 at 10 microseconds. `get_nowait` has no timeout, and leaves the lock taken.
+    """
+    try:
+        return waiting.get_nowait()
+    except queue.Empty:
+        if patience_s is not None and patience_s <= 0:
+            raise
+    return waiting.get(timeout=patience_s)
+
+
 class Store:
     """The file, and the one connection to it.
 
@@ -2427,7 +2443,7 @@ class Store:
         batch: List[Operation] = []
         began = time.monotonic()
         try:
-            more = self.queue.get(timeout=patience_s)
+            more = next_from(self.queue, patience_s)
             while more is not None:
                 batch += more
                 if len(batch) >= BATCH_LIMIT:
@@ -5348,23 +5364,39 @@ def still_answers(access: Access) -> bool:
     return True
 
 
-def find_run_uuid(client: Client, text: str) -> str:
+FEWEST_DIGITS = 8                   # of a uuid, for a verb that changes the run; tables show as many
+
+
+def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
     """The uuid of the run that is meant by its uuid or name, or a beginning that no other has.
 
+    *changes*: the run is to be changed, and a wrong one would be harmed. Then only a whole name or the
+    first FEWEST_DIGITS of a uuid mean it, and a name does not come before a uuid that begins so.
     Raises NotFound when none is meant, Refusal when several are.
     """
     if re.fullmatch("[0-9a-f]{32}", text):
         return text
     runs = client.ask("GET", "/api/runs")["data"]
     named = [run for run in runs if run.get("name") == text]
-    meant = named or [run for run in runs if text and (
+    begun = [run for run in runs if text and run not in named and (
         run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
+    meant = named or begun
+    if changes:
+        meant = named + [run for run in begun if len(text) >= FEWEST_DIGITS and run["uuid"].startswith(text.lower())]
+    if not meant and begun:
+        raise NotFound("no run is called %r, and what changes a run takes no beginning of a name and no fewer than %d "
+                       "digits of a uuid. Type the whole name, or the uuid: %s" % (
+                           text, FEWEST_DIGITS, run_choice(begun)))
     if not meant:
         raise NotFound("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
     if len(meant) > 1:
-        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
-            len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
+        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (len(meant), text, run_choice(meant)))
     return str(meant[0]["uuid"])
+
+
+def run_choice(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The latest five of some runs, by uuid and name, for a sentence."""
+    return ", ".join(run["uuid"] + (" (%r)" % run["name"] if run.get("name") else "") for run in runs[-5:])
 
 
 LEASE_S = 120                       # a worker that is not heard of for so long is taken for dead
@@ -7283,7 +7315,7 @@ def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
 
 def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
     """The next from a queue; waits until a tick at most. Raises queue.Empty."""
-    return found.get(timeout=max(until - time.monotonic(), 0.01))
+    return next_from(found, until - time.monotonic())
 
 
 def one_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
@@ -7900,12 +7932,13 @@ def one_password(name: str) -> str:
 def cmd_work(args: argparse.Namespace) -> int:
     """run a command for each task of a run, until none is left
 
-    RUN is the uuid of a run, the beginning of one, or its name. In the arguments {task}, {run},
-    {attempt} and {line} are replaced (what is put in stays one argument); TASKFARM_TASK, _RUN,
-    _ATTEMPT and _WORKER are in the environment. A command that exits with 0 has done its task;
-    another status, a signal or --timeout is a failure, with the last line of its error output as
-    message. {line} is line number {task}, from 0, of the file of --lines; a command that is {line}
-    alone runs each line with sh.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+
+    In the arguments {task}, {run}, {attempt} and {line} are replaced (what is put in stays one
+    argument); TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER are in the environment. A command that exits
+    with 0 has done its task; another status, a signal or --timeout is a failure, with the last line of
+    its error output as message. {line} is line number {task}, from 0, of the file of --lines; a command
+    that is {line} alone runs each line with sh.
 
     Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
     access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
@@ -7918,7 +7951,7 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
-      python3 taskfarm.py work 3f2a -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
+      python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
       python3 taskfarm.py work sweep --lines params.txt -- ./simulate --seed {task} {line}
       sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
@@ -7926,7 +7959,7 @@ def cmd_work(args: argparse.Namespace) -> int:
     client = Client(functools.partial(find_access, os.environ), PATIENCE_S)
     client.say = display.say
     try:
-        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
+        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run, changes=True))
         client.find = functools.partial(find_access, os.environ, farm=client.known.farm)
         for sentence in send_leftovers(client):
             display.say(sentence)
@@ -8062,7 +8095,8 @@ def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
 def cmd_list(args: argparse.Namespace) -> int:
     """list the runs, the newest last
 
-    Verbs take a run by its uuid or its name, or by a beginning of them that no other run has.
+    Verbs take a run by its uuid or its whole name, or by 8 or more digits that its uuid begins with.
+    Those that only read take any beginning of a uuid or name that no other run has.
 
     examples:
       python3 taskfarm.py list
@@ -8198,6 +8232,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
     """let tasks of a run wait again: those that are not done, the failed ones, or all
 
     Without an option, tasks that are done stay so, and so do those that a living worker computes.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
       python3 taskfarm.py restart antarctica             what dead workers left, and what failed
@@ -8206,7 +8241,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
     with asking(args) as client:
-        run_uuid = find_run_uuid(client, args.run)
+        run_uuid = find_run_uuid(client, args.run, changes=True)
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
     print("run %s: %s" % (run_uuid, state_counts(run)))
@@ -8217,13 +8252,14 @@ def cmd_delete(args: argparse.Namespace) -> int:
     """delete a run with its tasks; asks first
 
     Workers that compute for it end their commands. Nothing brings it back but a copy of the file ('backup').
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
       python3 taskfarm.py delete antarctica
-      python3 taskfarm.py delete 3f2a --yes       does not ask: for scripts
+      python3 taskfarm.py delete 3f2a91c4 --yes       does not ask: for scripts
     """
     with asking(args) as client:
-        run_uuid = find_run_uuid(client, args.run)
+        run_uuid = find_run_uuid(client, args.run, changes=True)
         run = client.ask("GET", run_path(run_uuid))
         if not args.yes and not agreed("delete run %s%s: %s?" % (
                 run_uuid, " (%s)" % harmless(run["name"]) if run.get("name") else "", state_counts(run))):
@@ -8682,10 +8718,14 @@ def parse_moment(text: str) -> float:
                                          "not like %r" % text)
 
 
+READ_RUN = "its uuid or name, or the beginning of one"
+CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of that" % FEWEST_DIGITS
+
+
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """How to run the commands."""
     parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
-    parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
+    parser.add_argument("run", metavar="RUN", help=CHANGED_RUN)
     parser.add_argument("-j", "--jobs", type=number_of_jobs, default=1, metavar="N",
                         help="so many commands at a time; by default 1")
     parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
@@ -8828,7 +8868,7 @@ def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], i
     """A verb that asks a server: of a run, when it takes one; with --json when it reads."""
     parser = add_verb(verbs, name, command, needs_db=False)
     if run:
-        parser.add_argument("run", metavar="RUN", help="its uuid or name, or the beginning of one")
+        parser.add_argument("run", metavar="RUN", help=READ_RUN if reads else CHANGED_RUN)
     fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
