@@ -6435,7 +6435,7 @@ class Farmhand:
             return False
         command = Command(task, attempt, None, now)
         command.status = (127 if number == errno.ENOENT else 126) << 8
-        command.tail = os.fsencode("cannot be started: " + sentence)
+        command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
         self._judge(command, now)
         return True
 
@@ -6485,6 +6485,8 @@ class Farmhand:
                     self._close_pipe(command, near)
             if command.exit_code - 128 == signal.SIGPIPE and not self.orders.log_dir and self.display.unread:
                 command.ending = command.ending or "unread"
+            if self.signals and not command.ending and self._died_of_stop(command):
+                self._end(command, time.monotonic(), "stopping")
             if command.ending and signal_group(pid, 0):
                 self.ended.append(command)
                 self.due = 0.0
@@ -6504,18 +6506,19 @@ class Farmhand:
         PBS, and Slurm with proctrack/linuxproc, signal one process at a time, children first: a shell whose
         child was killed goes on and may exit with 0 before its own signal comes, and ours comes last.
         """
-        suspect = not command.ending and command.exit_code - 128 in STOP_SIGNALS
-        if suspect and self.signals:
-            command.ending = "stopping"
         if command.ending in ("stopping", "lost", "unread"):
             self._give_back(command)
             return
         self._close_log(command)        # thousands may be fresh at a time
         self.took.append(command.took_s)
         self.mean_s = command.took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * command.took_s
+        suspect = not command.ending and self._died_of_stop(command)
         believed_at = command.started + command.took_s + (SUSPECT_S if suspect else BELIEVED_S)
         heapq.heappush(self.fresh, (believed_at, command.task, command))
         self.due = min(self.due, believed_at)
+
+    def _died_of_stop(self, command: Command) -> bool:
+        return command.exit_code - 128 in STOP_SIGNALS
 
     def _give_back(self, command: Command) -> None:
         """Let others do the task of a command that has ended, and that proves nothing."""

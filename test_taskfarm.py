@@ -4943,7 +4943,7 @@ def children_of(pid: int) -> List[int]:
 def test_what_is_killed_children_first_is_not_done(server: Process, number: signal.Signals, status: int,
                                                    command: str) -> None:
     run = new_run(server, 20)
-    hand = Hand(server, run, "-j", "8", "--", "sh", "-c", command, tweak="taskfarm.BELIEVED_S = 100")    # a slow machine
+    hand = Hand(server, run, "-j", "8", "--", "sh", "-c", command, tweak="taskfarm.BELIEVED_S = 100")
     shells = wait_until(lambda: [pid for pid in children_of(hand.process.pid) if children_of(pid)][7:] and
                         [pid for pid in children_of(hand.process.pid) if children_of(pid)])
     for shell in shells:        # one process at a time, as PBS does it
