@@ -6409,7 +6409,7 @@ class Farmhand:
             if not is_text_for_sh(shutil.which(program) or program):
                 if self.template.fixed:
                     raise Refusal("%s is no program for this machine (%s, %s): one that was built for it is needed" % (
-                        self.template.program, socket.gethostname(), os.uname().machine))
+                        self.template.program, os.uname().nodename, os.uname().machine))
                 raise
             self.by_shell = self.template.fixed
         # A script without a first line that says #!: every shell runs it with sh, and so do we.
@@ -6646,7 +6646,7 @@ class Farmhand:
         message = self._message(command)
         self.exit_status = NO_PROGRAM
         self._stop(now, "on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
-                   "ended with 126 or 127%s" % (socket.gethostname(), self.template.program, MOST_NOT_STARTED,
+                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_NOT_STARTED,
                                                 " (%s)" % message if message else ""))
         self._give_back_fresh(now)
 
