@@ -154,6 +154,7 @@ import resource
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -5656,13 +5657,17 @@ GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: 
 LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
 CLOSING_S = 2.0                     # and so long the last reports are tried: PBS may kill after 10 s in all
 VIEW_S = 2.0                        # between two looks at the whole run, for the bar on a terminal
-SUSPECT_S = 1.5                     # a command that died of a signal may be the first sign that the job is ended
+BELIEVED_S = 0.3                    # an end is reported when it is so old: it may be the first sign that a job ends
+SUSPECT_S = 1.5                     # the same for a command that died of a signal that ends jobs
 AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
 TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
 BATCH_BYTES = 500000                # of reports in one request
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
+STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN, NO_PROGRAM = 7, 0, 3, 4, 5, 6, 8    # exit statuses
+
+NOT_STARTED = (126, 127)            # how a shell, env(1) and others say that a program cannot be run, or is not there
+MOST_NOT_STARTED = 10               # a worker whose first ends are all of that kind stops after so many
 
 
 class Lines:
@@ -5715,7 +5720,8 @@ class Template:
     """
     FIELD = re.compile(r"\{(task|run|attempt|line)\}")
 
-    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None) -> None:
+    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None, typed: str = "--") -> None:
+        """*typed* is what a person typed before the words, to show how it should be."""
         self.words = ["/bin/sh", "-c", "{line}"] if list(words) == ["{line}"] else list(words)
         self.run = run
         self.lines = lines
@@ -5727,7 +5733,10 @@ class Template:
         if lines is not None and not lines.file.seekable():
             raise Refusal("%s is a pipe, out of which lines come once: write them into a file" % lines.path)
         self.program = self.words[0]
-        if self.FIELD.search(self.program):
+        if len(self.program.split()) > 1 and not shutil.which(os.fsdecode(self.arguments(0, 1)[0])):
+            raise Refusal("there is no program called '%s'. If that is a whole command, type it like this: %s %s" % (
+                self.program, typed, unquoted(self.words)))
+        if not self.fixed:
             return
         found = shutil.which(self.program)
         if not found:
@@ -5750,13 +5759,32 @@ class Template:
         return [os.fsencode(self.FIELD.sub(lambda found: values[found.group(1)], word)) for word in self.words]
 
 
+def unquoted(words: Sequence[str]) -> str:
+    """What to type for a command whose program and arguments were quoted into one word."""
+    others = "".join(" " + shlex.quote(word) for word in words[1:])
+    if re.search(r"[$`\\\"'|&;<>()*?\[\n]|^\s*\w+=", words[0]):
+        return "sh -c %s" % shlex.quote(words[0] + others)
+    return " ".join(words[0].split()) + others
+
+
+def is_text_for_sh(program: str) -> bool:
+    """Whether a program that the system does not know how to run is a script without a first line that says #!.
+
+    Shells judge it like this, so that they do not read the bytes of another machine's program as commands.
+    """
+    with open(program, "rb") as file:
+        first = file.read(256).partition(b"\n")[0]
+    return b"\0" not in first and not first.startswith(b"#!")
+
+
 class Command:
     """A command that runs for a task."""
     __slots__ = ("task", "attempt", "pid", "slot", "started", "took_s", "told", "pipes", "watched", "tail", "log",
                  "log_path", "status", "ending", "kill_at")
 
-    def __init__(self, task: int, attempt: int, slot: int, started: float) -> None:
-        self.task, self.attempt, self.slot = task, attempt, slot
+    def __init__(self, task: int, attempt: int, slot: Optional[int], started: float) -> None:
+        self.task, self.attempt = task, attempt
+        self.slot = slot            # None once another may have it
         self.pid = 0                # and its process group
         self.started = started      # tick
         self.took_s = 0.0           # once it has ended
@@ -5768,7 +5796,7 @@ class Command:
         self.log_path = ""
         self.status: Optional[int] = None       # as waitpid tells it, once it has ended
         self.ending = ""            # why it is being ended: "timeout", "stopping", "lost" or, by itself, "unread"
-        self.kill_at = 0.0          # when what is left of its group is killed, or it is judged all the same
+        self.kill_at = 0.0          # when what is left of its group is killed
 
     @property
     def exit_code(self) -> int:
@@ -6143,6 +6171,9 @@ class Farmhand:
         self.ready_since = 0.0
         self.running: Dict[int, Command] = {}               # by process id
         self.ended: List[Command] = []                      # whose group may not have ended yet
+        self.fresh: List[Tuple[float, int, Command]] = []   # ends that are not believed yet: a heap by when they are
+        self.only_not_started = True        # of all ends that are believed, and those of them that are not reported
+        self.not_started: List[Command] = []
         self.slots = list(range(orders.jobs - 1, -1, -1))
         self.took: "deque[float]" = deque(maxlen=100)       # seconds, of the last tasks
         self.mean_s: Optional[float] = None                 # of tasks lately
@@ -6226,7 +6257,7 @@ class Farmhand:
         if self.ready and self.slots and not self.stopping and now >= self.hold_until:
             self._start_commands(now)
         self._ask_for_more(now)
-        if not self.running and not self.ended and self._over():
+        if not self.running and not self.ended and not self.fresh and self._over():
             return
         for key, _ in self.selector.select(
                 max(0.0, min(self.due, self.display.flush_at, now + 3600.0) - time.monotonic())):
@@ -6241,9 +6272,14 @@ class Farmhand:
     def _over(self) -> bool:
         """Whether all is said and done, with no command running; sets the status then."""
         if self.stopping:
+            self._settle_not_started()
             self.status = self.exit_status
             return True
         if self.ready or not self.none_left or self.asked or self.courier.reports:
+            return False
+        if self.not_started:
+            self._settle_not_started()
+            self.due = 0.0          # they may wait again
             return False
         if self.ask_at == math.inf or not self.orders.wait:
             self.status = FINISHED
@@ -6253,13 +6289,14 @@ class Farmhand:
         return False
 
     def _ask_for_more(self, now: float) -> None:
-        self.courier.idle = not (self.running or self.ended)
+        self.courier.idle = not (self.running or self.ended or self.fresh or self.not_started)
         if self.asked or self.stopping or now < self.hold_until:
             return
         here = len(self.ready) + len(self.running) + len(self.ended)
         ahead = self._ahead(now)
         if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
-            if not here and self.finished != self.finished_when_asked:     # our own reports may have changed that
+            # Our own reports may have changed that.
+            if not here and not self.fresh and self.finished != self.finished_when_asked:
                 self.none_left = False
             else:
                 self.due = min(self.due, self.ask_at) if here < self.orders.jobs else self.due
@@ -6282,7 +6319,7 @@ class Farmhand:
             seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
         if seconds > AHEAD_S:
             return 0
-        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * self.finished, AHEAD_LIMIT)
+        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * (self.finished + len(self.fresh)), AHEAD_LIMIT)
 
     def _fits(self, now: float) -> bool:
         """Whether a task that begins now is likely to end before the job does."""
@@ -6414,6 +6451,12 @@ class Farmhand:
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
+            program = os.fsdecode(words[0])
+            if not is_text_for_sh(shutil.which(program) or program):
+                if self.template.fixed:
+                    raise Refusal("%s is no program for this machine (%s, %s): one that was built for it is needed" % (
+                        self.template.program, os.uname().nodename, os.uname().machine))
+                raise
             self.by_shell = self.template.fixed
         # A script without a first line that says #!: every shell runs it with sh, and so do we.
         return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
@@ -6436,9 +6479,10 @@ class Farmhand:
             self.exit_status = 1
             self._stop(now, str(error))
             return False
-        self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
-        self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
-                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT], elapsed=0.0)
+        command = Command(task, attempt, None, now)
+        command.status = (127 if number == errno.ENOENT else 126) << 8
+        command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
+        self._judge(command, now)
         return True
 
     def _read(self, command: Command, near: int) -> bool:
@@ -6485,44 +6529,70 @@ class Farmhand:
                         break
                 if near in command.pipes:
                     self._close_pipe(command, near)
-            # PBS, and Slurm with proctrack/linuxproc, signal the commands as well as us, and they may be faster.
-            suspect = not command.ending and command.exit_code - 128 in STOP_SIGNALS
             if command.exit_code - 128 == signal.SIGPIPE and not self.orders.log_dir and self.display.unread:
                 command.ending = command.ending or "unread"
-            if suspect:
-                command.kill_at = time.monotonic() + SUSPECT_S
-            if suspect or command.ending and signal_group(pid, 0):
+            if self.signals and not command.ending and self._died_of_stop(command):
+                self._end(command, time.monotonic(), "stopping")
+            if command.ending and signal_group(pid, 0):
                 self.ended.append(command)
                 self.due = 0.0
             else:
-                self._settle(command)
+                self._free_slot(command)
+                self._take_end(command)
+
+    def _free_slot(self, command: Command) -> None:
+        if command.slot is not None:
+            self.guard.note(command.slot, 0)
+            self.slots.append(command.slot)
+            command.slot = None
+
+    def _take_end(self, command: Command) -> None:
+        """A command has ended: it is to be reported when its end can be believed.
+
+        PBS, and Slurm with proctrack/linuxproc, signal one process at a time, children first: a shell whose
+        child was killed goes on and may exit with 0 before its own signal comes, and ours comes last.
+        """
+        if command.ending in ("stopping", "lost", "unread"):
+            self._give_back(command)
+            return
+        self._close_log(command)        # thousands may be fresh at a time
+        self.took.append(command.took_s)
+        self.mean_s = command.took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * command.took_s
+        suspect = not command.ending and self._died_of_stop(command)
+        believed_at = command.started + command.took_s + (SUSPECT_S if suspect else BELIEVED_S)
+        heapq.heappush(self.fresh, (believed_at, command.task, command))
+        self.due = min(self.due, believed_at)
+
+    def _died_of_stop(self, command: Command) -> bool:
+        return command.exit_code - 128 in STOP_SIGNALS
+
+    def _give_back(self, command: Command) -> None:
+        """Let others do the task of a command that has ended, and that proves nothing."""
+        self._close_log(command)
+        if command.ending != "lost":
+            self.courier.report(command.task, command.attempt, status="waiting")
+        self.none_left = False      # this very task may wait
 
     def _settle(self, command: Command) -> None:
-        """A command has ended with all its group: report it."""
-        self.guard.note(command.slot, 0)
-        self.slots.append(command.slot)
-        code = 124 if command.ending == "timeout" else command.exit_code      # 124 is what timeout(1) says
-        took_s = command.took_s
-        if command.ending in ("stopping", "lost", "unread"):
-            self._close_log(command, failed=True)
-            if command.ending != "lost":
-                self.courier.report(command.task, command.attempt, status="waiting")
-            self.none_left = False      # this very task may wait
-            return
-        self.took.append(took_s)
-        self.mean_s = took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * took_s
+        """Report the end of a command."""
+        code, took_s = self._code(command), command.took_s
         if code == 0:
             self._finished(command.task, took_s, "done", failed=False)
             self.courier.report(command.task, command.attempt, status="done", elapsed=round(took_s, 3))
-        else:
-            message = self._message(command)
-            self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
-                ": " + message if message else ""), failed=True)
-            if command.ending or os.WIFSIGNALED(command.status or 0):
-                message = self._why(command, code) + (": " + message if message else "")
-            self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
-                                message=message[:MESSAGE_LIMIT], elapsed=round(took_s, 3))
-        self._close_log(command, failed=code != 0)
+            if command.log_path and self.orders.log_failed:
+                with contextlib.suppress(OSError):
+                    os.remove(command.log_path)
+            return
+        message = self._message(command)
+        self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
+            ": " + message if message else ""), failed=True)
+        if command.ending or os.WIFSIGNALED(command.status or 0):
+            message = self._why(command, code) + (": " + message if message else "")
+        self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
+                            message=message[:MESSAGE_LIMIT], elapsed=round(took_s, 3))
+
+    def _code(self, command: Command) -> int:
+        return 124 if command.ending == "timeout" else command.exit_code      # as timeout(1) has it
 
     def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
         self.finished += 1
@@ -6547,19 +6617,20 @@ class Farmhand:
         said = next((line for line in reversed(lines) if line), "")
         return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
 
-    def _close_log(self, command: Command, failed: bool) -> None:
+    def _close_log(self, command: Command) -> None:
         if command.log >= 0:
             os.close(command.log)
-            if self.orders.log_failed and not failed:
-                with contextlib.suppress(OSError):
-                    os.remove(command.log_path)
+            command.log = -1
 
     # Time, and ends
 
     def _see_to_time(self, now: float) -> None:
         """All that is due by the clock; says when to look again."""
         due = math.inf
-        self.signals_seen = self.signals
+        if self.signals > self.signals_seen:
+            self.signals_seen = self.signals
+            self._reap()            # what has ended by now did so before the signal was heard
+            self._give_back_fresh(now)
         if self.signals and not self.stopping:
             self._stop(now, self.signal_name, drain=self.orders.drain)
         elif self.signals > 1:
@@ -6572,10 +6643,14 @@ class Farmhand:
         else:
             self._stop(now, "the job ends soon")
             self._end_all(now)      # also those that were to finish
+            self._give_back_fresh(now)
+        self._believe(now)
         for command in list(self.running.values()):
             due = min(due, self._see_to(command, now))
         for command in list(self.ended):
             due = min(due, self._see_to_ended(command, now))
+        if self.fresh:      # while others run we are woken often enough
+            due = min(due, max(self.fresh[0][0], now + 0.02 * bool(self.running)))
         if self.ready:
             if now >= self.ready_since + UNUSED_S:
                 self._give_back_ready()
@@ -6587,18 +6662,55 @@ class Farmhand:
         self.due = due
 
     def _see_to_ended(self, command: Command, now: float) -> float:
-        """What is due for a command that has ended, but perhaps not all of its group; when to look again."""
-        if not command.ending and self.signals:
-            command.ending = "stopping"
-        if not command.ending and now < command.kill_at:
-            return command.kill_at
-        if command.ending and now < command.kill_at and signal_group(command.pid, 0):
+        """What is due for a command that was ended, but perhaps not all of its group; when to look again."""
+        if now < command.kill_at and signal_group(command.pid, 0):
             return now + 0.05
-        if command.ending:
-            signal_group(command.pid, signal.SIGKILL)
+        signal_group(command.pid, signal.SIGKILL)
         self.ended.remove(command)
-        self._settle(command)
+        self._free_slot(command)
+        self._take_end(command)
         return math.inf
+
+    def _believe(self, now: float) -> None:
+        """Report the ends that are old enough."""
+        while self.fresh and self.fresh[0][0] <= now:
+            self._judge(heapq.heappop(self.fresh)[2], now)
+
+    def _judge(self, command: Command, now: float) -> None:
+        """Report an end that is believed. The first ones are kept while all say that there is no program."""
+        if self.only_not_started and self._code(command) in NOT_STARTED:
+            self.not_started.append(command)
+            if self.finished + len(self.not_started) >= MOST_NOT_STARTED and not self.stopping:
+                self._stop_without_program(now, command)
+        else:
+            self.only_not_started = False
+            self._settle_not_started()
+            self._settle(command)
+
+    def _stop_without_program(self, now: float, command: Command) -> None:
+        """This machine lacks something: others may do the tasks."""
+        message = self._message(command)
+        self.exit_status = NO_PROGRAM
+        self._stop(now, "on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
+                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_NOT_STARTED,
+                                                " (%s)" % message if message else ""))
+        self._give_back_fresh(now)
+
+    def _settle_not_started(self) -> None:
+        for command in self.not_started:
+            self._settle(command)
+        self.not_started.clear()
+
+    def _give_back_fresh(self, now: float) -> None:
+        """The job is ended, and the latest ends may be part of that. What they left running is ended too."""
+        for command in self.not_started:
+            self._give_back(command)
+        for _, _, command in self.fresh:
+            self._end(command, now, "stopping")
+            self.ended.append(command)
+        self.not_started.clear()
+        self.fresh.clear()
+        self.due = 0.0
 
     def _see_to(self, command: Command, now: float) -> float:
         """What is due for one command; when to look again."""
@@ -7946,8 +8058,9 @@ def cmd_work(args: argparse.Namespace) -> int:
     when it is started by exec or srun, as below.
 
     exit status: 0 nothing is left to do, 3 the same with failed tasks, 4 there is no such run (any
-    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused,
-    2 usage
+    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 8 the first
+    ten commands all ended with 126 or 127 (no such program on this node; no task has failed for it),
+    1 refused, 2 usage
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
@@ -7970,7 +8083,8 @@ def cmd_work(args: argparse.Namespace) -> int:
     if lines is not None and len(lines) != run["numTasks"]:
         raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
             args.lines, len(lines), run["numTasks"], args.lines))
-    template = Template(args.words, run["uuid"], lines)
+    typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
+    template = Template(args.words, run["uuid"], lines, " ".join(map(shlex.quote, typed)))
     if args.log_dir:
         try:
             os.makedirs(args.log_dir, exist_ok=True)

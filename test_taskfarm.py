@@ -4727,6 +4727,11 @@ def test_a_worker_whose_standard_streams_are_closed_works(server: Process, tmp_p
 
 @pytest.mark.parametrize("words, sentence", [
     (["{run}", "--", "no-such-program"], "there is no program no-such-program"),
+    (["{run}", "-j", "2", "--", "./tile.sh {task}"], " work {run} -j 2 -- ./tile.sh {task}\n"),
+    (["{run}", "./tile.sh  -v {task}"], " work {run} -- ./tile.sh -v {task}\n"),
+    (["{run}", "--", "./tile.sh -v", "a b"], " work {run} -- ./tile.sh -v 'a b'\n"),
+    (["{run}", "--", "cd {dir} && ./tile.sh '{task}'"], """ -- sh -c 'cd {dir} && ./tile.sh '"'"'{task}'"'"''\n"""),
+    (["{run}", "--", "A=1 ./tile.sh {task}"], " -- sh -c 'A=1 ./tile.sh {task}'\n"),
     (["{run}", "--", "echo", "{line}"], "--lines FILE"),
     (["{run}", "--lines", "{dir}/two", "--", "echo", "{line}"], "has 2 lines, and the run 3 tasks"),
     (["{run}", "--lines", "{dir}/none", "--", "echo", "{line}"], "cannot be read"),
@@ -4738,8 +4743,78 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
     run = new_run(server, 3)
     hand = Hand(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
     hand.end(1)
+    sentence = sentence.replace("{run}", run).replace("{dir}", str(tmp_path))
     assert sentence in hand.erred() and hand.erred().count("\n") == 1
     assert counts(server, run) == (3, 0, 0, 0)
+
+
+def test_what_to_type_instead_can_be_typed(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    script = tmp_path / "tile.sh"
+    script.write_text("echo $1 >> %s/ran\n" % tmp_path)
+    script.chmod(0o755)
+    for quoted in ("%s {task}" % script, "%s {task} > %s/out; exit 0" % (script, tmp_path)):
+        refused = run_verb("work", run, "--", quoted, HOME=server.home)
+        assert refused.returncode == 1 and counts(server, run) == (2, 0, 0, 0)
+        better = refused.stderr.strip().partition("type it like this: ")[2]
+        assert subprocess.run(["sh", "-c", better], env=dict(os.environ, HOME=server.home)).returncode == 0
+        assert counts(server, run) == (0, 0, 2, 0) and (tmp_path / "ran").read_text() == "0\n1\n"
+        (tmp_path / "ran").unlink()
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
+def test_a_program_may_have_a_space_in_its_name(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    for task in range(3):
+        (tmp_path / ("my tile %d" % task)).write_text("exit %d\n" % (task == 2))
+        (tmp_path / ("my tile %d" % task)).chmod(0o755)
+    Hand(server, run, "--", str(tmp_path / "my tile {task}")).end(3)
+    assert counts(server, run) == (0, 0, 2, 1)
+
+
+@pytest.mark.parametrize("content", [
+    b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xff\xff" + bytes(100),         # of no machine there is
+    b"MZ\x90\0echo\nexit 0\n"])
+def test_a_program_of_another_machine_fails_no_task(server: Process, tmp_path: Path, content: bytes) -> None:
+    run = new_run(server, 50)
+    program = tmp_path / "simulate"
+    program.write_bytes(content)
+    program.chmod(0o755)
+    said = Hand(server, run, "-j", "4", "--", str(program), "{task}").end(1)
+    assert "simulate is no program for this machine (%s, " % socket.gethostname() in said
+    assert counts(server, run) == (50, 0, 0, 0)
+    script = tmp_path / "script"        # its interpreter is such a program, and sh must not read it either
+    script.write_text("#!%s\nexit 0\n" % program)
+    script.chmod(0o755)
+    Hand(server, run, "-j", "4", "--", str(script), "{task}").end(1)
+    assert counts(server, run) == (50, 0, 0, 0)
+    (tmp_path / "lines").write_text(str(program) + "\n" + "true\n" * 49)
+    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "x").end(3)
+    assert counts(server, run) == (0, 0, 49, 1) and task_of(server, run, 0)["exitCode"] == 126
+
+
+@pytest.mark.parametrize("words", [["sh", "-c", "nosuch {task}"], ["env", "./{task}"], ["./{task}"],
+                                   ["sh", "-c", "exit 126"]])
+@pytest.mark.parametrize("jobs", ["1", "16"])
+def test_a_machine_that_lacks_the_program_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
+    run = new_run(server, 300)
+    said = Hand(server, run, "-j", jobs, "--", *words).end(8)
+    sentence = next(line for line in said.splitlines() if line.startswith("stopping"))
+    assert "on %s %s, or a program" % (socket.gethostname(), words[0]) in sentence
+    assert ("nosuch" in sentence) is ("nosuch {task}" in words)
+    assert counts(server, run) == (300, 0, 0, 0)
+
+
+def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process) -> None:
+    run = new_run(server, 40)
+    Hand(server, run, "--", "sh", "-c", "[ {task} = 9 ] || exit 127").end(3)
+    assert counts(server, run) == (0, 0, 1, 39)
+    run = new_run(server, 9)        # and the first ones are reported when nothing else comes
+    Hand(server, run, "--", "sh", "-c", "exit 126").end(3)
+    assert counts(server, run) == (0, 0, 0, 9)
+    run = new_run(server, 4, maxFailures=3)
+    Hand(server, run, "--", "sh", "-c", "exit 127").end(8)
+    assert counts(server, run)[0] > 0
 
 
 def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path: Path) -> None:
@@ -4942,6 +5017,60 @@ def test_a_batch_system_may_signal_the_commands_first(server: Process, tmp_path:
     alone.end(3)
     assert counts(server, run) == (0, 0, 9, 1)
     assert (task_of(server, run, 3)["exitCode"], task_of(server, run, 3)["message"]) == (143, "killed by SIGTERM")
+
+
+def children_of(pid: int) -> List[int]:
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()]
+    return []
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 7), (signal.SIGUSR1, 7), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("command", ["sleep 1000; echo x", "sleep 1000 || exit 5"])
+def test_what_is_killed_children_first_is_not_done(server: Process, number: signal.Signals, status: int,
+                                                   command: str) -> None:
+    run = new_run(server, 20)
+    hand = Hand(server, run, "-j", "8", "--", "sh", "-c", command, tweak="taskfarm.BELIEVED_S = 100")
+    shells = wait_until(lambda: [pid for pid in children_of(hand.process.pid) if children_of(pid)][7:] and
+                        [pid for pid in children_of(hand.process.pid) if children_of(pid)])
+    for shell in shells:        # one process at a time, as PBS does it
+        for child in children_of(shell):
+            os.kill(child, number)
+    wait_until(lambda: not any(map(alive, shells)))     # they have gone on, and ended of their own
+    wait_until(lambda: [pid for pid in children_of(hand.process.pid) if pid not in shells and children_of(pid)][7:])
+    hand.end(status, number)
+    if status == 7:
+        assert counts(server, run) == (20, 0, 0, 0)
+        assert {task["failures"] for task in server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]} == {0}
+    else:
+        assert counts(server, run)[2:] == (0, 0), "what is left comes back with the lease"
+
+
+def test_the_end_of_the_job_gives_back_what_has_just_ended(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--until", "+4", "--grace", "0.5", "--", "touch", str(tmp_path / "ran"),
+                tweak="taskfarm.BELIEVED_S = 1000; taskfarm.LEAVE_S = 0.5")
+    assert "the job ends soon" in hand.end(7) and (tmp_path / "ran").exists()
+    assert counts(server, run) == (1, 0, 0, 0)
+
+
+def test_what_a_given_back_command_has_left_running_is_ended(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    hand = Hand(server, run, "--", "sh", "-c", "sleep 1000 & echo $! > %s/new; mv %s/new %s/left" % ((tmp_path,) * 3),
+                tweak="taskfarm.BELIEVED_S = 1000")
+    wait_until((tmp_path / "left").exists)
+    hand.end(7, signal.SIGTERM)
+    assert not alive(int((tmp_path / "left").read_text())) and counts(server, run) == (1, 0, 0, 0)
+
+
+def test_an_end_that_is_not_believed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 30)
+    hand = Hand(server, run, "--log-dir", str(tmp_path), "--", "true", tweak="taskfarm.BELIEVED_S = 1000")
+    wait_until(lambda: len(list(tmp_path.glob("*.log"))) == 30)
+    logs = {os.readlink(path) for path in Path("/proc/%d/fd" % hand.process.pid).iterdir() if path.exists()}
+    assert len([name for name in logs if name.endswith(".log")]) < 2, "nor an open file"
+    hand.end(7, signal.SIGTERM)
+    assert counts(server, run) == (30, 0, 0, 0)
 
 
 def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
