@@ -40,7 +40,7 @@ States of a task
     percent and that no worker under a lease computes; or the failed ones. The last two keep percentages.
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
-    GET    /livez                         open  200 while the server answers; ?nonce= proves which farm it is
+    GET    /livez                         open  200 while the server answers; ?nonce=HEX proves which farm it is
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
     POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
@@ -157,6 +157,7 @@ import resource
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -223,6 +224,8 @@ REPORTS_REMEMBERED = 8              # attempts of a task whose last report is kn
 WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten so long after it was heard last
 CHORE_S = 3600.0                    # between two looks for workers to forget
 DAY_S = 86400.0
+
+PROOF_LABEL = "taskfarm proof: "    # stands before a nonce that is signed; no key is made with it
 
 
 class FarmError(RuntimeError):
@@ -335,6 +338,22 @@ class Now(NamedTuple):
 def system_clock() -> Now:
     """The real time. Tests hand in clocks of their own."""
     return Now(time.time(), time.monotonic())
+
+
+def next_from(waiting: "queue.SimpleQueue[Any]", patience_s: Optional[float]) -> Any:
+    """The next entry of a queue that one thread reads. Waits *patience_s* at most, for ever if None.
+
+    Raises queue.Empty. `get(timeout=...)` alone may wait for ever on Python 3.9 and 3.10: after an entry
+    has been taken it begins with the queue's lock free, takes it, and goes on with what is left of the
+    timeout. Less than nothing means for ever there. It hung within some 100 000 calls at a timeout of
+    0 and within 10 000 at 10 microseconds. `get_nowait` has no timeout, and leaves the lock taken.
+    """
+    try:
+        return waiting.get_nowait()
+    except queue.Empty:
+        if patience_s is not None and patience_s <= 0:
+            raise
+    return waiting.get(timeout=patience_s)
 
 
 # ---------------------------------------------------------------- RULES
@@ -533,7 +552,7 @@ CREATE TABLE farm (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     identity TEXT NOT NULL,                     -- names this farm to clients
     signing_key BLOB NOT NULL,                  -- signs tokens
-    proof_key BLOB NOT NULL,                    -- proves to clients that this is the farm they know
+    proof_key BLOB NOT NULL,                    -- root of the keys by which clients know this farm
     next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
     probes INTEGER NOT NULL DEFAULT 0,          -- rises to see whether the disk takes writes again
     starts INTEGER NOT NULL DEFAULT 0           -- of servers: revisions begin above those of before
@@ -1384,7 +1403,7 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
     """
     worker = find_worker(sql, worker_uuid)
     tasks: List[Task] = []
-    for hold in (HELD, STARTED):    # IS, here and elsewhere: with = SQLite 3.40 walks over all that is held, and sorts it
+    for hold in (HELD, STARTED):    # IS: with = newer planners (3.40) walk over all that is held, and sort it
         tasks += sql.tasks("SELECT " + TASK_COLUMNS + """
             FROM task INDEXED BY task_held
             WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
@@ -2095,8 +2114,10 @@ def beat(sql: Transaction, now: Now, worker_uuid: str) -> Union[Continue, ShownW
         sql.leases.hear(worker, now)
         return shown_worker(sql, now, worker)
     renew_lease(sql, now, worker)
-    lapsed_ids = sql.all("SELECT id FROM task INDEXED BY task_held WHERE worker = ? AND hold >= 3 AND hold <= 4 LIMIT ?",
-                         worker.id, SMALL + 1)
+    lapsed_ids = sql.all("""
+        SELECT id FROM task INDEXED BY task_held
+        WHERE worker = ? AND hold >= 3 AND hold <= 4
+        LIMIT ?""", worker.id, SMALL + 1)
     sql.takes_long(len(lapsed_ids))
     if lapsed_ids and not take_back(sql, worker):
         return Continue((worker_uuid,))
@@ -2686,7 +2707,7 @@ class Store:
             patience_s = self._idle_s()
         began = time.monotonic()
         try:
-            batch = self.queue.get(timeout=patience_s) if patience_s != 0.0 else self.queue.get_nowait()
+            batch = next_from(self.queue, patience_s)
             while batch is not None:
                 self.short += batch
                 batch = self.queue.get_nowait()
@@ -4309,9 +4330,17 @@ class Farm:
         return make_token(self.store.signing_key, user, expires)
 
     def proof_key(self, user_id: Optional[int]) -> bytes:
-        """What a user can tell this farm by. Each has a key of its own, since who has one could also feign the farm."""
-        farms = self.store.proof_key
-        return farms if user_id is None else hmac.digest(farms, b"user %d" % user_id, "sha256")
+        """The key by which a user knows this farm again; None: by which a reader of the lock file does.
+
+        Each has a key of their own, since who has one can also pass for the farm. The root key signs two fixed texts
+        and nothing that a client sends. (Previously it signed users' ids and nonces alike: the proof for the nonce
+        "user 1" was the key of user 1.)
+        """
+        root = self.store.proof_key
+        if user_id is None:
+            return hmac.digest(root, b"taskfarm key: lock file", "sha256")
+        users = hmac.digest(root, b"taskfarm key: users", "sha256")
+        return hmac.digest(users, b"taskfarm key: user %d" % user_id, "sha256")
 
     def known_by(self, user: User) -> str:
         """The `proof` of an access file: the user's id and key."""
@@ -4319,7 +4348,7 @@ class Farm:
 
     def proof(self, nonce: str, user_id: Optional[int]) -> str:
         """What only this farm, and who has the key, can answer to a nonce."""
-        return hmac.new(self.proof_key(user_id), nonce.encode(), "sha256").hexdigest()
+        return hmac.new(self.proof_key(user_id), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
 
     def once(self, req: Request, named: Operation) -> Operation:
         """The operation; with an Idempotency-Key, once for all requests that come with it."""
@@ -4473,13 +4502,14 @@ UUID_PATTERN = "[A-Za-z0-9._-]+"
 UUID = Text(64, UUID_PATTERN)
 
 
-@route("GET", "/livez", access=OPEN, query={"nonce": Text(128, required=False),
+@route("GET", "/livez", access=OPEN, query={"nonce": Text(64, "[0-9a-f]+", required=False),
                                             "user": Count(0, 2 ** 62, required=False)})
 def alive(req: Request) -> Reply:
     """Tell a supervisor that the server answers, and a client that this is the farm it knows.
 
-    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of it in hex, under the key of the user of that
-    id, or without one under that of the lock file}
+    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of PROOF_LABEL and it in hex, under the key of
+    the user of that id, or without one under that of the lock file}
+    errors: 400 a nonce that is not 1 to 64 hexadecimal digits in lower case
     """
     nonce = req.query.get("nonce")
     proof = {"proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {}
@@ -4901,7 +4931,7 @@ class Service:
             self.url = url_of(shown, self.server.server_port)
             self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
                              "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                             "proof": self.store.proof_key.hex()})
+                             "proof": self.farm.proof_key(None).hex()})
             try:
                 self.server.start_threads()
                 self.store.start()
@@ -5593,7 +5623,7 @@ class Client:
         path = "/livez?nonce=%s%s" % (nonce, "&user=" + user_id if dot else "")
         _, answer = self._exchange(access, "GET", path, None, {})
         try:
-            wanted = hmac.new(bytes.fromhex(key), nonce.encode(), "sha256").hexdigest()
+            wanted = hmac.new(bytes.fromhex(key), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
             proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
         except (ValueError, AttributeError):
             proven = False
@@ -5667,23 +5697,39 @@ def still_answers(access: Access) -> bool:
     return True
 
 
-def find_run_uuid(client: Client, text: str) -> str:
+FEWEST_DIGITS = 8                   # of a uuid, for a verb that changes the run; tables show as many
+
+
+def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
     """The uuid of the run that is meant by its uuid or name, or a beginning that no other has.
 
+    *changes*: the run is to be changed, and a wrong one would be harmed. Then only a whole name or the
+    first FEWEST_DIGITS of a uuid mean it, and a name does not come before a uuid that begins so.
     Raises NotFound when none is meant, Refusal when several are.
     """
     if re.fullmatch("[0-9a-f]{32}", text):
         return text
     runs = client.ask("GET", "/api/runs")["data"]
     named = [run for run in runs if run.get("name") == text]
-    meant = named or [run for run in runs if text and (
+    begun = [run for run in runs if text and run not in named and (
         run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
+    meant = named or begun
+    if changes:
+        meant = named + [run for run in begun if len(text) >= FEWEST_DIGITS and run["uuid"].startswith(text.lower())]
+    if not meant and begun:
+        raise NotFound("no run is called %r, and what changes a run takes no beginning of a name and no fewer than %d "
+                       "digits of a uuid. Type the whole name, or the uuid: %s" % (
+                           text, FEWEST_DIGITS, run_choice(begun)))
     if not meant:
         raise NotFound("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
     if len(meant) > 1:
-        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (
-            len(meant), text, ", ".join(run["uuid"] for run in meant[-5:])))
+        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (len(meant), text, run_choice(meant)))
     return str(meant[0]["uuid"])
+
+
+def run_choice(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The latest five of some runs, by uuid and name, for a sentence."""
+    return ", ".join(run["uuid"] + (" (%r)" % run["name"] if run.get("name") else "") for run in runs[-5:])
 
 
 LEASE_S = 120                       # a worker that is not heard of for so long is taken for dead
@@ -5943,13 +5989,17 @@ GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: 
 LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
 CLOSING_S = 2.0                     # and so long the last reports are tried: PBS may kill after 10 s in all
 VIEW_S = 2.0                        # between two looks at the whole run, for the bar on a terminal
-SUSPECT_S = 1.5                     # a command that died of a signal may be the first sign that the job is ended
+BELIEVED_S = 0.3                    # an end is reported when it is so old: it may be the first sign that a job ends
+SUSPECT_S = 1.5                     # the same for a command that died of a signal that ends jobs
 AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
 TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
 BATCH_BYTES = 500000                # of reports in one request
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN = 7, 0, 3, 4, 5, 6     # exit statuses
+STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN, NO_PROGRAM = 7, 0, 3, 4, 5, 6, 8    # exit statuses
+
+NOT_STARTED = (126, 127)            # how a shell, env(1) and others say that a program cannot be run, or is not there
+MOST_NOT_STARTED = 10               # a worker whose first ends are all of that kind stops after so many
 
 
 class Lines:
@@ -6002,7 +6052,8 @@ class Template:
     """
     FIELD = re.compile(r"\{(task|run|attempt|line)\}")
 
-    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None) -> None:
+    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None, typed: str = "--") -> None:
+        """*typed* is what a person typed before the words, to show how it should be."""
         self.words = ["/bin/sh", "-c", "{line}"] if list(words) == ["{line}"] else list(words)
         self.run = run
         self.lines = lines
@@ -6014,7 +6065,10 @@ class Template:
         if lines is not None and not lines.file.seekable():
             raise Refusal("%s is a pipe, out of which lines come once: write them into a file" % lines.path)
         self.program = self.words[0]
-        if self.FIELD.search(self.program):
+        if len(self.program.split()) > 1 and not shutil.which(os.fsdecode(self.arguments(0, 1)[0])):
+            raise Refusal("there is no program called '%s'. If that is a whole command, type it like this: %s %s" % (
+                self.program, typed, unquoted(self.words)))
+        if not self.fixed:
             return
         found = shutil.which(self.program)
         if not found:
@@ -6037,13 +6091,32 @@ class Template:
         return [os.fsencode(self.FIELD.sub(lambda found: values[found.group(1)], word)) for word in self.words]
 
 
+def unquoted(words: Sequence[str]) -> str:
+    """What to type for a command whose program and arguments were quoted into one word."""
+    others = "".join(" " + shlex.quote(word) for word in words[1:])
+    if re.search(r"[$`\\\"'|&;<>()*?\[\n]|^\s*\w+=", words[0]):
+        return "sh -c %s" % shlex.quote(words[0] + others)
+    return " ".join(words[0].split()) + others
+
+
+def is_text_for_sh(program: str) -> bool:
+    """Whether a program that the system does not know how to run is a script without a first line that says #!.
+
+    Shells judge it like this, so that they do not read the bytes of another machine's program as commands.
+    """
+    with open(program, "rb") as file:
+        first = file.read(256).partition(b"\n")[0]
+    return b"\0" not in first and not first.startswith(b"#!")
+
+
 class Command:
     """A command that runs for a task."""
     __slots__ = ("task", "attempt", "pid", "slot", "started", "took_s", "told", "pipes", "watched", "tail", "log",
                  "log_path", "status", "ending", "kill_at")
 
-    def __init__(self, task: int, attempt: int, slot: int, started: float) -> None:
-        self.task, self.attempt, self.slot = task, attempt, slot
+    def __init__(self, task: int, attempt: int, slot: Optional[int], started: float) -> None:
+        self.task, self.attempt = task, attempt
+        self.slot = slot            # None once another may have it
         self.pid = 0                # and its process group
         self.started = started      # tick
         self.took_s = 0.0           # once it has ended
@@ -6055,7 +6128,7 @@ class Command:
         self.log_path = ""
         self.status: Optional[int] = None       # as waitpid tells it, once it has ended
         self.ending = ""            # why it is being ended: "timeout", "stopping", "lost" or, by itself, "unread"
-        self.kill_at = 0.0          # when what is left of its group is killed, or it is judged all the same
+        self.kill_at = 0.0          # when what is left of its group is killed
 
     @property
     def exit_code(self) -> int:
@@ -6430,6 +6503,9 @@ class Farmhand:
         self.ready_since = 0.0
         self.running: Dict[int, Command] = {}               # by process id
         self.ended: List[Command] = []                      # whose group may not have ended yet
+        self.fresh: List[Tuple[float, int, Command]] = []   # ends that are not believed yet: a heap by when they are
+        self.only_not_started = True        # of all ends that are believed, and those of them that are not reported
+        self.not_started: List[Command] = []
         self.slots = list(range(orders.jobs - 1, -1, -1))
         self.took: "deque[float]" = deque(maxlen=100)       # seconds, of the last tasks
         self.mean_s: Optional[float] = None                 # of tasks lately
@@ -6513,7 +6589,7 @@ class Farmhand:
         if self.ready and self.slots and not self.stopping and now >= self.hold_until:
             self._start_commands(now)
         self._ask_for_more(now)
-        if not self.running and not self.ended and self._over():
+        if not self.running and not self.ended and not self.fresh and self._over():
             return
         for key, _ in self.selector.select(
                 max(0.0, min(self.due, self.display.flush_at, now + 3600.0) - time.monotonic())):
@@ -6528,9 +6604,14 @@ class Farmhand:
     def _over(self) -> bool:
         """Whether all is said and done, with no command running; sets the status then."""
         if self.stopping:
+            self._settle_not_started()
             self.status = self.exit_status
             return True
         if self.ready or not self.none_left or self.asked or self.courier.reports:
+            return False
+        if self.not_started:
+            self._settle_not_started()
+            self.due = 0.0          # they may wait again
             return False
         if self.ask_at == math.inf or not self.orders.wait:
             self.status = FINISHED
@@ -6540,13 +6621,14 @@ class Farmhand:
         return False
 
     def _ask_for_more(self, now: float) -> None:
-        self.courier.idle = not (self.running or self.ended)
+        self.courier.idle = not (self.running or self.ended or self.fresh or self.not_started)
         if self.asked or self.stopping or now < self.hold_until:
             return
         here = len(self.ready) + len(self.running) + len(self.ended)
         ahead = self._ahead(now)
         if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
-            if not here and self.finished != self.finished_when_asked:     # our own reports may have changed that
+            # Our own reports may have changed that.
+            if not here and not self.fresh and self.finished != self.finished_when_asked:
                 self.none_left = False
             else:
                 self.due = min(self.due, self.ask_at) if here < self.orders.jobs else self.due
@@ -6569,7 +6651,7 @@ class Farmhand:
             seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
         if seconds > AHEAD_S:
             return 0
-        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * self.finished, AHEAD_LIMIT)
+        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * (self.finished + len(self.fresh)), AHEAD_LIMIT)
 
     def _fits(self, now: float) -> bool:
         """Whether a task that begins now is likely to end before the job does."""
@@ -6701,6 +6783,12 @@ class Farmhand:
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
+            program = os.fsdecode(words[0])
+            if not is_text_for_sh(shutil.which(program) or program):
+                if self.template.fixed:
+                    raise Refusal("%s is no program for this machine (%s, %s): one that was built for it is needed" % (
+                        self.template.program, os.uname().nodename, os.uname().machine))
+                raise
             self.by_shell = self.template.fixed
         # A script without a first line that says #!: every shell runs it with sh, and so do we.
         return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
@@ -6723,9 +6811,10 @@ class Farmhand:
             self.exit_status = 1
             self._stop(now, str(error))
             return False
-        self._finished(task, 0.0, "failed: %s" % sentence, failed=True)
-        self.courier.report(task, attempt, status="failed", exitCode=127 if number == errno.ENOENT else 126,
-                            message=("cannot be started: " + sentence)[:MESSAGE_LIMIT], elapsed=0.0)
+        command = Command(task, attempt, None, now)
+        command.status = (127 if number == errno.ENOENT else 126) << 8
+        command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
+        self._judge(command, now)
         return True
 
     def _read(self, command: Command, near: int) -> bool:
@@ -6772,44 +6861,70 @@ class Farmhand:
                         break
                 if near in command.pipes:
                     self._close_pipe(command, near)
-            # PBS, and Slurm with proctrack/linuxproc, signal the commands as well as us, and they may be faster.
-            suspect = not command.ending and command.exit_code - 128 in STOP_SIGNALS
             if command.exit_code - 128 == signal.SIGPIPE and not self.orders.log_dir and self.display.unread:
                 command.ending = command.ending or "unread"
-            if suspect:
-                command.kill_at = time.monotonic() + SUSPECT_S
-            if suspect or command.ending and signal_group(pid, 0):
+            if self.signals and not command.ending and self._died_of_stop(command):
+                self._end(command, time.monotonic(), "stopping")
+            if command.ending and signal_group(pid, 0):
                 self.ended.append(command)
                 self.due = 0.0
             else:
-                self._settle(command)
+                self._free_slot(command)
+                self._take_end(command)
+
+    def _free_slot(self, command: Command) -> None:
+        if command.slot is not None:
+            self.guard.note(command.slot, 0)
+            self.slots.append(command.slot)
+            command.slot = None
+
+    def _take_end(self, command: Command) -> None:
+        """A command has ended: it is to be reported when its end can be believed.
+
+        PBS, and Slurm with proctrack/linuxproc, signal one process at a time, children first: a shell whose
+        child was killed goes on and may exit with 0 before its own signal comes, and ours comes last.
+        """
+        if command.ending in ("stopping", "lost", "unread"):
+            self._give_back(command)
+            return
+        self._close_log(command)        # thousands may be fresh at a time
+        self.took.append(command.took_s)
+        self.mean_s = command.took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * command.took_s
+        suspect = not command.ending and self._died_of_stop(command)
+        believed_at = command.started + command.took_s + (SUSPECT_S if suspect else BELIEVED_S)
+        heapq.heappush(self.fresh, (believed_at, command.task, command))
+        self.due = min(self.due, believed_at)
+
+    def _died_of_stop(self, command: Command) -> bool:
+        return command.exit_code - 128 in STOP_SIGNALS
+
+    def _give_back(self, command: Command) -> None:
+        """Let others do the task of a command that has ended, and that proves nothing."""
+        self._close_log(command)
+        if command.ending != "lost":
+            self.courier.report(command.task, command.attempt, status="waiting")
+        self.none_left = False      # this very task may wait
 
     def _settle(self, command: Command) -> None:
-        """A command has ended with all its group: report it."""
-        self.guard.note(command.slot, 0)
-        self.slots.append(command.slot)
-        code = 124 if command.ending == "timeout" else command.exit_code      # 124 is what timeout(1) says
-        took_s = command.took_s
-        if command.ending in ("stopping", "lost", "unread"):
-            self._close_log(command, failed=True)
-            if command.ending != "lost":
-                self.courier.report(command.task, command.attempt, status="waiting")
-            self.none_left = False      # this very task may wait
-            return
-        self.took.append(took_s)
-        self.mean_s = took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * took_s
+        """Report the end of a command."""
+        code, took_s = self._code(command), command.took_s
         if code == 0:
             self._finished(command.task, took_s, "done", failed=False)
             self.courier.report(command.task, command.attempt, status="done", elapsed=round(took_s, 3))
-        else:
-            message = self._message(command)
-            self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
-                ": " + message if message else ""), failed=True)
-            if command.ending or os.WIFSIGNALED(command.status or 0):
-                message = self._why(command, code) + (": " + message if message else "")
-            self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
-                                message=message[:MESSAGE_LIMIT], elapsed=round(took_s, 3))
-        self._close_log(command, failed=code != 0)
+            if command.log_path and self.orders.log_failed:
+                with contextlib.suppress(OSError):
+                    os.remove(command.log_path)
+            return
+        message = self._message(command)
+        self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
+            ": " + message if message else ""), failed=True)
+        if command.ending or os.WIFSIGNALED(command.status or 0):
+            message = self._why(command, code) + (": " + message if message else "")
+        self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
+                            message=message[:MESSAGE_LIMIT], elapsed=round(took_s, 3))
+
+    def _code(self, command: Command) -> int:
+        return 124 if command.ending == "timeout" else command.exit_code      # as timeout(1) has it
 
     def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
         self.finished += 1
@@ -6834,19 +6949,20 @@ class Farmhand:
         said = next((line for line in reversed(lines) if line), "")
         return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
 
-    def _close_log(self, command: Command, failed: bool) -> None:
+    def _close_log(self, command: Command) -> None:
         if command.log >= 0:
             os.close(command.log)
-            if self.orders.log_failed and not failed:
-                with contextlib.suppress(OSError):
-                    os.remove(command.log_path)
+            command.log = -1
 
     # Time, and ends
 
     def _see_to_time(self, now: float) -> None:
         """All that is due by the clock; says when to look again."""
         due = math.inf
-        self.signals_seen = self.signals
+        if self.signals > self.signals_seen:
+            self.signals_seen = self.signals
+            self._reap()            # what has ended by now did so before the signal was heard
+            self._give_back_fresh(now)
         if self.signals and not self.stopping:
             self._stop(now, self.signal_name, drain=self.orders.drain)
         elif self.signals > 1:
@@ -6859,10 +6975,14 @@ class Farmhand:
         else:
             self._stop(now, "the job ends soon")
             self._end_all(now)      # also those that were to finish
+            self._give_back_fresh(now)
+        self._believe(now)
         for command in list(self.running.values()):
             due = min(due, self._see_to(command, now))
         for command in list(self.ended):
             due = min(due, self._see_to_ended(command, now))
+        if self.fresh:      # while others run we are woken often enough
+            due = min(due, max(self.fresh[0][0], now + 0.02 * bool(self.running)))
         if self.ready:
             if now >= self.ready_since + UNUSED_S:
                 self._give_back_ready()
@@ -6874,18 +6994,55 @@ class Farmhand:
         self.due = due
 
     def _see_to_ended(self, command: Command, now: float) -> float:
-        """What is due for a command that has ended, but perhaps not all of its group; when to look again."""
-        if not command.ending and self.signals:
-            command.ending = "stopping"
-        if not command.ending and now < command.kill_at:
-            return command.kill_at
-        if command.ending and now < command.kill_at and signal_group(command.pid, 0):
+        """What is due for a command that was ended, but perhaps not all of its group; when to look again."""
+        if now < command.kill_at and signal_group(command.pid, 0):
             return now + 0.05
-        if command.ending:
-            signal_group(command.pid, signal.SIGKILL)
+        signal_group(command.pid, signal.SIGKILL)
         self.ended.remove(command)
-        self._settle(command)
+        self._free_slot(command)
+        self._take_end(command)
         return math.inf
+
+    def _believe(self, now: float) -> None:
+        """Report the ends that are old enough."""
+        while self.fresh and self.fresh[0][0] <= now:
+            self._judge(heapq.heappop(self.fresh)[2], now)
+
+    def _judge(self, command: Command, now: float) -> None:
+        """Report an end that is believed. The first ones are kept while all say that there is no program."""
+        if self.only_not_started and self._code(command) in NOT_STARTED:
+            self.not_started.append(command)
+            if self.finished + len(self.not_started) >= MOST_NOT_STARTED and not self.stopping:
+                self._stop_without_program(now, command)
+        else:
+            self.only_not_started = False
+            self._settle_not_started()
+            self._settle(command)
+
+    def _stop_without_program(self, now: float, command: Command) -> None:
+        """This machine lacks something: others may do the tasks."""
+        message = self._message(command)
+        self.exit_status = NO_PROGRAM
+        self._stop(now, "on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
+                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_NOT_STARTED,
+                                                " (%s)" % message if message else ""))
+        self._give_back_fresh(now)
+
+    def _settle_not_started(self) -> None:
+        for command in self.not_started:
+            self._settle(command)
+        self.not_started.clear()
+
+    def _give_back_fresh(self, now: float) -> None:
+        """The job is ended, and the latest ends may be part of that. What they left running is ended too."""
+        for command in self.not_started:
+            self._give_back(command)
+        for _, _, command in self.fresh:
+            self._end(command, now, "stopping")
+            self.ended.append(command)
+        self.not_started.clear()
+        self.fresh.clear()
+        self.due = 0.0
 
     def _see_to(self, command: Command, now: float) -> float:
         """What is due for one command; when to look again."""
@@ -7602,7 +7759,7 @@ def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
 
 def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
     """The next from a queue; waits until a tick at most. Raises queue.Empty."""
-    return found.get(timeout=max(until - time.monotonic(), 0.01))
+    return next_from(found, until - time.monotonic())
 
 
 def one_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
@@ -8219,12 +8376,13 @@ def one_password(name: str) -> str:
 def cmd_work(args: argparse.Namespace) -> int:
     """run a command for each task of a run, until none is left
 
-    RUN is the uuid of a run, the beginning of one, or its name. In the arguments {task}, {run},
-    {attempt} and {line} are replaced (what is put in stays one argument); TASKFARM_TASK, _RUN,
-    _ATTEMPT and _WORKER are in the environment. A command that exits with 0 has done its task;
-    another status, a signal or --timeout is a failure, with the last line of its error output as
-    message. {line} is line number {task}, from 0, of the file of --lines; a command that is {line}
-    alone runs each line with sh.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+
+    In the arguments {task}, {run}, {attempt} and {line} are replaced (what is put in stays one
+    argument); TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER are in the environment. A command that exits
+    with 0 has done its task; another status, a signal or --timeout is a failure, with the last line of
+    its error output as message. {line} is line number {task}, from 0, of the file of --lines; a command
+    that is {line} alone runs each line with sh.
 
     Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
     access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
@@ -8232,12 +8390,13 @@ def cmd_work(args: argparse.Namespace) -> int:
     when it is started by exec or srun, as below.
 
     exit status: 0 nothing is left to do, 3 the same with failed tasks, 4 there is no such run (any
-    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 1 refused,
-    2 usage
+    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 8 the first
+    ten commands all ended with 126 or 127 (no such program on this node; no task has failed for it),
+    1 refused, 2 usage
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
-      python3 taskfarm.py work 3f2a -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
+      python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
       python3 taskfarm.py work sweep --lines params.txt -- ./simulate --seed {task} {line}
       sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
@@ -8245,7 +8404,7 @@ def cmd_work(args: argparse.Namespace) -> int:
     client = Client(functools.partial(find_access, os.environ), PATIENCE_S)
     client.say = display.say
     try:
-        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run))
+        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run, changes=True))
         client.find = functools.partial(find_access, os.environ, farm=client.known.farm)
         for sentence in send_leftovers(client):
             display.say(sentence)
@@ -8256,7 +8415,8 @@ def cmd_work(args: argparse.Namespace) -> int:
     if lines is not None and len(lines) != run["numTasks"]:
         raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
             args.lines, len(lines), run["numTasks"], args.lines))
-    template = Template(args.words, run["uuid"], lines)
+    typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
+    template = Template(args.words, run["uuid"], lines, " ".join(map(shlex.quote, typed)))
     if args.log_dir:
         try:
             os.makedirs(args.log_dir, exist_ok=True)
@@ -8381,7 +8541,8 @@ def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
 def cmd_list(args: argparse.Namespace) -> int:
     """list the runs, the newest last
 
-    Verbs take a run by its uuid or its name, or by a beginning of them that no other run has.
+    Verbs take a run by its uuid or its whole name, or by 8 or more digits that its uuid begins with.
+    Those that only read take any beginning of a uuid or name that no other run has.
 
     examples:
       python3 taskfarm.py list
@@ -8517,6 +8678,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
     """let tasks of a run wait again: those that are not done, the failed ones, or all
 
     Without an option, tasks that are done stay so, and so do those that a living worker computes.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
       python3 taskfarm.py restart antarctica             what dead workers left, and what failed
@@ -8525,7 +8687,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
     with asking(args) as client:
-        run_uuid = find_run_uuid(client, args.run)
+        run_uuid = find_run_uuid(client, args.run, changes=True)
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
     print("run %s: %s" % (run_uuid, state_counts(run)))
@@ -8536,13 +8698,14 @@ def cmd_delete(args: argparse.Namespace) -> int:
     """delete a run with its tasks; asks first
 
     Workers that compute for it end their commands. Nothing brings it back but a copy of the file ('backup').
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
       python3 taskfarm.py delete antarctica
-      python3 taskfarm.py delete 3f2a --yes       does not ask: for scripts
+      python3 taskfarm.py delete 3f2a91c4 --yes       does not ask: for scripts
     """
     with asking(args) as client:
-        run_uuid = find_run_uuid(client, args.run)
+        run_uuid = find_run_uuid(client, args.run, changes=True)
         run = client.ask("GET", run_path(run_uuid))
         if not args.yes and not agreed("delete run %s%s: %s?" % (
                 run_uuid, " (%s)" % harmless(run["name"]) if run.get("name") else "", state_counts(run))):
@@ -9001,10 +9164,14 @@ def parse_moment(text: str) -> float:
                                          "not like %r" % text)
 
 
+READ_RUN = "its uuid or name, or the beginning of one"
+CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of that" % FEWEST_DIGITS
+
+
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """How to run the commands."""
     parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
-    parser.add_argument("run", metavar="RUN", help="uuid, the beginning of one, or name")
+    parser.add_argument("run", metavar="RUN", help=CHANGED_RUN)
     parser.add_argument("-j", "--jobs", type=number_of_jobs, default=1, metavar="N",
                         help="so many commands at a time; by default 1")
     parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
@@ -9147,7 +9314,7 @@ def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], i
     """A verb that asks a server: of a run, when it takes one; with --json when it reads."""
     parser = add_verb(verbs, name, command, needs_db=False)
     if run:
-        parser.add_argument("run", metavar="RUN", help="its uuid or name, or the beginning of one")
+        parser.add_argument("run", metavar="RUN", help=READ_RUN if reads else CHANGED_RUN)
     fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
