@@ -2393,7 +2393,10 @@ class Sweep:
 
 
 # ---------------------------------------------------------------- FILE
-# Whose the file is: lock, foreign and damaged files, the schema brought up to date.
+# Whose the file is: its lock, files that are not ours or are damaged, owners and modes, the schema made or brought up
+# to date. It must not know what stands in the tables, nor sockets: whether a server still answers is asked in UPKEEP.
+# To refuse another kind of file, add a sentence to `refuse_foreign`, which has not touched anything yet. What others
+# are told about the server that has the file is the dictionary that SERVICE gives to `Lock.write`.
 
 def prepare(connection: sqlite3.Connection, path: str) -> None:
     """Settings of the connection, and the schema brought up to date in one transaction.
@@ -2424,10 +2427,52 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
     connection.execute("COMMIT")
 
 
+def make_file(path: str) -> bool:
+    """Make an empty database file, mode 0600; False when there is a file already. Raises Refusal.
+
+    O_EXCL tells for certain whose work the file is: os.path.exists says False of a file that is there, where a
+    network file system fails (ESTALE, EIO) and for a link that leads nowhere.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise Refusal("%s cannot be made: %s" % (path, error.strerror))
+    return True
+
+
 def remove_if_there(path: str) -> None:
     """Remove a file that may have gone already."""
     with contextlib.suppress(OSError):
         os.remove(path)
+
+
+def remove_database(path: str) -> None:
+    """Remove a database that this process has made, and its write-ahead log."""
+    remove_if_there(path)
+    remove_if_there(path + "-wal")
+
+
+def sync_folder(path: str) -> None:
+    """Have the name of a file on the disk: fsync of the file alone keeps its content, which a crash may leave nameless.
+
+    A folder that one may write to and not read cannot be synced. Raises OSError.
+    """
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def user_name(uid: int) -> str:
+    """The name of a user; the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def statements(script: str) -> Iterator[str]:
@@ -2460,7 +2505,7 @@ def refuse_foreign(path: str) -> None:
         raise Refusal("%s cannot be written: its mode and owner, or a file system mounted read-only, forbid it" % path)
     if size and (size < 512 or not head.startswith(b"SQLite format 3\0")):
         raise Refusal("%s is not an SQLite file: --db wants a file that taskfarm made, or a name that is free" % path)
-    newest = page_one_of_wal(path + "-wal") or head
+    newest = first_page_in_log(path + "-wal") or head
     if not newest:
         return
     page_size = struct.unpack(">H", newest[16:18])[0]
@@ -2476,7 +2521,7 @@ def refuse_foreign(path: str) -> None:
                       % (path, size, pages))
 
 
-def page_one_of_wal(path: str) -> bytes:
+def first_page_in_log(path: str) -> bytes:
     """The newest first page that a write-ahead log has committed, or nothing.
 
     Frames of the present log carry the salts of its header (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
@@ -2501,40 +2546,104 @@ def page_one_of_wal(path: str) -> bytes:
     return newest
 
 
-class Lock:
-    """The locked file beside the database: who serves it, and a secret for those who may read it.
+class InUse(Refusal):
+    """Another process has the file."""
 
-    *path*: the database. Raises Refusal when another process holds it, or when the file system has
-    no locks that work.
+
+class Lock:
+    """The locked file beside the database: which server has it, and a secret for those who may read the lock file.
+
+    *path*: the database. `left`: what the last server wrote, if it did not end cleanly; else empty. Raises InUse
+    when another process has the lock. Raises Refusal when the lock file belongs to another user, or when the file
+    system has no locks that work.
     """
+    SIZE = 1024     # bytes. It is written in place and never made shorter, so it has its block when the disk is full
+
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
-        try:
-            # Never through a link: root may keep the users of a service that could have laid one to any file.
-            self.file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise Refusal("%s cannot be made: %s" % (self.path, error.strerror))
+        self.written = False
+        self.file = open_lock_file(path)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_IMODE(os.fstat(self.file).st_mode) & 0o077:
+                os.fchmod(self.file, 0o600)
         except OSError as error:
             os.close(self.file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise Refusal("%s is in use: %s" % (path, described(read_holder(path))))
+                raise InUse("%s is in use: %s" % (path, described(read_holder(path))))
+            if error.errno in (errno.EPERM, errno.EROFS):
+                raise Refusal("%s can be read by others, and its mode cannot be changed (%s): chmod 600 %s" % (
+                    self.path, error.strerror, self.path))
             raise Refusal("the file system of %s has no locks that work (%s), and without them two servers could "
                           "ruin the file: put it on another (on Lustre, one mounted with -o flock)"
                           % (path, error.strerror))
+        self.left = read_holder(path)
 
     def write(self, holder: Dict[str, Any]) -> None:
-        """Tell others who holds the file."""
-        content = json.dumps(holder).encode()
-        os.ftruncate(self.file, 0)
-        os.pwrite(self.file, content, 0)
+        """Tell others which server has the file. Raises OSError, and then the lock file tells nothing."""
+        self.written = True
+        try:
+            self._write(json.dumps(holder).encode())
+            os.fsync(self.file)     # NFS tells only here that the disk is full, and other machines see it from here on
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file, 0)      # neither a half, nor what an earlier server wrote
+            raise
+
+    def _write(self, content: bytes) -> None:
+        content = content.ljust(self.SIZE)
+        if os.pwrite(self.file, content, 0) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(self.file, len(content))
 
     def close(self) -> None:
-        """Let go. The file stays: to remove it would let two processes lock two files of one name."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.file, 0)
+        """Let go, and take back what `write` told; what others wrote stays.
+
+        The file stays: to remove it would let two processes lock two files of one name.
+        """
+        if self.written:
+            try:
+                self._write(b"")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.file, 0)
         os.close(self.file)
+
+
+def open_lock_file(path: str) -> int:
+    """Open the lock file of a database, made 0600 where there is none. Raises Refusal.
+
+    A secret is written into it, so it must belong to who runs this. root may keep the farm of another user: then it
+    may belong to the owner of the database too.
+    """
+    name, own = lock_path(path), {os.geteuid()}
+    flags = os.O_RDWR | os.O_NOFOLLOW       # a service whose users root keeps could have laid a link to any file
+    with contextlib.suppress(OSError):
+        own |= {os.stat(path).st_uid} if os.geteuid() == 0 else set()
+    try:
+        file = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise Refusal("%s cannot be made: %s" % (name, error.strerror))
+    else:       # ours, whatever owner the file system shows; where root made it, that of the database must reach it too
+        for owner in own - {os.geteuid()}:
+            with contextlib.suppress(OSError):
+                os.fchown(file, owner, -1)
+        return file
+    try:
+        there = os.lstat(name)
+        if stat.S_ISREG(there.st_mode) and there.st_uid not in own:
+            owner_name = user_name(there.st_uid)
+            raise Refusal("%s belongs to user %s, who could read the secret in it: run this as %s, or remove it when "
+                          "no server has %s open" % (name, owner_name, owner_name, path))
+        file = os.open(name, flags)
+        if not os.path.samestat(there, os.fstat(file)) or not stat.S_ISREG(there.st_mode):
+            os.close(file)
+            raise Refusal("%s is not a plain file: remove it" % name)
+    except OSError as error:
+        raise Refusal("%s cannot be opened: %s" % (name, error.strerror))
+    return file
 
 
 def lock_path(path: str) -> str:
@@ -2543,7 +2652,7 @@ def lock_path(path: str) -> str:
 
 
 def read_holder(path: str) -> Dict[str, Any]:
-    """What the holder wrote: host, pid, url, admin_url, secret, proof; empty when there is none."""
+    """What the server that has the file wrote, as SERVICE made it; empty when it ended cleanly, or wrote nothing."""
     try:
         with open(lock_path(path), encoding="utf-8") as file:
             holder = json.load(file)
@@ -2553,9 +2662,10 @@ def read_holder(path: str) -> Dict[str, Any]:
 
 
 def described(holder: Dict[str, Any]) -> str:
-    """A holder in words."""
+    """Which server has the file, in words."""
     if not holder:
-        return "another process holds it, and does not say which"
+        return ("another process has it open and has not said which: it is starting, or is a verb like 'check', or "
+                "found the disk full")
     return "process %s on %s serves it at %s" % (holder.get("pid"), holder.get("host"), holder.get("url"))
 
 
@@ -2611,8 +2721,7 @@ class Store:
         refuse_foreign(path)
         for name in glob.glob(glob.escape(path) + Copy.MARK + "*"):
             remove_if_there(name)
-        if not os.path.exists(path):
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        self.made = make_file(path)
         self.connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False,
                                           cached_statements=500)
         try:
@@ -2628,6 +2737,8 @@ class Store:
                 "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id"))
         except (sqlite3.Error, Refusal) as error:
             self.connection.close()
+            if self.made:
+                remove_database(path)
             raise error if isinstance(error, Refusal) else Refusal("%s cannot be opened: %s" % (
                 path, "another program has it open, end that first" if "locked" in str(error) else error))
 
@@ -2679,8 +2790,9 @@ class Store:
 
     def start(self) -> None:
         """Start the writer thread."""
-        self.writer = threading.Thread(target=self._write, name="writer", daemon=True)
-        self.writer.start()
+        writer = threading.Thread(target=self._write, name="writer", daemon=True)
+        writer.start()      # where the system refuses another thread, there is none to be joined
+        self.writer = writer
 
     def _write(self) -> None:
         while not self.stopping or self.short or self.large:
@@ -4892,7 +5004,9 @@ def front(req: Request) -> Reply:
 
 
 # ---------------------------------------------------------------- SERVICE
-# Lock, store, farm and address made into one server, and taken apart again.
+# Lock, store, farm and address made into one server, and taken apart again. It must not know verbs, options or access
+# files. To add a step to the start, give it a line in `Service.__init__` where a refusal of it can still be taken
+# back, and the callback that does so. What local verbs must know about the server goes into `Service.holder`.
 
 def url_of(host: str, port: int) -> str:
     """An http URL of a host, which may be an IPv6 address."""
@@ -4906,20 +5020,80 @@ def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
     return advertise or (socket.gethostname() if everywhere else host), local
 
 
-class Service:
-    """A server in the making: lock, address, store and users, in the order in which each is refused.
+def machine_id() -> str:
+    """What names the running kernel, within which locks surely work; the host name where it does not say.
 
-    Raises Refusal, with everything let go again.
+    A host name alone will not do: containers and cloned machines share one.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+class RetriedWrites:
+    """The small files that tell others about this server. What cannot be written is tried again until it is.
+
+    A farm on a full disk is still read, and when there is room again its users and verbs must find it.
+    """
+    EVERY_S = 3.0
+
+    def __init__(self) -> None:
+        self.pending: Dict[str, Callable[[], None]] = {}
+        self.busy = threading.Lock()
+        self.ended = threading.Event()
+        self.thread: Optional[threading.Thread] = None
+
+    def write(self, what: str, function: Callable[[], None], trouble: str) -> None:
+        """Call *function*, which writes *what*. When it raises OSError: log *trouble*, and call it again later."""
+        with self.busy:
+            try:
+                function()
+                self.pending.pop(what, None)
+                return
+            except OSError as error:
+                log.warning("%s cannot be written (%s): %s; tried again every %d s", what, error.strerror, trouble,
+                            self.EVERY_S)
+            self.pending[what] = function
+            if self.thread is None:
+                thread = threading.Thread(target=self._retry, name="retry", daemon=True)
+                with contextlib.suppress(RuntimeError):     # no more threads: the next start writes it
+                    thread.start()
+                    self.thread = thread
+
+    def _retry(self) -> None:
+        while not self.ended.wait(self.EVERY_S):
+            with self.busy:
+                for what, function in list(self.pending.items()):
+                    with contextlib.suppress(OSError):
+                        function()
+                        del self.pending[what]
+                        log.warning("%s is written now", what)
+
+    def close(self) -> None:
+        """Try no more."""
+        self.ended.set()
+        if self.thread is not None:
+            self.thread.join()
+
+
+class Service:
+    """A server: lock, store, address and threads, taken in the order in which each may be refused.
+
+    *take_lock*: gives the lock of the file, or raises Refusal. `files`: for what tells others about the server.
+    Raises Refusal, with everything let go again and a file that was made for it removed.
     """
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
-                 access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES) -> None:
+                 access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES,
+                 take_lock: Callable[[str], Lock] = Lock) -> None:
         with contextlib.ExitStack() as undo:
             secret = secrets.token_urlsafe(32)
-            self.lock = Lock(db)
+            self.lock = take_lock(db)
             undo.callback(self.lock.close)
-            if not os.path.exists(db):
-                undo.callback(remove_if_there, db)      # a start that is refused leaves no empty farm
             self.store = Store(db, clock)
+            if self.store.made:
+                undo.callback(remove_database, self.store.path)     # a start that is refused leaves no empty farm
             undo.callback(self.store.close)
             self.farm = Farm(self.store, secret, token_days)
             try:
@@ -4927,16 +5101,19 @@ class Service:
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
-            shown, local = reachable_as(host, advertise)
-            self.url = url_of(shown, self.server.server_port)
-            self.lock.write({"host": socket.gethostname(), "pid": os.getpid(), "url": self.url,
-                             "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                             "proof": self.farm.proof_key(None).hex()})
             try:
                 self.server.start_threads()
                 self.store.start()
             except RuntimeError:
                 raise Refusal("the system gives this user no more threads (ulimit -u): end some processes first")
+            shown, local = reachable_as(host, advertise)
+            self.url = url_of(shown, self.server.server_port)
+            self.holder = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(), "url": self.url,
+                           "admin_url": url_of(local, self.server.server_port), "secret": secret,
+                           "proof": self.farm.proof_key(None).hex()}
+            self.files = RetriedWrites()
+            self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
+                             "'user', 'check' and 'backup' cannot reach this server until it is")
             undo.pop_all()
 
     def serve(self) -> None:
@@ -4952,6 +5129,7 @@ class Service:
 
     def close(self) -> None:
         """Write what is in hand and let go of file, address and lock."""
+        self.files.close()
         self.server.server_close()
         self.store.close()
         self.lock.close()
@@ -5401,12 +5579,17 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
     """Write the access file, 0600, whole or not at all. Raises OSError."""
     os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
     descriptor, part = tempfile.mkstemp(dir=os.path.dirname(path) or ".")      # 0600, and of a name nobody can foresee
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(access, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(access, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:       # a full disk: no file of a name that nobody knows is left with a token in it
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
 
 
 def base_of(url: str) -> str:
@@ -7895,14 +8078,6 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
                                             address_refused(host, port, error)))
 
 
-def user_name(uid: int) -> str:
-    """The name of a user; the number where it has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 def port_owner(port: int) -> Optional[str]:
     """The user whose program listens on a port of this machine, by /proc/net/tcp (proc(5)); None when not known."""
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -8763,11 +8938,48 @@ def login_path(environ: Mapping[str, str], url: str) -> str:
 
 
 # ---------------------------------------------------------------- UPKEEP
-# What who keeps the farm types: the server's start and end, users, copies, checks, measurements.
+# What the keeper of a farm types: start and end of the server, users, copies, checks, measurements. It must not speak
+# SQL nor read the file: it names operations. To add a verb, write `cmd_x(args)` here (its docstring is its help) and
+# give it its options in COMMAND LINE; on a file that may be served it goes through `LocalFarm`.
 
-# Verbs, options, start and end of the server.
+def take_lock(db: str) -> Lock:
+    """The lock of a file, for a server or a verb. Raises Refusal, InUse when a server has the file.
 
-def own_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
+    The locks of some file systems keep out only processes of the same machine (NFS mounted with nolock or
+    local_lock). So where a server of another machine has not ended cleanly, its address is asked. No answer: it is
+    taken for ended, as after a crash of its machine, and the farm must be able to go on. An address within that
+    machine cannot be asked from here: then a person has to look.
+    """
+    lock = Lock(db)
+    last = lock.left
+    if not last or last.get("machine") == machine_id():
+        return lock
+    try:
+        elsewhere = last.get("host") != socket.gethostname()    # else our machine has been started again since
+        if elsewhere and is_loopback(str(last.get("url"))):
+            raise Refusal("process %s on %s served %s last, did not end cleanly and cannot be asked from here. Go on "
+                          "at %s, or look there that it has ended and remove %s" % (
+                              last.get("pid"), last.get("host"), db, last.get("host"), lock.path))
+        if still_answers(as_access(last, lock.path)):
+            raise InUse("%s is in use: %s, and the locks of this file system do not work between machines; if that is "
+                        "a copy of its file, remove %s" % (db, described(last), lock.path))
+    except BaseException:
+        lock.close()
+        raise
+    if elsewhere:
+        log.warning("process %s on %s served %s last, did not end cleanly and does not answer at %s: it is taken for "
+                    "ended. If it does run, end it at once: two servers ruin the file",
+                    last.get("pid"), last.get("host"), db, last.get("url"))
+    return lock
+
+
+def is_loopback(url: str) -> bool:
+    """Whether only programs on the machine of the server can reach it there."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
     """Where this farm writes its access file: beside that of another farm that still answers, at another address."""
     path = access_path(environ)
     access = as_access(read_access(path), path)
@@ -8778,23 +8990,23 @@ def own_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -
 
 
 def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
-    """Write the access file, with a token of *user* that lasts until the password changes."""
+    """Write the access file, with a token of *user* that lasts until the password changes. Raises OSError."""
     environ = dict(os.environ)
-    path = own_access_path(environ, farm.store.identity, url, db)
+    path = farm_access_path(environ, farm.store.identity, url, db)
+    access = {"url": url, "user": user.name, "token": farm.token(user, 0),
+              "farm": farm.store.identity, "proof": farm.known_by(user)}
     try:
-        write_access(path, {"url": url, "user": user.name, "token": farm.token(user, 0),
-                            "farm": farm.store.identity, "proof": farm.known_by(user)})
-    except OSError as error:
-        log.warning("the access file %s cannot be written (%s): clients need TASKFARM_URL and a login, or set "
-                    "XDG_CONFIG_HOME to a folder that can be written", path, error.strerror)
-        return
+        write_access(path, access)
+    except OSError:
+        if read_access(path) != access:     # else the last start has written the same, and it is as good
+            raise
     if path != access_path(environ):
         log.warning("another farm answers at the address in %s, so this one's access file is %s: "
                     "choose it with export TASKFARM_ACCESS=%s", access_path(environ), path, path)
 
 
-def first_user(store: Store) -> User:
-    """Make the first user, and show the password to a person, once."""
+def make_first_user(store: Store) -> User:
+    """Make the first user, and show the password to a person, once. Raises Unavailable on a full disk."""
     name, password = starter(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
@@ -8802,7 +9014,7 @@ def first_user(store: Store) -> User:
     return user
 
 
-def notify(state: str) -> None:
+def notify_systemd(state: str) -> None:
     """Tell systemd our state: one datagram to $NOTIFY_SOCKET (sd_notify(3)), where there is one."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
@@ -8812,12 +9024,20 @@ def notify(state: str) -> None:
 
 
 def warn_if_open(path: str) -> None:
-    """Warn of files that others may read: they hold password hashes, signing keys and secrets."""
+    """Warn of files that others may read or own: they hold password hashes, signing keys and secrets.
+
+    A database of another owner is served all the same: somebody has given us the right to write it, as groups do in a
+    folder that they share.
+    """
     for name in (path, path + "-wal", lock_path(path)):
         with contextlib.suppress(OSError):
-            mode = stat.S_IMODE(os.stat(name).st_mode)
+            about = os.stat(name)
+            mode = stat.S_IMODE(about.st_mode)
             if mode & 0o077:
                 log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
+            if name == path and about.st_uid != os.geteuid():
+                log.warning("%s belongs to user %s, who can make logins of every user of this farm", name,
+                            user_name(about.st_uid))
 
 
 def cmd_serve(args: argparse.Namespace) -> int:
@@ -8834,24 +9054,45 @@ def cmd_serve(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
     raise_descriptor_limit()
     access_log = open_access_log(args.access_log)
-    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log)
+    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock)
 
     def stop(*_: Any) -> None:
-        notify("STOPPING=1")
+        notify_systemd("STOPPING=1")
         service.stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
-    warn_if_open(args.db)
-    users = service.store.users
-    user = users.get(starter()) or next(iter(users.values()), None) or first_user(service.store)
-    publish_access(service.farm, user, service.url, args.db)
-    service.farm.renewed = lambda renewed: (
-        publish_access(service.farm, renewed, service.url, args.db) if renewed.name == user.name else None)
-    print("taskfarm %s serves %s at %s" % (__version__, args.db, service.url), flush=True)
-    notify("READY=1\nSTATUS=serving %s at %s" % (args.db, service.url))
+    with contextlib.ExitStack() as undo:
+        undo.callback(service.close)
+        warn_if_open(args.db)
+        announce(service, args.db)
+        undo.pop_all()
     service.serve()
     return 0
+
+
+def announce(service: Service, db: str) -> None:
+    """Tell users, clients and systemd that the server is there; what a full disk does not take is told later."""
+    users = service.store.users
+    user = users.get(starter()) or next(iter(users.values()), None) or make_first_user(service.store)
+
+    def publish(user: User) -> None:
+        service.files.write("the access file " + access_path(os.environ),
+                            lambda: publish_access(service.farm, user, service.url, db),
+                            "clients need TASKFARM_URL and a login, or set XDG_CONFIG_HOME to a folder that can be "
+                            "written")
+    publish(user)
+    service.farm.renewed = lambda renewed: publish(renewed) if renewed.name == user.name else None
+    print_started("taskfarm %s serves %s at %s" % (__version__, db, service.url))
+    notify_systemd("READY=1\nSTATUS=serving %s at %s" % (db, service.url))
+
+
+def print_started(sentence: str) -> None:
+    """Print the line that tells where the server is; a file on a full disk that does not take it ends no server."""
+    try:
+        print(sentence, flush=True)
+    except OSError as error:
+        log.warning("%s (the standard output does not take this line: %s)", sentence, error.strerror)
 
 
 def cmd_bench(args: argparse.Namespace) -> int:
@@ -8915,8 +9156,8 @@ def open_access_log(name: str) -> Any:
         raise Refusal("the access log %s cannot be opened: %s" % (name, error.strerror))
 
 
-class Local:
-    """The farm in a file, for local verbs: through the server that serves it, or directly when none does."""
+class LocalFarm:
+    """The farm in a file, for the verbs beside it: through the server that has the file, or directly when none has."""
 
     def __init__(self, db: str) -> None:
         try:
@@ -8931,10 +9172,10 @@ class Local:
     def store(self) -> Iterator[Optional[Store]]:
         """The open store, or None when a server has it, which then answers to `ask_server`."""
         try:
-            lock = Lock(self.db)
-        except Refusal as held:
+            lock = take_lock(self.db)
+        except InUse as in_use:
             self.holder = read_holder(self.db)
-            self.held = held
+            self.in_use = in_use
             if "secret" not in self.holder:
                 raise
             yield None
@@ -8953,7 +9194,7 @@ class Local:
                 return client.ask(method, path, body)
             except Unreachable:
                 here = self.holder.get("host") == socket.gethostname()
-                raise Refusal("%s, but it does not answer here: %s" % (self.held, (
+                raise Refusal("%s, but it does not answer here: %s" % (self.in_use, (
                     "it may be starting or stopping, try again" if here
                     else "run this on %s" % self.holder.get("host"))))
 
@@ -8977,8 +9218,7 @@ class Local:
         try:
             yield path
         finally:
-            remove_if_there(path)
-            remove_if_there(path + "-wal")
+            remove_database(path)
 
     def _copy_by_server(self, progress: Progress) -> Tuple[str, str]:
         path = str(self.ask_server("POST", "/api/backup")["path"])
@@ -8996,22 +9236,31 @@ class Local:
             raise
 
 
-def take_away(path: str, target: str) -> None:
-    """Give a file another name, also in another file system, 0600 and never over one that is there. Raises Refusal."""
+def place_copy(path: str, target: str) -> None:
+    """Give a copy the name *target*, also in another file system: 0600, never over a file that is there, and durable.
+
+    Raises Refusal, and then *target* is as it was.
+    """
+    made = False
     try:
         try:
             os.link(path, target)
+            made = True
         except FileExistsError:
             raise
         except OSError:     # another file system, or one without links
             descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+            made = True
             with open(path, "rb") as source, os.fdopen(descriptor, "wb") as file:
                 shutil.copyfileobj(source, file, 2 ** 20)
                 file.flush()
                 os.fsync(file.fileno())
+        sync_folder(target)
     except FileExistsError:
         raise Refusal("%s is there already: name a file that is not" % target)
     except OSError as error:
+        if made:
+            remove_if_there(target)
         raise Refusal("%s cannot be made: %s" % (target, error.strerror))
 
 
@@ -9024,7 +9273,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     example:
       python3 taskfarm.py check --db runs.sqlite
     """
-    local = Local(args.db)
+    local = LocalFarm(args.db)
     with local.store() as store:
         wrong = store.call(check()) if store else None
     if wrong is None:
@@ -9048,13 +9297,13 @@ def cmd_backup(args: argparse.Namespace) -> int:
     """
     if os.path.lexists(args.copy):
         raise Refusal("%s is there already: name a file that is not" % args.copy)
-    with Local(args.db).copy() as copy:
-        take_away(copy, args.copy)
+    with LocalFarm(args.db).copy() as copy:
+        place_copy(copy, args.copy)
     print("%s is a copy of %s" % (args.copy, args.db))
     return 0
 
 
-def new_password(name: str) -> str:
+def ask_new_password(name: str) -> str:
     """A password that is to be set; on the terminal it is typed twice."""
     password = one_password(name)
     if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
@@ -9070,8 +9319,8 @@ def cmd_user_add(args: argparse.Namespace) -> int:
     example:
       python3 taskfarm.py user add alice --db runs.sqlite
     """
-    local, name = Local(args.db), check_name(args.name)
-    password = hash_password(new_password(name))
+    local, name = LocalFarm(args.db), check_name(args.name)
+    password = hash_password(ask_new_password(name))
     local.ask("POST", "/api/users", add_user(name, password), {"name": name, "password": password})
     print("user %s is added" % name)
     return 0
@@ -9083,7 +9332,7 @@ def cmd_user_list(args: argparse.Namespace) -> int:
     example:
       python3 taskfarm.py user list --db runs.sqlite
     """
-    answer = Local(args.db).ask("GET", "/api/users", list_users())
+    answer = LocalFarm(args.db).ask("GET", "/api/users", list_users())
     for name in answer["data"] if isinstance(answer, dict) else [user.name for user in answer]:
         print(name)
     return 0
@@ -9095,8 +9344,8 @@ def cmd_user_passwd(args: argparse.Namespace) -> int:
     example:
       python3 taskfarm.py user passwd alice --db runs.sqlite
     """
-    local, name = Local(args.db), normal(args.name)
-    password = hash_password(new_password(name))
+    local, name = LocalFarm(args.db), normal(args.name)
+    password = hash_password(ask_new_password(name))
     local.ask("PUT", "/api/users/" + urllib.parse.quote(name, safe=""), set_password(name, password),
               {"password": password})
     print("user %s has another password" % name)
@@ -9110,7 +9359,7 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
       python3 taskfarm.py user remove alice --db runs.sqlite
     """
     name = normal(args.name)
-    Local(args.db).ask("DELETE", "/api/users/" + urllib.parse.quote(name, safe=""), remove_user(name))
+    LocalFarm(args.db).ask("DELETE", "/api/users/" + urllib.parse.quote(name, safe=""), remove_user(name))
     print("user %s is removed" % name)
     return 0
 

@@ -21,6 +21,7 @@ import ast
 import base64
 import contextlib
 import decimal
+import errno
 import fcntl
 import hmac
 import http.client
@@ -322,6 +323,29 @@ def farm(tmp_path: Path) -> Iterator[Live]:
     live = Live(str(tmp_path / "farm.sqlite"))
     yield live
     live.close()
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file of this process grows beyond *room* bytes: the system refuses it as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def begin_on_a_full_disk(room: int) -> Callable[[], None]:
+    """For the start of a process: it is on a full disk until the test lifts the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+
+
+def make_room(pid: int) -> None:
+    """End the full disk of a process."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
 
 
 RUNNING: List["subprocess.Popen[str]"] = []     # servers and workers of the present test
@@ -1479,6 +1503,74 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     assert "cut off" in refused(path)
 
 
+@pytest.mark.parametrize("owner, database, taken", [
+    ("ours", None, True), ("another's", None, False), ("another's", "another's", False),
+    ("root and another's", "another's", True), ("root and another's", None, False)])
+def test_a_lock_file_is_taken_from_nobody_but_us(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, database: Optional[str], taken: bool) -> None:
+    db, lock = tmp_path / "f", tmp_path / "f.lock"
+    lock.write_text("left")
+    lock.chmod(0o666)
+    us = os.geteuid()
+    if us == 0:
+        us = 12345
+        os.chown(str(lock), us, -1)
+    if database:
+        db.write_text("")
+        os.chown(str(db), us, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: {"ours": us, "another's": us + 1}.get(owner, 0))
+    if taken:
+        with contextlib.closing(taskfarm.Lock(str(db))) as held:
+            assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+            held.write({"secret": "x"})
+        return
+    with pytest.raises(Refusal, match="belongs to user .* run this as "):
+        taskfarm.Lock(str(db))
+    assert lock.read_text() == "left" and stat.S_IMODE(lock.stat().st_mode) == 0o666
+
+
+def test_who_is_refused_the_lock_changes_nothing_in_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "f")
+    with contextlib.closing(taskfarm.Lock(path)) as first:
+        first.write({"host": "login1", "pid": 7, "url": "http://login1:5000"})
+        before = (tmp_path / "f.lock").read_bytes()
+        os.chmod(path + ".lock", 0o644)
+        with pytest.raises(taskfarm.InUse, match="process 7 on login1 serves it at http://login1:5000"):
+            taskfarm.Lock(path)
+        assert (tmp_path / "f.lock").read_bytes() == before
+        assert stat.S_IMODE(os.stat(path + ".lock").st_mode) == 0o644
+    assert taskfarm.read_holder(path) == {}, "whoever ends cleanly leaves nothing"
+    taskfarm.Lock(path).close()
+
+
+def test_the_lock_file_has_its_block_on_a_full_disk_and_tells_no_half_of_it(tmp_path: Path) -> None:
+    path, holder = str(tmp_path / "f"), {"secret": "x" * 300}
+    with contextlib.closing(taskfarm.Lock(path)) as lock:
+        lock.write(dict(holder, url="an earlier one"))
+        blocks = os.stat(path + ".lock").st_blocks
+    assert os.stat(path + ".lock").st_blocks == blocks
+    with contextlib.closing(taskfarm.Lock(path)) as lock:
+        with full_disk(taskfarm.Lock.SIZE):
+            lock.write(holder)
+        assert taskfarm.read_holder(path) == holder
+        with full_disk(100), pytest.raises(OSError):
+            lock.write(dict(holder, url="another"))
+        assert taskfarm.read_holder(path) == {}
+        lock.write(holder)
+        assert taskfarm.read_holder(path) == holder
+
+
+def test_a_start_that_fails_removes_the_file_that_it_made_and_no_other(tmp_path: Path) -> None:
+    path = str(tmp_path / "f")
+    with full_disk(4096), pytest.raises(Refusal, match="cannot be opened"):
+        Store(path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "f").write_bytes(b"")       # as mktemp makes it
+    with full_disk(4096), pytest.raises(Refusal, match="cannot be opened"):
+        Store(path)
+    assert os.path.exists(path)
+
+
 def test_check_finds_what_is_wrong(store: Direct) -> None:
     run = make_run(store, 5)
     claim(store, run)
@@ -1498,10 +1590,10 @@ def test_check_finds_what_is_wrong(store: Direct) -> None:
 def test_a_writer_that_was_told_to_stop_does_not_wait_for_what_never_comes(store: Direct) -> None:
     """The round after the None of `close`, many times: only Python 3.9 and 3.10 hung there, and seldom."""
     def stop_and_look() -> None:
-        for _ in range(400000):
+        for _ in range(200000):
             store.store.queue.put(None)
-            store.store._waiting(None)
-            store.store._waiting(0.0)
+            store.store._take_in(None)
+            store.store._take_in(0.0)
 
     thread = threading.Thread(target=stop_and_look, daemon=True)
     thread.start()
@@ -1659,6 +1751,30 @@ def test_a_copy_that_cannot_be_put_where_it_is_wanted_is_refused(tmp_path: Path)
         done = run_verb("backup", "--db", str(tmp_path / "f"), str(tmp_path / target))
         assert done.returncode == 1 and "is a copy" not in done.stdout and done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "f.lock"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_backup_is_on_the_disk_under_its_name_or_not_there_at_all(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    Store(str(tmp_path / "f")).close()
+    (tmp_path / "safe").mkdir()
+    target, real, synced = tmp_path / "safe/copy", os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            synced.append((os.fstat(descriptor).st_ino, target.exists()))
+        real(descriptor)
+
+    def no_links(*_: str) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    monkeypatch.setattr(os, "fsync", fsync)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+        with full_disk(1000), pytest.raises(Refusal, match="cannot be made"):
+            taskfarm.place_copy(str(tmp_path / "f"), str(target))
+        assert not target.exists(), "no part of a copy under the name of a whole one"
+    assert taskfarm.main(["backup", "--db", str(tmp_path / "f"), str(target)]) == 0
+    assert (os.stat(str(tmp_path / "safe")).st_ino, True) in synced
 
 
 def test_a_copy_made_under_load_holds_what_changed_meanwhile(tmp_path: Path) -> None:
@@ -3767,6 +3883,82 @@ def test_no_thread_is_wanted_after_the_start(farm: Live, monkeypatch: pytest.Mon
         Service(farm.path + "2", "127.0.0.1", 0)
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_a_start_that_gets_too_few_threads_leaves_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    start = threading.Thread.start
+    started: List[threading.Thread] = []
+
+    def refuse_more(thread: threading.Thread) -> None:
+        if len(started) == number:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", refuse_more)
+    with pytest.raises(Refusal, match="no more threads"):
+        Service(str(tmp_path / "f"), "127.0.0.1", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["f.lock"] and taskfarm.read_holder(str(tmp_path / "f")) == {}
+
+
+def test_a_start_on_a_full_disk_is_looked_at_and_reached_by_verbs_and_no_second_start_disturbs_it(
+        tmp_path: Path) -> None:
+    db, lock = str(tmp_path / "f"), tmp_path / "f.lock"
+    server = Process(db)
+    run = make_run(server, 5)
+    assert server.end(signal.SIGTERM) == 0
+    server = Process(db, prepare=begin_on_a_full_disk(4096))        # a block that is there may be written again
+    assert figures(server, run) == (5, 0, 0, 0.0) and claim(server, run)[0] == 503
+    before = lock.read_bytes()
+    for _ in range(2):
+        listed = run_verb("user", "list", "--db", db)
+        assert listed.returncode == 0 and len(listed.stdout.split()) == 1, listed.stderr
+        refused = run_verb("user", "add", "bob", "--db", db, stdin="x\n")
+        assert refused.returncode == 1 and "does not take a write" in refused.stderr
+        second = run_verb("--db", db, "--port", "0")
+        assert second.returncode == 1 and "process %d on" % server.process.pid in second.stderr
+    assert lock.read_bytes() == before and figures(server, run) == (5, 0, 0, 0.0)
+    make_room(server.process.pid)
+    assert server.ask("GET", "/readyz")[0] == 200 and claim(server, run) == (201, 0)
+    assert run_verb("user", "add", "bob", "--db", db, stdin="x\n").returncode == 0
+    assert "Traceback" not in server.log() and server.end(signal.SIGTERM) == 0
+    assert run_verb("check", "--db", db).returncode == 0
+
+
+def test_address_and_login_that_a_full_disk_did_not_take_are_written_when_there_is_room(tmp_path: Path) -> None:
+    db = str(tmp_path / "f")
+    assert Process(db).end(signal.SIGTERM) == 0
+    os.remove(db + ".lock")
+    process = subprocess.Popen([sys.executable, str(MODULE), "--db", db, "--port", "0"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=dict(os.environ, HOME=str(tmp_path)),
+                               preexec_fn=begin_on_a_full_disk(100))
+    RUNNING.append(process)
+    assert process.stdout and "serves" in process.stdout.readline()
+    refused = run_verb("user", "list", "--db", db)
+    assert refused.returncode == 1 and "has not said which" in refused.stderr and "disk full" in refused.stderr
+    folder = tmp_path / ".config/taskfarm"
+    assert list(folder.iterdir()) == [], "no half of an access file, nor a part of another name"
+    make_room(process.pid)
+    wait_until(lambda: (folder / "access.json").exists())
+    listed = run_verb("list", HOME=str(tmp_path))
+    assert listed.returncode == 0 and run_verb("user", "list", "--db", db).returncode == 0
+    process.terminate()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0 and "Traceback" not in errors
+    assert errors.count("cannot be written") == errors.count("is written now") == 2
+
+
+def test_a_full_disk_behind_the_standard_output_ends_no_start(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([sys.executable, str(MODULE), "--db", str(tmp_path / "f"), "--port", "0"],
+                                   stdout=full, stderr=subprocess.PIPE, text=True,
+                                   env=dict(os.environ, HOME=str(tmp_path)))
+    RUNNING.append(process)
+    assert process.stderr and "serves" in process.stderr.readline()
+    assert run_verb("list", HOME=str(tmp_path)).returncode == 0
+    process.terminate()
+    assert "Traceback" not in process.communicate(timeout=20)[1]
+
+
 def test_steps_of_the_clock_do_not_matter(tmp_path: Path) -> None:
     clock = FakeClock()
     live = Live(str(tmp_path / "f"), clock)
@@ -4311,6 +4503,15 @@ def test_a_login_that_was_renewed_is_read_again(farm: Live) -> None:
     tokens = ["tf1.old", farm.token]
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, token=tokens.pop(0)))) as client:
         assert client.ask("GET", "/api/runs") == {"data": []}
+
+
+def test_an_access_file_that_cannot_be_written_leaves_no_token_under_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "access.json"
+    taskfarm.write_access(str(path), {"token": "tf1.before"})
+    for _ in range(2):
+        with full_disk(10), pytest.raises(OSError):
+            taskfarm.write_access(str(path), {"token": "tf1.secret"})
+    assert list(tmp_path.iterdir()) == [path] and taskfarm.read_access(str(path)) == {"token": "tf1.before"}
 
 
 def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
@@ -5991,6 +6192,65 @@ def test_a_second_server_on_the_same_file_or_port_gets_one_sentence(tmp_path: Pa
     assert server.end(signal.SIGTERM) == 0
 
 
+def test_a_start_that_is_refused_leaves_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "f")
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_verb("--db", str(link), "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1 and "--port 0" in done.stderr
+    assert os.readlink(str(link)) == str(tmp_path / "f") and not (tmp_path / "f").exists()
+    server = Process(str(link))
+    assert (tmp_path / "f").exists() and server.end(signal.SIGTERM) == 0
+
+
+def on_another_machine(farm: Live, **changes: Any) -> bytes:
+    """Make the lock of a farm look as from another machine, in a file system whose locks do not reach that far."""
+    path = taskfarm.lock_path(farm.path)
+    content = json.dumps(dict(taskfarm.read_holder(farm.path), machine="another", **changes))
+    os.remove(path)
+    Path(path).write_text(content)
+    os.chmod(path, 0o600)
+    return content.encode()
+
+
+@pytest.mark.parametrize("host, url, sentence", [
+    (None, "http://127.0.0.1:%d", "do not work between machines"),      # a name that two machines share
+    ("login2", "http://0.0.0.0:%d", "do not work between machines"),    # 0.0.0.0: it answers, and is no loopback name
+    ("login2", "http://127.0.0.1:%d", "cannot be asked from here")])
+def test_a_server_of_another_machine_keeps_its_file_where_locks_do_not_reach_that_far(
+        farm: Live, host: Optional[str], url: str, sentence: str) -> None:
+    host = host or socket.gethostname()
+    before = on_another_machine(farm, host=host, url=url % farm.port)
+    for words in (["--db", farm.path, "--port", "0"], ["check", "--db", farm.path]):
+        done = run_verb(*words)
+        if words[0] == "check" and "cannot" not in sentence:
+            assert done.returncode == 0, "it is asked, as the server of any other file in use"
+        else:
+            assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1
+            assert host in done.stderr and "Traceback" not in done.stderr
+        assert Path(farm.path + ".lock").read_bytes() == before, "nothing of the first is forgotten"
+    assert farm.ask("GET", "/api/runs")[0] == 200
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"host": "login2", "url": "http://0.0.0.0:1"}, True),              # nothing listens there
+    ({"host": "login2", "proof": "00"}, True),                          # another farm has the address
+    ({"host": socket.gethostname(), "url": "http://127.0.0.1:1"}, False),     # ours, before it was started again
+    ({"machine": taskfarm.machine_id()}, False), ({}, False)])
+def test_the_file_of_a_server_that_has_gone_is_taken_over(
+        farm: Live, caplog: pytest.LogCaptureFixture, changes: Dict[str, Any], said: bool) -> None:
+    left = dict({**taskfarm.read_holder(farm.path), "url": "http://0.0.0.0:%d" % farm.port, "machine": "another"},
+                **changes) \
+        if changes else {}
+    path = farm.path + "-elsewhere"
+    Path(path + ".lock").write_text(json.dumps(left))
+    taskfarm.take_lock(path).close()
+    assert ("does not answer at" in caplog.text and "login2" in caplog.text) is said
+    assert caplog.text.count("\n") == int(said)
+
+
 def test_a_second_farm_leaves_the_access_file_of_one_that_answers(farm: Live, tmp_path: Path) -> None:
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path)
     try:
@@ -6022,7 +6282,7 @@ def test_a_new_farm_at_the_address_of_one_that_is_gone_is_found_by_who_waits_for
         taskfarm.write_access(path, dict(gone, url="http://127.0.0.1:1"))
         assert client.ask("GET", "/api/runs") == {"data": []} and not client._look_again(), "it stays with its farm"
     taskfarm.write_access(path, gone)
-    assert taskfarm.own_access_path(environ, "1" * 32, farm.url, farm.path) == path, "at our address only we answer"
+    assert taskfarm.farm_access_path(environ, "1" * 32, farm.url, farm.path) == path, "at our address only we answer"
 
 
 @pytest.mark.parametrize("running", [False, True])
