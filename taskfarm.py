@@ -1517,12 +1517,6 @@ def by_time(sql: Transaction, run: Run, status: Optional[int], order: str, limit
     return tasks, "%d.%d" % time_of(tasks[-1]) if len(tasks) == limit else None
 
 
-@operation(reads=True)
-def list_users(sql: Transaction, now: Now) -> List[User]:
-    """All users, the oldest first."""
-    return every_user(sql)
-
-
 TASKS_BETWEEN = "SELECT count(*) FROM task WHERE id >= ? AND id < ?"
 
 
@@ -2238,6 +2232,12 @@ def remove_user(sql: Transaction, now: Now, name: str) -> None:
     find_user(sql, name)
     sql.execute("DELETE FROM user WHERE name = ?", (name,))
     learn_users(sql)
+
+
+@operation(reads=True)
+def list_users(sql: Transaction, now: Now) -> List[User]:
+    """All users, the oldest first."""
+    return every_user(sql)
 
 
 def every_user(sql: Transaction) -> List[User]:
@@ -6107,15 +6107,15 @@ class TaskFarmWorker(TaskFarm):
 
     @property
     def task(self) -> Optional[int]:
-        """The task in hand; when there is none, a new one is claimed. None when nothing waits."""
+        """The task in hand; when there is none, a new one is given. None when nothing waits."""
         if self._task is None:
             self._percentageDone = None
-            claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid},
+            given = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid},
                                 self._key)
             self._key = secrets.token_hex(16)
-            if claimed is not None:
-                self._task, self._attempt = int(claimed["task"]), int(claimed["attempt"])
-                self._percentageDone = float(claimed["percentCompleted"])
+            if given is not None:
+                self._task, self._attempt = int(given["task"]), int(given["attempt"])
+                self._percentageDone = float(given["percentCompleted"])
         return self._task
 
     @property

@@ -1137,7 +1137,7 @@ def test_a_queue_is_waited_on_in_one_place() -> None:
         "next_from"}, "SimpleQueue.get(timeout=...) may wait for ever on Python 3.9 and 3.10; next_from says how not"
 
 
-STORE = {"SCHEMA", "TRANSACTIONS", "OPERATIONS", "FILE", "WRITER"}       # the sections that may speak SQL
+STORE = {"SCHEMA", "TRANSACTIONS", "ROWS", "QUERIES", "OPERATIONS", "FILE", "WRITER"}       # the sections that may speak SQL
 
 
 def test_only_the_store_speaks_sql() -> None:
@@ -3760,8 +3760,8 @@ def test_kill_9_leaves_a_large_restart_or_deletion_whole_or_undone(
     with contextlib.closing(Store(db)) as store:
         run = store.call(taskfarm.create_run("a" * 32, count)).uuid
         for first in range(0, count, 1000):
-            store.apply([taskfarm.report(run, None, taskfarm.Report(
-                number, None, taskfarm.COMPUTING, taskfarm.FULL // 2)) for number in range(first, first + 1000)])
+            store.call(taskfarm.report_many(run, None, [taskfarm.Report(
+                number, None, taskfarm.COMPUTING, taskfarm.FULL // 2) for number in range(first, first + 1000)]))
     server = Process(db)
     raw = server.raw(request_bytes(method, "/api/runs/" + run + path, Authorization=basic(server.token, "")))
     if answered:
@@ -3823,7 +3823,7 @@ def test_a_full_disk_refuses_writes_answers_reads_and_recovers(tmp_path: Path) -
     assert report(server, run, 5, status="done") == 503
     number_done = figures(server, run)[2]
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
-    assert server.ask("GET", "/readyz")[0] == 200
+    wait_until(lambda: server.ask("GET", "/readyz")[0] == 200)
     assert report(server, run, 6, status="done") == 204
     assert figures(server, run)[2] == number_done + (6 not in done)
     log = server.log()
@@ -3918,7 +3918,8 @@ def test_a_start_on_a_full_disk_is_looked_at_and_reached_by_verbs_and_no_second_
         assert second.returncode == 1 and "process %d on" % server.process.pid in second.stderr
     assert lock.read_bytes() == before and figures(server, run) == (5, 0, 0, 0.0)
     make_room(server.process.pid)
-    assert server.ask("GET", "/readyz")[0] == 200 and claim(server, run) == (201, 0)
+    wait_until(lambda: server.ask("GET", "/readyz")[0] == 200)
+    assert claim(server, run) == (201, 0)
     assert run_verb("user", "add", "bob", "--db", db, stdin="x\n").returncode == 0
     assert "Traceback" not in server.log() and server.end(signal.SIGTERM) == 0
     assert run_verb("check", "--db", db).returncode == 0
