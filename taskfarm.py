@@ -7366,7 +7366,7 @@ def flat_table(result: Dict[str, Any]) -> str:
 # How long one client waits beside others that do their worst. A bystander, in a process of its own, asks for one run
 # again and again on one connection; meanwhile a case goes on. (Needs /proc, so Linux.)
 #
-# A new case is a function with @fair_case. Its name is the case's, its first line says what happens. What it returns
+# A new case is a function with @fair_case(). Its name is the case's, its first line says what happens. What it returns
 # is shown in the last column of the table.
 
 FAIR_ROWS = 4 * 10 ** 6     # touched tasks
@@ -7440,21 +7440,22 @@ class FairCase(NamedTuple):
     """One thing that clients may do."""
     name: str
     sentence: str
-    load: Callable[["FairFarm"], Optional[str]]     # does it; returns a note
+    load: "CaseLoad"                                # does it; returns a note
     fill: Fill                                      # fills the file; by default crowd, to which others add
     unread_log: bool                                # with an access log that nobody reads
 
 
+CaseLoad = Callable[["FairFarm"], Optional[str]]
 FAIR_CASES: Dict[str, FairCase] = {}
 
 
-def fair_case(load: Any = None, fill: Fill = crowd, unread_log: bool = False) -> Any:
+def fair_case(fill: Fill = crowd, unread_log: bool = False) -> Callable[[CaseLoad], CaseLoad]:
     """A decorator that adds a case to the table."""
-    if load is None:
-        return lambda function: fair_case(function, fill, unread_log)
-    name = load.__name__.partition("fair_")[2]
-    FAIR_CASES[name] = FairCase(name, " ".join(load.__doc__.split()), load, fill, unread_log)
-    return load
+    def add(load: CaseLoad) -> CaseLoad:
+        name = load.__name__.partition("fair_")[2]
+        FAIR_CASES[name] = FairCase(name, load.__doc__ or "", load, fill, unread_log)
+        return load
+    return add
 
 
 def chosen_cases(names: str) -> List[FairCase]:
@@ -7706,25 +7707,25 @@ def burst(method: str, path: str) -> bytes:
     return request * (95000 // len(request))
 
 
-@fair_case
+@fair_case()
 def fair_nobody(farm: FairFarm) -> None:
     """nobody but the bystander: what this machine does by itself"""
     time.sleep(farm.seconds)
 
 
-@fair_case
+@fair_case()
 def fair_pipelined(farm: FairFarm) -> None:
     """10 connections, each one burst of 95 kB of GET /livez"""
     farm.talk([[burst("GET", "/livez")]] * 10)
 
 
-@fair_case
+@fair_case()
 def fair_pipelined_heads(farm: FairFarm) -> None:
     """10 connections, each one burst of 95 kB of HEAD /"""
     farm.talk([[burst("HEAD", "/")]] * 10)
 
 
-@fair_case
+@fair_case()
 def fair_pipelined_on(farm: FairFarm) -> None:
     """32 connections, burst after burst of 95 kB of HEAD /"""
     farm.talk([[burst("HEAD", "/")]] * 32, again=True)
@@ -7744,7 +7745,7 @@ def fair_sign_offs(farm: FairFarm) -> str:
                                    for number in range(farm.size(100))]))
 
 
-@fair_case
+@fair_case()
 def fair_differing_reports(farm: FairFarm) -> str:
     """400 reports at once of 500 tasks each, all with an elapsed of their own"""
     batch = farm.size(500)
@@ -7757,14 +7758,14 @@ def claims_in_vain(farm: FairFarm, claimers: int) -> List[Talk]:
                       for number in range(claimers)], again=True)
 
 
-@fair_case
+@fair_case()
 def fair_claim_in_vain(farm: FairFarm) -> str:
     """claims in vain, one after the other, where 2 000 000 tasks compute without a lease; 20 000 leased workers"""
     (talk,) = claims_in_vain(farm, 1)
     return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(talk.statuses)))
 
 
-@fair_case
+@fair_case()
 def fair_kept_lease(farm: FairFarm) -> str:
     """six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its task waits again"""
     farm.talk([[farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
@@ -7781,13 +7782,13 @@ def fair_kept_lease(farm: FairFarm) -> str:
     return "it ended after %.1f s" % ended if ended else "it had not ended after %.0f s" % longer.seconds
 
 
-@fair_case
+@fair_case()
 def fair_partial_restart(farm: FairFarm) -> None:
     """partial restarts of an untouched run of 100 tasks, one after the other; 20 000 leased workers"""
     farm.talk([[farm.request("POST", "runs/hundred/restart")]], again=True)
 
 
-@fair_case
+@fair_case()
 def fair_large_holder(farm: FairFarm) -> None:
     """about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one task, a page of workers"""
     farm.talk([[farm.request("PUT", "worker/holder"),
@@ -7795,7 +7796,7 @@ def fair_large_holder(farm: FairFarm) -> None:
                 farm.request("GET", "worker/holder?limit=1"), farm.request("GET", "workers?limit=1000")]], again=True)
 
 
-@fair_case
+@fair_case()
 def fair_large_sign_off(farm: FairFarm) -> str:
     """a worker that holds 2 000 000 tasks without a lease signs off"""
     (talk,) = farm.talk([[farm.request("DELETE", "worker/holder")]])
@@ -7803,7 +7804,7 @@ def fair_large_sign_off(farm: FairFarm) -> str:
     return answered(talk)
 
 
-@fair_case
+@fair_case()
 def fair_all_runs(farm: FairFarm) -> None:
     """GET /api/runs with 20 000 runs, again and again"""
     farm.talk([[farm.request("GET", "runs")]], again=True)
@@ -7812,19 +7813,19 @@ def fair_all_runs(farm: FairFarm) -> None:
 JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
 
 
-@fair_case
+@fair_case()
 def fair_junk(farm: FairFarm) -> None:
     """4 MiB of JSON that is no batch, from somebody logged in"""
     farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]])
 
 
-@fair_case
+@fair_case()
 def fair_junk_at_once(farm: FairFarm) -> None:
     """the same on eight connections at once"""
     farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)
 
 
-@fair_case
+@fair_case()
 def fair_deleted_runs(farm: FairFarm) -> str:
     """two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of it, another's large page"""
     farm.talk([[farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
@@ -7835,7 +7836,7 @@ def fair_deleted_runs(farm: FairFarm) -> str:
     return "claim %s, its page %s, another's large page %s" % tuple(map(answered, talks))
 
 
-@fair_case
+@fair_case()
 def fair_slow_readers(farm: FairFarm) -> str:
     """ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them"""
     slow = farm.connect(10, farm.request("GET", "runs"), receive_buffer=4096)
@@ -7852,7 +7853,7 @@ def half_head(length: int) -> bytes:
     return (b"GET /livez HTTP/1.1\r\n" + line * (length // len(line) + 1))[:length]
 
 
-@fair_case
+@fair_case()
 def fair_heads_by_byte(farm: FairFarm) -> str:
     """ten long heads that go on byte by byte, 6.5 kB/s in all, without a login"""
     begun = farm.connect(10, half_head(28000))
@@ -7871,7 +7872,7 @@ def fair_heads_by_byte(farm: FairFarm) -> str:
     return "the server uses %.0f %% of a core" % (100 * share)
 
 
-@fair_case
+@fair_case()
 def fair_half_heads(farm: FairFarm) -> str:
     """2 300 half heads without a login fill the buffers, then somebody logged in sends a batch of 10 000 reports"""
     half = farm.connect(farm.size(2300), half_head(30000))
@@ -7893,7 +7894,7 @@ def basic(name: str, password: str) -> bytes:
         ("%s:%s" % (name, password)).encode())
 
 
-@fair_case
+@fair_case()
 def fair_wrong_logins(farm: FairFarm) -> str:
     """400 wrong passwords on connections that are closed at once, then a right one"""
     cpu_s = farm.cpu_s()
@@ -7904,13 +7905,13 @@ def fair_wrong_logins(farm: FairFarm) -> str:
     return "the right one: %s, %.1f s of CPU" % (answered(talk), farm.cpu_s() - cpu_s)
 
 
-@fair_case
+@fair_case()
 def fair_long_passwords(farm: FairFarm) -> None:
     """20 passwords of 12 kB of combining characters"""
     farm.talk([[basic("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)]])
 
 
-@fair_case
+@fair_case()
 def fair_long_paths(farm: FairFarm) -> str:
     """4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server keeps of it"""
     before = farm.memory_mb()
@@ -7920,7 +7921,7 @@ def fair_long_paths(farm: FairFarm) -> str:
     return "memory grows by %.0f MB" % (farm.memory_mb() - before)
 
 
-@fair_case
+@fair_case()
 def fair_token_passwords(farm: FairFarm) -> str:
     """20 000 requests with one token, each with another password of 12 kB beside it: what the server keeps of it"""
     before = farm.memory_mb()
