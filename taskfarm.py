@@ -7874,9 +7874,18 @@ def fair_heads_by_byte(farm: FairFarm) -> str:
 
 @fair_case()
 def fair_half_heads(farm: FairFarm) -> str:
-    """2 300 half heads without a login fill the buffers, then somebody logged in sends a batch of 10 000 reports"""
-    half = farm.connect(farm.size(2300), half_head(30000))
+    """2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; then as many again"""
+    number = farm.size(2300)
+
+    def again() -> int:
+        time.sleep(farm.seconds / 3)
+        more = farm.connect(number, half_head(30000))
+        time.sleep(farm.patience_s)
+        return len(more)
+    half = farm.connect(number, half_head(30000))
+    _, others = forked(again)
     (talk,) = farm.talk([[farm.reports(0, farm.size(10000))]])
+    others()
     for sock in half:
         sock.close()
     return "the batch: " + answered(talk)
