@@ -7389,13 +7389,13 @@ class FairSize:
 
 
 def crowd(store: Store, size: FairSize) -> None:
-    """20 000 runs, 20 000 leased workers with a task each, 2 000 000 tasks done, and as many held without a lease."""
+    """20 000 runs, 20 000 leased workers with 100 tasks, 2 000 000 tasks done, and as many held without a lease."""
     store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
     store.call(add_user("ada", hash_password("right")))
     apply_all(store, [create_run("run%d" % number, 10) for number in range(size(20000))])
     apply_all(store, [register_worker("leased%d" % number, "bench", 0, MOST_LEASE_S) for number in range(size(20000))])
     apply_all(store, [create_run("leased", MAX_TASKS)])
-    apply_all(store, [claim("leased", "leased%d" % number) for number in range(size(20000))])
+    apply_all(store, [claim_many("leased", "leased%d" % number, 100) for number in range(size(20000))])
     apply_all(store, [register_worker("free%d" % number, "bench", 0) for number in range(6)])
     apply_all(store, [create_run("lease", 1), create_run("hundred", 100), create_run("ten", 10)])
     apply_all(store, [report_many("ten", None, [Report(number, status=DONE) for number in range(10)])])
