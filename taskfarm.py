@@ -113,6 +113,7 @@ Contents
     WORKER              runs a command for each task it is given
     BATCH SYSTEMS       Slurm and PBS: where we are, and when it ends
     BENCH               how many workers this machine can feed
+    FAIR                how long one client waits beside others that do their worst
     DOCTOR              whether a node is fit to serve and to work
     STATUS              how a run gets on, once or until it is over
     VERBS               what users type: runs, tasks, workers, work
@@ -7558,6 +7559,7 @@ class BenchClient:
         self.task: Any = -1
         self.sent = 0.0
         self.claimed = array.array("q")
+        self.nothing_waits = False
 
     def send(self) -> None:
         """Send the next request of the cycle."""
@@ -7579,8 +7581,8 @@ class BenchClient:
             raise OSError("the server answered %s" % ascii(data[:300]))
         name = self.steps[self.at][0]
         if name.startswith("claim") and data[9:12] == b"204":
-            raise OSError("the run has too few tasks for so long a time")
-        if name == "claim":
+            self.nothing_waits = True
+        elif name == "claim":
             self.task = int(data[data.rindex(b'"task":') + 7:].partition(b",")[0])
             self.claimed.append(self.task)
         elif name == "claim many":
@@ -7595,15 +7597,44 @@ class BenchClient:
 Steps = Sequence[Tuple[str, Callable[[Any], bytes]]]
 
 
-def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 1000) -> Steps:
+def bench_request(token: str, method: str, path: str, content: bytes = b"") -> bytes:
+    """The bytes of one request below /api."""
+    head = ("%s /api/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: taskfarm-bench\r\nAccept: */*\r\n"
+            "Authorization: Bearer %s\r\n" % (method, path, token))
+    if content:
+        head += "Content-Type: application/json\r\nContent-Length: %d\r\n" % len(content)
+    return head.encode() + b"\r\n" + content
+
+
+REPORTS = ("alike", "differing")        # results of a batch: all the same, or each with an elapsed of its own
+
+
+def elapsed_times() -> List[bytes]:
+    """Seconds from 0.001 to 100, as JSON; drawn once, since drawing costs the client as much as sending."""
+    draw = random.Random(1)
+    return [b"%d.%03d" % divmod(draw.randint(1, 100000), 1000) for _ in range(99991)]   # a prime: no batch fits in
+
+
+def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[bytes, bytes]]], bytes]:
+    """A function from a batch of claims, as number and attempt, to the request that reports all of them done."""
+    times = itertools.cycle(elapsed_times())
+
+    def request(tasks: List[Tuple[bytes, bytes]]) -> bytes:
+        if reports == "alike":
+            entries = [b'{"task":%s,"attempt":%s,"status":"done"}' % task for task in tasks]
+        else:
+            entries = [b'{"task":%s,"attempt":%s,"status":"done","elapsed":%s}' % (*task, elapsed)
+                       for task, elapsed in zip(tasks, times)]
+        content = b'{"worker_uuid":"%s","data":[%s]}' % (worker.encode(), b",".join(entries))
+        return b"%s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+            head[:-4], len(content), content)
+    return request
+
+
+def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 1000, reports: str = "alike") -> Steps:
     """The requests of a cycle: `lean` claims and is done; `paper` is what the published client's stress test does."""
     def request(method: str, path: str, body: Any = None) -> bytes:
-        content = b"" if body is None else encode_json(body).encode()
-        head = ("%s /api/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: taskfarm-bench\r\nAccept: */*\r\n"
-                "Authorization: Bearer %s\r\n" % (method, path, token))
-        if content:
-            head += "Content-Type: application/json\r\nContent-Length: %d\r\n" % len(content)
-        return head.encode() + b"\r\n" + content
+        return bench_request(token, method, path, b"" if body is None else encode_json(body).encode())
 
     def on_task(method: str, tail: str = "", body: Any = None) -> Callable[[int], bytes]:
         before, after = request(method, "runs/%s/tasks/@%s" % (run, tail), body).split(b"@")
@@ -7613,29 +7644,31 @@ def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 10
     constant = request("POST", "constant", {"worker_uuid": worker})
     info = request("GET", "runs/%s" % run)
     claim_many = request("POST", "runs/%s/tasks" % run, {"worker_uuid": worker, "count": batch})
-
-    def done_many(tasks: List[Tuple[bytes, bytes]]) -> bytes:
-        content = b'{"worker_uuid":"%s","data":[%s]}' % (worker.encode(), b",".join([
-            b'{"task":%s,"attempt":%s,"status":"done"}' % task for task in tasks]))
-        return b"%s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
-            request("PUT", "runs/%s/tasks" % run)[:-4], len(content), content)
     steps: Dict[str, Steps] = {
         "constant": [("constant", lambda _: constant)],
         "lean": [("claim", lambda _: claim_one), ("done", on_task("PUT", "", {"status": "done"}))],
         "flat": [("claim", lambda _: claim_one), ("update", on_task("PUT", "", {"percentCompleted": 50})),
                  ("run info", lambda _: info)],
-        "batch": [("claim many", lambda _: claim_many), ("done many", done_many)],
+        "batch": [("claim many", lambda _: claim_many),
+                  ("done many", done_many(request("PUT", "runs/%s/tasks" % run), worker, reports))],
     }
     steps["paper"] = [*steps["lean"][:1], ("read", on_task("GET", "?info=percentCompleted"))] + [
         ("update", on_task("PUT", "", {"percentCompleted": 10 * (n + 1)})) for n in range(10)] + [steps["lean"][1]]
     return steps[profile]
 
 
-def bench_load(port: int, clients: int, steps: Callable[[int], Steps],
-               seconds: float) -> Tuple[Dict[str, "array.array[float]"], "array.array[int]"]:
-    """Drive so many connections for so long; latencies in seconds by request, and the tasks that were claimed."""
+class Load(NamedTuple):
+    """What came of driving some connections."""
+    took: Dict[str, "array.array[float]"]       # seconds, by request
+    claimed: "array.array[int]"                 # tasks, in the order of their claims
+    cpu_s: float                                # that the clients used themselves
+
+
+def bench_load(port: int, clients: int, steps: Callable[[int], Steps], seconds: float) -> Load:
+    """Drive so many connections for so long, or with infinite seconds until no task waits."""
     everyone = [BenchClient(port, steps(index)) for index in range(clients)]
     took: Dict[str, "array.array[float]"] = {name: array.array("d") for name, _ in everyone[0].steps}
+    cpu_s = time.process_time()
     end = time.perf_counter() + seconds
     busy = len(everyone)
     with selectors.DefaultSelector() as selector:
@@ -7647,7 +7680,9 @@ def bench_load(port: int, clients: int, steps: Callable[[int], Steps],
                 client = key.data
                 name = client.steps[client.at][0]
                 took[name].append(client.receive())
-                if client.at or time.perf_counter() < end:
+                if client.nothing_waits and seconds < math.inf:
+                    raise OSError("the run has too few tasks for so long a time")
+                if not client.nothing_waits and (client.at or time.perf_counter() < end):
                     client.send()
                 else:
                     selector.unregister(client.sock)
@@ -7656,7 +7691,7 @@ def bench_load(port: int, clients: int, steps: Callable[[int], Steps],
     claimed = array.array("q")
     for client in everyone:
         claimed.extend(client.claimed)
-    return took, claimed
+    return Load(took, claimed, time.process_time() - cpu_s)
 
 
 def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
@@ -7685,32 +7720,78 @@ def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
     return pid, result
 
 
+def in_own_group(work: Callable[[str], int], parent: Optional[str]) -> int:
+    """Run *work* on a temporary folder, in a process of its own, and return its exit status.
+
+    However that process ends, and whatever signal this one gets: all that it has started is ended, and the
+    folder is removed. Raises Refusal when *parent*, or the system's folder for such, takes none.
+
+    Signals are blocked and waited for. (Previously a handler raised SystemExit wherever it was: before it was set
+    the folder was left behind, and the exception was lost in a destructor, or cut short the removal of the folder.)
+    """
+    ending = {number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+              if signal.getsignal(number) is not signal.SIG_IGN}        # nohup ignores one of them
+    signal.signal(signal.SIGCHLD, lambda *_: None)      # or, where it is ignored, it is not waited for either
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, ending | {signal.SIGCHLD})
+    try:
+        folder = tempfile.mkdtemp(prefix="taskfarm-bench-", dir=parent)
+    except OSError as error:
+        raise Refusal("no folder can be made in %s (%s): --dir names another" % (
+            parent or tempfile.gettempdir(), error.strerror))
+    all_ended, held_by_all = os.pipe()      # each process of the group has the other end, until it has ended
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)       # the progress bar, where stty says tostop
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+            status = work(folder)
+            sys.stdout.flush()
+        except (Refusal, FarmError, OSError) as error:
+            print("taskfarm: %s" % error, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(held_by_all)
+    os.setpgid(pid, pid)        # by both, or it could be too late for killpg, or for the child's own children
+    received = signal.sigwait(ending | {signal.SIGCHLD})
+    os.killpg(pid, signal.SIGKILL)          # before waitpid, so that the number is still the group's
+    status = os.waitpid(pid, 0)[1]
+    os.read(all_ended, 1)
+    os.close(all_ended)
+    shutil.rmtree(folder)
+    if received != signal.SIGCHLD:
+        return 128 + received
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+
+
 class BenchServer:
     """A server in a process of its own, with two more endpoints: a constant answer, and what it has used."""
 
-    def __init__(self, db: str) -> None:
-        store = Store(db)
-        user = store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64)) if not store.users else store.users["bench"]
-        self.token = make_token(store.signing_key, user, 0)
-        store.close()
+    def __init__(self, db: str, token: str = "", access_log: Any = None) -> None:
+        """*token*: a login of the file, where it is known; to look for one reads the whole file."""
+        self.token = token or bench_token(db)
         reader, writer = os.pipe()
         leash, self.leash = os.pipe()       # its other end closes with this process, however that ends
-        self.pid, self.result = forked(lambda: self._serve(db, writer, leash))
+        self.pid, self.result = forked(lambda: self._serve(db, writer, leash, access_log))
         os.close(writer)
         os.close(leash)
         with os.fdopen(reader, "rb") as file:
             self.port = int(file.read() or 0)
         self.url = url_of("127.0.0.1", self.port)
 
-    def _serve(self, db: str, ready: int, leash: int) -> None:
+    def _serve(self, db: str, ready: int, leash: int, access_log: Any) -> None:
         os.close(self.leash)
         routes = ROUTES.copy()
         constant = {"id": 12345, "task": 12344, "status": "computing", "percentCompleted": 0.0}
         routes.route("POST", "/api/constant", body={"worker_uuid": UUID})(lambda _: json_reply(201, constant))
         routes.route("GET", "/api/used")(lambda _: json_reply(200, {
             "cpu_s": time.process_time(), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
-        service = Service(db, "127.0.0.1", 0, routes=routes)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent has got it too, and lets go of the leash
+        service = Service(db, "127.0.0.1", 0, access_log=access_log, routes=routes)
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
         threading.Thread(target=lambda: os.read(leash, 1) or service.stop(), daemon=True).start()  # type: ignore
         os.write(ready, str(service.server.server_port).encode())
@@ -7734,6 +7815,20 @@ class BenchServer:
         self.result()
         os.close(self.leash)
 
+    def kill(self) -> None:
+        """End it at once, also where it hangs."""
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(Refusal):      # which says that it was killed
+            self.result()
+        os.close(self.leash)
+
+
+def bench_token(db: str) -> str:
+    """A token of the user bench, who is made when the file has no users."""
+    with contextlib.closing(Store(db)) as store:
+        user = store.users.get("bench") or store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+        return make_token(store.signing_key, user, 0)
+
 
 def quantiles(values: "array.array[float]") -> List[float]:
     """Median, 95th and 99th percentile and maximum, in milliseconds."""
@@ -7741,21 +7836,21 @@ def quantiles(values: "array.array[float]") -> List[float]:
     return [1000 * ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in (0.5, 0.95, 0.99, 1.0)]
 
 
-def bench_worker_steps(server: BenchServer, profile: str, run: str, first: int, step: int, batch: int,
+def bench_worker_steps(server: BenchServer, profile: str, run: str, first: int, step: int, batch: int, reports: str,
                        index: int) -> Steps:
     """The steps of connection *index* in a process that has every *step*th worker from *first* on."""
-    return bench_steps(profile, run, "w%d" % (first + index * step), server.token, batch)
+    return bench_steps(profile, run, "w%d" % (first + index * step), server.token, batch, reports)
 
 
-def bench_point(server: BenchServer, profile: str, clients: int, seconds: float, processes: int,
-                batch: int = 1) -> Dict[str, Any]:
+def bench_point(server: BenchServer, profile: str, clients: int, seconds: float, processes: int, batch: int = 1,
+                reports: str = "alike", num_tasks: int = MAX_TASKS) -> Dict[str, Any]:
     """Measure one profile with so many clients; a line of the table for each request."""
-    run = server.new_run(workers=clients)
+    run = server.new_run(num_tasks, clients)
     before = server.ask("GET", "/api/used")
     began = time.perf_counter()
     loads = []
     for number in range(min(clients, processes)):
-        steps = functools.partial(bench_worker_steps, server, profile, run, number, processes, batch)
+        steps = functools.partial(bench_worker_steps, server, profile, run, number, processes, batch, reports)
         share = len(range(number, clients, processes))
         loads.append(forked(functools.partial(bench_load, server.port, share, steps, seconds)))
     results = [load() for _, load in loads]
@@ -7763,18 +7858,23 @@ def bench_point(server: BenchServer, profile: str, clients: int, seconds: float,
     used = server.ask("GET", "/api/used")
     took: Dict[str, "array.array[float]"] = {}
     claimed = array.array("q")
-    for latencies, numbers in results:
-        claimed.extend(numbers)
-        for name, values in latencies.items():
+    for load in results:
+        claimed.extend(load.claimed)
+        for name, values in load.took.items():
             took.setdefault(name, array.array("d")).extend(values)
     requests = sum(map(len, took.values()))
     cpu_s = used["cpu_s"] - before["cpu_s"]
+    marks = bytearray(max(claimed) + 1 if claimed else 0)       # a set of ten million numbers takes half a gigabyte
+    for number in claimed:
+        marks[number] = 1
+    num_done = server.ask("GET", "/api/runs/" + run)["numDone"]
     server.ask("DELETE", "/api/runs/" + run)
-    return {"profile": profile, "clients": clients, "requests_per_s": requests / elapsed,
-            "tasks_per_s": len(claimed) / elapsed, "cpu_s_per_1000_requests": 1000 * cpu_s / requests,
+    return {"profile": profile, "clients": clients, "seconds": elapsed, "requests_per_s": requests / elapsed,
+            "tasks_per_s": len(claimed) / elapsed, "num_done": num_done, "cpu_s": cpu_s,
+            "cpu_s_per_1000_requests": 1000 * cpu_s / requests,
             "cpu_s_per_1000_tasks": 1000 * cpu_s / len(claimed) if claimed else None,
-            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - len(set(claimed)),
-            "never": max(claimed) + 1 - len(set(claimed)) if claimed else 0,
+            "clients_cpu_s_per_s": sum(load.cpu_s for load in results) / elapsed,
+            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - sum(marks), "never": len(marks) - sum(marks),
             "ms": {name: quantiles(values) for name, values in took.items()}}
 
 
@@ -7795,49 +7895,86 @@ def bench_table(points: List[Dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-BATCHES = (100, 1000, MOST_TASKS)
+BATCHES = (100, 1000, 5000, MOST_TASKS)
 
 
-def bench_batch(folder: str, server: BenchServer, seconds: float, processes: int) -> Dict[str, Any]:
-    """Claims and results in batches: tasks a second in the store alone and over HTTP; what others wait meanwhile."""
-    result: Dict[str, Any] = {"profile": "batch", "batches": {}}
+def bench_batch(folder: str, server: BenchServer, seconds: float, processes: int,
+                progress: "Progress") -> Dict[str, Any]:
+    """Claims and results in batches: tasks a second in the store alone and over HTTP; what others wait meanwhile.
+
+    Results that are alike can be written with a few statements. Those of real workers differ.
+    """
+    result: Dict[str, Any] = {"profile": "batch", "batches": {batch: {} for batch in BATCHES}}
+    pairs = [(batch, reports) for batch in BATCHES for reports in REPORTS]
+    progress.what = "batch"
     with contextlib.closing(Store(os.path.join(folder, "batch.sqlite"))) as store:
         run = store.call(create_run(uuid.uuid4().hex, MAX_TASKS)).uuid
         store.call(register_worker("w0", "bench", 0))
-        in_store = {batch: store_batches(store, run, batch, seconds / 2) for batch in BATCHES}
-    for batch in BATCHES:
+        in_store = {pair: store_batches(store, run, *pair, seconds / 2) for pair in pairs}
+    for number, (batch, reports) in enumerate(pairs):
+        progress.show(number, len(pairs))
         other = server.new_run(workers=processes + 1)
-        lean = functools.partial(bench_worker_steps, server, "lean", other, processes, 1, 1)
+        lean = functools.partial(bench_worker_steps, server, "lean", other, processes, 1, 1, "alike")
         _, others = forked(functools.partial(bench_load, server.port, 1, lean, seconds))
-        point = bench_point(server, "batch", processes, seconds, processes, batch)
-        waits, _ = others()
-        result["batches"][batch] = {
-            "store_tasks_per_s": in_store[batch], "http_tasks_per_s": point["tasks_per_s"],
+        point = bench_point(server, "batch", processes, seconds, processes, batch, reports)
+        waits = others().took
+        result["batches"][batch][reports] = {
+            "store_tasks_per_s": in_store[batch, reports], "http_tasks_per_s": point["tasks_per_s"],
             "ms": point["ms"], "others_ms": quantiles(waits["claim"] + waits["done"]),
-            "cpu_s_per_1000_tasks": point["cpu_s_per_1000_tasks"], "twice": point["twice"], "never": point["never"]}
+            "cpu_s_per_1000_tasks": point["cpu_s_per_1000_tasks"],
+            "clients_cpu_s_per_s": point["clients_cpu_s_per_s"], "twice": point["twice"], "never": point["never"]}
     return result
 
 
-def store_batches(store: Store, run: str, batch: int, seconds: float) -> float:
+def store_batches(store: Store, run: str, batch: int, reports: str, seconds: float) -> float:
     """Tasks a second that are claimed and done in batches, each in a durable transaction of its own."""
-    began, tasks = time.perf_counter(), 0
+    times = itertools.cycle([None] if reports == "alike" else [round(1000 * float(text)) for text in elapsed_times()])
+    began, spent, tasks = time.perf_counter(), 0.0, 0
     while time.perf_counter() < began + seconds:
+        called = time.perf_counter()
         given = store.call(claim_many(run, "w0", batch))
-        store.call(report_many(run, "w0", [Report(number, attempt, DONE) for number, attempt, _ in given]))
+        spent += time.perf_counter() - called
+        done = report_many(run, "w0", [Report(number, attempt, DONE, elapsed_ms=elapsed)
+                                       for (number, attempt, _), elapsed in zip(given, times)])
+        called = time.perf_counter()
+        store.call(done)
+        spent += time.perf_counter() - called
         tasks += len(given)
-    return tasks / (time.perf_counter() - began)
+    return tasks / spent
 
 
 def batch_table(result: Dict[str, Any]) -> str:
     """The measurement of profile `batch` as a person reads it."""
-    lines = ["batch, claimed and done       tasks/s    tasks/s   latency in ms         server CPU   others wait (ms)",
-             "tasks in a batch         in the store   over HTTP  claim p50  done p50    s/1000t    p50   p99   max"]
-    for batch, point in result["batches"].items():
-        lines.append("%-24d %12.0f %11.0f %10.1f %9.1f %10.4f %6.1f %5.1f %5.0f" % (
-            batch, point["store_tasks_per_s"], point["http_tasks_per_s"], point["ms"]["claim many"][0],
-            point["ms"]["done many"][0], point["cpu_s_per_1000_tasks"],
-            *(point["others_ms"][at] for at in (0, 2, 3))))
+    lines = ["batch, claimed and done  tasks/s   tasks/s   latency in ms       server CPU  clients'  others wait (ms)",
+             "tasks, results       in the store  over HTTP claim p50 done p50    s/1000t  CPU share    p50   p99   max"]
+    for batch, by_reports in result["batches"].items():
+        for reports, point in by_reports.items():
+            lines.append("%-20s %12.0f %10.0f %9.1f %8.1f %10.4f %8.0f %% %6.1f %5.1f %5.0f" % (
+                "%d %s" % (batch, reports), point["store_tasks_per_s"], point["http_tasks_per_s"],
+                point["ms"]["claim many"][0], point["ms"]["done many"][0], point["cpu_s_per_1000_tasks"],
+                100 * point["clients_cpu_s_per_s"], *(point["others_ms"][at] for at in (0, 2, 3))))
     return "\n".join(lines)
+
+
+LIFE_CLIENTS, LIFE_BATCH = 3, 5000
+
+
+def bench_life(folder: str, rows: int) -> Dict[str, Any]:
+    """The whole life of a run of so many tasks: claimed and done in batches, with results that differ."""
+    db = os.path.join(folder, "life.sqlite")
+    server = BenchServer(db)
+    point = bench_point(server, "batch", LIFE_CLIENTS, math.inf, LIFE_CLIENTS, LIFE_BATCH, "differing", rows)
+    server.stop()
+    return dict(point, profile="life", rows=rows, file_bytes=os.path.getsize(db))   # not smaller for rows deleted
+
+
+def life_table(result: Dict[str, Any]) -> str:
+    """The measurement of profile `life` as a person reads it."""
+    return ("life of one run    seconds  tasks/s  server CPU s  clients' CPU share  file MB  peak MiB  twice  never\n"
+            "%-18s %7.1f %8.0f %13.1f %17.0f %% %8.0f %9.0f %6d %6d" % (
+                "%d tasks" % result["rows"], result["seconds"], result["tasks_per_s"], result["cpu_s"],
+                100 * result["clients_cpu_s_per_s"], result["file_bytes"] / 1e6, result["peak_mib"], result["twice"],
+                result["rows"] - result["num_done"]))
 
 
 FLAT = ("1 000 tasks", "rows", "10 000 runs", "random")
@@ -7876,9 +8013,8 @@ def bench_flat(folder: str, rows: int, seconds: float, progress: "Progress") -> 
     progress.what = "flat"
     for turn in range(20):
         for case, server in servers.items():
-            steps = functools.partial(bench_worker_steps, server, "flat", runs[case], 0, 1, 1)
-            latencies, _ = bench_load(server.port, 1, steps, seconds / 20)
-            for name, values in latencies.items():
+            steps = functools.partial(bench_worker_steps, server, "flat", runs[case], 0, 1, 1, "alike")
+            for name, values in bench_load(server.port, 1, steps, seconds / 20).took.items():
                 took[case].setdefault(name, array.array("d")).extend(values)
         progress.show(turn + 1, 20)
     for server in servers.values():
@@ -7897,6 +8033,583 @@ def flat_table(result: Dict[str, Any]) -> str:
         lines.append("%-22s" % shown + "".join("  %8.3f  %5.2f" % (
             result["median_ms"][case][name], result["ratio"][case][name]) for name in ("claim", "update", "run info")))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- FAIR
+# How long one client waits beside others that do their worst. A bystander, in a process of its own, asks for one run
+# again and again on one connection; meanwhile a case goes on. (Needs /proc, so Linux.)
+#
+# A new case is a function with @fair_case(). Its name is the case's, its first line says what happens. What it returns
+# is shown in the last column of the table.
+
+FAIR_ROWS = 4 * 10 ** 6     # touched tasks
+PATIENCE = 12               # times --seconds an answer is waited for: by default longer than the server waits
+BYSTANDER_PAUSE_S = 0.001   # between two requests: the second core is for those who do their worst
+
+Fill = Callable[[Store, "FairSize"], None]
+
+
+class FairSize:
+    """How much of the crowd there is: all of it with FAIR_ROWS touched tasks, less with fewer."""
+
+    def __init__(self, rows: int) -> None:
+        self.half = max(10, rows // 2)
+        self.share = min(1.0, rows / FAIR_ROWS)
+
+    def __call__(self, number: int) -> int:
+        """So many of something, in proportion; two at least."""
+        return max(2, int(number * self.share))
+
+
+def crowd(store: Store, size: FairSize) -> None:
+    """20 000 runs, 20 000 leased workers with 100 tasks, 2 000 000 tasks done, and as many held without a lease."""
+    store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+    store.call(add_user("ada", hash_password("right")))
+    apply_all(store, [create_run("run%d" % number, 10) for number in range(size(20000))])
+    apply_all(store, [register_worker("leased%d" % number, "bench", 0, MOST_LEASE_S) for number in range(size(20000))])
+    apply_all(store, [create_run("leased", MAX_TASKS)])
+    apply_all(store, [claim_many("leased", "leased%d" % number, 100) for number in range(size(20000))])
+    apply_all(store, [register_worker("free%d" % number, "bench", 0) for number in range(6)])
+    apply_all(store, [create_run("lease", 1), create_run("hundred", 100), create_run("ten", 10)])
+    apply_all(store, [report_many("ten", None, [Report(number, status=DONE) for number in range(10)])])
+    hold_tasks(store, "held", "holder", size.half, None)
+    apply_all(store, [create_run("done", size.half)])
+    for first in range(0, size.half, MOST_TASKS):
+        apply_all(store, [report_many("done", None, [
+            Report(number, status=DONE) for number in range(first, min(size.half, first + MOST_TASKS))])])
+
+
+def apply_all(store: Store, operations: List[Operation]) -> None:
+    """Have many operations done, some at a time. Raises what one of them raises."""
+    for first in range(0, len(operations), BATCH_LIMIT):
+        for _, outcome in store.apply(operations[first:first + BATCH_LIMIT]):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+
+def hold_tasks(store: Store, run: str, worker: str, number: int, lease: Optional[int]) -> None:
+    """A run of so many tasks that one worker computes."""
+    apply_all(store, [create_run(run, number), register_worker(worker, "bench", 0, lease)])
+    if lease:
+        apply_all(store, [claim_many(run, worker, number)])
+    else:       # only one by one may a worker claim more than MOST_TASKS
+        for first in range(0, number, BATCH_LIMIT):
+            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + BATCH_LIMIT))])
+
+
+def fill_leaving(store: Store, size: FairSize) -> None:
+    """100 workers with a lease and 10 000 tasks each."""
+    for number in range(size(100)):
+        hold_tasks(store, "leaving%d" % number, "leaving%d" % number, size(10000), MOST_LEASE_S)
+
+
+def fill_silent(store: Store, size: FairSize) -> None:
+    """200 workers with 10 000 tasks each, whose leases are over as soon as a server has run for a second."""
+    for number in range(size(200)):
+        hold_tasks(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
+
+
+class FairCase(NamedTuple):
+    """One thing that clients may do."""
+    name: str
+    sentence: str
+    load: "CaseLoad"                                # does it; returns a note
+    fill: Fill                                      # fills the file; by default crowd, to which others add
+    unread_log: bool                                # with an access log that nobody reads
+
+
+CaseLoad = Callable[["FairFarm"], Optional[str]]
+FAIR_CASES: Dict[str, FairCase] = {}
+
+
+def fair_case(fill: Fill = crowd, unread_log: bool = False) -> Callable[[CaseLoad], CaseLoad]:
+    """A decorator that adds a case to the table."""
+    def add(load: CaseLoad) -> CaseLoad:
+        name = load.__name__.partition("fair_")[2]
+        FAIR_CASES[name] = FairCase(name, load.__doc__ or "", load, fill, unread_log)
+        return load
+    return add
+
+
+def chosen_cases(names: str) -> List[FairCase]:
+    """The cases of these names, with commas between; all for "". Raises Refusal."""
+    chosen = names.split(",") if names else list(FAIR_CASES)
+    unknown = sorted(set(chosen) - set(FAIR_CASES))
+    if unknown:
+        raise Refusal("there is no case %s: %s are" % (", ".join(unknown), ", ".join(FAIR_CASES)))
+    return [FAIR_CASES[name] for name in chosen]
+
+
+def let_lapse(db: str, token: str, size: FairSize) -> None:
+    """Serve a file until the leases of silent workers have run out."""
+    server = BenchServer(db, token)
+    try:
+        for number in range(size(200)):
+            while server.ask("GET", "/api/runs/silent%d" % number)["numComputing"]:
+                time.sleep(0.1)
+    finally:
+        server.stop()
+
+
+class Talk:
+    """One connection of a case: what it has to send, and the answers as they come.
+
+    An answer counts when its status line is there. Its body is read while the next answer is waited for.
+    """
+
+    def __init__(self, port: int, messages: Sequence[bytes], receive_buffer: int = 0) -> None:
+        self.sock = socket.socket()
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect(("127.0.0.1", port))
+        self.sock.setblocking(False)
+        self.messages = messages
+        self.at = 0                         # the message that is sent next
+        self.unsent = memoryview(b"")
+        self.awaited = 0                    # answers
+        self.seen = b""                     # of the last answer, where a status line may go on
+        self.statuses: List[int] = []
+        self.began = self.ended = time.perf_counter()
+
+    def step(self, events: int, again: bool) -> int:
+        """Send and read what goes; what to watch for then, 0 at the end."""
+        try:
+            if events & selectors.EVENT_READ and not self._read():
+                return 0
+            if not self.unsent and self.awaited <= 0:
+                if self.at == len(self.messages) and not again:
+                    return 0
+                message = self.messages[self.at % len(self.messages)]
+                self.at = self.at % len(self.messages) + 1
+                self.awaited += message.count(b" HTTP/1.1\r\n")
+                self.unsent = memoryview(message)
+            if self.unsent:
+                self.unsent = self.unsent[self.sock.send(self.unsent):]
+        except BlockingIOError:
+            pass
+        except OSError:         # the server has closed it
+            return 0
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self.unsent else 0)
+
+    def _read(self) -> int:
+        data = self.sock.recv(1 << 20)
+        text = self.seen + data
+        at = -1
+        for found in STATUS_LINE.finditer(text):
+            self.statuses.append(int(found[1]))
+            self.ended = time.perf_counter()
+            self.awaited -= 1
+            at = found.start()
+        self.seen = text[max(at + 1, len(text) - 12):]      # not the H of the last one, or it would count again
+        return len(data)
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
+
+
+class FairFarm:
+    """The crowded farm as a case sees it."""
+
+    def __init__(self, server: BenchServer, size: FairSize, seconds: float) -> None:
+        self.server, self.size, self.seconds = server, size, seconds
+        self.patience_s = PATIENCE * seconds
+
+    def request(self, method: str, path: str, body: Any = None) -> bytes:
+        """The bytes of a request with a login."""
+        content = b"" if body is None else body if isinstance(body, bytes) else encode_json(body).encode()
+        return bench_request(self.server.token, method, path, content)
+
+    def reports(self, first: int, count: int) -> bytes:
+        """A request of the worker holder: so many of its tasks are done, each with an elapsed of its own."""
+        return done_many(self.request("PUT", "runs/held/tasks"), "holder", "differing")([
+            (b"%d" % task, b"1") for task in range(first, first + count)])
+
+    def talk(self, talks: Sequence[Sequence[bytes]], again: bool = False) -> List[Talk]:
+        """Hold talks at once, each on a connection of its own: it sends a message when the last one was answered.
+
+        *again*: each begins anew at its end, for `seconds`; else all end, or are given up after `patience_s`.
+        """
+        end = time.perf_counter() + (self.seconds if again else self.patience_s)
+        held = [Talk(self.server.port, messages) for messages in talks]
+        with selectors.DefaultSelector() as selector:
+            for talk in held:
+                talk.began = time.perf_counter()
+                selector.register(talk.sock, talk.step(0, again) or selectors.EVENT_READ, talk)
+            while selector.get_map() and time.perf_counter() < end:
+                for key, events in selector.select(0.1):
+                    watched = key.data.step(events, again)
+                    if not watched:
+                        selector.unregister(key.fileobj)
+                        key.data.sock.close()
+                    elif watched != key.events:
+                        selector.modify(key.fileobj, watched, key.data)
+        for talk in held:
+            talk.sock.close()
+        return held
+
+    def connect(self, number: int, sent: bytes = b"", receive_buffer: int = 0) -> List[socket.socket]:
+        """So many connections that have sent something, and read nothing."""
+        talks = [Talk(self.server.port, [], receive_buffer) for _ in range(number)]
+        for talk in talks:
+            talk.sock.settimeout(1.0)
+            with contextlib.suppress(OSError):      # the server reads no more of it, or has closed it
+                talk.sock.sendall(sent)
+        return [talk.sock for talk in talks]
+
+    def cpu_s(self) -> float:
+        """What the server has used, also where it does not answer."""
+        with open("/proc/%d/stat" % self.server.pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_mb(self) -> float:
+        """What the server has in memory now."""
+        with open("/proc/%d/statm" % self.server.pid) as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE / 1e6
+
+
+def answered(talk: Talk) -> str:
+    """Status of the last answer of a talk, and after how long it came."""
+    if not talk.statuses:
+        return "no answer in %.0f s" % (time.perf_counter() - talk.began)
+    return "%d after %.2f s" % (talk.statuses[-1], talk.ended - talk.began)
+
+
+def all_answered(talks: Sequence[Talk]) -> str:
+    """How many of talks of one request each were answered with success, and after how long the last one."""
+    good = sum(talk.statuses[:1] in ([200], [204]) for talk in talks)
+    return "%d of %d done, the last after %.1f s" % (good, len(talks), max(talk.ended - talk.began for talk in talks))
+
+
+def ask_bystander(farm: FairFarm, stop: int, held: int) -> Tuple["array.array[float]", bool]:
+    """Ask for one run until *stop* ends, a pipe: the seconds of each answer, and whether the last one came."""
+    os.close(held)          # its other end, which our parent holds
+    took = array.array("d")
+    request = farm.request("GET", "runs/run0")
+    with socket.create_connection(("127.0.0.1", farm.server.port), timeout=farm.patience_s) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while not select.select([stop], [], [], BYSTANDER_PAUSE_S)[0]:
+            began = time.perf_counter()
+            sock.sendall(request)
+            try:
+                data = sock.recv(65536)
+            except socket.timeout:
+                data = b""
+            took.append(time.perf_counter() - began)
+            if not data.startswith(b"HTTP/1.1 200 "):
+                return took, False
+    return took, True
+
+
+def fair_try(case: FairCase, db: str, token: str, size: FairSize, seconds: float) -> Dict[str, Any]:
+    """One try of a case on a file, which is not used again after it."""
+    unread, log_end = os.pipe()
+    with open(unread), open(log_end, "w") as access_log:
+        server = BenchServer(db, token, access_log if case.unread_log else None)
+        try:
+            farm = FairFarm(server, size, seconds)
+            stop, held = os.pipe()
+            _, result = forked(lambda: ask_bystander(farm, stop, held))
+            os.close(stop)
+            time.sleep(0.2)         # a few answers in peace
+            note = case.load(farm) or ""
+            os.close(held)
+            took, came = result()
+        finally:
+            server.kill()
+    median, _, _, worst = quantiles(took)
+    return {"worst_ms": worst, "median_ms": median, "answers": len(took),
+            "note": note if came else "the bystander got no answer any more. " + note}
+
+
+def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float, tries: int,
+               progress: "Progress") -> Dict[str, Any]:
+    """Each case so many times, on copies of one crowded farm; of the bystander's worst answers the median counts."""
+    size = FairSize(rows)
+    crowded = os.path.join(folder, "crowded.sqlite")
+    progress.what = "fair: filling"
+    progress.show(0, 1)
+    filled: Dict[Fill, Tuple[str, str]] = {crowd: (crowded, fill_crowd(crowded, crowd, size))}
+    result: Dict[str, Any] = {"profile": "fair", "rows": rows, "cases": {}}
+    for number, case in enumerate(cases):
+        progress.what = "fair: " + case.name
+        for attempt in range(tries):
+            progress.show(number * tries + attempt, len(cases) * tries)
+            if case.fill not in filled:
+                special = os.path.join(folder, case.name + ".sqlite")
+                shutil.copyfile(crowded, special)
+                filled[case.fill] = special, fill_crowd(special, case.fill, size)
+            db = os.path.join(folder, "fair.sqlite")
+            for name in glob.glob(glob.escape(db) + "*"):
+                os.remove(name)
+            source, token = filled[case.fill]
+            shutil.copyfile(source, db)
+            tried = fair_try(case, db, token, size, seconds)
+            result["cases"].setdefault(case.name, {"sentence": case.sentence, "tries": []})["tries"].append(tried)
+        shown = result["cases"][case.name]
+        for figure in ("worst_ms", "median_ms", "answers"):
+            values = sorted(tried[figure] for tried in shown["tries"])
+            shown[figure] = values[len(values) // 2]
+        shown["note"] = next(tried["note"] for tried in shown["tries"] if tried["worst_ms"] == shown["worst_ms"])
+    return result
+
+
+def fill_crowd(db: str, fill: Fill, size: FairSize) -> str:
+    """Add to the file that a case begins with; a token for it."""
+    with contextlib.closing(Store(db)) as store:
+        fill(store, size)
+    token = bench_token(db)
+    if fill is fill_silent:
+        let_lapse(db, token, size)
+    return token
+
+
+def fair_table(result: Dict[str, Any]) -> str:
+    """The measurement of profile `fair` as a person reads it."""
+    width = max(map(len, result["cases"]))
+    lines = ["%-*s  worst ms  median ms  answers" % (width, "fair, one bystander")]
+    for name, case in result["cases"].items():
+        lines.append(("%-*s  %8.0f  %9.2f  %7d  %s" % (
+            width, name, case["worst_ms"], case["median_ms"], case["answers"], case["note"])).rstrip())
+    return "\n".join(lines)
+
+
+def burst(method: str, path: str) -> bytes:
+    """95 kB of one request without a login, again and again."""
+    request = b"%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method.encode(), path.encode())
+    return request * (95000 // len(request))
+
+
+@fair_case()
+def fair_nobody(farm: FairFarm) -> None:
+    """nobody but the bystander: what this machine does by itself"""
+    time.sleep(farm.seconds)
+
+
+@fair_case()
+def fair_pipelined(farm: FairFarm) -> None:
+    """10 connections, each one burst of 95 kB of GET /livez"""
+    farm.talk([[burst("GET", "/livez")]] * 10)
+
+
+@fair_case()
+def fair_pipelined_heads(farm: FairFarm) -> None:
+    """10 connections, each one burst of 95 kB of HEAD /"""
+    farm.talk([[burst("HEAD", "/")]] * 10)
+
+
+@fair_case()
+def fair_pipelined_on(farm: FairFarm) -> None:
+    """32 connections, burst after burst of 95 kB of HEAD /"""
+    farm.talk([[burst("HEAD", "/")]] * 32, again=True)
+
+
+@fair_case(fill=fill_silent)
+def fair_beats(farm: FairFarm) -> str:
+    """200 heartbeats at once after an outage, each taking back 10 000 lapsed tasks"""
+    return all_answered(farm.talk([[farm.request("PUT", "worker/silent%d" % number)]
+                                   for number in range(farm.size(200))]))
+
+
+@fair_case(fill=fill_leaving)
+def fair_sign_offs(farm: FairFarm) -> str:
+    """100 workers with 10 000 tasks each sign off at once"""
+    return all_answered(farm.talk([[farm.request("DELETE", "worker/leaving%d" % number)]
+                                   for number in range(farm.size(100))]))
+
+
+@fair_case()
+def fair_differing_reports(farm: FairFarm) -> str:
+    """400 reports at once of 500 tasks each, all with an elapsed of their own"""
+    batch = farm.size(500)
+    return all_answered(farm.talk([[farm.reports(first * batch, batch)] for first in range(farm.size(400))]))
+
+
+def claims_in_vain(farm: FairFarm, claimers: int) -> List[Talk]:
+    """Claims, again and again, where many tasks compute without a lease and none waits."""
+    return farm.talk([[farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
+                      for number in range(claimers)], again=True)
+
+
+@fair_case()
+def fair_claim_in_vain(farm: FairFarm) -> str:
+    """claims in vain, one after the other, where 2 000 000 tasks compute without a lease; 20 000 leased workers"""
+    (talk,) = claims_in_vain(farm, 1)
+    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(talk.statuses)))
+
+
+@fair_case()
+def fair_kept_lease(farm: FairFarm) -> str:
+    """six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its task waits again"""
+    farm.talk([[farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
+                farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})]])
+    began = time.perf_counter()
+    longer = FairFarm(farm.server, farm.size, 4 * farm.seconds)
+    _, claimers = forked(lambda: len(claims_in_vain(longer, 6)))
+    ended = None
+    while ended is None and time.perf_counter() < began + longer.seconds:
+        time.sleep(0.05)
+        if not farm.server.ask("GET", "/api/runs/lease")["numComputing"]:
+            ended = time.perf_counter() - began
+    claimers()
+    return "it ended after %.1f s" % ended if ended else "it had not ended after %.0f s" % longer.seconds
+
+
+@fair_case()
+def fair_partial_restart(farm: FairFarm) -> None:
+    """partial restarts of an untouched run of 100 tasks, one after the other; 20 000 leased workers"""
+    farm.talk([[farm.request("POST", "runs/hundred/restart")]], again=True)
+
+
+@fair_case()
+def fair_large_holder(farm: FairFarm) -> None:
+    """about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one task, a page of workers"""
+    farm.talk([[farm.request("PUT", "worker/holder"),
+                farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
+                farm.request("GET", "worker/holder?limit=1"), farm.request("GET", "workers?limit=1000")]], again=True)
+
+
+@fair_case()
+def fair_large_sign_off(farm: FairFarm) -> str:
+    """a worker that holds 2 000 000 tasks without a lease signs off"""
+    (talk,) = farm.talk([[farm.request("DELETE", "worker/holder")]])
+    time.sleep(farm.seconds)
+    return answered(talk)
+
+
+@fair_case()
+def fair_all_runs(farm: FairFarm) -> None:
+    """GET /api/runs with 20 000 runs, again and again"""
+    farm.talk([[farm.request("GET", "runs")]], again=True)
+
+
+JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
+
+
+@fair_case()
+def fair_junk(farm: FairFarm) -> None:
+    """4 MiB of JSON that is no batch, from somebody logged in"""
+    farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]])
+
+
+@fair_case()
+def fair_junk_at_once(farm: FairFarm) -> None:
+    """the same on eight connections at once"""
+    farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)
+
+
+@fair_case()
+def fair_deleted_runs(farm: FairFarm) -> str:
+    """two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of it, another's large page"""
+    farm.talk([[farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
+                farm.request("POST", "runs/ten/restart?all=True")]])
+    talks = farm.talk([[farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
+                       [farm.request("GET", "runs/ten/tasks?limit=1000")],
+                       [farm.request("GET", "runs/run1/tasks?limit=1000")]])
+    return "claim %s, its page %s, another's large page %s" % tuple(map(answered, talks))
+
+
+@fair_case()
+def fair_slow_readers(farm: FairFarm) -> str:
+    """ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them"""
+    slow = farm.connect(10, farm.request("GET", "runs"), receive_buffer=4096)
+    time.sleep(farm.seconds)
+    (talk,) = farm.talk([[farm.request("GET", "runs")]])
+    for sock in slow:
+        sock.close()
+    return "GET /api/runs " + answered(talk)
+
+
+def half_head(length: int) -> bytes:
+    """The beginning of a head, in fewer lines than are too many."""
+    line = b"X: " + b"x" * 345 + b"\r\n"
+    return (b"GET /livez HTTP/1.1\r\n" + line * (length // len(line) + 1))[:length]
+
+
+@fair_case()
+def fair_heads_by_byte(farm: FairFarm) -> str:
+    """ten long heads that go on byte by byte, 6.5 kB/s in all, without a login"""
+    begun = farm.connect(10, half_head(28000))
+    time.sleep(0.2)
+    cpu_s, began, sent = farm.cpu_s(), time.perf_counter(), 0
+    while time.perf_counter() < began + farm.seconds:
+        due = int(6500 * (time.perf_counter() - began))
+        while sent < due:
+            with contextlib.suppress(OSError):      # its 32 kB are full
+                begun[sent % len(begun)].send(b"x")
+            sent += 1
+        time.sleep(0.001)
+    share = (farm.cpu_s() - cpu_s) / (time.perf_counter() - began)
+    for sock in begun:
+        sock.close()
+    return "the server uses %.0f %% of a core" % (100 * share)
+
+
+@fair_case()
+def fair_half_heads(farm: FairFarm) -> str:
+    """2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; then as many again"""
+    number = farm.size(2300)
+
+    def again() -> int:
+        time.sleep(farm.seconds / 3)
+        more = farm.connect(number, half_head(30000))
+        time.sleep(farm.patience_s)
+        return len(more)
+    half = farm.connect(number, half_head(30000))
+    _, others = forked(again)
+    (talk,) = farm.talk([[farm.reports(0, farm.size(10000))]])
+    others()
+    for sock in half:
+        sock.close()
+    return "the batch: " + answered(talk)
+
+
+@fair_case(unread_log=True)
+def fair_unread_log(farm: FairFarm) -> None:
+    """an access log on the standard output that nobody reads, and 2 000 requests"""
+    farm.talk([[b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000])
+
+
+def basic(name: str, password: str) -> bytes:
+    """A request with name and password."""
+    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
+        ("%s:%s" % (name, password)).encode())
+
+
+@fair_case()
+def fair_wrong_logins(farm: FairFarm) -> str:
+    """400 wrong passwords on connections that are closed at once, then a right one"""
+    cpu_s = farm.cpu_s()
+    for number in range(farm.size(400)):
+        for sock in farm.connect(1, basic("ada", "wrong%d" % number)):
+            sock.close()
+    (talk,) = farm.talk([[basic("ada", "right")]])
+    return "the right one: %s, %.1f s of CPU" % (answered(talk), farm.cpu_s() - cpu_s)
+
+
+@fair_case()
+def fair_long_passwords(farm: FairFarm) -> None:
+    """20 passwords of 12 kB of combining characters"""
+    farm.talk([[basic("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)]])
+
+
+@fair_case()
+def fair_long_paths(farm: FairFarm) -> str:
+    """4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server keeps of it"""
+    before = farm.memory_mb()
+    requests = [b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
+                for number in range(farm.size(4200))]
+    farm.talk([requests[first::4] for first in range(4)])
+    return "memory grows by %.0f MB" % (farm.memory_mb() - before)
+
+
+@fair_case()
+def fair_token_passwords(farm: FairFarm) -> str:
+    """20 000 requests with one token, each with another password of 12 kB beside it: what the server keeps of it"""
+    before = farm.memory_mb()
+    requests = [basic(farm.server.token, "x" * 11900 + str(number)) for number in range(farm.size(20000))]
+    talks = farm.talk([requests[first::4] for first in range(4)])
+    return "%s, memory grows by %.0f MB" % (answered(talks[0]), farm.memory_mb() - before)
 
 
 # ---------------------------------------------------------------- DOCTOR
@@ -9101,48 +9814,57 @@ def cmd_bench(args: argparse.Namespace) -> int:
     Starts a server of its own on a temporary file (in --dir, for the disk that matters) and drives
     it from other processes. Profiles: lean (claim, done), paper (what the published client's stress
     test does: claim, read, ten updates, done), constant (the same parser and login, a fixed answer:
-    what the others are compared with), flat (whether costs stay the same with many tasks and runs),
-    batch (claims and results of up to 10 000 tasks, in the store alone and over HTTP).
-    Tasks given twice or never are counted; both must be 0.
+    what the others are compared with), batch (claims and results of up to 10 000 tasks, in the store
+    alone and over HTTP), life (one run from its first task to its last, in batches), flat (whether
+    costs stay the same with many tasks and runs), fair (how long one client waits beside others that
+    do their worst, case by case). Tasks given twice or never are counted; both must be 0.
 
     examples:
       python3 taskfarm.py bench
       python3 taskfarm.py bench --profile constant,lean --clients 1,16,64,256 --seconds 5
-      python3 taskfarm.py bench --profile flat --rows 10000000
+      python3 taskfarm.py bench --profile flat,life --rows 10000000
+      python3 taskfarm.py bench --profile fair --case pipelined,beats --tries 1
     """
     profiles = args.profile.split(",")
-    unknown = set(profiles) - {"constant", "lean", "paper", "flat", "batch"}
+    unknown = set(profiles) - set(PROFILES)
     if unknown:
-        raise Refusal("there is no profile %s: constant, lean, paper, flat and batch are" % ", ".join(sorted(unknown)))
-    try:
-        trial = tempfile.TemporaryDirectory(prefix="taskfarm-bench-", dir=args.dir)
-    except OSError as error:
-        raise Refusal("no folder can be made in %s (%s): --dir names another" % (
-            args.dir or tempfile.gettempdir(), error.strerror))
+        raise Refusal("there is no profile %s: %s are" % (", ".join(sorted(unknown)), ", ".join(PROFILES)))
+    cases = chosen_cases(args.case)
     raise_descriptor_limit()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # through what removes the folder
+    return in_own_group(lambda folder: measure(args, profiles, cases, folder), args.dir)
+
+
+PROFILES = ("constant", "lean", "paper", "batch", "life", "flat", "fair")
+
+
+def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[FairCase], folder: str) -> int:
+    """Measure profile after profile, and print what came of it."""
     points: List[Dict[str, Any]] = []
-    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile not in ("flat", "batch")]
-    wide = {"batch": batch_table, "flat": flat_table}       # profiles with tables of their own
-    with trial as folder, Progress("bench") as progress:
-        if set(profiles) - {"flat"}:
+    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in PROFILES[:3]]
+    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
+    with Progress("bench") as progress:
+        if pairs or "batch" in profiles:
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):
                 progress.what = "%s, %d client%s" % (profile, clients, "s" * (clients > 1))
                 progress.show(number, len(pairs))
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             if "batch" in profiles:
-                points.append(bench_batch(folder, server, args.seconds, args.processes))
+                points.append(bench_batch(folder, server, args.seconds, args.processes, progress))
             server.stop()
+        if "life" in profiles:
+            points.append(bench_life(folder, args.rows or 10 ** 6))
         if "flat" in profiles:
-            points.append(bench_flat(folder, args.rows, args.seconds, progress))
+            points.append(bench_flat(folder, args.rows or 10 ** 6, args.seconds, progress))
+        if "fair" in profiles:
+            points.append(bench_fair(folder, cases, args.rows or FAIR_ROWS, args.seconds, args.tries, progress))
     if args.json:
         print(json.dumps(points))
         return 0
     if pairs:
         print(bench_table(points[:len(pairs)]))
     for point in points[len(pairs):]:
-        print(wide[point["profile"]](point))
+        print(tables[point["profile"]](point))
     return 0
 
 
@@ -9488,8 +10210,10 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
                         help="connections at once; by default 1,16,64,256")
     parser.add_argument("--seconds", type=positive(float), default=3.0, help="for each line; by default 3")
     parser.add_argument("--processes", type=positive(int), default=2, help="that drive the server; by default 2")
-    parser.add_argument("--rows", type=positive(int), default=10 ** 6,
-                        help="touched tasks of profile flat; by default 1000000")
+    parser.add_argument("--rows", type=positive(int), default=None, help="touched tasks of the profiles flat, life and "
+                        "fair; by default 1000000, of fair %d. Fewer make the whole farm of fair smaller" % FAIR_ROWS)
+    parser.add_argument("--case", default="", help="cases of profile fair, with commas between; by default all")
+    parser.add_argument("--tries", type=positive(int), default=3, help="of each case of profile fair; by default 3")
     parser.add_argument("--dir", default=None, help="where the temporary file lies")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

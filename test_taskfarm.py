@@ -1148,12 +1148,12 @@ def test_only_the_store_speaks_sql() -> None:
 
 
 @pytest.mark.parametrize("name, allowed", [
-    ("sqlite3", STORE), ("selectors", {"HTTP", "WORKER", "BENCH"}), ("socketserver", {"HTTP"}),
+    ("sqlite3", STORE), ("selectors", {"HTTP", "WORKER", "BENCH", "FAIR"}), ("socketserver", {"HTTP"}),
     ("argparse", {"VERBS", "UPKEEP", "COMMAND LINE"}),
-    ("socket", {"HTTP", "SERVICE", "CLIENT", "BENCH", "DOCTOR", "VERBS", "UPKEEP"}), ("hashlib", {"LOGIN"}),
+    ("socket", {"HTTP", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}), ("hashlib", {"LOGIN"}),
     ("fcntl", {"FILE"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "API", "PAGES"}),
-    ("Store", {"WRITER", "API", "SERVICE", "BENCH", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
+    ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
 ])
 def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
     used = {section_of(node) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == name}
@@ -5703,25 +5703,97 @@ def test_doctor_finds_locks_that_keep_nobody_out(tmp_path: Path, monkeypatch: py
 # ---------------------------------------------------------------- COMMAND LINE
 
 def test_bench_measures_and_counts(tmp_path: Path) -> None:
-    done = run_verb("bench", "--profile", "constant,lean,paper,flat", "--clients", "3", "--seconds", "0.2", "--rows",
-                    "3000", "--json", "--dir", str(tmp_path))
+    done = run_verb("bench", "--profile", "constant,lean,paper,batch,life,flat", "--clients", "3", "--seconds", "0.2",
+                    "--rows", "3000", "--json", "--dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    *points, flat = json.loads(done.stdout)
+    *points, batch, life, flat = json.loads(done.stdout)
     assert [point["profile"] for point in points] == ["constant", "lean", "paper"]
     assert all(point["twice"] == point["never"] == 0 for point in points)
     assert all(point["requests_per_s"] > 0 for point in points) and set(points[1]["ms"]) == {"claim", "done"}
+    for size in taskfarm.BATCHES:
+        for reports in ("alike", "differing"):
+            point = batch["batches"][str(size)][reports]
+            assert point["store_tasks_per_s"] > 0 and point["http_tasks_per_s"] > 0
+            assert point["twice"] == point["never"] == 0 and point["clients_cpu_s_per_s"] > 0
+    assert life["num_done"] == 3000 and life["twice"] == 0 and life["file_bytes"] > 0
     assert set(flat["ratio"]) == set(taskfarm.FLAT)
-    killed = subprocess.Popen([sys.executable, str(MODULE), "bench", "--seconds", "60", "--dir", str(tmp_path)])
-    wait_until(lambda: list(tmp_path.glob("*/farm.sqlite.lock")))
-    killed.terminate()
-    assert killed.wait(20) == 143
     for wrong in ("/proc", str(tmp_path / "none")):
         refused = run_verb("bench", "--profile", "lean", "--dir", wrong)
         assert refused.returncode == 1 and "no folder can be made in " + wrong in refused.stderr
-    wait_until(lambda: not list(tmp_path.iterdir()))
     shown = run_verb("bench", "--profile", "lean", "--clients", "2", "--seconds", "0.1", "--dir", str(tmp_path))
     assert shown.returncode == 0 and "\nprofile " in shown.stdout and shown.stdout.count("\n") == 4
+    shown = run_verb("bench", "--profile", "life,batch", "--rows", "9", "--seconds", "0.1", "--dir", str(tmp_path))
+    assert "\n1000 differing " in shown.stdout and "\n9 tasks " in shown.stdout
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_results_that_differ_are_told_apart() -> None:
+    tasks = [(b"%d" % number, b"1") for number in range(1000)]
+    sent = {reports: json.loads(taskfarm.done_many(b"\r\n\r\n", "w0", reports)(tasks).partition(b"\r\n\r\n")[2])
+            for reports in taskfarm.REPORTS}
+    plain = [{"task": number, "attempt": 1, "status": "done"} for number in range(1000)]
+    assert sent["alike"] == {"worker_uuid": "w0", "data": plain}
+    elapsed = [entry.pop("elapsed") for entry in sent["differing"]["data"]]
+    assert sent["differing"] == sent["alike"] and len(set(elapsed)) > 900 and 0 < min(elapsed) < max(elapsed) <= 100
+
+
+def test_the_fair_profile_runs_every_case(tmp_path: Path) -> None:
+    words = ["bench", "--profile", "fair", "--rows", "400", "--seconds", "0.1", "--tries", "1", "--dir", str(tmp_path)]
+    done = run_verb(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    (fair,) = json.loads(done.stdout)
+    assert list(fair["cases"]) == list(taskfarm.FAIR_CASES)
+    assert all(case["answers"] > 0 and case["worst_ms"] >= case["median_ms"] > 0 for case in fair["cases"].values())
+    shown = run_verb(*words, "--case", "nobody,heads_by_byte")
+    assert re.findall(r"^(\w+) .*", shown.stdout, re.M) == ["nobody", "heads_by_byte"]
+    assert "% of a core" in shown.stdout
+    refused = run_verb(*words, "--case", "nobody,nothing")
+    assert refused.returncode == 1 and "there is no case nothing: nobody, pipelined," in refused.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+BENCH_ENDED_AT_EACH_STEP = """
+import os, signal, sys, taskfarm
+
+def steps_counted(last, own):
+    counted = -1
+    def count(frame, event, _):
+        nonlocal counted
+        if counted < 0 and frame.f_code.co_name == "cmd_bench":
+            counted = 0
+        if counted >= 0 and event in ("call", "c_call") and os.getpid() == own:
+            counted += 1
+            if counted == last:
+                os.kill(own, signal.SIGTERM)
+    return count
+
+for step in range(1, 1000):
+    all_ended, held = os.pipe()         # each process that comes of it holds the other end
+    pid = os.fork()
+    if pid == 0:
+        sys.setprofile(steps_counted(step, os.getpid()))
+        words = "bench --profile lean --clients 1 --seconds 0.02 --json --dir"
+        sys.exit(taskfarm.main([*words.split(), sys.argv[1]]))
+    os.close(held)
+    status = os.waitpid(pid, 0)[1]
+    left = os.listdir(sys.argv[1])
+    os.read(all_ended, 1)
+    print(step, -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), left, flush=True)
+    if left or status == 0:
+        break
+"""
+
+
+def test_a_bench_that_is_ended_leaves_nothing_at_whatever_step(tmp_path: Path) -> None:
+    """SIGTERM at the first call of the verb, in another one at its second, and so on until one ends by itself."""
+    done = subprocess.run([sys.executable, "-c", BENCH_ENDED_AT_EACH_STEP, str(tmp_path)], cwd=str(HERE),
+                          capture_output=True, text=True, timeout=100)
+    ends = [line.split(" ", 2) for line in done.stdout.splitlines() if not line.startswith("[{")]
+    assert {left for _, _, left in ends} == {"[]"}, ends[-1]
+    assert "Traceback" not in done.stderr
+    statuses = [int(status) for _, status, _ in ends]
+    deaths = statuses.count(-signal.SIGTERM)        # before there is anything to remove
+    assert statuses == [-signal.SIGTERM] * deaths + [143] * (len(ends) - deaths - 1) + [0] and len(ends) > 20 + deaths
 
 
 def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
