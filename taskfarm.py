@@ -2774,20 +2774,27 @@ class Store:
 
     def call(self, named: Operation) -> Any:
         """Have one operation run, wait for its result and return it. Raises what it raises."""
-        if self.writer is None:
-            ended = self.apply([named])
-            while not any(other is named for other, _ in ended):
-                self.turn()
-                ended = self.apply([])
-            outcome = next(outcome for other, outcome in ended if other is named)
-        else:
-            answers: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
-            named.done = lambda _, outcome: answers.put(outcome)
-            self.submit([named])
-            outcome = answers.get()
+        outcome, = self.call_all([named])
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
+
+    def call_all(self, operations: List[Operation]) -> List[Any]:
+        """Have operations run, wait for them all, and give the result of each, or the error it ended in."""
+        ended: Dict[Operation, Any] = {}
+        if self.writer is None:
+            ended.update(self.apply(operations))
+            wanted = set(operations)
+            while not ended.keys() >= wanted:
+                self.turn()
+                ended.update(self.apply([]))
+        else:
+            answers: "queue.SimpleQueue[Tuple[Operation, Any]]" = queue.SimpleQueue()
+            for named in operations:
+                named.done = lambda named, outcome: answers.put((named, outcome))
+            self.submit(operations)
+            ended.update(answers.get() for _ in operations)
+        return [ended[named] for named in operations]
 
     def start(self) -> None:
         """Start the writer thread."""
@@ -6108,7 +6115,7 @@ class TaskFarmWorker(TaskFarm):
 
     @property
     def task(self) -> Optional[int]:
-        """The task in hand; when there is none, a new one is given. None when nothing waits."""
+        """The task in hand; when there is none, a new one is claimed. None when nothing waits."""
         if self._task is None:
             self._percentageDone = None
             given = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid},
@@ -7985,8 +7992,8 @@ def fill(db: str, case: str, rows: int, progress: Callable[[float, float], None]
     with contextlib.closing(Store(db)) as store:
         store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
         store.call(register_worker("w0", "bench", 0))
-        runs = store.apply([create_run(uuid.uuid4().hex, MAX_TASKS) for _ in range(10000 if case == FLAT[2] else 1)])
-        run = runs[-1][1].uuid
+        runs = store.call_all([create_run(uuid.uuid4().hex, MAX_TASKS) for _ in range(10000 if case == FLAT[2] else 1)])
+        run = runs[-1].uuid
         count = rows if case == "rows" else min(rows, 10 ** 6) if case == "random" else 1000
         numbers = random.Random(1).sample(range(count), count) if case == "random" else range(count)
         for first in range(0, count, MOST_TASKS):
@@ -8080,21 +8087,20 @@ def crowd(store: Store, size: FairSize) -> None:
 
 
 def apply_all(store: Store, operations: List[Operation]) -> None:
-    """Have many operations done, some at a time. Raises what one of them raises."""
-    for first in range(0, len(operations), BATCH_LIMIT):
-        for _, outcome in store.apply(operations[first:first + BATCH_LIMIT]):
-            if isinstance(outcome, BaseException):
-                raise outcome
+    """Have many operations done. Raises what one of them raises."""
+    for outcome in store.call_all(operations):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def hold_tasks(store: Store, run: str, worker: str, number: int, lease: Optional[int]) -> None:
     """A run of so many tasks that one worker computes."""
     apply_all(store, [create_run(run, number), register_worker(worker, "bench", 0, lease)])
     if lease:
-        apply_all(store, [claim_many(run, worker, number)])
+        apply_all(store, [claim_many(run, worker, min(SMALL, number - first)) for first in range(0, number, SMALL)])
     else:       # only one by one may a worker claim more than MOST_TASKS
-        for first in range(0, number, BATCH_LIMIT):
-            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + BATCH_LIMIT))])
+        for first in range(0, number, MOST_TASKS):
+            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MOST_TASKS))])
 
 
 def fill_leaving(store: Store, size: FairSize) -> None:

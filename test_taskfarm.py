@@ -1137,7 +1137,7 @@ def test_a_queue_is_waited_on_in_one_place() -> None:
         "next_from"}, "SimpleQueue.get(timeout=...) may wait for ever on Python 3.9 and 3.10; next_from says how not"
 
 
-STORE = {"SCHEMA", "TRANSACTIONS", "ROWS", "QUERIES", "OPERATIONS", "FILE", "WRITER"}       # the sections that may speak SQL
+STORE = {"SCHEMA", "TRANSACTIONS", "ROWS", "QUERIES", "OPERATIONS", "FILE", "WRITER"}  # sections that speak SQL
 
 
 def test_only_the_store_speaks_sql() -> None:
@@ -1265,14 +1265,6 @@ def report(farm: Any, run: str, number: int, **body: Any) -> int:
     return int(farm.ask("PUT", "/api/runs/%s/tasks/%d" % (run, number), body)[0])
 
 
-def run_all(store: Direct, *operations: Operation) -> List[Any]:
-    """Hand operations to the store at once, and give what came of each."""
-    ended = store.store.apply(list(operations))
-    while len(ended) < len(operations):
-        ended += store.store.apply([])
-    return [next(outcome for other, outcome in ended if other is named) for named in operations]
-
-
 def figures(farm: Any, run: str) -> Tuple[int, int, int, float]:
     shown = farm.ask("GET", "/api/runs/" + run)[1]
     return shown["numWaiting"], shown["numComputing"], shown["numDone"], shown["percentDone"]
@@ -1396,7 +1388,7 @@ def test_an_operation_that_fails_unexpectedly_takes_no_other_with_it(store: Dire
         raise ZeroDivisionError
 
     batch = [taskfarm.claim(run, "w"), broken(), taskfarm.claim(run, "w")]
-    outcomes = run_all(store, *batch)
+    outcomes = store.store.call_all(batch)
     assert [outcomes[0].number, type(outcomes[1]), outcomes[2].number] == [0, ZeroDivisionError, 1]
     assert figures(store, run) == (3, 2, 0, 0.0)
 
@@ -2775,10 +2767,10 @@ def test_a_claim_that_was_rolled_back_is_not_remembered(store: Direct) -> None:
         raise ZeroDivisionError
 
     keys = [taskfarm.IdempotencyKey(letter.encode() * 16, b"r" * 16) for letter in "klm"]
-    run_all(store, taskfarm.claim(run, "a", keys[0]))
+    store.store.call(taskfarm.claim(run, "a", keys[0]))
     for batch in ([taskfarm.claim(run, "a", keys[1]), broken()], [broken(), taskfarm.claim(run, "a", keys[2])]):
-        outcomes = {named.function.__name__: outcome for named, outcome in zip(batch, run_all(store, *batch))}
-        again, = run_all(store, *[named for named in batch if named.args])
+        outcomes = {named.function.__name__: outcome for named, outcome in zip(batch, store.store.call_all(batch))}
+        again, = store.store.call_all([named for named in batch if named.args])
         assert again.number == outcomes["claim"].number and isinstance(outcomes["broken"], ZeroDivisionError)
     assert figures(store, run)[1] == 3
 
