@@ -777,10 +777,10 @@ class Machine(RuleBasedStateMachine):
         path, body, key, worker, answer = dice.choice(known)
         if not again:
             run = dice.choice(list(self.model.runs))
-            path, body = dice.choice([
+            path, body = dice.choice([other for other in (
                 ("/api/run", {"numTasks": 78}), ("/api/runs/%s/restart?status=failed" % run, None),
                 ("/api/runs/%s/task" % run, {"worker_uuid": "first" if worker != "first" else "a"}),
-                ("/api/runs/%s/tasks" % run, {"worker_uuid": worker or "first", "count": 9})])
+                ("/api/runs/%s/tasks" % run, {"worker_uuid": worker or "first", "count": 9})) if other != (path, body)])
         status, content = self.farm.ask("POST", path, body, key)
         self.model.heard(body and body.get("worker_uuid"))
         if any(entry["signed off"] for entry in self.model.workers.values()):
