@@ -685,6 +685,10 @@ class Run:
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
                  "millionths", "head", "head_end", "sweep", "last_report", "name", "limits")
+    id: int
+    first_id: int
+    num_tasks: int
+    millionths: int
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
         num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses"""
@@ -999,15 +1003,14 @@ class Operation:
         return self
 
 
-def operation(function: Optional[Callable[..., Any]] = None, reads: bool = False) -> Any:
-    """Mark a function (sql, now, ...) as an operation; *reads* when it never writes."""
-    if function is None:
-        return functools.partial(operation, reads=reads)
+def operation(function: Callable[..., Any]) -> Callable[..., Operation]:
+    """Mark a function (sql, now, ...) as an operation: to call it only names it."""
+    return functools.wraps(function)(lambda *args: Operation(function, args, False))
 
-    @functools.wraps(function)
-    def name_it(*args: Any) -> Operation:
-        return Operation(function, args, reads)
-    return name_it
+
+def read_operation(function: Callable[..., Any]) -> Callable[..., Operation]:
+    """The same for one that never writes, or does without where it cannot: it is run on a full disk too."""
+    return functools.wraps(function)(lambda *args: Operation(function, args, True))
 
 
 class Transaction:
@@ -1387,29 +1390,29 @@ INTERVAL = "SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMI
 # What is only read: a run, a task, pages of lists, and the recount of the file's promises. They never write, so they
 # are run also on a full disk.
 #
-# Another figure to look at: an operation here with reads=True. It looks at PAGE_ROWS rows at most, whatever there is.
+# Another figure to look at: a function here marked @read_operation. It looks at PAGE_ROWS rows at most, whatever there is.
 
-@operation(reads=True)
+@read_operation
 def list_runs(sql: Transaction, now: Now) -> List[Row]:
     """All runs in order of creation, as rows that class Run takes: the writer does no more work than it must."""
     sql.flush()
     return sql.all("SELECT " + Run.COLUMNS + " FROM run WHERE coalesce(sweep, '') <> 'delete' ORDER BY id")
 
 
-@operation(reads=True)
+@read_operation
 def read_run(sql: Transaction, now: Now, run_uuid: str) -> Run:
     """One run. Raises NotFound."""
     return find_run(sql, run_uuid, reading=True).snapshot()
 
 
-@operation(reads=True)
+@read_operation
 def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTask:
     """One task. Raises NotFound for the run and the number."""
     run = find_run(sql, run_uuid, reading=True)
     return shown(sql, run, as_swept(sql, run, find_task(sql, run, number)))
 
 
-@operation(reads=True)
+@read_operation
 def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: int) -> Page:
     """A page of workers by id: ShownWorker of each. *everyone*: also those that have expired or signed off."""
     workers = [Worker(row) for row in sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
@@ -1419,7 +1422,7 @@ def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: 
                 str(workers[-1].id) if len(workers) == limit else None)
 
 
-@operation(reads=True)
+@read_operation
 def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after: int) -> Tuple[ShownWorker, Page]:
     """A worker, and a page of the tasks that it holds by id: (run uuid, ShownTask) of each. Raises NotFound.
 
@@ -1442,7 +1445,7 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
     return shown_worker(sql, now, worker), Page(entries, str(tasks[-1].id) if len(tasks) == limit else None)
 
 
-@operation(reads=True)
+@read_operation
 def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int], order: str, limit: int,
                after: str) -> Page:
     """A page of a run's tasks: ShownTask of each.
@@ -1544,7 +1547,7 @@ def by_time(sql: Transaction, run: Run, status: Optional[int], order: str, limit
 TASKS_BETWEEN = "SELECT count(*) FROM task WHERE id >= ? AND id < ?"
 
 
-@operation(reads=True)
+@read_operation
 def check(sql: Transaction, now: Now) -> List[str]:
     """Recount the file's promises: a sentence for each one that does not hold."""
     sql.flush()
@@ -2126,7 +2129,7 @@ def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str,
     return worker.snapshot()
 
 
-@operation(reads=True)
+@read_operation
 def beat(sql: Transaction, now: Now, worker_uuid: str) -> Union[Continue, ShownWorker]:
     """The worker lives: renew its lease, and give it back what has lapsed and nobody claimed since.
 
@@ -2265,7 +2268,7 @@ def remove_user(sql: Transaction, now: Now, name: str) -> None:
     learn_users(sql)
 
 
-@operation(reads=True)
+@read_operation
 def list_users(sql: Transaction, now: Now) -> List[User]:
     """All users, the oldest first."""
     return every_user(sql)
@@ -2297,7 +2300,7 @@ def probe(sql: Transaction, now: Now) -> None:
         sql.execute("UPDATE farm SET probes = probes + 1")
 
 
-@operation(reads=True)
+@read_operation
 def begin_copy(sql: Transaction, now: Now, name: str) -> Copy:
     """Have the writer copy the file, in steps between its batches. Raises Conflict when it does so already."""
     if sql.copy is not None and not sql.copy.ended:
@@ -2313,7 +2316,7 @@ def begin_copy(sql: Transaction, now: Now, name: str) -> Copy:
     return copy
 
 
-@operation(reads=True)
+@read_operation
 def read_copy(sql: Transaction, now: Now) -> Copy:
     """How far the newest copy is. Raises NotFound when there is none."""
     if sql.copy is None:
@@ -2321,7 +2324,7 @@ def read_copy(sql: Transaction, now: Now) -> Copy:
     return sql.copy
 
 
-@operation(reads=True)
+@read_operation
 def give_up_copy(sql: Transaction, now: Now, path: str) -> None:
     """Nobody waits for this copy any more."""
     if sql.copy is not None and sql.copy.path == path:

@@ -1594,7 +1594,7 @@ def test_a_writer_that_was_told_to_stop_does_not_wait_for_what_never_comes(store
 
 
 def test_a_read_that_fails_does_not_end_the_writer(farm: Live) -> None:
-    @taskfarm.operation(reads=True)
+    @taskfarm.read_operation
     def unreadable(sql: Any, now: Now) -> None:
         raise sqlite3.OperationalError("disk I/O error")
     with pytest.raises(taskfarm.Unavailable):
