@@ -4,7 +4,8 @@
     Contract            documentation, layers and the standard-library rule hold
     Store               the model against the store (hypothesis), large runs in slices, files that are refused
     Login               passwords, tokens, what is remembered and what is revoked
-    HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
+    HTTP                refusals as a table, what is one request and what the next, bodies in slices
+    Server              raw sockets: turns, pipelines, resets, silence, buffers, the access log
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
     Client              logins that go to the right farm, patience, lost answers, the published client's scripts
@@ -30,6 +31,7 @@ import pwd
 import random
 import re
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -222,6 +224,56 @@ class Live(Caller):
         return list(self.service.store.call(taskfarm.check()))
 
 
+class Stepped(Caller):
+    """A farm whose I/O thread is the test: nothing is served but by `turn`. At each look its clock moves by *step_s*."""
+
+    def __init__(self, path: str, step_s: float = 0.0) -> None:
+        super().__init__()
+        self.service = Service(path, "127.0.0.1", 0)
+        self.server = self.service.server
+        self.port = self.server.server_port
+        self.service.store.call(taskfarm.add_user("ada", ADAS_HASH))
+        self.token = self.service.farm.token(self.service.store.users["ada"], 0)
+        self.clock = FakeClock(step_s)
+        self.server.clock = self.clock
+        self.server.selector.register(self.server.socket, selectors.EVENT_READ, self.server.accept)
+        self.server.selector.register(self.server.wake_read, selectors.EVENT_READ, self.server._on_wake)
+
+    def turn(self, number: int = 1) -> None:
+        for _ in range(number):
+            self.server.turn(0.0)
+
+    def turn_until(self, what: Callable[[], Any]) -> Any:
+        return wait_until(lambda: self.turn() or what())    # type: ignore[func-returns-value]
+
+    def new(self, data: bytes, number: int = 1) -> Any:
+        """Connections that were accepted, and have sent something that was not read yet."""
+        raws = []
+        for _ in range(number):
+            before = set(self.server.connections)
+            raw = self.raw(b"")
+            self.turn_until(lambda: len(self.server.connections) > len(before))
+            (raw.served,) = self.server.connections - before
+            raw.sock.sendall(data)
+            raws.append(raw)
+        return raws if number > 1 else raws[0]
+
+    def login(self) -> Dict[str, str]:
+        return {"Authorization": basic(self.token, "")}
+
+    def close(self) -> None:
+        for connection in list(self.server.connections):
+            self.server.close_connection(connection)
+        self.service.close()
+
+
+@pytest.fixture
+def stepped(tmp_path: Path) -> Iterator[Stepped]:
+    live = Stepped(str(tmp_path / "farm.sqlite"), step_s=taskfarm.TURN_S / 10)
+    yield live
+    live.close()
+
+
 class Raw:
     """A socket that has sent some bytes."""
 
@@ -232,6 +284,7 @@ class Raw:
         if ended:
             self.sock.shutdown(socket.SHUT_WR)
         self.file = self.sock.makefile("rb")
+        self.served: Any = None     # the server's end, where a test has it
 
     def answer(self, head_only: bool = False) -> Tuple[int, Dict[str, str], bytes]:
         """Status, headers and body of the next answer; status 0 when the connection has ended."""
@@ -2981,6 +3034,87 @@ def test_an_unknown_user_costs_a_hash_like_a_wrong_password(farm: Live, monkeypa
     assert [text.rsplit("$", 2)[0] for text in stored] == [ADAS_HASH.rsplit("$", 2)[0]] * 2
 
 
+def test_an_unknown_user_costs_what_users_cost_also_where_their_hashes_are_of_another_kind(store: Direct) -> None:
+    users = {name: User(number, name, taskfarm.hash_password("x", kind), 1) for number, name, kind in (
+        (1, "ada", "pbkdf2"), (2, "ann", "pbkdf2"), (3, "bob", "scrypt"))}
+    logins = taskfarm.Logins(lambda: users, b"k" * 32, store.clock, "secret")
+    stand_ins = {name: logins._stand_in(users, name) for name in ("nobody%d" % n for n in range(50))}
+    assert {text.split("$")[0] for text in stand_ins.values()} == {"pbkdf2", "scrypt"}
+    assert all(logins._stand_in(users, name) == text for name, text in stand_ins.items()), "and is the same each time"
+    assert {logins._stand_in({"ada": users["ada"]}, name).rsplit("$", 2)[0] for name in stand_ins} == {"pbkdf2$600000"}
+    assert not taskfarm.verify_password("x", stand_ins["nobody1"])
+
+
+def test_a_password_that_is_too_long_is_not_looked_at(store: Direct) -> None:
+    logins = store.farm.logins
+    with pytest.raises(taskfarm.NeedsHash):
+        logins.who(basic("ada", "x" * 1000).encode())
+    for name, password in (("ada", "x" * 1001), ("ada", "e" + "\u0301" * 500), ("a" * 257, "x")):
+        with pytest.raises(taskfarm.Unauthorized):
+            logins.who(basic(name, password).encode())
+    with pytest.raises(taskfarm.BadRequest, match="1000 bytes"):
+        taskfarm.hash_password("x" * 1001)
+
+
+def test_a_token_is_one_login_whatever_password_stands_beside_it(store: Direct) -> None:
+    store.store.call(taskfarm.add_user("ada", ADAS_HASH))
+    logins, token = store.farm.logins, store.farm.token(store.store.users["ada"], 0)
+    for number in range(100):
+        for header in (basic(token, str(number)), "Bearer  " + token, "bearer " + token, basic(token, ""),
+                       "Bearer " + token):
+            assert logins.who(header.encode()).name == "ada"
+    assert len(logins.memory) == 2
+
+
+class SlowHash:
+    """Password checks that wait for `let`; each is noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: List[str] = []
+        self.let = threading.Event()
+        verify = taskfarm.verify_password
+
+        def wait(password: str, stored: str) -> bool:
+            self.begun.append(password)
+            assert self.let.wait(20)
+            return verify(password, stored)
+        monkeypatch.setattr(taskfarm, "verify_password", wait)
+
+
+def token_request(password: str) -> bytes:
+    return request_bytes("GET", "/api/token", Authorization=basic("ada", password))
+
+
+def test_few_passwords_wait_to_be_hashed_and_others_are_told_so(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, server = SlowHash(monkeypatch), farm.service.server
+    raws = [farm.raw(token_request("wrong %d" % number)) for number in range(taskfarm.MOST_HASHES)]
+    wait_until(lambda: len(server.hashes) == taskfarm.MOST_HASHES)
+    more = farm.raw(token_request("another"))
+    status, headers, body = more.answer()
+    assert (status, headers["retry-after"]) == (503, "1") and b"passwords" in body
+    same = farm.raw(token_request("wrong 7"))
+    wait_until(lambda: len(server.hashes[max(server.hashes, key=lambda key: len(
+        server.hashes[key].waiting))].waiting) == 2)        # costs no hash more
+    hashes.let.set()
+    assert [raw.answer()[0] for raw in [*raws, same]] == [401] * (taskfarm.MOST_HASHES + 1)
+    more.sock.sendall(token_request(Live.PASSWORD))
+    assert more.answer()[0] == 200
+    for raw in [*raws, more, same]:
+        raw.close()
+
+
+def test_a_hash_that_nobody_waits_for_is_not_made(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, server = SlowHash(monkeypatch), farm.service.server
+    for number in range(40):
+        farm.raw(token_request("wrong %d" % number)).close()
+    wait_until(lambda: not server.hashes and not server.connections and len(hashes.begun) == 2)
+    right = farm.raw(token_request(Live.PASSWORD))
+    hashes.let.set()
+    assert right.answer()[0] == 200
+    assert hashes.begun[2:] == [Live.PASSWORD], "two were begun, and the others had gone"
+    right.close()
+
+
 def test_passwords_are_not_kept_in_memory(farm: Live) -> None:
     assert get_with(farm, basic("ada", Live.PASSWORD))[0] == 200
     logins = farm.service.farm.logins
@@ -3166,6 +3300,141 @@ def test_what_follows_on_the_connection(shared_farm: Live, first: bytes, statuse
     assert exchange(shared_farm, first + CLOSE) == statuses
 
 
+def test_a_head_that_comes_byte_by_byte_is_looked_at_once() -> None:
+    head = request_bytes("GET", "/livez", X="y" * 10000)
+    assert taskfarm.cut_head(b"\n" * 1000 + head, 1003) == (b"\n" * 1000 + head[:-4], 1000 + len(head))
+    assert taskfarm.cut_head(bytearray(b"\n" * 1000 + head[:-4]), 1003) == (None, 0), "what was seen is left alone"
+    seen = 0
+    for end in range(1, len(head)):
+        assert taskfarm.cut_head(head[:end], seen) == (None, 0)
+        seen = end
+    assert taskfarm.cut_head(head + b"next", seen) == (head[:-4], len(head))
+
+
+@pytest.mark.parametrize("data, kind", [
+    (b"GET /livez HTTP/1.1\n", taskfarm.BadRequest), (b"GET /livez HTTP/1.1\r\nHost: f\n", taskfarm.BadRequest),
+    (b"\r\n\x16", taskfarm.BadRequest), (b"{", taskfarm.BadRequest), (b"G" * 17000, taskfarm.UriTooLong),
+    (b"GET / HTTP/1.1\r\nX: " + b"x" * 17000, taskfarm.HeadTooLarge),
+    (b"GET / HTTP/1.1\r\n" + b"X: 1234567890\r\n" * 3000, taskfarm.HeadTooLarge)])
+def test_what_can_become_no_request_is_refused_as_soon_as_it_shows(data: bytes, kind: type) -> None:
+    for step in (1, 7, 4096):
+        inbox = b""
+        with pytest.raises(kind):
+            for at in range(0, len(data), step):
+                seen, inbox = len(inbox), inbox + data[at:at + step]
+                taskfarm.cut_head(inbox, seen)
+
+
+def test_slashes_that_come_twice_are_one(farm: Live) -> None:
+    for path in ("//api/runs", "/api//runs", "//api///runs", "http://farm//api//runs"):
+        assert exchange(farm, request_bytes("GET", path, Authorization="{auth}") + CLOSE) == [200, 200], path
+    assert exchange(farm, request_bytes("GET", "/api/runs//", Authorization="{auth}") + CLOSE) == [404, 200]
+
+
+def test_nothing_large_is_remembered_of_those_who_have_no_login(shared_farm: Live) -> None:
+    routes, parsed = shared_farm.service.server.routes, taskfarm.PARSED
+    paths, before = routes.walked.cache_info().currsize, len(parsed)
+    for number in range(50):
+        path = "/api/runs/%s%d/x" % ("%F0%9F%98%80" * 1000, number)
+        assert exchange(shared_farm, request_bytes("GET", path, Connection="close")) == [401]
+        fields = {"X%d" % n: "" for n in range(20)}
+        assert exchange(shared_farm, request_bytes("GET", "/nothing", Connection="close", **fields,
+                                                   Authorization="Bearer tf1.%d" % number)) == [401]
+    assert routes.walked.cache_info().currsize - paths <= 2 and len(parsed) == before
+
+
+def task_route() -> Any:
+    return next(route for route in taskfarm.ROUTES.table if (route.method, route.path) == (
+        "PUT", "/api/runs/<run>/tasks"))
+
+
+def read_in_slices(body: bytes) -> Tuple[Any, int]:
+    """The fields of a body or the class of its refusal, and in how many slices it was read."""
+    reading, slices = taskfarm.read_large_body(task_route(), body), 0
+    while True:
+        try:
+            next(reading)
+            slices += 1
+        except StopIteration as end:
+            return end.value, slices
+        except taskfarm.BadRequest as refusal:
+            return type(refusal), slices
+
+
+ENTRY = st.fixed_dictionaries({"task": st.integers(0, 10 ** 6)}, optional={
+    "status": st.sampled_from(taskfarm.STATUS), "message": st.text(st.sampled_from('{}[],:"\\ a\u00e9\U0001f600\n')),
+    "elapsed": st.floats(0, 10 ** 6), "attempt": st.one_of(st.integers(-1, 9), st.just([{}, {}]), st.just({"a": {}}))})
+
+
+@given(st.lists(ENTRY, max_size=12), st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " :\t")]), st.booleans(),
+       st.one_of(st.none(), st.tuples(st.integers(0, 600), st.sampled_from(["", "]", "}", ",", '"', "1", "\\"]))))
+@settings(max_examples=100 if QUICK else 1000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_body_in_slices_is_read_like_one_at_once(entries: List[Any], marks: Tuple[str, str], ascii_only: bool,
+                                                   damage: Optional[Tuple[int, str]]) -> None:
+    text = json.dumps({"worker_uuid": "w", "data": entries}, separators=marks, ensure_ascii=ascii_only)
+    if damage:
+        text = text[:damage[0]] + damage[1] + text[damage[0] + 1:]
+    body = text.encode()
+    try:
+        whole: Any = taskfarm.read_new_body(task_route(), body)
+    except taskfarm.BadRequest as refusal:
+        whole = type(refusal)
+    window, loose = taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW
+    try:
+        for taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW in ((window, loose), (60, 20), (200, 0)):
+            if text.count('"data"') < 2 and text.count('"worker_uuid"') < 2:
+                assert read_in_slices(body)[0] == whole
+    finally:
+        taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW = window, loose
+
+
+LARGE = taskfarm.BATCH_BODY_LIMIT
+
+
+@pytest.mark.parametrize("body, most", [
+    pytest.param(b'{"data": [' + b"[]," * (LARGE // 3) + b"[]]}", 1, id="small junk"),
+    pytest.param(b'{"data": [' + b"{}," * (LARGE // 3) + b"{}]}", 1, id="empty objects"),
+    pytest.param(b'{"data": [' + b"[" * (LARGE // 2) + b"]" * (LARGE // 2) + b"]}", 1, id="deep"),
+    pytest.param(b"[" * LARGE, 1, id="no object"),
+    pytest.param(b'{"data": [{"task": ' + b"9" * LARGE + b"}]}", 1, id="a long number"),
+    pytest.param(b'{"data": [{"task": 1, "message": "' + b"x" * LARGE + b'"}]}', 1, id="a long text"),
+    pytest.param(b'{"data": [{"task": 1' + b" " * LARGE + b"}]}", 1, id="blanks"),
+    pytest.param(b'{"data": ' + b" " * LARGE + b"[]}", 1, id="blanks before"),
+    pytest.param(b'{"data": [' + b",".join(b'{"task": %d}' % n for n in range(10 ** 5)) + b"]}", 15, id="many entries"),
+    pytest.param(b"{" + b'"x": 1,' * 10 ** 5 + b'"x": 1}', 1, id="unknown fields"),
+    pytest.param(b"{" + b'"worker_uuid": "w",' * 10 ** 5 + b'"x": 1}', 1, id="a field again and again"),
+])
+def test_a_large_body_that_is_none_is_given_up_early(body: bytes, most: int) -> None:
+    fields, slices = read_in_slices(body)
+    assert fields is taskfarm.BadRequest and slices <= most
+
+
+def test_each_slice_of_a_large_body_is_small() -> None:
+    entries = [{"task": number, "attempt": 1, "status": "failed", "message": 'the "}, {" of C' * 4} for number in range(
+        10000)]
+    lengths = []
+
+    class Measured(json.JSONDecoder):
+        def decode(self, text: str) -> Any:     # type: ignore[override]
+            lengths.append(len(text))
+            return super().decode(text)
+    decoder, taskfarm.DECODER = taskfarm.DECODER, Measured()
+    try:
+        fields, slices = read_in_slices(json.dumps({"data": entries}).encode())
+    finally:
+        taskfarm.DECODER = decoder
+    assert len(fields["data"]) == 10000 and slices > 50
+    assert max(lengths) <= taskfarm.LargeJson.WINDOW + 2
+
+
+def test_a_number_of_very_many_digits_is_not_read() -> None:
+    for digits in (401, 60000):
+        with pytest.raises(taskfarm.BadRequest, match="digits"):
+            taskfarm.read_new_body(task_route(), b'{"data": [{"task": %s}]}' % (b"7" * digits))
+    digits_in_text = {"data": [{"task": 1, "status": "failed", "message": "7" * 1000}]}
+    assert taskfarm.read_new_body(task_route(), json.dumps(digits_in_text).encode())["data"][0].message == "7" * 1000
+
+
 def test_pipelined_claims_are_answered_in_order(farm: Live) -> None:
     run = make_run(farm, 100)
     one = request_bytes("POST", "/api/runs/%s/task" % run, b'{"worker_uuid": "w"}', Authorization=basic(farm.token, ""))
@@ -3197,6 +3466,16 @@ def test_expect_100_continue(farm: Live) -> None:
     raw.close()
 
 
+def test_a_client_of_http_1_0_is_not_told_to_go_on(farm: Live) -> None:
+    one = request_bytes("POST", "/api/run", Authorization=basic(farm.token, ""), Expect="100-continue",
+                        Content_Length="15", Content_Type="application/json").replace(b"HTTP/1.1", b"HTTP/1.0")
+    raw = farm.raw(one)
+    wait_until(lambda: farm.service.server.bodies)
+    raw.sock.sendall(RUN_BODY)
+    assert raw.answer()[0] == 201
+    raw.close()
+
+
 def test_head_answers_like_get_without_the_body(shared_farm: Live) -> None:
     raw = shared_farm.raw(request_bytes("HEAD", "/") + CLOSE)
     status, headers, _ = raw.answer(head_only=True)
@@ -3211,6 +3490,7 @@ def test_the_front_page_says_what_this_is(shared_farm: Live) -> None:
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert taskfarm.__version__.encode() in body and b"/api/runs" in body
     raw.close()
+    assert taskfarm.front(None) is taskfarm.front(None), "it is made once"  # type: ignore[arg-type]
 
 
 def test_a_server_answers_while_hundreds_are_silent_or_trickle(farm: Live) -> None:
