@@ -254,8 +254,9 @@ class Stepped(Caller):
             raw = self.raw(b"")
             self.turn_until(lambda: len(self.server.connections) > len(before))
             (raw.served,) = self.server.connections - before
-            raw.sock.sendall(data)
             raws.append(raw)
+        for raw in raws:
+            raw.sock.sendall(data)
         return raws if number > 1 else raws[0]
 
     def login(self) -> Dict[str, str]:
@@ -3093,8 +3094,7 @@ def test_few_passwords_wait_to_be_hashed_and_others_are_told_so(farm: Live, monk
     status, headers, body = more.answer()
     assert (status, headers["retry-after"]) == (503, "1") and b"passwords" in body
     same = farm.raw(token_request("wrong 7"))
-    wait_until(lambda: len(server.hashes[max(server.hashes, key=lambda key: len(
-        server.hashes[key].waiting))].waiting) == 2)        # costs no hash more
+    wait_until(lambda: 2 in [len(pending.waiting) for pending in list(server.hashes.values())])
     hashes.let.set()
     assert [raw.answer()[0] for raw in [*raws, same]] == [401] * (taskfarm.MOST_HASHES + 1)
     more.sock.sendall(token_request(Live.PASSWORD))
@@ -3493,6 +3493,249 @@ def test_the_front_page_says_what_this_is(shared_farm: Live) -> None:
     assert taskfarm.front(None) is taskfarm.front(None), "it is made once"  # type: ignore[arg-type]
 
 
+# ---------------------------------------------------------------- SERVER
+
+def test_a_burst_of_requests_is_served_in_turns_that_others_come_between(stepped: Stepped) -> None:
+    one = request_bytes("GET", "/livez")
+    other, *bursts = stepped.new(b"", 6)
+    for raw in bursts:
+        raw.sock.sendall(one * 200)
+    stepped.turn()
+
+    def to_come() -> List[int]:
+        return [len(raw.served.inbox) // len(one) for raw in bursts]
+    left, turns = to_come(), 0
+    while any(left):
+        other.sock.sendall(one)
+        stepped.turn()
+        now = to_come()
+        assert 0 < sum(left) - sum(now) <= 10, "as many as fit the time of a turn"
+        assert max(now) - min(now) <= 1, "and as many of each"
+        left, turns = now, turns + 1
+    assert turns > 50
+    assert [other.answer()[0] for _ in range(turns - 1)] == [200] * (turns - 1), "another has its answer in each"
+    for raw in bursts:
+        assert [raw.answer()[0] for _ in range(200)] == [200] * 200
+    for raw in (other, *bursts):
+        raw.close()
+
+
+def test_who_has_logged_in_is_served_before_a_crowd_that_has_not(stepped: Stepped) -> None:
+    own = request_bytes("GET", "/api/token", **stepped.login())
+    user = stepped.new(own)
+    stepped.turn_until(lambda: user.served.known)
+    crowd = stepped.new(request_bytes("GET", "/livez"), 60)
+    user.sock.sendall(own)
+    stepped.turn()
+    assert [user.answer()[0], user.answer()[0]] == [200, 200]
+    assert sum(raw.served.spoken for raw in crowd) < 20
+    stepped.turn_until(lambda: all(raw.served.spoken for raw in crowd))
+    for raw in [user, *crowd]:
+        raw.close()
+
+
+def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepped) -> None:
+    raws = stepped.new(b"", 40)
+    shown: List[int] = []
+    for number, raw in enumerate(raws):
+        named = taskfarm.list_users().shown_as(lambda number: shown.append(number) or taskfarm.Reply(204),
+                                               long=number >= 30)
+        raw.served.deliver(named, number)
+    stepped.turn()
+    assert 0 < len(shown) <= 11 and shown == list(range(len(shown)))
+    for _ in range(40):
+        before = len(shown)
+        stepped.turn()
+        assert len(shown) - before <= 11 and sum(number >= 30 for number in shown[before:]) <= 1
+    assert sorted(shown) == list(range(40))
+    for raw in raws:
+        raw.close()
+
+
+def test_a_large_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
+    asked: List[Operation] = []
+    stepped.service.farm.submit = stepped.server.farm.submit = asked.extend     # a store that does not answer
+    page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
+    raws = stepped.new(page, taskfarm.LARGE_AT_ONCE + 2)
+    stepped.turn_until(lambda: len(asked) == taskfarm.LARGE_AT_ONCE)
+    assert len(stepped.server.large) == 2, "few of them lie in memory"
+    stepped.clock.pass_time(taskfarm.LARGE_S)
+    stepped.turn(2)
+    assert len(asked) == len(raws) and not stepped.server.large
+    for raw in raws:
+        raw.close()
+
+
+def test_a_large_body_is_read_in_slices_that_others_come_between(stepped: Stepped) -> None:
+    body = json.dumps({"data": [{"task": number, "status": "done"} for number in range(10000)]}).encode()
+    stepped.clock.step_s = taskfarm.TURN_S      # a step in each turn
+    large = stepped.new(request_bytes("PUT", "/api/runs/none/tasks", body, **stepped.login()))
+    other = stepped.new(request_bytes("GET", "/livez"))
+    stepped.turn_until(lambda: large.served.reader is not None)
+    for _ in range(5):
+        assert other.answer()[0] == 200 and large.served.reader is not None
+        other.sock.sendall(request_bytes("GET", "/livez"))
+        stepped.turn(2)
+    assert stepped.server.users.total >= len(body), "it is counted until it has been read"
+    stepped.turn_until(lambda: large.served.request is None)
+    assert large.answer()[0] == 404
+    large.close()
+    other.close()
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 4, 6, 7])
+def test_a_list_of_runs_in_pieces_is_one_list(farm: Live, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(taskfarm, "RUNS_PIECE", 3)
+    runs = [make_run(farm, 5) for _ in range(number + 1)]
+    assert farm.ask("DELETE", "/api/runs/" + runs.pop(number // 2))[0] == 204
+    assert [run["uuid"] for run in farm.ask("GET", "/api/runs")[1]["data"]] == runs
+    client = taskfarm.Client(lambda: taskfarm.as_access({"url": farm.url, "token": farm.token}, "test"))
+    assert [run["uuid"] for run in client.ask("GET", "/api/runs")["data"]] == runs
+    client.close()
+    raw = farm.raw(request_bytes("HEAD", "/api/runs", Authorization=basic(farm.token, "")) + request_bytes(
+        "GET", "/api/runs", Authorization=basic(farm.token, "")) * 2 + CLOSE)
+    assert raw.answer(head_only=True)[0] == 200, "HEAD has no body, and what follows is the next answer"
+    assert [[run["uuid"] for run in json.loads(raw.answer()[2])["data"]] for _ in range(2)] == [runs, runs]
+    assert raw.answer()[0] == 200
+    raw.close()
+    old = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, ""), Connection="keep-alive")
+                   .replace(b"HTTP/1.1", b"HTTP/1.0"))
+    head, _, body = (old.file.readline() if number < 3 else old.file.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"chunked" not in head
+    assert number < 3 or [run["uuid"] for run in json.loads(body)["data"]] == runs
+    old.close()
+
+
+def test_a_list_that_breaks_off_has_no_end(farm: Live, monkeypatch: pytest.MonkeyPatch,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(taskfarm, "RUNS_PIECE", 2)
+    for _ in range(5):
+        make_run(farm, 1)
+    shown = taskfarm.run_json
+    monkeypatch.setattr(taskfarm, "run_json", lambda run: shown(run) if run.id < 4 else 1 / 0)
+    with pytest.raises(http.client.IncompleteRead):
+        farm.ask("GET", "/api/runs")
+    assert "ZeroDivisionError" in caplog.text
+    farm.local = threading.local()
+
+
+def test_a_list_that_nobody_reads_costs_the_piece_in_hand(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "RUNS_PIECE", 1)
+    monkeypatch.setattr(taskfarm, "run_json", lambda run: "x" * 2 ** 20)
+    for _ in range(40):
+        farm.service.store.call(taskfarm.create_run(os.urandom(8).hex(), 1))
+    deaf = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, "")))
+    wait_until(lambda: any(c.outbox for c in list(farm.service.server.connections)))
+    assert farm.ask("GET", "/livez")[0] == 200
+    assert farm.service.server.users.total < 2 ** 20 + 100
+    assert len(deaf.answer()[2]) > 40 * 2 ** 20
+    deaf.close()
+
+
+def test_half_heads_without_a_login_keep_nobody_out(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "GUEST_LIMIT", 100000)
+    user = stepped.new(request_bytes("GET", "/api/token", **stepped.login()))
+    stepped.turn_until(lambda: user.served.known)
+    assert user.answer()[0] == 200
+    body = b'{"numTasks": 1' + b" " * 50000 + b"}"
+    whole = request_bytes("POST", "/api/run", body, **stepped.login())
+    user.sock.sendall(whole[:20000])
+    halves = []
+    for _ in range(30):
+        halves.append(stepped.new(request_bytes("GET", "/livez", X="x" * 9000)[:-1]))
+        stepped.turn_until(lambda: halves[-1].served.inbox)
+        assert stepped.server.guests.total <= 100000
+    assert [raw.served in stepped.server.connections for raw in halves] == [False] * 19 + [True] * 11
+    user.sock.sendall(whole[20000:])
+    stepped.turn_until(lambda: user.served.request is None)
+    assert user.answer()[0] == 201
+    for raw in [user, *halves]:
+        raw.close()
+
+
+def test_when_the_buffers_are_full_those_who_take_nothing_are_closed(
+        stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped.clock.step_s = 0.0
+    size = 8 * 2 ** 20      # more than the sockets of both ends take
+    monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 4 * size)
+    monkeypatch.setattr(taskfarm, "show_page", lambda *_: taskfarm.Reply(200, b"x" * size))
+    page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
+    deaf, slow = stepped.new(page), stepped.new(page)
+    stepped.turn_until(lambda: deaf.served.outbox and slow.served.outbox)
+    assert stepped.server.users.total >= 2 * size
+
+    def read_some(raw: Raw) -> None:
+        left = len(raw.served.outbox)
+        wait_until(lambda: raw.sock.recv(65536) and (stepped.turn() or len(raw.served.outbox) < left - 50000))
+    third = stepped.new(page)
+    stepped.turn_until(lambda: stepped.server.large)
+    stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
+    read_some(slow)
+    assert deaf.served in stepped.server.connections
+    stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
+    stepped.turn_until(lambda: third.served.outbox)
+    assert deaf.served not in stepped.server.connections and slow.served in stepped.server.connections
+    for raw in (deaf, slow, third):
+        raw.close()
+
+
+def test_the_first_body_goes_on_when_the_buffers_are_full(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped.clock.step_s = 0.0
+    monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 100000)
+    body = b'{"numTasks": 1' + b" " * 60000 + b"}"
+    whole = request_bytes("POST", "/api/run", body, **stepped.login())
+    raws = []
+    for _ in range(3):
+        raws.append(stepped.new(whole[:55000]))
+        stepped.turn_until(lambda: raws[-1].served.paused or len(raws[-1].served.inbox) > 50000)
+    assert [raw.served.paused for raw in raws] == [False, True, True]
+    for raw in raws:        # a pause is not the fault of those who send, and does not count as silence
+        stepped.clock.pass_time(taskfarm.STILL_S * 0.9)
+        raw.sock.sendall(whole[55000:])
+        stepped.turn_until(lambda raw=raw: raw.served.spoken and raw.served.request is None)     # type: ignore[misc]
+        assert raw.answer()[0] == 201
+    for raw in raws:
+        raw.close()
+
+
+def test_what_came_before_a_stop_is_answered_and_nobody_is_reset(stepped: Stepped) -> None:
+    one = request_bytes("GET", "/livez")
+    raws = stepped.new(one, 3)
+    stepped.turn_until(lambda: all(raw.served.spoken for raw in raws))
+    assert [raw.answer()[0] for raw in raws] == [200] * 3
+    asking, pipelining, idle = raws
+    asking.sock.sendall(one)
+    pipelining.sock.sendall(one * 3)
+    unseen = stepped.raw(one)       # not accepted yet
+    stepped.server._begin_stop()
+    while not stepped.server._ended():
+        stepped.server.turn(stepped.server._wait_s(1.0))
+    for connection in list(stepped.server.connections):
+        stepped.server.close_connection(connection)
+    for raw in (asking, pipelining, unseen):
+        status, headers, _ = raw.answer()
+        assert status == 503 and headers["connection"] == "close"
+        assert raw.answer()[0] == 0, "the end, and no reset"
+        raw.close()
+    assert idle.answer()[0] == 0
+    idle.close()
+
+
+def test_who_waits_for_a_hash_may_be_closed_at_the_descriptor_limit(stepped: Stepped,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = SlowHash(monkeypatch)
+    waiting = stepped.new(token_request("wrong"))
+    stepped.turn_until(lambda: waiting.served.pending)
+    waiting.served.last -= 1.0      # it has waited a second
+    new = stepped.raw(b"")
+    stepped.server._make_room(OSError(24, "Too many open files"))
+    assert waiting.served not in stepped.server.connections and not stepped.server.hashes
+    assert waiting.answer()[0] == 0
+    hashes.let.set()
+    for raw in (waiting, new):
+        raw.close()
+
+
 def test_a_server_answers_while_hundreds_are_silent_or_trickle(farm: Live) -> None:
     silent = [farm.raw(b"GET /livez HT" if n % 2 else b"") for n in range(300)]
     assert farm.ask("GET", "/api/runs")[0] == 200
@@ -3639,6 +3882,32 @@ def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> None:
     lines = log.getvalue().splitlines()
     assert [line.split('"')[1:3][0] for line in lines] == ["GET /livez", "GET /api/runs"]
     assert re.fullmatch(r'127\.0\.0\.1 - \[[0-9T:Z-]+\] "GET /livez" 200 18 [0-9.]+', lines[0])
+
+
+def test_a_reader_of_the_access_log_that_has_stopped_holds_up_nobody(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "LOG_BYTES", 10000)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as read_end, os.fdopen(writer, "wb") as log:
+        service = Service(str(tmp_path / "f"), "127.0.0.1", 0, access_log=log)
+        thread = threading.Thread(target=service.serve)
+        thread.start()
+        raw = Raw(service.server.server_port, b"")
+        for _ in range(3000):       # twice what the pipe takes
+            raw.sock.sendall(request_bytes("GET", "/livez"))
+            assert raw.answer()[0] == 200
+        assert service.server.access is not None and service.server.access.lost
+        lines = []
+        while not any(b"lost" in line for line in lines):       # it is read again, and the next line follows
+            lines.append(read_end.readline())
+            if len(lines) % 100 == 0:
+                raw.sock.sendall(request_bytes("GET", "/livez"))
+                assert raw.answer()[0] == 200
+        (gap,) = re.findall(rb"# ([0-9]+) lines are lost here", lines[-1])
+        assert 3000 <= len(lines) - 1 + int(gap) <= 3000 + len(lines) // 100
+        raw.close()
+        service.stop()
+        thread.join()
 
 
 # ---------------------------------------------------------------- API
@@ -4047,6 +4316,16 @@ def test_half_a_request_is_not_closed_at_the_descriptor_limit(tmp_path: Path) ->
     assert half.answer()[0] == 201
     for raw in [half, *raws]:
         raw.close()
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_half_heads_at_the_descriptor_limit_do_not_keep_others_out(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"), prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    halves = [server.raw(b"GET /livez HT") for _ in range(100)]
+    raw = server.raw(request_bytes("GET", "/livez"))
+    assert raw.answer()[0] == 200
+    for each in [raw, *halves]:
+        each.close()
     assert server.end(signal.SIGTERM) == 0
 
 
