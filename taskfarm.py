@@ -3705,7 +3705,7 @@ class Connection:
         self.reading = 0                # bytes of that body
         self.rest: Optional[Operation] = None       # gives the next piece of the answer
         self.streaming = False          # a piece of an answer was given, and not the last
-        self.body_bytes = 0             # of the answer so far
+        self.body_bytes = 0             # of an answer in pieces so far
         self.busy = False               # a request is in work elsewhere
         self.in_line = False            # it has a step to take
         self.pending: Optional[PendingHash] = None  # what it waits for
@@ -3725,17 +3725,12 @@ class Connection:
     def send(self, reply: Reply) -> None:
         """Answer the request in work, or give the next piece of the answer. What the client does not take waits."""
         request = self.request
-        chunks = request is None or request.minor > 0
-        if self.streaming:
-            data = render_piece(reply, chunks)
-            self.body_bytes += len(reply.body)
+        if reply.rest is not None or self.streaming:
+            data = self._render_piece(reply)
         else:
             keep = request is not None and request.keep and not self.ending and not self.server.stopping
-            bodiless = request is not None and request.method == "HEAD"
-            self.streaming = reply.rest is not None and not bodiless
-            keep = keep and (chunks or not self.streaming)
-            data = render(reply, None if keep and request and request.minor else keep, bodiless, chunks)
-            self.body_bytes = len(reply.body)
+            data = render(reply, None if keep and request and request.minor else keep,
+                          request is not None and request.method == "HEAD")
             if not keep:
                 self.ending = True
         try:
@@ -3748,12 +3743,27 @@ class Connection:
         if sent < len(data):
             self.outbox = memoryview(data)[sent:]
             self.moved = MOVED_BYTES        # the time to take it begins
-        self.rest = reply.rest if self.streaming else None
-        if self.rest is None:
-            self.streaming = False
+        if not self.streaming:
             if self.server.access is not None:
                 self.server.note_access(self, reply)
             self.request = None
+
+    def _render_piece(self, reply: Reply) -> bytes:
+        """The bytes of a piece of the answer, before the first of them those of the head."""
+        request = self.request
+        assert request is not None
+        chunks, bodiless = request.minor > 0, request.method == "HEAD"
+        if self.streaming:
+            data = render_piece(reply, chunks)
+        else:
+            keep = request.keep and chunks and not self.ending and not self.server.stopping
+            data = render(reply, None if keep else False, bodiless, chunks)
+            self.ending = not keep
+            self.body_bytes = 0
+        self.body_bytes += len(reply.body)
+        self.rest = None if bodiless else reply.rest
+        self.streaming = self.rest is not None
+        return data
 
     def deliver(self, named: Operation, outcome: Any) -> None:
         """Have the outcome of an operation shown and sent. For the writer."""
@@ -4038,7 +4048,7 @@ class Server(ThreadingHTTPServer):
 
     def _show_outcomes(self) -> None:
         """Answer with what the writer handed back, until the time of this turn is over; and give one large answer."""
-        end = self.clock().tick + TURN_S
+        end, shown = self.clock().tick + TURN_S, 0
         while self.outcomes:
             connection, named, outcome = self.outcomes.popleft()
             if named.long:
@@ -4046,7 +4056,8 @@ class Server(ThreadingHTTPServer):
                 self.large_outcomes.append((connection, named, outcome))
             else:
                 self._show(connection, named, outcome)
-            if self.clock().tick >= end:
+            shown += 1
+            if not shown & 3 and self.clock().tick >= end:      # a look at the clock costs one in a hundred answers
                 break
         if self.large_outcomes:
             self._show(*self.large_outcomes.popleft())
@@ -4520,8 +4531,9 @@ class Server(ThreadingHTTPServer):
         self.access.note('%s %s [%s] "%s" %d %d %.6f\n' % (
             c.peer, request.login.name if request and request.login else "-",
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "%s %s" % (request.method, request.target) if request else "-", reply.status, c.body_bytes,
-            time.monotonic() - request.began if request else 0.0))
+            "%s %s" % (request.method, request.target) if request else "-", reply.status,
+            c.body_bytes or len(reply.body), time.monotonic() - request.began if request else 0.0))
+        c.body_bytes = 0
 
 
 # ---------------------------------------------------------------- API

@@ -225,7 +225,7 @@ class Live(Caller):
 
 
 class Stepped(Caller):
-    """A farm whose I/O thread is the test: nothing is served but by `turn`. At each look its clock moves by *step_s*."""
+    """A farm whose I/O thread is the test: it serves when told to `turn`. Each look at its clock moves that."""
 
     def __init__(self, path: str, step_s: float = 0.0) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Stepped(Caller):
         for _ in range(number):
             before = set(self.server.connections)
             raw = self.raw(b"")
-            self.turn_until(lambda: len(self.server.connections) > len(before))
+            self.turn_until(lambda before=before: self.server.connections - before)     # type: ignore[misc]
             (raw.served,) = self.server.connections - before
             raws.append(raw)
         for raw in raws:
@@ -3103,16 +3103,24 @@ def test_few_passwords_wait_to_be_hashed_and_others_are_told_so(farm: Live, monk
         raw.close()
 
 
-def test_a_hash_that_nobody_waits_for_is_not_made(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes, server = SlowHash(monkeypatch), farm.service.server
+def test_a_hash_that_nobody_waits_for_is_not_made(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, server = SlowHash(monkeypatch), stepped.server
+    stepped.service.farm.logins.clock = taskfarm.system_clock
+    first = [stepped.new(token_request("first %d" % number)) for number in range(2)]
+    stepped.turn_until(lambda: len(hashes.begun) == 2)
     for number in range(40):
-        farm.raw(token_request("wrong %d" % number)).close()
-    wait_until(lambda: not server.hashes and not server.connections and len(hashes.begun) == 2)
-    right = farm.raw(token_request(Live.PASSWORD))
+        gone = stepped.new(token_request("wrong %d" % number))
+        stepped.turn_until(lambda gone=gone: gone.served.pending)   # type: ignore[misc]
+        gone.close()
+        stepped.turn_until(lambda: len(server.connections) == len(server.hashes) == 2)
+    right = stepped.new(token_request(Live.PASSWORD))
+    stepped.turn_until(lambda: right.served.pending)
     hashes.let.set()
+    stepped.turn_until(lambda: not server.hashes and right.served.request is None)
     assert right.answer()[0] == 200
-    assert hashes.begun[2:] == [Live.PASSWORD], "two were begun, and the others had gone"
-    right.close()
+    assert hashes.begun[2:] == [Live.PASSWORD], "the others had gone"
+    for raw in (right, *first):
+        raw.close()
 
 
 def test_passwords_are_not_kept_in_memory(farm: Live) -> None:
@@ -3490,7 +3498,7 @@ def test_the_front_page_says_what_this_is(shared_farm: Live) -> None:
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert taskfarm.__version__.encode() in body and b"/api/runs" in body
     raw.close()
-    assert taskfarm.front(None) is taskfarm.front(None), "it is made once"  # type: ignore[arg-type]
+    assert taskfarm.front_page() is taskfarm.front_page(), "it is made once"
 
 
 # ---------------------------------------------------------------- SERVER
@@ -3537,16 +3545,18 @@ def test_who_has_logged_in_is_served_before_a_crowd_that_has_not(stepped: Steppe
 def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepped) -> None:
     raws = stepped.new(b"", 40)
     shown: List[int] = []
+
+    def show(number: int) -> taskfarm.Reply:
+        shown.append(number)
+        return taskfarm.Reply(204)
     for number, raw in enumerate(raws):
-        named = taskfarm.list_users().shown_as(lambda number: shown.append(number) or taskfarm.Reply(204),
-                                               long=number >= 30)
-        raw.served.deliver(named, number)
+        raw.served.deliver(taskfarm.list_users().shown_as(show, long=number >= 30), number)
     stepped.turn()
-    assert 0 < len(shown) <= 11 and shown == list(range(len(shown)))
+    assert 0 < len(shown) <= 12 and shown == list(range(len(shown)))
     for _ in range(40):
         before = len(shown)
         stepped.turn()
-        assert len(shown) - before <= 11 and sum(number >= 30 for number in shown[before:]) <= 1
+        assert len(shown) - before <= 13 and sum(number >= 30 for number in shown[before:]) <= 1
     assert sorted(shown) == list(range(40))
     for raw in raws:
         raw.close()
@@ -3554,7 +3564,7 @@ def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepp
 
 def test_a_large_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
     asked: List[Operation] = []
-    stepped.service.farm.submit = stepped.server.farm.submit = asked.extend     # a store that does not answer
+    stepped.service.farm.submit = asked.extend      # type: ignore[assignment]      # and nothing answers
     page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
     raws = stepped.new(page, taskfarm.LARGE_AT_ONCE + 2)
     stepped.turn_until(lambda: len(asked) == taskfarm.LARGE_AT_ONCE)
@@ -3621,7 +3631,7 @@ def test_a_list_that_breaks_off_has_no_end(farm: Live, monkeypatch: pytest.Monke
 
 def test_a_list_that_nobody_reads_costs_the_piece_in_hand(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "RUNS_PIECE", 1)
-    monkeypatch.setattr(taskfarm, "run_json", lambda run: "x" * 2 ** 20)
+    monkeypatch.setattr(taskfarm, "run_json", lambda _: "x" * 2 ** 20)
     for _ in range(40):
         farm.service.store.call(taskfarm.create_run(os.urandom(8).hex(), 1))
     deaf = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, "")))
@@ -3666,7 +3676,9 @@ def test_when_the_buffers_are_full_those_who_take_nothing_are_closed(
 
     def read_some(raw: Raw) -> None:
         left = len(raw.served.outbox)
-        wait_until(lambda: raw.sock.recv(65536) and (stepped.turn() or len(raw.served.outbox) < left - 50000))
+        while len(raw.served.outbox) > left - 50000:
+            assert raw.sock.recv(65536)
+            stepped.turn()
     third = stepped.new(page)
     stepped.turn_until(lambda: stepped.server.large)
     stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
@@ -3897,14 +3909,14 @@ def test_a_reader_of_the_access_log_that_has_stopped_holds_up_nobody(tmp_path: P
             raw.sock.sendall(request_bytes("GET", "/livez"))
             assert raw.answer()[0] == 200
         assert service.server.access is not None and service.server.access.lost
-        lines = []
+        lines: List[bytes] = []
         while not any(b"lost" in line for line in lines):       # it is read again, and the next line follows
             lines.append(read_end.readline())
             if len(lines) % 100 == 0:
                 raw.sock.sendall(request_bytes("GET", "/livez"))
                 assert raw.answer()[0] == 200
         (gap,) = re.findall(rb"# ([0-9]+) lines are lost here", lines[-1])
-        assert 3000 <= len(lines) - 1 + int(gap) <= 3000 + len(lines) // 100
+        assert 2990 <= len(lines) - 1 + int(gap) <= 3000 + len(lines) // 100
         raw.close()
         service.stop()
         thread.join()
