@@ -4,7 +4,8 @@
     Contract            documentation, layers and the standard-library rule hold
     Store               the model against the store (hypothesis), large runs in slices, files that are refused
     Login               passwords, tokens, what is remembered and what is revoked
-    HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
+    HTTP                refusals as a table, what is one request and what the next, bodies in slices
+    Server              raw sockets: turns, pipelines, resets, silence, buffers, the access log
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
     Client              logins that go to the right farm, patience, lost answers, the published client's scripts
@@ -32,6 +33,7 @@ import pwd
 import random
 import re
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -225,6 +227,57 @@ class Live(Caller):
         return list(self.service.store.call(taskfarm.check()))
 
 
+class Stepped(Caller):
+    """A farm whose I/O thread is the test: it serves when told to `turn`. Each look at its clock moves that."""
+
+    def __init__(self, path: str, step_s: float = 0.0) -> None:
+        super().__init__()
+        self.service = Service(path, "127.0.0.1", 0)
+        self.server = self.service.server
+        self.port = self.server.server_port
+        self.service.store.call(taskfarm.add_user("ada", ADAS_HASH))
+        self.token = self.service.farm.token(self.service.store.users["ada"], 0)
+        self.clock = FakeClock(step_s)
+        self.server.clock = self.clock
+        self.server.selector.register(self.server.socket, selectors.EVENT_READ, self.server.accept)
+        self.server.selector.register(self.server.wake_read, selectors.EVENT_READ, self.server._on_wake)
+
+    def turn(self, number: int = 1) -> None:
+        for _ in range(number):
+            self.server.turn(0.0)
+
+    def turn_until(self, what: Callable[[], Any]) -> Any:
+        return wait_until(lambda: self.turn() or what())    # type: ignore[func-returns-value]
+
+    def new(self, data: bytes, number: int = 1) -> Any:
+        """Connections that were accepted, and have sent something that was not read yet."""
+        raws = []
+        for _ in range(number):
+            before = set(self.server.connections)
+            raw = self.raw(b"")
+            self.turn_until(lambda before=before: self.server.connections - before)     # type: ignore[misc]
+            (raw.served,) = self.server.connections - before
+            raws.append(raw)
+        for raw in raws:
+            raw.sock.sendall(data)
+        return raws if number > 1 else raws[0]
+
+    def login(self) -> Dict[str, str]:
+        return {"Authorization": basic(self.token, "")}
+
+    def close(self) -> None:
+        for connection in list(self.server.connections):
+            self.server.close_connection(connection)
+        self.service.close()
+
+
+@pytest.fixture
+def stepped(tmp_path: Path) -> Iterator[Stepped]:
+    live = Stepped(str(tmp_path / "farm.sqlite"), step_s=taskfarm.TURN_S / 10)
+    yield live
+    live.close()
+
+
 class Raw:
     """A socket that has sent some bytes."""
 
@@ -235,6 +288,7 @@ class Raw:
         if ended:
             self.sock.shutdown(socket.SHUT_WR)
         self.file = self.sock.makefile("rb")
+        self.served: Any = None     # the server's end, where a test has it
 
     def answer(self, head_only: bool = False) -> Tuple[int, Dict[str, str], bytes]:
         """Status, headers and body of the next answer; status 0 when the connection has ended."""
@@ -245,8 +299,15 @@ class Raw:
         for field in iter(self.file.readline, b"\r\n"):
             name, _, value = field.decode().partition(": ")
             headers[name.lower()] = value.rstrip()
-        length = 0 if head_only else int(headers.get("content-length", 0))
-        return int(line.split()[1]), headers, self.file.read(length)
+        if head_only or "transfer-encoding" not in headers:
+            length = 0 if head_only else int(headers.get("content-length", 0))
+            return int(line.split()[1]), headers, self.file.read(length)
+        body = b""
+        for size in iter(lambda: int(self.file.readline() or b"0", 16), 0):
+            body += self.file.read(size)
+            assert self.file.readline() == b"\r\n"
+        assert self.file.readline() == b"\r\n", "an answer that was broken off"
+        return int(line.split()[1]), headers, body
 
     def close(self) -> None:
         self.file.close()
@@ -1148,11 +1209,11 @@ def test_only_the_store_speaks_sql() -> None:
 
 
 @pytest.mark.parametrize("name, allowed", [
-    ("sqlite3", STORE), ("selectors", {"HTTP", "WORKER", "BENCH", "FAIR"}), ("socketserver", {"HTTP"}),
+    ("sqlite3", STORE), ("selectors", {"SERVER", "WORKER", "BENCH", "FAIR"}), ("socketserver", {"SERVER"}),
     ("argparse", {"VERBS", "UPKEEP", "COMMAND LINE"}),
-    ("socket", {"HTTP", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}), ("hashlib", {"LOGIN"}),
+    ("socket", {"SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}), ("hashlib", {"LOGIN"}),
     ("fcntl", {"FILE"}),
-    ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "API", "PAGES"}),
+    ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
 ])
 def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
@@ -3037,6 +3098,94 @@ def test_an_unknown_user_costs_a_hash_like_a_wrong_password(farm: Live, monkeypa
     assert [text.rsplit("$", 2)[0] for text in stored] == [ADAS_HASH.rsplit("$", 2)[0]] * 2
 
 
+def test_an_unknown_user_costs_what_users_cost_also_where_their_hashes_are_of_another_kind(store: Direct) -> None:
+    users = {name: User(number, name, taskfarm.hash_password("x", kind), 1) for number, name, kind in (
+        (1, "ada", "pbkdf2"), (2, "ann", "pbkdf2"), (3, "bob", "scrypt"))}
+    logins = taskfarm.Logins(lambda: users, b"k" * 32, store.clock, "secret")
+    stand_ins = {name: logins._stand_in(users, name) for name in ("nobody%d" % n for n in range(50))}
+    assert {text.split("$")[0] for text in stand_ins.values()} == {"pbkdf2", "scrypt"}
+    assert all(logins._stand_in(users, name) == text for name, text in stand_ins.items()), "and is the same each time"
+    assert {logins._stand_in({"ada": users["ada"]}, name).rsplit("$", 2)[0] for name in stand_ins} == {"pbkdf2$600000"}
+    assert not taskfarm.verify_password("x", stand_ins["nobody1"])
+
+
+def test_a_password_that_is_too_long_is_not_looked_at(store: Direct) -> None:
+    logins = store.farm.logins
+    with pytest.raises(taskfarm.NeedsHash):
+        logins.who(basic("ada", "x" * 1000).encode())
+    for name, password in (("ada", "x" * 1001), ("ada", "e" + "\u0301" * 500), ("a" * 257, "x")):
+        with pytest.raises(taskfarm.Unauthorized):
+            logins.who(basic(name, password).encode())
+    with pytest.raises(taskfarm.BadRequest, match="1000 bytes"):
+        taskfarm.hash_password("x" * 1001)
+
+
+def test_a_token_is_one_login_whatever_password_stands_beside_it(store: Direct) -> None:
+    store.store.call(taskfarm.add_user("ada", ADAS_HASH))
+    logins, token = store.farm.logins, store.farm.token(store.store.users["ada"], 0)
+    for number in range(100):
+        for header in (basic(token, str(number)), "Bearer  " + token, "bearer " + token, basic(token, ""),
+                       "Bearer " + token):
+            assert logins.who(header.encode()).name == "ada"
+    assert len(logins.memory) == 2
+
+
+class SlowHash:
+    """Password checks that wait for `let`; each is noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: List[str] = []
+        self.let = threading.Event()
+        verify = taskfarm.verify_password
+
+        def wait(password: str, stored: str) -> bool:
+            self.begun.append(password)
+            assert self.let.wait(20)
+            return verify(password, stored)
+        monkeypatch.setattr(taskfarm, "verify_password", wait)
+
+
+def token_request(password: str) -> bytes:
+    return request_bytes("GET", "/api/token", Authorization=basic("ada", password))
+
+
+def test_few_passwords_wait_to_be_hashed_and_others_are_told_so(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, server = SlowHash(monkeypatch), farm.service.server
+    raws = [farm.raw(token_request("wrong %d" % number)) for number in range(taskfarm.MOST_HASHES)]
+    wait_until(lambda: len(server.hashes) == taskfarm.MOST_HASHES)
+    more = farm.raw(token_request("another"))
+    status, headers, body = more.answer()
+    assert (status, headers["retry-after"]) == (503, "1") and b"passwords" in body
+    same = farm.raw(token_request("wrong 7"))
+    wait_until(lambda: 2 in [len(pending.waiting) for pending in list(server.hashes.values())])
+    hashes.let.set()
+    assert [raw.answer()[0] for raw in [*raws, same]] == [401] * (taskfarm.MOST_HASHES + 1)
+    more.sock.sendall(token_request(Live.PASSWORD))
+    assert more.answer()[0] == 200
+    for raw in [*raws, more, same]:
+        raw.close()
+
+
+def test_a_hash_that_nobody_waits_for_is_not_made(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, server = SlowHash(monkeypatch), stepped.server
+    stepped.service.farm.logins.clock = taskfarm.system_clock
+    first = [stepped.new(token_request("first %d" % number)) for number in range(2)]
+    stepped.turn_until(lambda: len(hashes.begun) == 2)
+    for number in range(40):
+        gone = stepped.new(token_request("wrong %d" % number))
+        stepped.turn_until(lambda gone=gone: gone.served.pending)   # type: ignore[misc]
+        gone.close()
+        stepped.turn_until(lambda: len(server.connections) == len(server.hashes) == 2)
+    right = stepped.new(token_request(Live.PASSWORD))
+    stepped.turn_until(lambda: right.served.pending)
+    hashes.let.set()
+    stepped.turn_until(lambda: not server.hashes and right.served.request is None)
+    assert right.answer()[0] == 200
+    assert hashes.begun[2:] == [Live.PASSWORD], "the others had gone"
+    for raw in (right, *first):
+        raw.close()
+
+
 def test_passwords_are_not_kept_in_memory(farm: Live) -> None:
     assert get_with(farm, basic("ada", Live.PASSWORD))[0] == 200
     logins = farm.service.farm.logins
@@ -3054,15 +3203,15 @@ def test_a_hash_that_cannot_be_made_is_a_refusal_and_not_tried_for_ever(
 
 def test_what_a_hash_found_is_not_remembered_for_users_who_have_changed(store: Direct) -> None:
     logins, header = store.farm.logins, basic("ann", "secret").encode()
-    with pytest.raises(taskfarm.Later) as later:
+    with pytest.raises(taskfarm.NeedsHash) as needed:
         logins.who(header)
     store.store.call(taskfarm.add_user("ann", taskfarm.hash_password("secret", "pbkdf2")))
     with pytest.raises(taskfarm.Unauthorized):
         logins.who(b"Bearer anything")      # forgets what was remembered of the users before
-    later.value.work()
-    with pytest.raises(taskfarm.Later) as later:
+    needed.value.work()
+    with pytest.raises(taskfarm.NeedsHash) as needed:
         logins.who(header)
-    later.value.work()
+    needed.value.work()
     assert logins.who(header).name == "ann"
 
 
@@ -3222,6 +3371,141 @@ def test_what_follows_on_the_connection(shared_farm: Live, first: bytes, statuse
     assert exchange(shared_farm, first + CLOSE) == statuses
 
 
+def test_a_head_that_comes_byte_by_byte_is_looked_at_once() -> None:
+    head = request_bytes("GET", "/livez", X="y" * 10000)
+    assert taskfarm.cut_head(b"\n" * 1000 + head, 1003) == (b"\n" * 1000 + head[:-4], 1000 + len(head))
+    assert taskfarm.cut_head(bytearray(b"\n" * 1000 + head[:-4]), 1003) == (None, 0), "what was seen is left alone"
+    seen = 0
+    for end in range(1, len(head)):
+        assert taskfarm.cut_head(head[:end], seen) == (None, 0)
+        seen = end
+    assert taskfarm.cut_head(head + b"next", seen) == (head[:-4], len(head))
+
+
+@pytest.mark.parametrize("data, kind", [
+    (b"GET /livez HTTP/1.1\n", taskfarm.BadRequest), (b"GET /livez HTTP/1.1\r\nHost: f\n", taskfarm.BadRequest),
+    (b"\r\n\x16", taskfarm.BadRequest), (b"{", taskfarm.BadRequest), (b"G" * 17000, taskfarm.UriTooLong),
+    (b"GET / HTTP/1.1\r\nX: " + b"x" * 17000, taskfarm.HeadTooLarge),
+    (b"GET / HTTP/1.1\r\n" + b"X: 1234567890\r\n" * 3000, taskfarm.HeadTooLarge)])
+def test_what_can_become_no_request_is_refused_as_soon_as_it_shows(data: bytes, kind: type) -> None:
+    for step in (1, 7, 4096):
+        inbox = b""
+        with pytest.raises(kind):
+            for at in range(0, len(data), step):
+                seen, inbox = len(inbox), inbox + data[at:at + step]
+                taskfarm.cut_head(inbox, seen)
+
+
+def test_slashes_that_come_twice_are_one(farm: Live) -> None:
+    for path in ("//api/runs", "/api//runs", "//api///runs", "http://farm//api//runs"):
+        assert exchange(farm, request_bytes("GET", path, Authorization="{auth}") + CLOSE) == [200, 200], path
+    assert exchange(farm, request_bytes("GET", "/api/runs//", Authorization="{auth}") + CLOSE) == [404, 200]
+
+
+def test_nothing_large_is_remembered_of_those_who_have_no_login(shared_farm: Live) -> None:
+    routes, parsed = shared_farm.service.server.routes, taskfarm.PARSED
+    paths, before = routes.walked.cache_info().currsize, len(parsed)
+    for number in range(50):
+        path = "/api/runs/%s%d/x" % ("%F0%9F%98%80" * 1000, number)
+        assert exchange(shared_farm, request_bytes("GET", path, Connection="close")) == [401]
+        fields = {"X%d" % n: "" for n in range(20)}
+        assert exchange(shared_farm, request_bytes("GET", "/nothing", Connection="close", **fields,
+                                                   Authorization="Bearer tf1.%d" % number)) == [401]
+    assert routes.walked.cache_info().currsize - paths <= 2 and len(parsed) == before
+
+
+def task_route() -> Any:
+    return next(route for route in taskfarm.ROUTES.table if (route.method, route.path) == (
+        "PUT", "/api/runs/<run>/tasks"))
+
+
+def read_in_slices(body: bytes) -> Tuple[Any, int]:
+    """The fields of a body or the class of its refusal, and in how many slices it was read."""
+    reading, slices = taskfarm.read_large_body(task_route(), body), 0
+    while True:
+        try:
+            next(reading)
+            slices += 1
+        except StopIteration as end:
+            return end.value, slices
+        except taskfarm.BadRequest as refusal:
+            return type(refusal), slices
+
+
+ENTRY = st.fixed_dictionaries({"task": st.integers(0, 10 ** 6)}, optional={
+    "status": st.sampled_from(taskfarm.STATUS), "message": st.text(st.sampled_from('{}[],:"\\ a\u00e9\U0001f600\n')),
+    "elapsed": st.floats(0, 10 ** 6), "attempt": st.one_of(st.integers(-1, 9), st.just([{}, {}]), st.just({"a": {}}))})
+
+
+@given(st.lists(ENTRY, max_size=12), st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " :\t")]), st.booleans(),
+       st.one_of(st.none(), st.tuples(st.integers(0, 600), st.sampled_from(["", "]", "}", ",", '"', "1", "\\"]))))
+@settings(max_examples=100 if QUICK else 1000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_body_in_slices_is_read_like_one_at_once(entries: List[Any], marks: Tuple[str, str], ascii_only: bool,
+                                                   damage: Optional[Tuple[int, str]]) -> None:
+    text = json.dumps({"worker_uuid": "w", "data": entries}, separators=marks, ensure_ascii=ascii_only)
+    if damage:
+        text = text[:damage[0]] + damage[1] + text[damage[0] + 1:]
+    body = text.encode()
+    try:
+        whole: Any = taskfarm.read_new_body(task_route(), body)
+    except taskfarm.BadRequest as refusal:
+        whole = type(refusal)
+    window, loose = taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW
+    try:
+        for taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW in ((window, loose), (60, 20), (200, 0)):
+            if text.count('"data"') < 2 and text.count('"worker_uuid"') < 2:
+                assert read_in_slices(body)[0] == whole
+    finally:
+        taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW = window, loose
+
+
+LARGE = taskfarm.BATCH_BODY_LIMIT
+
+
+@pytest.mark.parametrize("body, most", [
+    pytest.param(b'{"data": [' + b"[]," * (LARGE // 3) + b"[]]}", 1, id="small junk"),
+    pytest.param(b'{"data": [' + b"{}," * (LARGE // 3) + b"{}]}", 1, id="empty objects"),
+    pytest.param(b'{"data": [' + b"[" * (LARGE // 2) + b"]" * (LARGE // 2) + b"]}", 1, id="deep"),
+    pytest.param(b"[" * LARGE, 1, id="no object"),
+    pytest.param(b'{"data": [{"task": ' + b"9" * LARGE + b"}]}", 1, id="a long number"),
+    pytest.param(b'{"data": [{"task": 1, "message": "' + b"x" * LARGE + b'"}]}', 1, id="a long text"),
+    pytest.param(b'{"data": [{"task": 1' + b" " * LARGE + b"}]}", 1, id="blanks"),
+    pytest.param(b'{"data": ' + b" " * LARGE + b"[]}", 1, id="blanks before"),
+    pytest.param(b'{"data": [' + b",".join(b'{"task": %d}' % n for n in range(10 ** 5)) + b"]}", 15, id="many entries"),
+    pytest.param(b"{" + b'"x": 1,' * 10 ** 5 + b'"x": 1}', 1, id="unknown fields"),
+    pytest.param(b"{" + b'"worker_uuid": "w",' * 10 ** 5 + b'"x": 1}', 1, id="a field again and again"),
+])
+def test_a_large_body_that_is_none_is_given_up_early(body: bytes, most: int) -> None:
+    fields, slices = read_in_slices(body)
+    assert fields is taskfarm.BadRequest and slices <= most
+
+
+def test_each_slice_of_a_large_body_is_small() -> None:
+    entries = [{"task": number, "attempt": 1, "status": "failed", "message": 'the "}, {" of C' * 4} for number in range(
+        10000)]
+    lengths = []
+
+    class Measured(json.JSONDecoder):
+        def decode(self, text: str) -> Any:     # type: ignore[override]
+            lengths.append(len(text))
+            return super().decode(text)
+    decoder, taskfarm.DECODER = taskfarm.DECODER, Measured()
+    try:
+        fields, slices = read_in_slices(json.dumps({"data": entries}).encode())
+    finally:
+        taskfarm.DECODER = decoder
+    assert len(fields["data"]) == 10000 and slices > 50
+    assert max(lengths) <= taskfarm.LargeJson.WINDOW + 2
+
+
+def test_a_number_of_very_many_digits_is_not_read() -> None:
+    for digits in (401, 60000):
+        with pytest.raises(taskfarm.BadRequest, match="digits"):
+            taskfarm.read_new_body(task_route(), b'{"data": [{"task": %s}]}' % (b"7" * digits))
+    digits_in_text = {"data": [{"task": 1, "status": "failed", "message": "7" * 1000}]}
+    assert taskfarm.read_new_body(task_route(), json.dumps(digits_in_text).encode())["data"][0].message == "7" * 1000
+
+
 def test_pipelined_claims_are_answered_in_order(farm: Live) -> None:
     run = make_run(farm, 100)
     one = request_bytes("POST", "/api/runs/%s/task" % run, b'{"worker_uuid": "w"}', Authorization=basic(farm.token, ""))
@@ -3253,6 +3537,16 @@ def test_expect_100_continue(farm: Live) -> None:
     raw.close()
 
 
+def test_a_client_of_http_1_0_is_not_told_to_go_on(farm: Live) -> None:
+    one = request_bytes("POST", "/api/run", Authorization=basic(farm.token, ""), Expect="100-continue",
+                        Content_Length="15", Content_Type="application/json").replace(b"HTTP/1.1", b"HTTP/1.0")
+    raw = farm.raw(one)
+    wait_until(lambda: farm.service.server.bodies)
+    raw.sock.sendall(RUN_BODY)
+    assert raw.answer()[0] == 201
+    raw.close()
+
+
 def test_head_answers_like_get_without_the_body(shared_farm: Live) -> None:
     raw = shared_farm.raw(request_bytes("HEAD", "/") + CLOSE)
     status, headers, _ = raw.answer(head_only=True)
@@ -3267,6 +3561,254 @@ def test_the_front_page_says_what_this_is(shared_farm: Live) -> None:
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert taskfarm.__version__.encode() in body and b"/api/runs" in body
     raw.close()
+    assert taskfarm.front_page() is taskfarm.front_page(), "it is made once"
+
+
+# ---------------------------------------------------------------- SERVER
+
+def test_a_burst_of_requests_is_served_in_turns_that_others_come_between(stepped: Stepped) -> None:
+    one = request_bytes("GET", "/livez")
+    other, *bursts = stepped.new(b"", 6)
+    for raw in bursts:
+        raw.sock.sendall(one * 200)
+    stepped.turn()
+
+    def to_come() -> List[int]:
+        return [len(raw.served.inbox) // len(one) for raw in bursts]
+    left, turns = to_come(), 0
+    while any(left):
+        other.sock.sendall(one)
+        stepped.turn()
+        now = to_come()
+        assert 0 < sum(left) - sum(now) <= 10, "as many as fit the time of a turn"
+        assert max(now) - min(now) <= 1, "and as many of each"
+        left, turns = now, turns + 1
+    assert turns > 50
+    assert [other.answer()[0] for _ in range(turns - 1)] == [200] * (turns - 1), "another has its answer in each"
+    for raw in bursts:
+        assert [raw.answer()[0] for _ in range(200)] == [200] * 200
+    for raw in (other, *bursts):
+        raw.close()
+
+
+def test_who_has_logged_in_is_served_before_a_crowd_that_has_not(stepped: Stepped) -> None:
+    own = request_bytes("GET", "/api/token", **stepped.login())
+    user = stepped.new(own)
+    stepped.turn_until(lambda: user.served.known)
+    crowd = stepped.new(request_bytes("GET", "/livez"), 60)
+    user.sock.sendall(own)
+    stepped.turn()
+    assert [user.answer()[0], user.answer()[0]] == [200, 200]
+    assert sum(raw.served.spoken for raw in crowd) < 20
+    stepped.turn_until(lambda: all(raw.served.spoken for raw in crowd))
+    for raw in [user, *crowd]:
+        raw.close()
+
+
+def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepped) -> None:
+    raws = stepped.new(b"", 40)
+    shown: List[int] = []
+
+    def show(number: int) -> taskfarm.Reply:
+        shown.append(number)
+        return taskfarm.Reply(204)
+    for number, raw in enumerate(raws):
+        raw.served.deliver(taskfarm.list_users().shown_as(show, long=number >= 30), number)
+    stepped.turn()
+    assert 0 < len(shown) <= 12 and shown == list(range(len(shown)))
+    for _ in range(40):
+        before = len(shown)
+        stepped.turn()
+        assert len(shown) - before <= 13 and sum(number >= 30 for number in shown[before:]) <= 1
+    assert sorted(shown) == list(range(40))
+    for raw in raws:
+        raw.close()
+
+
+def test_a_large_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
+    asked: List[Operation] = []
+    stepped.service.farm.submit = asked.extend      # type: ignore[assignment]      # and nothing answers
+    page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
+    raws = stepped.new(page, taskfarm.LARGE_AT_ONCE + 2)
+    stepped.turn_until(lambda: len(asked) == taskfarm.LARGE_AT_ONCE)
+    assert len(stepped.server.large) == 2, "few of them lie in memory"
+    stepped.clock.pass_time(taskfarm.LARGE_S)
+    stepped.turn(2)
+    assert len(asked) == len(raws) and not stepped.server.large
+    for raw in raws:
+        raw.close()
+
+
+def test_a_large_body_is_read_in_slices_that_others_come_between(stepped: Stepped) -> None:
+    body = json.dumps({"data": [{"task": number, "status": "done"} for number in range(10000)]}).encode()
+    stepped.clock.step_s = taskfarm.TURN_S      # a step in each turn
+    large = stepped.new(request_bytes("PUT", "/api/runs/none/tasks", body, **stepped.login()))
+    other = stepped.new(request_bytes("GET", "/livez"))
+    stepped.turn_until(lambda: large.served.reader is not None)
+    for _ in range(5):
+        assert other.answer()[0] == 200 and large.served.reader is not None
+        other.sock.sendall(request_bytes("GET", "/livez"))
+        stepped.turn(2)
+    assert stepped.server.users.total >= len(body), "it is counted until it has been read"
+    stepped.turn_until(lambda: large.served.request is None)
+    assert large.answer()[0] == 404
+    large.close()
+    other.close()
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 4, 6, 7])
+def test_a_list_of_runs_in_pieces_is_one_list(farm: Live, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(taskfarm, "RUNS_PIECE", 3)
+    runs = [make_run(farm, 5) for _ in range(number + 1)]
+    assert farm.ask("DELETE", "/api/runs/" + runs.pop(number // 2))[0] == 204
+    assert [run["uuid"] for run in farm.ask("GET", "/api/runs")[1]["data"]] == runs
+    client = taskfarm.Client(lambda: taskfarm.as_access({"url": farm.url, "token": farm.token}, "test"))
+    assert [run["uuid"] for run in client.ask("GET", "/api/runs")["data"]] == runs
+    client.close()
+    raw = farm.raw(request_bytes("HEAD", "/api/runs", Authorization=basic(farm.token, "")) + request_bytes(
+        "GET", "/api/runs", Authorization=basic(farm.token, "")) * 2 + CLOSE)
+    assert raw.answer(head_only=True)[0] == 200, "HEAD has no body, and what follows is the next answer"
+    assert [[run["uuid"] for run in json.loads(raw.answer()[2])["data"]] for _ in range(2)] == [runs, runs]
+    assert raw.answer()[0] == 200
+    raw.close()
+    old = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, ""), Connection="keep-alive")
+                   .replace(b"HTTP/1.1", b"HTTP/1.0"))
+    head, _, body = (old.file.readline() if number < 3 else old.file.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"chunked" not in head
+    assert number < 3 or [run["uuid"] for run in json.loads(body)["data"]] == runs
+    old.close()
+
+
+def test_a_list_that_breaks_off_has_no_end(farm: Live, monkeypatch: pytest.MonkeyPatch,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(taskfarm, "RUNS_PIECE", 2)
+    for _ in range(5):
+        make_run(farm, 1)
+    shown = taskfarm.run_json
+    monkeypatch.setattr(taskfarm, "run_json", lambda run: shown(run) if run.id < 4 else 1 / 0)
+    with pytest.raises(http.client.IncompleteRead):
+        farm.ask("GET", "/api/runs")
+    assert "ZeroDivisionError" in caplog.text
+    farm.local = threading.local()
+
+
+def test_a_list_that_nobody_reads_costs_the_piece_in_hand(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "RUNS_PIECE", 1)
+    monkeypatch.setattr(taskfarm, "run_json", lambda _: "x" * 2 ** 20)
+    for _ in range(40):
+        farm.service.store.call(taskfarm.create_run(os.urandom(8).hex(), 1))
+    deaf = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, "")))
+    wait_until(lambda: any(c.outbox for c in list(farm.service.server.connections)))
+    assert farm.ask("GET", "/livez")[0] == 200
+    assert farm.service.server.users.total < 2 ** 20 + 100
+    assert len(deaf.answer()[2]) > 40 * 2 ** 20
+    deaf.close()
+
+
+def test_half_heads_without_a_login_keep_nobody_out(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "GUEST_LIMIT", 100000)
+    user = stepped.new(request_bytes("GET", "/api/token", **stepped.login()))
+    stepped.turn_until(lambda: user.served.known)
+    assert user.answer()[0] == 200
+    body = b'{"numTasks": 1' + b" " * 50000 + b"}"
+    whole = request_bytes("POST", "/api/run", body, **stepped.login())
+    user.sock.sendall(whole[:20000])
+    halves = []
+    for _ in range(30):
+        halves.append(stepped.new(request_bytes("GET", "/livez", X="x" * 9000)[:-1]))
+        stepped.turn_until(lambda: halves[-1].served.inbox)
+        assert stepped.server.guests.total <= 100000
+    assert [raw.served in stepped.server.connections for raw in halves] == [False] * 19 + [True] * 11
+    user.sock.sendall(whole[20000:])
+    stepped.turn_until(lambda: user.served.request is None)
+    assert user.answer()[0] == 201
+    for raw in [user, *halves]:
+        raw.close()
+
+
+def test_when_the_buffers_are_full_those_who_take_nothing_are_closed(
+        stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped.clock.step_s = 0.0
+    size = 8 * 2 ** 20      # more than the sockets of both ends take
+    monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 4 * size)
+    monkeypatch.setattr(taskfarm, "show_page", lambda *_: taskfarm.Reply(200, b"x" * size))
+    page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
+    deaf, slow = stepped.new(page), stepped.new(page)
+    stepped.turn_until(lambda: deaf.served.outbox and slow.served.outbox)
+    assert stepped.server.users.total >= 2 * size
+
+    def read_some(raw: Raw) -> None:
+        left = len(raw.served.outbox)
+        while len(raw.served.outbox) > left - 50000:
+            assert raw.sock.recv(65536)
+            stepped.turn()
+    third = stepped.new(page)
+    stepped.turn_until(lambda: stepped.server.large)
+    stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
+    read_some(slow)
+    assert deaf.served in stepped.server.connections
+    stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
+    stepped.turn_until(lambda: third.served.outbox)
+    assert deaf.served not in stepped.server.connections and slow.served in stepped.server.connections
+    for raw in (deaf, slow, third):
+        raw.close()
+
+
+def test_the_first_body_goes_on_when_the_buffers_are_full(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped.clock.step_s = 0.0
+    monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 100000)
+    body = b'{"numTasks": 1' + b" " * 60000 + b"}"
+    whole = request_bytes("POST", "/api/run", body, **stepped.login())
+    raws = []
+    for _ in range(3):
+        raws.append(stepped.new(whole[:55000]))
+        stepped.turn_until(lambda: raws[-1].served.paused or len(raws[-1].served.inbox) > 50000)
+    assert [raw.served.paused for raw in raws] == [False, True, True]
+    for raw in raws:        # a pause is not the fault of those who send, and does not count as silence
+        stepped.clock.pass_time(taskfarm.STILL_S * 0.9)
+        raw.sock.sendall(whole[55000:])
+        stepped.turn_until(lambda raw=raw: raw.served.spoken and raw.served.request is None)     # type: ignore[misc]
+        assert raw.answer()[0] == 201
+    for raw in raws:
+        raw.close()
+
+
+def test_what_came_before_a_stop_is_answered_and_nobody_is_reset(stepped: Stepped) -> None:
+    one = request_bytes("GET", "/livez")
+    raws = stepped.new(one, 3)
+    stepped.turn_until(lambda: all(raw.served.spoken for raw in raws))
+    assert [raw.answer()[0] for raw in raws] == [200] * 3
+    asking, pipelining, idle = raws
+    asking.sock.sendall(one)
+    pipelining.sock.sendall(one * 3)
+    unseen = stepped.raw(one)       # not accepted yet
+    stepped.server._begin_stop()
+    while not stepped.server._ended():
+        stepped.server.turn(stepped.server._wait_s(1.0))
+    for connection in list(stepped.server.connections):
+        stepped.server.close_connection(connection)
+    for raw in (asking, pipelining, unseen):
+        status, headers, _ = raw.answer()
+        assert status == 503 and headers["connection"] == "close"
+        assert raw.answer()[0] == 0, "the end, and no reset"
+        raw.close()
+    assert idle.answer()[0] == 0
+    idle.close()
+
+
+def test_who_waits_for_a_hash_may_be_closed_at_the_descriptor_limit(stepped: Stepped,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = SlowHash(monkeypatch)
+    waiting = stepped.new(token_request("wrong"))
+    stepped.turn_until(lambda: waiting.served.pending)
+    waiting.served.last -= 1.0      # it has waited a second
+    new = stepped.raw(b"")
+    stepped.server._make_room(OSError(24, "Too many open files"))
+    assert waiting.served not in stepped.server.connections and not stepped.server.hashes
+    assert waiting.answer()[0] == 0
+    hashes.let.set()
+    for raw in (waiting, new):
+        raw.close()
 
 
 def test_a_server_answers_while_hundreds_are_silent_or_trickle(farm: Live) -> None:
@@ -3316,12 +3858,14 @@ def test_keep_alive_is_said_to_a_client_of_http_1_0(shared_farm: Live) -> None:
 
 def test_large_answers_that_nobody_reads_do_not_fill_the_memory(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 2 * 2 ** 20)
-    monkeypatch.setattr(taskfarm, "show_runs", lambda _: taskfarm.Reply(200, b"x" * 2 ** 20))
-    deaf = [farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, ""))) for _ in range(40)]
+    monkeypatch.setattr(taskfarm, "show_page", lambda *_: taskfarm.Reply(200, b"x" * 2 ** 20))
+    monkeypatch.setattr(taskfarm, "STILL_S", 60.0)
+    page = request_bytes("GET", "/api/workers?limit=1000", Authorization=basic(farm.token, ""))
+    deaf = [farm.raw(page) for _ in range(40)]
     server = farm.service.server
-    wait_until(lambda: server.buffered >= taskfarm.BUFFER_LIMIT // 2 or not server.long)
+    wait_until(lambda: server.users.total >= taskfarm.BUFFER_LIMIT // 2 or not server.large)
     assert farm.ask("GET", "/readyz")[0] == 200
-    assert server.buffered < 4 * 2 ** 20
+    assert server.users.total < (1 + taskfarm.LARGE_AT_ONCE) * 2 ** 20 + taskfarm.BUFFER_LIMIT // 2
     assert [len(raw.answer()[2]) for raw in deaf] == [2 ** 20] * 40, "each gets its answer when there is room"
     for raw in deaf:
         raw.close()
@@ -3335,7 +3879,7 @@ def test_reading_goes_on_for_those_who_were_paused(tmp_path: Path, monkeypatch: 
                          Content_Length=str(len(body) + 1))
     hogs = [live.raw(head + body) for _ in range(4)]
     server = live.service.server
-    wait_until(lambda: server.buffered > 200000)
+    wait_until(lambda: server.users.total > 200000)
     victim = live.raw(head + body[:100])
     wait_until(lambda: len(server.connections) == 5)
     victim.sock.sendall(body[100:] + b"}")
@@ -3356,7 +3900,7 @@ def test_resets_disturb_nobody(farm: Live) -> None:
             raw.close()     # sends a reset
     assert farm.ask("GET", "/api/runs/" + run)[0] == 200
     wait_until(lambda: len(farm.service.server.connections) == 1)
-    assert farm.service.server.buffered == 0
+    assert farm.service.server.users.total == farm.service.server.guests.total == 0
 
 
 def test_a_client_that_never_reads_is_not_waited_for(farm: Live) -> None:
@@ -3365,7 +3909,7 @@ def test_a_client_that_never_reads_is_not_waited_for(farm: Live) -> None:
     deaf = farm.raw(request_bytes("GET", "/api/runs", Authorization=basic(farm.token, "")) * 400)
     wait_until(lambda: any(c.outbox for c in list(farm.service.server.connections)))
     assert farm.ask("GET", "/api/runs")[0] == 200
-    assert farm.service.server.buffered < 2 * 2 ** 20
+    assert farm.service.server.users.total < 2 * 2 ** 20
     assert [deaf.answer()[0] for _ in range(400)] == [200] * 400, "and gets all its answers when it reads at last"
     deaf.close()
 
@@ -3413,6 +3957,32 @@ def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> None:
     lines = log.getvalue().splitlines()
     assert [line.split('"')[1:3][0] for line in lines] == ["GET /livez", "GET /api/runs"]
     assert re.fullmatch(r'127\.0\.0\.1 - \[[0-9T:Z-]+\] "GET /livez" 200 18 [0-9.]+', lines[0])
+
+
+def test_a_reader_of_the_access_log_that_has_stopped_holds_up_nobody(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "LOG_BYTES", 10000)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as read_end, os.fdopen(writer, "wb") as log:
+        service = Service(str(tmp_path / "f"), "127.0.0.1", 0, access_log=log)
+        thread = threading.Thread(target=service.serve)
+        thread.start()
+        raw = Raw(service.server.server_port, b"")
+        for _ in range(3000):       # twice what the pipe takes
+            raw.sock.sendall(request_bytes("GET", "/livez"))
+            assert raw.answer()[0] == 200
+        assert service.server.access is not None and service.server.access.lost
+        lines: List[bytes] = []
+        while not any(b"lost" in line for line in lines):       # it is read again, and the next line follows
+            lines.append(read_end.readline())
+            if len(lines) % 100 == 0:
+                raw.sock.sendall(request_bytes("GET", "/livez"))
+                assert raw.answer()[0] == 200
+        (gap,) = re.findall(rb"# ([0-9]+) lines are lost here", lines[-1])
+        assert 2990 <= len(lines) - 1 + int(gap) <= 3000 + len(lines) // 100
+        raw.close()
+        service.stop()
+        thread.join()
 
 
 # ---------------------------------------------------------------- API
@@ -3852,6 +4422,16 @@ def test_half_a_request_is_not_closed_at_the_descriptor_limit(tmp_path: Path) ->
     assert half.answer()[0] == 201
     for raw in [half, *raws]:
         raw.close()
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_half_heads_at_the_descriptor_limit_do_not_keep_others_out(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"), prepare=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    halves = [server.raw(b"GET /livez HT") for _ in range(100)]
+    raw = server.raw(request_bytes("GET", "/livez"))
+    assert raw.answer()[0] == 200
+    for each in [raw, *halves]:
+        each.close()
     assert server.end(signal.SIGTERM) == 0
 
 
