@@ -429,9 +429,9 @@ def claimed(task: Task, worker: int, started: Optional[int]) -> Task:
     *started*: milliseconds since 1970; None when it is claimed ahead, and begun later. What the last failure said
     is kept until the task is done.
     """
-    return Task(task.id, task.run, COMPUTING, task.millionths, worker, task.attempt + 1,
-                HELD if started is None else STARTED, task.failures, task.losses, started, None, task.exit_code,
-                task.message)
+    task_id, run, _, millionths, _, attempt, _, failures, losses, _, _, exit_code, message = task
+    return Task(task_id, run, COMPUTING, millionths, worker, attempt + 1, HELD if started is None else STARTED,
+                failures, losses, started, None, exit_code, message)
 
 
 def is_news(task: Task, report: Report, hold: Optional[int], worker_uuid: Optional[str]) -> bool:
@@ -478,11 +478,11 @@ def overruled(task: Task, report: Report, limits: Limits, now_ms: int) -> Task:
 def _reported(task: Task, report: Report, limits: Limits, now_ms: int, status: int, begins: bool,
               hold: Optional[int], losses: int) -> Task:
     """What all reports have in common: percentage, times, failures."""
-    millionths = report.millionths
-    if millionths is None:
-        millionths = FULL if status == DONE else task.millionths
-    started, finished, failures = task.started, task.finished, task.failures
-    exit_code, message = task.exit_code, task.message
+    task_id, run, _, millionths, worker, attempt, _, failures, _, started, finished, exit_code, message = task
+    if report.millionths is not None:
+        millionths = report.millionths
+    elif status == DONE:
+        millionths = FULL
     if begins or report.elapsed_ms is not None and status != WAITING:
         started = now_ms - (report.elapsed_ms or 0)
     if report.status == DONE or report.status == FAILED:    # a percentage alone is no other end of what has ended
@@ -493,8 +493,8 @@ def _reported(task: Task, report: Report, limits: Limits, now_ms: int, status: i
         failures += 1
         if not 0 < limits.failures <= failures:
             status = WAITING
-    return Task(task.id, task.run, status, millionths, task.worker, task.attempt, hold, failures, losses, started,
-                finished, exit_code, message)
+    return Task(task_id, run, status, millionths, worker, attempt, hold, failures, losses, started, finished, exit_code,
+                message)
 
 
 def lapsed(task: Task, limits: Limits, now_ms: int) -> Task:
@@ -906,20 +906,21 @@ class Holds:
     def add(self, run_id: int, worker_id: int, tasks: int) -> None:
         """The worker holds so many more tasks of the run; fewer where *tasks* is negative."""
         self.journal.append((run_id, worker_id, tasks))
-        self._add(run_id, worker_id, tasks)
-
-    def _add(self, run_id: int, worker_id: int, tasks: int) -> None:
-        self.totals[worker_id] = total = self.totals.get(worker_id, 0) + tasks
-        if not total:
+        total = self.totals.get(worker_id, 0) + tasks
+        if total:
+            self.totals[worker_id] = total
+        else:
             del self.totals[worker_id]
         workers = self.by_run.get(run_id)
         if workers is None:
             workers = self.by_run[run_id] = {}
-        workers[worker_id] = number = workers.get(worker_id, 0) + tasks
-        if not number:
-            del workers[worker_id]
-            if not workers:
-                del self.by_run[run_id]
+        number = workers.get(worker_id, 0) + tasks
+        if number:
+            workers[worker_id] = number
+            return
+        del workers[worker_id]
+        if not workers:
+            del self.by_run[run_id]
 
     def number(self, worker_id: int) -> int:
         """How many tasks the worker holds."""
@@ -935,8 +936,8 @@ class Holds:
 
     def roll_back(self) -> None:
         """Undo what the transaction has added."""
-        for run_id, worker_id, tasks in reversed(self.journal):
-            self._add(run_id, worker_id, -tasks)
+        for run_id, worker_id, tasks in self.journal[::-1]:
+            self.add(run_id, worker_id, -tasks)
         self.journal.clear()
 
 
@@ -1023,7 +1024,7 @@ class Transaction:
 
     *clock*: gives a Now. Memory of rows is a copy of them: it is dropped whenever a transaction is rolled back.
     """
-    REMEMBERED = 40000      # runs and workers, then all of them are looked up again
+    REMEMBERED = 40000      # runs, workers and tasks, then all of them are looked up again
 
     def __init__(self, connection: sqlite3.Connection, path: str, clock: Callable[[], Now]) -> None:
         self.path = path
@@ -1034,6 +1035,7 @@ class Transaction:
         self.runs_by_id: Dict[int, Run] = {}
         self.workers: Dict[str, Worker] = {}
         self.workers_by_id: Dict[int, Optional[Worker]] = {}    # None: forgotten
+        self.held: Dict[int, Task] = {}         # some tasks that are held, as in their rows: reports of them come soon
         self.leases = Leases(0)
         self.holds = Holds()
         self.opened = Now(0.0, 0.0)
@@ -1089,6 +1091,7 @@ class Transaction:
     def begin_sweep(self, run: Run, kind: str) -> None:
         """Mark a run whose rows are to follow; what reads the file from here on sees the mark."""
         run.sweep = kind
+        self.held.clear()
         self.changed[run.id] = run
         self.begun.append(run)
         self.flush()
@@ -1125,12 +1128,12 @@ class Transaction:
         for effect in self.effects:
             effect()
         self.effects.clear()
-        if len(self.runs_by_id) + len(self.workers_by_id) > self.REMEMBERED:
+        if len(self.runs_by_id) + len(self.workers_by_id) + len(self.held) > self.REMEMBERED:
             self.forget_rows()
 
     def forget_rows(self) -> None:
-        """Have runs and workers looked up again; not within an operation that has hold of one."""
-        for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id):
+        """Have runs, workers and tasks looked up again; not within an operation that has hold of one."""
+        for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id, self.held):
             memory.clear()
 
 
@@ -1188,6 +1191,9 @@ def find_task(sql: Transaction, run: Run, number: int) -> Task:
     if not 0 <= number < run.num_tasks:
         raise NotFound(out_of_range(run, number))
     task_id = run.first_id + number
+    task = sql.held.get(task_id)
+    if task is not None:
+        return task
     row = sql.execute(TASK_BY_ID, (task_id,)).fetchone()
     return Task(task_id) if row is None else Task._make(row)
 
@@ -1234,7 +1240,7 @@ def renew_lease(sql: Transaction, now: Now, worker: Worker) -> None:
         return
     if not sql.leases.hear(worker, now):
         sql.after_commit(functools.partial(sql.leases.begin, worker.id, worker.lease, now.tick))
-    heard = sql.steady_utc(now.tick)
+    heard = sql.opened.utc + now.tick - sql.opened.tick         # steady_utc, which each claim would have to call
     if worker.state or abs(heard - worker.heard) >= DAY_S:      # the clock of an earlier start may have been ahead
         worker.state, worker.heard = ALIVE, heard
         save_worker(sql, worker)
@@ -1267,9 +1273,14 @@ def change(sql: Transaction, run: Run, before: Task, after: Task) -> None:
         touch(sql, run, before.id, before.id)
         statement, values = insert_statement(differs)
         sql.execute(statement, (run.id, *values(after)))
+        after = Task._make((after.id, run.id, *after[2:]))
     elif True in differs:
         statement, values = update_statement(differs)
         sql.execute(statement, values(after))
+    if is_held(after):
+        sql.held[after.id] = after
+    else:
+        sql.held.pop(after.id, None)
 
 
 def change_many(sql: Transaction, run: Run, changes: Sequence[Tuple[Task, Task]]) -> None:
@@ -1278,6 +1289,7 @@ def change_many(sql: Transaction, run: Run, changes: Sequence[Tuple[Task, Task]]
     inserts: Dict[Tuple[bool, ...], List[Task]] = {}
     tally_many(sql, run, changes)
     for before, after in changes:
+        sql.held.pop(after.id, None)
         differs = tuple(map(operator.ne, before, after))
         kinds = inserts if before.run is None else updates
         if differs in kinds:
@@ -1297,24 +1309,29 @@ def change_many(sql: Transaction, run: Run, changes: Sequence[Tuple[Task, Task]]
 def tally(sql: Transaction, run: Run, before: Task, after: Task) -> None:
     """Bring the run's figures, and what workers hold, in line with a task that becomes another."""
     sql.changed[run.id] = run
-    run.counts[before.status] -= 1
-    run.counts[after.status] += 1
-    run.millionths += after.millionths - before.millionths
-    run.num_complete += is_complete(after) - is_complete(before)
+    old, new = before.status, after.status
+    if old != new:
+        run.counts[old] -= 1
+        run.counts[new] += 1
+    if before.millionths != after.millionths:
+        run.millionths += after.millionths - before.millionths
+    if old == DONE:
+        run.num_complete -= before.millionths == FULL
+    if new == DONE:
+        run.num_complete += after.millionths == FULL
     if before.hold != after.hold:
-        note_holds(sql, run, (before.worker, before.hold), (after.worker, after.hold), 1)
+        note_holds(sql, run, before, after, 1)
 
 
-def note_holds(sql: Transaction, run: Run, before: Tuple[Optional[int], Optional[int]],
-               after: Tuple[Optional[int], Optional[int]], tasks: int) -> None:
-    """Bring what workers hold in line with so many tasks whose worker and hold change; another revision if any lost."""
-    (old_worker, old_hold), (new_worker, new_hold) = before, after
-    was_held = old_hold is not None and old_hold <= STARTED
-    if was_held != (new_hold is not None and new_hold <= STARTED):
-        worker_id = old_worker if was_held else new_worker
-        sql.holds.add(run.id, worker_id, -tasks if was_held else tasks)     # type: ignore[arg-type]
-        if was_held and (new_hold is None or new_hold < GIVEN_UP):
-            sql.leases.taken_from(worker_id)                                # type: ignore[arg-type]
+def note_holds(sql: Transaction, run: Run, before: Task, after: Task, tasks: int) -> None:
+    """Bring what workers hold in line with so many tasks that change in this way; another revision if any are lost."""
+    if before.hold is not None and before.hold <= STARTED:
+        if after.hold is None or after.hold > STARTED:
+            sql.holds.add(run.id, before.worker, -tasks)    # type: ignore[arg-type]
+            if after.hold is None or after.hold < GIVEN_UP:
+                sql.leases.taken_from(before.worker)        # type: ignore[arg-type]
+    elif after.hold is not None and after.hold <= STARTED:
+        sql.holds.add(run.id, after.worker, tasks)          # type: ignore[arg-type]
 
 
 def tally_many(sql: Transaction, run: Run, changes: Sequence[Tuple[Task, Task]]) -> None:
@@ -1327,10 +1344,12 @@ def tally_many(sql: Transaction, run: Run, changes: Sequence[Tuple[Task, Task]])
     run.millionths += sum([after.millionths - before.millionths for before, after in changes])
     run.num_complete += sum([is_complete(after) for _, after in changes if after.status == DONE])
     run.num_complete -= sum([is_complete(before) for before, _ in changes if before.status == DONE])
-    ends = Counter([(before.worker, before.hold, after.worker, after.hold) for before, after in changes
-                    if before.hold != after.hold])
-    for (old_worker, old_hold, new_worker, new_hold), tasks in ends.items():
-        note_holds(sql, run, (old_worker, old_hold), (new_worker, new_hold), tasks)
+    ends: Dict[Tuple[Any, ...], List[Tuple[Task, Task]]] = {}
+    for before, after in changes:
+        if before.hold != after.hold:
+            ends.setdefault((before.worker, before.hold, after.worker, after.hold), []).append((before, after))
+    for alike in ends.values():
+        note_holds(sql, run, *alike[0], len(alike))
 
 
 Statement = Tuple[str, Callable[[Task], Tuple[Any, ...]]]
@@ -2058,6 +2077,8 @@ def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, first: Rep
     sql.execute("""
         UPDATE task SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = NULL, message = NULL
         WHERE id BETWEEN ? AND ?""", (millionths, milliseconds(now.utc), *span))
+    for task_id in range(span[0], span[1] + 1):
+        sql.held.pop(task_id, None)
     sql.changed[run.id] = run
     run.last_report = now.utc
     run.counts[COMPUTING] -= count
