@@ -2741,7 +2741,7 @@ def described(holder: Dict[str, Any]) -> str:
 # Something to be done with no request: a function (sql, now) -> whether there is more, among those of `turn`.
 
 BATCH_S = 0.02          # operations that are waiting run so long in one transaction ...
-LARGE_S = 0.01          # ... and those that take long so long in it, at least
+SLICE_S = 0.01          # ... and those that take long so long in it, at least
 
 
 def disk_trouble(error: BaseException) -> Optional[str]:
@@ -2776,6 +2776,7 @@ class Store:
         self.refused: Outcomes = []                     # waited in vain
         self.try_again = 0.0                            # the tick of the next write, after one that failed
         self.chore_at = 0.0                             # the tick of the next look for workers to forget
+        self.unsaved_starts = 0                         # the number of this start, where a full disk did not take it
         self.heard_until = 0.0                          # requests that came by that tick have all been run
         self.awake = time.monotonic()                   # when the writer last took operations in
         self.disk_s = 0.0                               # waited for the disk since: a slow one is no stop
@@ -2808,14 +2809,16 @@ class Store:
 
     def _begin_leases(self) -> None:
         """Each worker with a lease has a whole one from here on."""
+        starts = self.sql.value("SELECT starts FROM farm") + 1
         try:
-            self.sql.execute("UPDATE farm SET starts = starts + 1")
+            self.sql.execute("UPDATE farm SET starts = ?", (starts,))
         except sqlite3.Error as error:      # a disk that is full should not keep a farm from being looked at
             self.sql.trouble = disk_trouble(error)
             if self.sql.trouble is None:
                 raise
+            self.unsaved_starts = starts
         self.sql.opened = now = self.clock()
-        self.sql.leases = Leases(self.sql.value("SELECT starts FROM farm"))
+        self.sql.leases = Leases(starts)
         for worker_id, lease in self.sql.all("""
                 SELECT id, lease
                 FROM worker INDEXED BY worker_living
@@ -3000,7 +3003,7 @@ class Store:
             if len(taken) % 8 == 0 and sql.over():
                 break
         if self.large:
-            sql.begin_slice(LARGE_S, large=True)
+            sql.begin_slice(SLICE_S, large=True)
             sql.slice_end = max(sql.slice_end, end)
             for _ in range(len(self.large)):
                 taken.append(self.large.popleft())
@@ -3012,7 +3015,7 @@ class Store:
         """Run operations again, each in a transaction of its own."""
         ended: Outcomes = []
         for named in taken:
-            self.sql.begin_slice(LARGE_S, large=named.large)
+            self.sql.begin_slice(SLICE_S, large=named.large)
             try:
                 ended += self._transact([named])
             except Exception as error:
@@ -3111,6 +3114,8 @@ class Store:
             jobs.append(self._sweep)
         if now.tick >= self.chore_at:
             jobs.append(self._forget_workers)
+        if self.unsaved_starts and not self.sql.trouble:
+            jobs.append(self._save_starts)
         if jobs:
             self._work_on(jobs)
 
@@ -3166,6 +3171,12 @@ class Store:
         if not more:
             self.chore_at = now.tick + CHORE_S
         return more
+
+    def _save_starts(self, sql: Transaction, now: Now) -> bool:
+        """Write the number of this start: revisions of the next one are to be above those of this one."""
+        sql.execute("UPDATE farm SET starts = ?", (self.unsaved_starts,))
+        sql.after_commit(lambda: setattr(self, "unsaved_starts", 0))
+        return False
 
     def _unpark(self) -> None:
         """Sort those that wait for a run: they run again when its sweep has ended, or cannot go on."""

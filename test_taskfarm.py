@@ -1221,6 +1221,16 @@ def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
     assert used and used <= allowed
 
 
+def test_no_name_of_the_module_is_given_twice() -> None:
+    """The second LARGE_S once made the writer's slices ten times as long as the first said."""
+    names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    for outer in TREE.body:
+        if isinstance(outer, (ast.Assign, ast.AnnAssign)):
+            names += [node.id for node in ast.walk(outer) if isinstance(node, ast.Name)
+                      and isinstance(node.ctx, ast.Store)]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_a_section_uses_those_above_it_and_none_below() -> None:
     order = ["CONTRACT", *sections()]
     defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
