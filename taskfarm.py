@@ -5680,8 +5680,8 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
                       "server elsewhere type 'taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
     if not (user or token):
         if not known.token:
-            raise Refusal("there is no login for %s: %s has none, and TASKFARM_TOKEN is not set. "
-                          "'taskfarm.py login %s' gets one" % (given, path, given))
+            raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'taskfarm.py login "
+                          "{0}' gets one".format(given or known.url, path))
         return known._replace(url=given or known.url, source=known.source if not given else "TASKFARM_URL, " + path)
     if given and given != known.url:
         return Access(given, user, token, password, "", "", "the environment")
@@ -5705,13 +5705,6 @@ def authorization(access: Access) -> str:
         raise Refusal("the token has a space, an end of line or a letter beyond ASCII, which no token has: look at "
                       "TASKFARM_TOKEN, or at %s" % access.source)
     return "Bearer " + access.token
-
-
-def read_answer(response: http.client.HTTPResponse) -> bytes:
-    """The body of an answer, up to ANSWER_LIMIT."""
-    # In small parts: Python 3.9 allocates as many bytes as it is asked to read.
-    parts = iter(functools.partial(response.read, 1 << 16), b"")
-    return b"".join(itertools.islice(parts, ANSWER_LIMIT >> 16))
 
 
 class Client:
@@ -5750,24 +5743,24 @@ class Client:
             content = json.dumps(body).encode()
         began, pause_s, failures = time.monotonic(), RETRY_PAUSES_S[0], 0
         while True:
-            new_connection = self.connection is None
+            new_connection, retry_s = self.connection is None, self.retry_s
             try:
                 answer = self._once(method, path, content, headers)
                 if failures > 2:
                     self.say("the farm answers again")
                 return answer
+            except Unreachable as error:
+                self.close()
+                if not new_connection:
+                    continue        # it was kept open, and may have ended long ago
+                failure: Exception = error
             except Unauthorized as error:
                 self.close()
-                failure: Exception = error
-                retry_s = min(self.retry_s, LOGIN_RETRY_S) if self.login_worked else 0.0
-            except (FarmError, Unreachable) as error:
-                if isinstance(error, FarmError) and error.status not in RETRY_STATUSES:
+                failure, retry_s = error, min(retry_s, LOGIN_RETRY_S) if self.login_worked else 0.0
+            except FarmError as error:
+                if error.status not in RETRY_STATUSES:
                     raise
-                if isinstance(error, Unreachable):
-                    self.close()
-                failure, retry_s = error, self.retry_s
-                if not new_connection and isinstance(error, Unreachable):
-                    continue        # a connection that was kept open may have ended long ago
+                failure = error
             if self._find_again():
                 continue
             wait_s = max(random.uniform(pause_s / 2, pause_s), self.retry_after or 0.0)
@@ -5869,7 +5862,9 @@ class Client:
         try:
             self.connection.request(method, urllib.parse.urlsplit(access.url).path + path, content, headers)
             response = self.connection.getresponse()
-            text = read_answer(response)
+            # In small parts: Python 3.9 allocates as many bytes as it is asked to read.
+            parts = iter(functools.partial(response.read, 1 << 16), b"")
+            text = b"".join(itertools.islice(parts, ANSWER_LIMIT >> 16))
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable("%s does not answer as a taskfarm (%s)" % (
                 access.url, str(error) or type(error).__name__))
@@ -6336,9 +6331,6 @@ def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambd
 
 class Command:
     """The command of a task, from its start until its end is reported."""
-    __slots__ = ("task", "attempt", "pid", "slot", "started", "elapsed_s", "reported", "pipes", "watched", "tail",
-                 "log", "log_path", "status", "end_reason", "kill_at")
-
     def __init__(self, task: int, attempt: int, slot: Optional[int], started: float) -> None:
         self.task, self.attempt = task, attempt
         self.slot = slot            # None once another command may have it
@@ -6486,15 +6478,15 @@ def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, by
 
 
 class Launcher:
-    """Starts commands, each in a process group of its own. Output goes to the log, or through pipes in `piped`."""
+    """Starts commands, each in a process group of its own."""
     SPAWN_OPTIONS: Dict[str, Any] = {
         "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}      # signals that Python ignores
 
     def __init__(self, template: Template, environ: Dict[bytes, bytes], watchdog: Watchdog, log_dir: str,
                  on_terminal: bool) -> None:
         self.template, self.environ, self.watchdog, self.log_dir = template, environ, watchdog, log_dir
-        # The error output always comes through a pipe: its last line is the message of a failure, and in a log it
-        # need not be the last line. The other output does so where it is written above a bar.
+        # The error output comes through a pipe, also where there is a log: its last line is the message of a failure.
+        # The standard output (1) does so on a terminal, where it is written above the bar.
         self.piped = (1, 2) if on_terminal and not log_dir else (2,)
         self.by_shell = False       # every task runs a script without #!
 
@@ -6767,9 +6759,9 @@ class Reporter:
         """Send the reports. Each is forgotten when the farm has judged it."""
         with self.changed:
             reports = list(self.reports.values())
-        for part in in_parts(reports):
-            for refused in send_reports(self.client, self.run, self.worker, part):
-                self._post(refused)
+        for part, refused in send_reports(self.client, self.run, self.worker, reports):
+            for event in refused:
+                self._post(event)
             with self.changed:
                 for report in part:
                     if self.reports.get(report["task"]) is report:      # not one that replaced it meanwhile
@@ -6792,11 +6784,13 @@ def in_parts(reports: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
         yield part
 
 
-def send_reports(client: Client, run: str, worker: str, reports: List[Dict[str, Any]]) -> List[ReportRefused]:
-    """Send reports of a worker in one request; those that the farm refused."""
-    answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": reports})
-    by_task = {report["task"]: report for report in reports}
-    return [ReportRefused(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
+def send_reports(client: Client, run: str, worker: str,
+                 reports: List[Dict[str, Any]]) -> Iterator[Tuple[List[Dict[str, Any]], List[ReportRefused]]]:
+    """Send reports of a worker in as many requests as they need; the reports of each request, and those refused."""
+    for part in in_parts(reports):
+        answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": part})
+        by_task = {report["task"]: report for report in part}
+        yield part, [ReportRefused(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
 
 
 def state_folder(environ: Mapping[str, str]) -> str:
@@ -6840,10 +6834,8 @@ def send_all_unsent(client: Client) -> List[str]:
 
 def send_unsent(client: Client, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
     """Send what one worker has saved, and sign it off; a sentence for the user."""
-    refused: List[ReportRefused] = []
     try:
-        for part in in_parts(reports):
-            refused += send_reports(client, run, worker, part)
+        refused = [event for _, part in send_reports(client, run, worker, reports) for event in part]
         with contextlib.suppress(NotFound):
             client.ask("DELETE", "/api/worker/" + worker)
     except NotFound as error:
@@ -6975,12 +6967,6 @@ class Display:
             self._write()
             self._draw_bar(running)
         return now + 0.5 if self.has_bar and running else self.write_at
-
-    def end(self, sentence: str) -> None:
-        """Show the last line."""
-        self._add(sentence)
-        self._write()
-        self._clear_bar()
 
     def _add(self, line: str) -> None:
         self.lines.append(line)
@@ -7547,20 +7533,20 @@ class TaskRunner:
         retry_s = LAST_REPORTS_S if self.signals < 2 else 1.0
         with contextlib.closing(Client(self.client.find, retry_s, timeout_s=LAST_REPORTS_S)) as client:
             try:
-                for part in in_parts(unsent):
-                    for refused in send_reports(client, self.run["uuid"], self.uuid, part):
-                        self._on_report_refused(refused)
+                for _, refused in send_reports(client, self.run["uuid"], self.uuid, unsent):
+                    for event in refused:
+                        self._on_report_refused(event)
                 client.ask("DELETE", "/api/worker/" + self.uuid)
                 run = client.ask("GET", "/api/runs/" + self.run["uuid"])
             except NotFound:
-                self.display.end("run %s was deleted" % self.run["uuid"])
+                self.display.say("run %s was deleted" % self.run["uuid"])
                 self.status = EXIT_RUN_DELETED
                 return
             except (FarmError, Unreachable, Refusal) as error:
                 self._save_unsent(unsent, error)
                 return
         self.display.show_run(run)
-        self.display.end(state_counts(run))
+        self.display.say(state_counts(run))
         if self.stop_reason:
             self.status = self.stop_status
         elif run["numFailed"]:
@@ -7573,14 +7559,14 @@ class TaskRunner:
         elif results:
             self.status = exit_status_of(error)
         if not results:
-            self.display.end(str(error))
+            self.display.say(str(error))
             return
         try:
             path = save_unsent(self.client.access, self.run["uuid"], self.uuid, results)
-            self.display.end("%s; %s saved in %s, and the next worker sends them" % (
+            self.display.say("%s; %s saved in %s, and the next worker sends them" % (
                 error, counted(len(results), "report"), path))
         except OSError as trouble:
-            self.display.end("%s; %s lost: %s" % (error, counted(len(results), "report"), trouble))
+            self.display.say("%s; %s lost: %s" % (error, counted(len(results), "report"), trouble))
 
 
 # ---------------------------------------------------------------- BATCH SYSTEMS

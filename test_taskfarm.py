@@ -8,7 +8,10 @@
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
     Client              logins that go to the right farm, patience, lost answers, the published client's scripts
-    Worker              real commands and signals, a server that goes and comes, the end of a job, a terminal
+    Commands            real commands: what they are given, how they fail, what ends them when the worker is killed
+    Reporter            lost answers, a server that goes and comes, tasks that were taken away
+    Worker              signals, the end of the job, what is given back, a terminal
+    Batch systems       the end of a job, as Slurm and PBS tell it
     Terminal            tables that fit, bars, rates with their range
     Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
@@ -4373,7 +4376,7 @@ def access_of(farm: Any, **changes: str) -> taskfarm.Access:
     return access._replace(**changes)
 
 
-class Flaky:
+class LossyRelay:
     """A port in front of a farm that swallows answers to requests that have reached the farm."""
 
     def __init__(self, port: int) -> None:
@@ -4390,9 +4393,9 @@ class Flaky:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
 
-    def _carry(self, client: socket.socket) -> None:
+    def _relay(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError, EOFError), contextlib.closing(client), contextlib.closing(
                 socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
             while True:
@@ -4441,7 +4444,7 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
 
 
 def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
-    relay = Flaky(farm.port)
+    relay = LossyRelay(farm.port)
     for proof in ("00" * 32, "no hex"):
         client = taskfarm.Client(lambda: access_of(farm, proof=proof, url=relay.url))  # noqa: B023
         with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
@@ -4457,8 +4460,8 @@ def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
     relay.close()
 
 
-def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live) -> None:
-    relay = Flaky(farm.port)
+def test_a_lost_answer_costs_nothing_and_nothing_is_given_twice(farm: Live) -> None:
+    relay = LossyRelay(farm.port)
     access, swallow = access_of(farm, url=relay.url), [False]
     relay.swallow = lambda: bool(swallow) and swallow.pop()
     with contextlib.closing(taskfarm.Client(lambda: access, retry_s=20)) as client:
@@ -4476,20 +4479,20 @@ def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live
 
 
 def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) -> None:
-    said: List[str] = []
+    notices: List[str] = []
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm), retry_s=60)) as client:
-        client.say = said.append
+        client.say = notices.append
         client.ask("GET", "/api/runs")
         farm.stop()
         answers = []
         thread = threading.Thread(target=lambda: answers.append(client.ask("POST", "/api/run", {"numTasks": 1})))
         thread.start()
-        wait_until(lambda: said)
+        wait_until(lambda: notices)
         farm.local = threading.local()
         farm.start()
         thread.join(30)
         assert answers[0]["numTasks"] == 1
-        assert "is the server running" in said[0] and said[-1] == "the farm answers again"
+        assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
@@ -4558,7 +4561,7 @@ def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Li
     b"HTTP/1.1 302 Found\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 404 No\r\nRetry-After: \xb2\r\nContent-Length: 4\r\n\r\nnull",
     b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200000])
-def test_what_is_no_answer_of_a_taskfarm_is_said_so(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_answer_of_a_taskfarm_is_refused_as_such(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "ANSWER_LIMIT", 1 << 17)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         def serve() -> None:
@@ -4687,7 +4690,7 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
     assert wait_until(lambda: farm.ask("GET", path)[1]["state"]) == "signed off"
 
 
-# ---------------------------------------------------------------- WORKER
+# ---------------------------------------------------------------- COMMANDS
 
 class Work:
     """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
@@ -4767,20 +4770,24 @@ def pids_in(folder: Path) -> List[int]:
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
 
 
-def test_every_task_is_run_once_and_told_about(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 300, name="tiles")
-    script = tmp_path / "tile.sh"
-    script.write_text("echo x >> %s/ran-$1\n[ $1 != 7 ] || { echo so it goes >&2; exit 3; }\n" % tmp_path)
-    script.chmod(0o755)         # and it has no first line with #!
-    both = [Work(server, "tiles", "-j", "3", "--", str(script), "{task}") for _ in range(2)]
-    outputs = [work.end(3) for work in both]
-    assert counts(server, run) == (0, 0, 299, 1)
-    assert {path.name: path.read_text() for path in tmp_path.glob("ran-*")} == {"ran-%d" % n: "x\n" for n in range(300)}
-    failed = task_of(server, run, 7)
-    assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
-    assert sum(output.count(" done in ") for output in outputs) == 299
-    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
-    assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
+def stubborn(folder: Path) -> Tuple[str, ...]:
+    """A command that leaves its process ids in a folder, and that only SIGKILL ends."""
+    return "sh", "-c", "trap '' TERM; sleep 1000 & touch %s/$$ %s/$!; wait; sleep 1000" % (folder, folder)
+
+
+def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    for ended in (b"", b"\n"):
+        content = [b"%d " % number + b"x" * generator.choice([0, 1, 200, 70000 if number % 97 == 0 else 3])
+                   for number in range(3000)]
+        (tmp_path / "lines").write_bytes(b"\n".join(content) + ended)
+        lines = taskfarm.Lines(str(tmp_path / "lines"))
+        assert len(lines) == 3000 and [lines[number] for number in range(3000)] == content
+        for number in (-1, 3000):
+            with pytest.raises(IndexError):
+                lines[number]
+    (tmp_path / "lines").write_bytes(b"")
+    assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
 
 
 def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
@@ -4809,21 +4816,6 @@ def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
     assert (tmp_path / "1").read_text() == "one\n"
     assert [task_of(server, run, task)["status"] for task in range(3)] == ["done", "done", "failed"]
     assert task_of(server, run, 2)["exitCode"] == 4
-
-
-def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
-    generator = random.Random(5)
-    for ended in (b"", b"\n"):
-        content = [b"%d " % number + b"x" * generator.choice([0, 1, 200, 70000 if number % 97 == 0 else 3])
-                   for number in range(3000)]
-        (tmp_path / "lines").write_bytes(b"\n".join(content) + ended)
-        lines = taskfarm.Lines(str(tmp_path / "lines"))
-        assert len(lines) == 3000 and [lines[number] for number in range(3000)] == content
-        for number in (-1, 3000):
-            with pytest.raises(IndexError):
-                lines[number]
-    (tmp_path / "lines").write_bytes(b"")
-    assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -4893,8 +4885,8 @@ def test_a_program_of_another_machine_fails_no_task(server: Process, tmp_path: P
     program = tmp_path / "simulate"
     program.write_bytes(content)
     program.chmod(0o755)
-    said = Work(server, run, "-j", "4", "--", str(program), "{task}").end(1)
-    assert "simulate is no program for this machine (%s, " % socket.gethostname() in said
+    output = Work(server, run, "-j", "4", "--", str(program), "{task}").end(1)
+    assert "simulate is no program for this machine (%s, " % socket.gethostname() in output
     assert counts(server, run) == (50, 0, 0, 0)
     script = tmp_path / "script"        # its interpreter is such a program, and sh must not read it either
     script.write_text("#!%s\nexit 0\n" % program)
@@ -4904,30 +4896,6 @@ def test_a_program_of_another_machine_fails_no_task(server: Process, tmp_path: P
     (tmp_path / "lines").write_text(str(program) + "\n" + "true\n" * 49)
     Work(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "x").end(3)
     assert counts(server, run) == (0, 0, 49, 1) and task_of(server, run, 0)["exitCode"] == 126
-
-
-@pytest.mark.parametrize("words", [["sh", "-c", "nosuch {task}"], ["env", "./{task}"], ["./{task}"],
-                                   ["sh", "-c", "exit 126"]])
-@pytest.mark.parametrize("jobs", ["1", "16"])
-def test_a_machine_that_lacks_the_program_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
-    run = new_run(server, 300)
-    said = Work(server, run, "-j", jobs, "--", *words).end(8)
-    sentence = next(line for line in said.splitlines() if line.startswith("stopping"))
-    assert "on %s %s, or a program" % (socket.gethostname(), words[0]) in sentence
-    assert ("nosuch" in sentence) is ("nosuch {task}" in words)
-    assert counts(server, run) == (300, 0, 0, 0)
-
-
-def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process) -> None:
-    run = new_run(server, 40)
-    Work(server, run, "--", "sh", "-c", "[ {task} = 9 ] || exit 127").end(3)
-    assert counts(server, run) == (0, 0, 1, 39)
-    run = new_run(server, 9)        # and the first ones are reported when nothing else comes
-    Work(server, run, "--", "sh", "-c", "exit 126").end(3)
-    assert counts(server, run) == (0, 0, 0, 9)
-    run = new_run(server, 4, maxFailures=3)
-    Work(server, run, "--", "sh", "-c", "exit 127").end(8)
-    assert counts(server, run)[0] > 0
 
 
 def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path: Path) -> None:
@@ -4965,6 +4933,258 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
     assert "first\nlast" in work.errors(), "the error output is passed on"
     os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
+
+
+def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    work.end(-signal.SIGKILL, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
+
+
+def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    stop = "spawn = taskfarm.Launcher._spawn; taskfarm.Launcher._spawn = lambda *words: [spawn(*words), " \
+           "taskfarm.os.kill(taskfarm.os.getpid(), 9)][0]"
+    Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/$$; setsid sh -c 'echo $$ > %s/left; "
+         "exec sleep 1000' & exec sleep 1000" % (tmp_path, tmp_path), tweak=stop).end(-9)
+    left = wait_until(lambda: (tmp_path / "left").exists() and (tmp_path / "left").read_text())
+    wait_until(lambda: pids_in(tmp_path) and not any(alive(pid) for pid in pids_in(tmp_path)))
+    os.kill(int(left), signal.SIGKILL)      # it is there: what a command leaves in a session of its own is not ours
+
+
+# ---------------------------------------------------------------- REPORTER
+
+@contextlib.contextmanager
+def no_more_room(server: Process) -> Iterator[None]:
+    """The disk takes nothing more from the server."""
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
+    relay, swallow = LossyRelay(farm.port), [True] * 3
+    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
+    run = new_run(farm, 20)
+    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
+    reporter = taskfarm.Reporter(client, run, "w", lambda: None, False)
+    reporter.idle = False
+    reporter.thread.start()
+    reporter.claim(5)
+    assert wait_until(lambda: list(reporter.events)) == [taskfarm.TasksClaimed([(number, 1) for number in range(5)])]
+    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
+    reporter.report(0, 1, status="computing")
+    reporter.report(0, 1, status="done")
+    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
+    assert reporter.close() == []
+    client.close()
+    relay.close()
+
+
+def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
+    wait_until(lambda: counts(server, run)[2] > 4)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: "is the server running" in work.shown())
+    output = work.end(7, signal.SIGTERM)
+    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
+    assert str(left) in output and stat.S_IMODE(left.stat().st_mode) == 0o600
+    again = Process(str(tmp_path / "f"), home=server.home)
+    before, reports = counts(again, run)[2], json.loads(left.read_text())["reports"]
+    output = Work(again, run, "-j", "2", "--", "touch", str(tmp_path) + "/ran-{task}").end(0)
+    assert "%d reports that worker" % len(reports) in output and not left.exists()
+    assert before < 40 and any(report["status"] == "done" for report in reports)
+    assert counts(again, run) == (0, 0, 40, 0)
+    for report in reports:
+        if report["status"] == "done":
+            assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 9)
+    work = Work(server, run, "-j", "3", "--", "sh", "-c", "sleep 0.3; [ {task} != 4 ] || exit 1; [ {task} != 7 ] || "
+                "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path, tweak="taskfarm.COMPUTING_S = 0.5")
+    started = wait_until(lambda: taskfarm.moment(task_of(server, run, 7)["started"]))
+    assert started <= time.time() - 0.49, "begun before the first report"
+    (tmp_path / "go").touch()
+    work.end(3)
+    tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
+    times = [(taskfarm.moment(task["started"]) or 0.0, taskfarm.moment(task["finished"]) or 0.0) for task in tasks]
+    assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 60)
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ran-*"))) > 10)
+    server.process.kill()
+    server.process.wait()
+    ran = len(list(tmp_path.glob("ran-*")))
+    wait_until(lambda: "is the server running" in work.shown())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    assert again.port != server.port, "the access file tells where it is now"
+    work.end(0)
+    assert counts(again, run) == (0, 0, 60, 0) and ran < 60
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "touch %s/$$; until [ -e %s/{task} ]; do sleep 0.01; done" % (
+        tmp_path, tmp_path),
+                tweak="taskfarm.WORKER_RETRY_S = 0.2; taskfarm.RETRY_PAUSES_S = 0.01, 0.02; taskfarm.COMPUTING_S = 0")
+    wait_until(lambda: len(pids_in(tmp_path)) == 2 and counts(server, run)[1] == 2)
+    with no_more_room(server):
+        (tmp_path / "0").touch()
+        wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
+        wait_until(lambda: work.shown().count("tried again") > 2)        # its patience has ended twice
+    (tmp_path / "1").touch()
+    work.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 400)
+    relay, generator = LossyRelay(server.port), random.Random(1)
+    relay.swallow = lambda: generator.random() < 0.3
+    work = Work(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
+                tweak="taskfarm.SEND_S = 0.01; taskfarm.CLAIM_AHEAD_S = 0.05; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
+                TASKFARM_URL=relay.url)
+    work.end(0)
+    relay.close()
+    assert relay.lost > 5
+    assert counts(server, run) == (0, 0, 400, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
+
+
+def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    work = Work(server, run, "-j", "2", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02; %s %s "
+                "progress 50" % (tmp_path, sys.executable, MODULE))
+    wait_until(lambda: list(tmp_path.glob("ran-*")))
+    server.process.kill()
+    server.process.wait()
+    other = Process(str(tmp_path / "other"), home=server.home)
+    wait_until(lambda: "is the server running" in work.shown())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    again.token = server.token      # the file is the other's
+    work.end(0)
+    assert counts(again, run) == (0, 0, 40, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    other.process.kill()
+    other.process.wait()
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    logged = Process(str(tmp_path / "g"), "--access-log", str(log))
+    run = new_run(logged, 1500)
+    Work(logged, run, "-j", "4", "--quiet", "--", "true").end(0)
+    assert counts(logged, run) == (0, 0, 1500, 0)
+    assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
+    assert logged.end(signal.SIGTERM) == 0
+
+
+def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
+                tweak="taskfarm.HEARTBEAT_S = 0.05")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    assert server.ask("DELETE", "/api/runs/" + run)[0] == 204
+    assert "was deleted" in work.end(4)
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+
+
+def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
+                "[ {task} = 1 ] || sleep 1000" % tmp_path, tweak="taskfarm.HEARTBEAT_S = 0.05")
+    wait_until((tmp_path / "on-0-1").exists)
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    output = work.end(0)
+    assert "task 0 was taken from this worker" in output and (tmp_path / "on-0-2").exists()
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
+                "sleep 0.01; done" % (tmp_path, tmp_path),
+                tweak="taskfarm.LEASE_S, taskfarm.HEARTBEAT_S, taskfarm.COMPUTING_S = 1, 0.2, 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"])
+    work.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
+    assert task_of(server, run, 0)["losses"] == 1
+    if taken:
+        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
+        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
+    work.process.send_signal(signal.SIGCONT)
+    if taken:
+        wait_until(lambda: "task 0 was taken from this worker" in work.shown())
+        work.end(0)
+        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
+    else:
+        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
+        (tmp_path / "go").touch()
+        work.end(0)
+        task = task_of(server, run, 0)
+        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
+
+
+# ---------------------------------------------------------------- WORKER
+
+def test_every_task_is_run_once_and_reported(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 300, name="tiles")
+    script = tmp_path / "tile.sh"
+    script.write_text("echo x >> %s/ran-$1\n[ $1 != 7 ] || { echo so it goes >&2; exit 3; }\n" % tmp_path)
+    script.chmod(0o755)         # and it has no first line with #!
+    both = [Work(server, "tiles", "-j", "3", "--", str(script), "{task}") for _ in range(2)]
+    outputs = [work.end(3) for work in both]
+    assert counts(server, run) == (0, 0, 299, 1)
+    assert {path.name: path.read_text() for path in tmp_path.glob("ran-*")} == {"ran-%d" % n: "x\n" for n in range(300)}
+    failed = task_of(server, run, 7)
+    assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
+    assert sum(output.count(" done in ") for output in outputs) == 299
+    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
+    assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
+
+
+@pytest.mark.parametrize("words", [["sh", "-c", "nosuch {task}"], ["env", "./{task}"], ["./{task}"],
+                                   ["sh", "-c", "exit 126"]])
+@pytest.mark.parametrize("jobs", ["1", "16"])
+def test_a_machine_that_lacks_the_program_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
+    run = new_run(server, 300)
+    output = Work(server, run, "-j", jobs, "--", *words).end(8)
+    sentence = next(line for line in output.splitlines() if line.startswith("stopping"))
+    assert "on %s %s, or a program" % (socket.gethostname(), words[0]) in sentence
+    assert ("nosuch" in sentence) is ("nosuch {task}" in words)
+    assert counts(server, run) == (300, 0, 0, 0)
+
+
+def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process) -> None:
+    run = new_run(server, 40)
+    Work(server, run, "--", "sh", "-c", "[ {task} = 9 ] || exit 127").end(3)
+    assert counts(server, run) == (0, 0, 1, 39)
+    run = new_run(server, 9)        # and the first ones are reported when nothing else comes
+    Work(server, run, "--", "sh", "-c", "exit 126").end(3)
+    assert counts(server, run) == (0, 0, 0, 9)
+    run = new_run(server, 4, maxFailures=3)
+    Work(server, run, "--", "sh", "-c", "exit 127").end(8)
+    assert counts(server, run)[0] > 0
 
 
 def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
@@ -5005,22 +5225,11 @@ def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None
     assert task_of(server, run, 4)["message"] == "why"
 
 
-@contextlib.contextmanager
-def no_more_room(server: Process) -> Iterator[None]:
-    """The disk takes nothing more from the server."""
-    limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
-
-
 def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
-    work = Work(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/told; until [ -e %s/go ]; do "
+    work = Work(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/reported; until [ -e %s/go ]; do "
                 "sleep 0.01; done" % (sys.executable, MODULE, tmp_path, tmp_path))
-    wait_until((tmp_path / "told").exists)
+    wait_until((tmp_path / "reported").exists)
     task = task_of(server, run, 0)
     assert (task["percentCompleted"], task["status"]) == (37.5, "computing") and task["started"]
     mine = {"TASKFARM_RUN": run, "TASKFARM_TASK": "0", "TASKFARM_WORKER": task["worker"], "HOME": server.home}
@@ -5039,19 +5248,14 @@ def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> No
     assert task_of(server, run, 0)["percentCompleted"] == 100
 
 
-def stubborn(folder: Path) -> Tuple[str, ...]:
-    """A command that leaves its process ids in a folder, and that only SIGKILL ends."""
-    return "sh", "-c", "trap '' TERM; sleep 1000 & touch %s/$$ %s/$!; wait; sleep 1000" % (folder, folder)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_commands_and_gives_the_tasks_back(server: Process, tmp_path: Path, number: int) -> None:
     run = new_run(server, 10)
     (tmp_path / "pids").mkdir()
     work = Work(server, run, "-j", "2", "--grace", "0.3", "--", *stubborn(tmp_path / "pids"))
     wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
-    said = work.end(7, number)
-    assert signal.Signals(number).name in said
+    output = work.end(7, number)
+    assert signal.Signals(number).name in output
     assert not any(map(alive, pids_in(tmp_path / "pids"))), "the whole groups are gone"
     assert counts(server, run) == (10, 0, 0, 0)
     task = task_of(server, run, 0)
@@ -5178,7 +5382,7 @@ def test_what_a_given_back_command_has_left_running_is_ended(server: Process, tm
     assert not alive(int((tmp_path / "left").read_text())) and counts(server, run) == (1, 0, 0, 0)
 
 
-def test_an_end_that_is_not_believed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
+def test_an_end_that_is_not_confirmed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 30)
     work = Work(server, run, "--log-dir", str(tmp_path), "--", "true", tweak="taskfarm.CONFIRM_S = 1000")
     wait_until(lambda: len(list(tmp_path.glob("*.log"))) == 30)
@@ -5205,27 +5409,7 @@ def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
     assert counts(server, run) == (8, 0, 2, 0)
 
 
-def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 10)
-    (tmp_path / "pids").mkdir()
-    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
-    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
-    work.end(-signal.SIGKILL, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
-
-
-def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 3)
-    stop = "spawn = taskfarm.Launcher._spawn; taskfarm.Launcher._spawn = lambda *words: [spawn(*words), " \
-           "taskfarm.os.kill(taskfarm.os.getpid(), 9)][0]"
-    Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/$$; setsid sh -c 'echo $$ > %s/left; "
-         "exec sleep 1000' & exec sleep 1000" % (tmp_path, tmp_path), tweak=stop).end(-9)
-    left = wait_until(lambda: (tmp_path / "left").exists() and (tmp_path / "left").read_text())
-    wait_until(lambda: pids_in(tmp_path) and not any(alive(pid) for pid in pids_in(tmp_path)))
-    os.kill(int(left), signal.SIGKILL)      # it is there: what a command leaves in a session of its own is not ours
-
-
-def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp_path: Path) -> None:
+def test_a_task_that_runs_longer_than_a_second_is_computing(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 2)
     work = Work(server, run, "-j", "2", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path,
                 tweak="taskfarm.COMPUTING_S = 0.01")
@@ -5236,178 +5420,11 @@ def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp
     assert counts(server, run) == (0, 0, 2, 0)
 
 
-def test_what_a_worker_waits_for_counts_for_no_task(server: Process, tmp_path: Path) -> None:
+def test_the_wait_for_a_confirmed_end_is_no_time_of_the_task(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
     Work(server, run, "--", "sh", "-c", "kill -TERM $$", tweak="taskfarm.CONFIRM_KILLED_S = 3").end(3)
     task = task_of(server, run, 0)
     assert (taskfarm.moment(task["finished"]) or 0.0) - (taskfarm.moment(task["started"]) or 0.0) < 3
-
-
-def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 9)
-    work = Work(server, run, "-j", "3", "--", "sh", "-c", "sleep 0.3; [ {task} != 4 ] || exit 1; [ {task} != 7 ] || "
-                "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path, tweak="taskfarm.COMPUTING_S = 0.5")
-    started = wait_until(lambda: taskfarm.moment(task_of(server, run, 7)["started"]))
-    assert started <= time.time() - 0.49, "begun before it was told about"
-    (tmp_path / "go").touch()
-    work.end(3)
-    tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
-    times = [(taskfarm.moment(task["started"]) or 0.0, taskfarm.moment(task["finished"]) or 0.0) for task in tasks]
-    assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
-
-
-def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 60)
-    work = Work(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
-    wait_until(lambda: len(list(tmp_path.glob("ran-*"))) > 10)
-    server.process.kill()
-    server.process.wait()
-    ran = len(list(tmp_path.glob("ran-*")))
-    wait_until(lambda: "is the server running" in work.shown())
-    again = Process(str(tmp_path / "f"), home=server.home)
-    assert again.port != server.port, "the access file tells where it is now"
-    work.end(0)
-    assert counts(again, run) == (0, 0, 60, 0) and ran < 60
-    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
-    assert again.end(signal.SIGTERM) == 0
-
-
-def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 2)
-    work = Work(server, run, "-j", "2", "--", "sh", "-c", "touch %s/$$; until [ -e %s/{task} ]; do sleep 0.01; done" % (
-        tmp_path, tmp_path),
-                tweak="taskfarm.WORKER_RETRY_S = 0.2; taskfarm.RETRY_PAUSES_S = 0.01, 0.02; taskfarm.COMPUTING_S = 0")
-    wait_until(lambda: len(pids_in(tmp_path)) == 2 and counts(server, run)[1] == 2)
-    with no_more_room(server):
-        (tmp_path / "0").touch()
-        wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
-        wait_until(lambda: work.shown().count("tried again") > 2)        # its patience has ended twice
-    (tmp_path / "1").touch()
-    work.end(0)
-    assert counts(server, run) == (0, 0, 2, 0)
-
-
-def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 400)
-    relay, generator = Flaky(server.port), random.Random(1)
-    relay.swallow = lambda: generator.random() < 0.3
-    work = Work(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
-                tweak="taskfarm.SEND_S = 0.01; taskfarm.CLAIM_AHEAD_S = 0.05; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
-                TASKFARM_URL=relay.url)
-    work.end(0)
-    relay.close()
-    assert relay.lost > 5
-    assert counts(server, run) == (0, 0, 400, 0)
-    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
-    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
-
-
-def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 40)
-    work = Work(server, run, "-j", "2", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02; %s %s "
-                "progress 50" % (tmp_path, sys.executable, MODULE))
-    wait_until(lambda: list(tmp_path.glob("ran-*")))
-    server.process.kill()
-    server.process.wait()
-    other = Process(str(tmp_path / "other"), home=server.home)
-    wait_until(lambda: "is the server running" in work.shown())
-    again = Process(str(tmp_path / "f"), home=server.home)
-    again.token = server.token      # the file is the other's
-    work.end(0)
-    assert counts(again, run) == (0, 0, 40, 0)
-    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
-    other.process.kill()
-    other.process.wait()
-    assert again.end(signal.SIGTERM) == 0
-
-
-def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
-    relay, swallow = Flaky(farm.port), [True] * 3
-    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
-    run = new_run(farm, 20)
-    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
-    reporter = taskfarm.Reporter(client, run, "w", lambda: None, False)
-    reporter.idle = False
-    reporter.thread.start()
-    reporter.claim(5)
-    assert wait_until(lambda: list(reporter.events)) == [taskfarm.TasksClaimed([(number, 1) for number in range(5)])]
-    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
-    reporter.report(0, 1, status="computing")
-    reporter.report(0, 1, status="done")
-    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
-    assert reporter.close() == []
-    client.close()
-    relay.close()
-
-
-def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 40)
-    work = Work(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
-    wait_until(lambda: counts(server, run)[2] > 4)
-    server.process.kill()
-    server.process.wait()
-    wait_until(lambda: "is the server running" in work.shown())
-    said = work.end(7, signal.SIGTERM)
-    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
-    assert str(left) in said and stat.S_IMODE(left.stat().st_mode) == 0o600
-    again = Process(str(tmp_path / "f"), home=server.home)
-    before, reports = counts(again, run)[2], json.loads(left.read_text())["reports"]
-    said = Work(again, run, "-j", "2", "--", "touch", str(tmp_path) + "/ran-{task}").end(0)
-    assert "%d reports that worker" % len(reports) in said and not left.exists()
-    assert before < 40 and any(report["status"] == "done" for report in reports)
-    assert counts(again, run) == (0, 0, 40, 0)
-    for report in reports:
-        if report["status"] == "done":
-            assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
-    assert again.end(signal.SIGTERM) == 0
-
-
-def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 10)
-    (tmp_path / "pids").mkdir()
-    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
-                tweak="taskfarm.HEARTBEAT_S = 0.05")
-    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
-    assert server.ask("DELETE", "/api/runs/" + run)[0] == 204
-    assert "was deleted" in work.end(4)
-    assert not any(map(alive, pids_in(tmp_path / "pids")))
-
-
-def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 2)
-    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
-                "[ {task} = 1 ] || sleep 1000" % tmp_path, tweak="taskfarm.HEARTBEAT_S = 0.05")
-    wait_until((tmp_path / "on-0-1").exists)
-    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
-    said = work.end(0)
-    assert "task 0 was taken from this worker" in said and (tmp_path / "on-0-2").exists()
-    assert counts(server, run) == (0, 0, 2, 0)
-
-
-@pytest.mark.parametrize("taken", [False, True])
-def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
-    run = new_run(server, 1)
-    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
-                "sleep 0.01; done" % (tmp_path, tmp_path),
-                tweak="taskfarm.LEASE_S, taskfarm.HEARTBEAT_S, taskfarm.COMPUTING_S = 1, 0.2, 0.01")
-    wait_until(lambda: task_of(server, run, 0)["started"])
-    work.process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
-    assert task_of(server, run, 0)["losses"] == 1
-    if taken:
-        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
-        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
-    work.process.send_signal(signal.SIGCONT)
-    if taken:
-        wait_until(lambda: "task 0 was taken from this worker" in work.shown())
-        work.end(0)
-        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
-    else:
-        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
-        (tmp_path / "go").touch()
-        work.end(0)
-        task = task_of(server, run, 0)
-        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
 
 
 def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
@@ -5443,67 +5460,15 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
 def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
     run = new_run(server, 50)
     end, soon = str(int(time.time()) + 5), "taskfarm.STOP_EARLY_S = 0.5"
-    said = Work(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
+    output = Work(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
                 SLURM_JOB_ID="1", tweak=soon).end(7)
-    assert "fit" in said or "the job ends" in said
+    assert "fit" in output or "the job ends" in output
     waiting, computing, done, failed = counts(server, run)
     assert computing == failed == 0 < done
     Work(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
     assert counts(server, run) == (waiting, 0, done, 0)
-    said = Work(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
-    assert "the job ends soon" in said and counts(server, run) == (waiting, 0, done, 0)
-
-
-def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
-    monkeypatch.setenv("TZ", "Asia/Tokyo")
-    time.tzset()
-    try:
-        def program(name: str, text: str) -> None:
-            (tmp_path / name).write_text("#!/bin/sh\n%s\n" % text)
-            (tmp_path / name).chmod(0o755)
-
-        def end(**environ: str) -> Optional[float]:
-            return taskfarm.job_end(environ, 1000.0)
-
-        assert end() is None and end(SLURM_JOB_END_TIME="1800000000") == 1800000000
-        program("squeue", 'echo "$@" > %s/asked; echo 2026-11-23T19:59:03' % tmp_path)
-        local = 1795431543.0        # 2026-11-23T10:59:03Z
-        assert end(SLURM_JOB_ID="7") == local
-        assert end(SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3") == local
-        assert "-j 7_3 " in (tmp_path / "asked").read_text()
-        program("squeue", "exit 1")
-        program("scontrol", "echo '   StartTime=2026-11-23T18:00:00 EndTime=2026-11-23T19:59:03 Deadline=N/A'")
-        assert end(SLURM_JOB_ID="7") == local
-        program("scontrol", "echo EndTime=Unknown")
-        assert end(SLURM_JOB_ID="7") is None
-        for text, expected in (
-                ("    Resource_List.walltime = 02:00:00\n    stime = Mon Nov 23 17:59:03 2026\n    etime = x\n", local),
-                ("    Resource_List.walltime = 02:00:00\n    start_time = Mon Nov 23 17:59:03 2026\n", local),
-                ("    resources_used.walltime = 00:30:00\n    Resource_List.walltime = 02:00:00\n", 1000 + 5400.0),
-                ("    Resource_List.ncpus = 2\n", None), ("", None)):
-            program("qstat", "cat <<'END'\nJob Id: 1.host\n%sEND" % text)
-            assert end(PBS_JOBID="1.host") == expected
-        now = local - 3600
-        for text, moment in (("+90", now + 90), ("19:59", local - 3), ("18:59", local - 3603 + 86400),
-                             ("2026-11-23T19:59:03", local), ("2026-11-23T10:59:03Z", local)):
-            assert taskfarm.moment_of(text, now) == moment
-        for text in ("25:00", "tomorrow", "+x", "", "+nan", "+inf", "+1e15"):
-            with pytest.raises((ValueError, OverflowError)):
-                taskfarm.moment_of(text, now)
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-
-
-def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    logged = Process(str(tmp_path / "g"), "--access-log", str(log))
-    run = new_run(logged, 1500)
-    Work(logged, run, "-j", "4", "--quiet", "--", "true").end(0)
-    assert counts(logged, run) == (0, 0, 1500, 0)
-    assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
-    assert logged.end(signal.SIGTERM) == 0
+    output = Work(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
+    assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
 
 
 @pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
@@ -5555,6 +5520,50 @@ def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path)
         assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
         assert text.endswith("0 computing, 0 waiting\r\n"), "the bar is gone at the end"
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
+# ---------------------------------------------------------------- BATCH SYSTEMS
+
+def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        def program(name: str, text: str) -> None:
+            (tmp_path / name).write_text("#!/bin/sh\n%s\n" % text)
+            (tmp_path / name).chmod(0o755)
+
+        def end(**environ: str) -> Optional[float]:
+            return taskfarm.job_end(environ, 1000.0)
+
+        assert end() is None and end(SLURM_JOB_END_TIME="1800000000") == 1800000000
+        program("squeue", 'echo "$@" > %s/asked; echo 2026-11-23T19:59:03' % tmp_path)
+        local = 1795431543.0        # 2026-11-23T10:59:03Z
+        assert end(SLURM_JOB_ID="7") == local
+        assert end(SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3") == local
+        assert "-j 7_3 " in (tmp_path / "asked").read_text()
+        program("squeue", "exit 1")
+        program("scontrol", "echo '   StartTime=2026-11-23T18:00:00 EndTime=2026-11-23T19:59:03 Deadline=N/A'")
+        assert end(SLURM_JOB_ID="7") == local
+        program("scontrol", "echo EndTime=Unknown")
+        assert end(SLURM_JOB_ID="7") is None
+        for text, expected in (
+                ("    Resource_List.walltime = 02:00:00\n    stime = Mon Nov 23 17:59:03 2026\n    etime = x\n", local),
+                ("    Resource_List.walltime = 02:00:00\n    start_time = Mon Nov 23 17:59:03 2026\n", local),
+                ("    resources_used.walltime = 00:30:00\n    Resource_List.walltime = 02:00:00\n", 1000 + 5400.0),
+                ("    Resource_List.ncpus = 2\n", None), ("", None)):
+            program("qstat", "cat <<'END'\nJob Id: 1.host\n%sEND" % text)
+            assert end(PBS_JOBID="1.host") == expected
+        now = local - 3600
+        for text, moment in (("+90", now + 90), ("19:59", local - 3), ("18:59", local - 3603 + 86400),
+                             ("2026-11-23T19:59:03", local), ("2026-11-23T10:59:03Z", local)):
+            assert taskfarm.moment_of(text, now) == moment
+        for text in ("25:00", "tomorrow", "+x", "", "+nan", "+inf", "+1e15"):
+            with pytest.raises((ValueError, OverflowError)):
+                taskfarm.moment_of(text, now)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # ---------------------------------------------------------------- DOCTOR
