@@ -5585,6 +5585,11 @@ class Unreachable(OSError):
     """A server does not answer, or is another farm. The message has its URL and what to do."""
 
 
+def may_succeed_later(error: Exception) -> bool:
+    """Whether the same request may succeed at a later try."""
+    return isinstance(error, Unreachable) or isinstance(error, FarmError) and error.status in RETRY_STATUSES
+
+
 class Access(NamedTuple):
     """A farm and a login to it."""
     url: str            # http://host:port, perhaps with a path, without a slash at the end
@@ -5642,9 +5647,9 @@ def base_url(url: str) -> str:
     return (url[:-4] if url.endswith("/api") else url).rstrip("/")
 
 
-def parse_access(known: Mapping[str, Any], source: str) -> Access:
+def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     """Farm and login from the JSON of an access file or a lock file."""
-    url, user, token, proof, farm = (str(known.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
+    url, user, token, proof, farm = (str(entries.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
     return Access(base_url(url), user, token, "", proof, farm, source)
 
 
@@ -5666,26 +5671,26 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     known, since the file may have become another farm's. Raises Refusal when no farm or no login is found.
     """
     path = access_path(environ)
-    known = parse_access(read_access(path), path)
-    if farm and known.farm != farm:
-        known = find_access_file(path, farm)
-    given = base_url(url or environ.get("TASKFARM_URL", ""))
+    in_file = parse_access(read_access(path), path)
+    if farm and in_file.farm != farm:
+        in_file = find_access_file(path, farm)
+    given_url = base_url(url or environ.get("TASKFARM_URL", ""))
     token = "" if user else environ.get("TASKFARM_TOKEN", "")
     if not user and not token:
         user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
         if user and not password:
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
-    if not (given or known.url):
+    if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
                       "server elsewhere type 'taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
     if not (user or token):
-        if not known.token:
+        if not in_file.token:
             raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'taskfarm.py login "
-                          "{0}' gets one".format(given or known.url, path))
-        return known._replace(url=given or known.url, source=known.source if not given else "TASKFARM_URL, " + path)
-    if given and given != known.url:
-        return Access(given, user, token, password, "", "", "the environment")
-    return known._replace(user=user, token=token, password=password)
+                          "{0}' gets one".format(given_url or in_file.url, path))
+        return in_file._replace(url=given_url or in_file.url, source=in_file.source if not given_url else "TASKFARM_URL, " + path)
+    if given_url and given_url != in_file.url:
+        return Access(given_url, user, token, password, "", "", "the environment")
+    return in_file._replace(user=user, token=token, password=password)
 
 
 def error_of_status(status: int, detail: str) -> FarmError:
@@ -5714,8 +5719,7 @@ class Client:
     *retry_s*: a request is repeated for so long while the server does not answer, or answers one of
     RETRY_STATUSES. *timeout_s*: of one answer. `retry_after`: Retry-After of the last answer, seconds.
     """
-    def __init__(self, find: Callable[[], Access], retry_s: float = 0.0,
-                 timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+    def __init__(self, find: Callable[[], Access], retry_s: float = 0.0, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
         self.find = find
         self.retry_s = retry_s
         self.timeout_s = timeout_s
@@ -5758,7 +5762,7 @@ class Client:
                 self.close()
                 failure, retry_s = error, min(retry_s, LOGIN_RETRY_S) if self.login_worked else 0.0
             except FarmError as error:
-                if error.status not in RETRY_STATUSES:
+                if not may_succeed_later(error):
                     raise
                 failure = error
             if self._find_again():
@@ -6366,7 +6370,7 @@ class Command:
 
     @property
     def killed_by_stop_signal(self) -> bool:
-        """Whether the command, or the shell's child in it, was killed by a signal that ends jobs."""
+        """Whether a signal that ends jobs killed the command, or the child of a shell that is the command."""
         return self.exit_code - 128 in STOP_SIGNALS
 
     def error_line(self) -> str:
@@ -6491,10 +6495,9 @@ class Launcher:
         self.by_shell = False       # every task runs a script without #!
 
     def start(self, task: int, attempt: int, slot: int, discard_output: bool) -> Command:
-        """Start the command of a task. Raises OSError or ValueError when it cannot be started.
+        """Start the command of a task; *discard_output*: nobody reads the standard output.
 
-        *discard_output*: nobody reads the standard output. Raises Refusal when no command of this worker can be
-        started.
+        Raises OSError or ValueError when it cannot be started, Refusal when no command of this worker can be.
         """
         command = Command(task, attempt, slot, time.monotonic())
         actions: List[Tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
@@ -6557,9 +6560,9 @@ class Launcher:
 
 
 # ---------------------------------------------------------------- REPORTER
-# The thread of a worker that claims tasks and sends reports, and reports that a later worker sends. Knows no command.
-# For another field of a report: TaskRunner gives it to Reporter.report, which sends it as it is. For something else
-# that the runner must learn: an event class here, and its handler in TaskRunner.handlers.
+# The thread of a worker that claims tasks and sends reports. Reports that it cannot send are saved for a later worker.
+# Knows no command. For another field of a report: Reporter.report sends all fields that TaskRunner gives it. For
+# something new that the runner must learn: an event here, and its handler in TaskRunner.handlers.
 
 SEND_S = 0.1                        # reports are sent together so often, at most
 RUN_FIGURES_S = 2.0                 # between two requests for the figures of the run, for the bar on a terminal
@@ -6567,50 +6570,21 @@ REPORT_BYTES = 500000               # of reports in one request ...
 REPORTS_AT_ONCE = 1000              # ... and their number, at most
 ALL_CLAIMED = 16                    # a larger claim first asks how many tasks wait
 
-
-class TasksClaimed(NamedTuple):
-    """Tasks were claimed: (task, attempt) of each."""
-    tasks: List[Tuple[int, int]]
-
-
-class NoTaskClaimed(NamedTuple):
-    """No task waits. *retry_s*: seconds until the first running lease could end; None if no lease runs."""
-    retry_s: Optional[float]
-
-
-class TasksHeld(NamedTuple):
-    """Some task may have been taken from us: (task, attempt) of those that we hold."""
-    tasks: Set[Tuple[int, int]]
-
-
-class ReportRefused(NamedTuple):
-    """The farm refused a report, with a sentence that says why."""
-    report: Dict[str, Any]
-    why: str
-
-
-class RunFigures(NamedTuple):
-    """The figures of the run, as the API shows them."""
-    run: Dict[str, Any]
-
-
-class Notice(NamedTuple):
-    """A sentence for the user."""
-    sentence: str
-
-
-class ReporterEnded(NamedTuple):
-    """The reporter has ended because of this error."""
-    error: Exception
-
-
+# What the runner is told
+TasksClaimed = NamedTuple("TasksClaimed", [("tasks", List[Tuple[int, int]])])       # (task, attempt) of each
+NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float])])     # until the first lease could end
+TasksHeld = NamedTuple("TasksHeld", [("tasks", Set[Tuple[int, int]])])      # when some may have been taken from us
+ReportRefused = NamedTuple("ReportRefused", [("report", Dict[str, Any]), ("why", str)])
+RunFigures = NamedTuple("RunFigures", [("run", Dict[str, Any])])        # as the API shows them
+Notice = NamedTuple("Notice", [("sentence", str)])                      # for the user
+ReporterEnded = NamedTuple("ReporterEnded", [("error", Exception)])     # because of it
 ReporterEvent = Union[TasksClaimed, NoTaskClaimed, TasksHeld, ReportRefused, RunFigures, Notice, ReporterEnded]
 
 
 class Reporter:
     """The thread that talks to the farm: it registers, keeps the lease, sends reports and claims tasks.
 
-    It keeps each report until the farm has judged it. What it learns is added to `events`, and *wake* is called.
+    It keeps each report until the farm has judged it. It adds what it learns to `events`, and calls *wake*.
     """
     def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], wants_figures: bool) -> None:
         self.client, self.run, self.worker, self.wake = client, run, worker, wake
@@ -6643,10 +6617,6 @@ class Reporter:
             self.claim_count = count
             self.changed.notify()
 
-    def notice(self, sentence: str) -> None:
-        """Have the sentence shown to the user."""
-        self._post(Notice(sentence))
-
     def close(self) -> List[Dict[str, Any]]:
         """Stop within half a second; the unsent reports."""
         with self.changed:
@@ -6659,7 +6629,8 @@ class Reporter:
 
     # The thread itself
 
-    def _post(self, event: ReporterEvent) -> None:
+    def post(self, event: ReporterEvent) -> None:
+        """Tell the runner."""
         self.events.append(event)
         self.wake()
 
@@ -6673,24 +6644,20 @@ class Reporter:
                 self.registered_again = False
             except NotFound as error:
                 if self.registered_again or not self._run_exists():
-                    self._post(ReporterEnded(error))
+                    self.post(ReporterEnded(error))
                     return
                 self.registered_again = True    # the server went back to an older file
                 self.revision = None
             except Exception as error:
-                unreachable = isinstance(error, Unreachable) or (
-                    isinstance(error, FarmError) and error.status in RETRY_STATUSES)
-                if not unreachable or self.idle and not self.reports:
-                    self._post(ReporterEnded(error))
+                if not may_succeed_later(error) or self.idle and not self.reports:
+                    self.post(ReporterEnded(error))
                     return
 
     def _run_exists(self) -> bool:
         try:
             self.client.ask("GET", "/api/runs/" + self.run)
-        except NotFound:
-            return False
-        except (FarmError, Unreachable, Refusal):
-            pass        # the next request will show
+        except (FarmError, Unreachable, Refusal) as error:
+            return not isinstance(error, NotFound)      # after another error the next request will show
         return True
 
     def _heartbeat(self) -> None:
@@ -6698,7 +6665,7 @@ class Reporter:
         answer = self.client.ask("PUT", "/api/worker/" + self.worker)
         self.heartbeat_at = time.monotonic() + random.uniform(0.8, 1.0) * HEARTBEAT_S
         if self.revision not in (None, answer["revision"]):
-            self._post(TasksHeld(self._tasks_held()))
+            self.post(TasksHeld(self._tasks_held()))
         self.revision = answer["revision"]
 
     def _tasks_held(self) -> Set[Tuple[int, int]]:
@@ -6733,7 +6700,7 @@ class Reporter:
             self._claim(claim_count)
         if now >= self.figures_at:
             self.figures_at = now + RUN_FIGURES_S
-            self._post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
+            self.post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
 
     def _claim(self, count: int) -> None:
         """Claim up to *count* tasks. Near the end of a run it is a quarter of those that wait: others get some too.
@@ -6751,9 +6718,9 @@ class Reporter:
         with self.changed:
             self.claim_count, self.open_claim = 0, None
         if answer is None:
-            self._post(NoTaskClaimed(self.client.retry_after))
+            self.post(NoTaskClaimed(self.client.retry_after))
         else:
-            self._post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
+            self.post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
 
     def _send(self) -> None:
         """Send the reports. Each is forgotten when the farm has judged it."""
@@ -6761,7 +6728,7 @@ class Reporter:
             reports = list(self.reports.values())
         for part, refused in send_reports(self.client, self.run, self.worker, reports):
             for event in refused:
-                self._post(event)
+                self.post(event)
             with self.changed:
                 for report in part:
                     if self.reports.get(report["task"]) is report:      # not one that replaced it meanwhile
@@ -6882,10 +6849,9 @@ class WorkOptions(NamedTuple):
 
 def exit_status_of(error: Exception) -> int:
     """The exit status of a worker that the error ends."""
-    if isinstance(error, FarmError) and error.status in RETRY_STATUSES:
-        return EXIT_NO_SERVER       # it answers, and cannot work
-    return next((status for kind, status in ((NotFound, EXIT_RUN_DELETED), (Unauthorized, EXIT_NO_LOGIN),
-                                             (Unreachable, EXIT_NO_SERVER)) if isinstance(error, kind)), 1)
+    if may_succeed_later(error):
+        return EXIT_NO_SERVER
+    return EXIT_RUN_DELETED if isinstance(error, NotFound) else EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1
 
 
 class Display:
@@ -6905,11 +6871,9 @@ class Display:
         self.ended_since = 0                    # tasks that ended here since then
         self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
         self.bar_drawn = False
-        self.waiting = False
 
     def task_ended(self, task: int, elapsed_s: float, failure: str = "") -> None:
         """A task has ended; *failure* says how it failed."""
-        self.waiting = False
         self.ended_since += 1
         if failure:
             self._add(self.screen.paint("task %d failed: %s" % (task, failure), "red"))
@@ -6926,12 +6890,6 @@ class Display:
         if sentence not in self.shown_once:
             self.shown_once.add(sentence)
             self.say(sentence)
-
-    def say_waiting(self) -> None:
-        """Say that no task waits and that some may come back; once until a task ends."""
-        if not self.waiting:
-            self.waiting = True
-            self.say("no task waits, and other workers still compute: waiting for tasks that they lose")
 
     @property
     def output_closed(self) -> bool:
@@ -7071,7 +7029,7 @@ class TaskRunner:
         self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir,
                                  self.display.screen.terminal)
         self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
-        self.client.say = self.reporter.notice
+        self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -7137,7 +7095,7 @@ class TaskRunner:
             self.status = EXIT_DONE
             return True
         if self.finished == self.finished_at_claim:
-            self.display.say_waiting()
+            self.display.say_once("no task waits, and other workers still compute: waiting for tasks that they lose")
         return False
 
     # Claims
@@ -7154,9 +7112,9 @@ class TaskRunner:
                 return
             self.nothing_waits = False      # our own reports may have let tasks wait again
         if at_hand < self.options.jobs or len(self.ready) < ahead // 2:
-            if not self._fits(now):
+            if not self._fits():
                 if not at_hand:
-                    self._stop(now, "no task is likely to fit before the job ends")
+                    self._stop("no task is likely to fit before the job ends")
                 return
             self.claim_open = True
             self.finished_at_claim = self.finished
@@ -7174,7 +7132,7 @@ class TaskRunner:
         return min(int(self.options.jobs * CLAIM_AHEAD_S / seconds), 2 * (self.finished + len(self.unconfirmed)),
                    CLAIM_AHEAD_LIMIT)
 
-    def _fits(self, now: float) -> bool:
+    def _fits(self) -> bool:
         """Whether a task that starts now is likely to end before the job does."""
         if self.options.job_end is None:
             return True
@@ -7208,31 +7166,30 @@ class TaskRunner:
             event.retry_s, random.uniform(0.5, 1.0) * max(1.0, (now - self.nothing_since) / 4))
 
     def _on_tasks_held(self, event: TasksHeld) -> None:
-        now = time.monotonic()
         self.ready = deque(pair for pair in self.ready if pair in event.tasks)
         for command in self.running.values():
             if (command.task, command.attempt) not in event.tasks and not command.end_reason:
                 self.display.say("task %d was taken from this worker: its command is ended" % command.task)
-                self._terminate(command, now, "lost")
+                self._terminate(command, "lost")
 
     def _on_report_refused(self, event: ReportRefused) -> None:
         report = event.report
         self.display.say("task %d: the report '%s' was refused: %s" % (report["task"], report["status"], event.why))
         for command in self.running.values():
             if (command.task, command.attempt) == (report["task"], report["attempt"]) and not command.end_reason:
-                self._terminate(command, time.monotonic(), "lost")
+                self._terminate(command, "lost")
 
     def _on_reporter_ended(self, event: ReporterEnded) -> None:
         if not isinstance(event.error, (FarmError, Unreachable, Refusal)):
             raise event.error
         self.stop_status = exit_status_of(event.error)
-        self._stop(time.monotonic(), str(event.error))
+        self._stop(str(event.error))
 
     # Start of commands, and their output
 
     def _start_commands(self, now: float) -> None:
         while self.ready and self.slots:
-            if not self._fits(now):
+            if not self._fits():
                 self._give_back_ready()
                 return
             task, attempt = self.ready.popleft()
@@ -7264,12 +7221,12 @@ class TaskRunner:
         if isinstance(error, Refusal):
             self.ready.appendleft((task, attempt))
             self.stop_status = 1
-            self._stop(now, str(error))
+            self._stop(str(error))
             return False
         command = Command(task, attempt, None, now)
         command.status = (127 if number == errno.ENOENT else 126) << 8
         command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
-        self._confirm(command, now)
+        self._confirm(command)
         return True
 
     def _read_output(self, command: Command, pipe: int) -> bool:
@@ -7322,7 +7279,7 @@ class TaskRunner:
             if command.exit_code - 128 == signal.SIGPIPE and not self.options.log_dir and self.display.output_closed:
                 command.end_reason = command.end_reason or "unread"
             if self.signals and not command.end_reason and command.killed_by_stop_signal:
-                self._terminate(command, time.monotonic(), "stopping")
+                self._terminate(command, "stopping")
             if command.end_reason and signal_group(pid, 0):
                 self.ending.append(command)
                 self.wake_at = 0.0
@@ -7356,12 +7313,12 @@ class TaskRunner:
             self.reporter.report(command.task, command.attempt, status="waiting")
         self.nothing_waits = False      # this very task may wait
 
-    def _give_back_unconfirmed(self, now: float) -> None:
+    def _give_back_unconfirmed(self) -> None:
         """Give back the latest ends, which may be part of the job's end. End what these commands left running."""
         for command in self.without_program:
             self._give_back(command)
         for _, _, command in self.unconfirmed:
-            self._terminate(command, now, "stopping")
+            self._terminate(command, "stopping")
             self.ending.append(command)
         self.without_program.clear()
         self.unconfirmed.clear()
@@ -7372,25 +7329,25 @@ class TaskRunner:
             self.reporter.report(task, attempt, status="waiting")
         self.ready.clear()
 
-    def _confirm(self, command: Command, now: float) -> None:
+    def _confirm(self, command: Command) -> None:
         """Report a confirmed end. The first ends are kept while all of them say that there is no program."""
         if not self.program_found and command.reported_code in NO_PROGRAM_CODES:
             self.without_program.append(command)
             if self.finished + len(self.without_program) >= MOST_WITHOUT_PROGRAM and not self.stop_reason:
-                self._stop_without_program(now, command)
+                self._stop_without_program(command)
         else:
             self.program_found = True
             self._report_without_program()
             self._report_end(command)
 
-    def _stop_without_program(self, now: float, command: Command) -> None:
+    def _stop_without_program(self, command: Command) -> None:
         """Stop, and give the tasks back: another machine may have the program."""
         message = command.error_line()
         self.stop_status = EXIT_NO_PROGRAM
-        self._stop(now, "on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
+        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
                    "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_WITHOUT_PROGRAM,
                                                 " (%s)" % message if message else ""))
-        self._give_back_unconfirmed(now)
+        self._give_back_unconfirmed()
 
     def _report_without_program(self) -> None:
         for command in self.without_program:
@@ -7434,9 +7391,9 @@ class TaskRunner:
         if self.signals > self.signals_handled:
             self.signals_handled = self.signals
             self._reap()            # what has ended by now did so before the signal was handled
-            self._give_back_unconfirmed(now)
+            self._give_back_unconfirmed()
         if self.signals and not self.stop_reason:
-            self._stop(now, self.signal_name, drain=self.options.drain)
+            self._stop(self.signal_name, drain=self.options.drain)
         elif self.signals > 1:
             for command in list(self.running.values()) + self.ending:
                 command.end_reason = command.end_reason or "stopping"
@@ -7446,11 +7403,11 @@ class TaskRunner:
         if left_s > 0:
             wake_at = now + left_s
         else:
-            self._stop(now, "the job ends soon")
-            self._terminate_all(now)        # also those that were to finish
-            self._give_back_unconfirmed(now)
+            self._stop("the job ends soon")
+            self._terminate_all()        # also those that were to finish
+            self._give_back_unconfirmed()
         while self.unconfirmed and self.unconfirmed[0][0] <= now:
-            self._confirm(heapq.heappop(self.unconfirmed)[2], now)
+            self._confirm(heapq.heappop(self.unconfirmed)[2])
         for command in list(self.running.values()):
             wake_at = min(wake_at, self._check_running(command, now))
         for command in list(self.ending):
@@ -7476,7 +7433,7 @@ class TaskRunner:
                 self.selector.register(pipe, selectors.EVENT_READ, command)
             command.watched = True
         if not command.end_reason and age_s >= self.options.timeout_s:
-            self._terminate(command, now, "timeout")
+            self._terminate(command, "timeout")
         if command.end_reason:
             if command.kill_at > now:
                 return command.kill_at
@@ -7498,20 +7455,20 @@ class TaskRunner:
         self._take_end(command)
         return math.inf
 
-    def _terminate(self, command: Command, now: float, reason: str) -> None:
-        command.end_reason, command.kill_at = reason, now + self.options.grace_s
+    def _terminate(self, command: Command, reason: str) -> None:
+        command.end_reason, command.kill_at = reason, time.monotonic() + self.options.grace_s
         signal_group(command.pid, signal.SIGTERM)
         signal_group(command.pid, signal.SIGCONT)       # a stopped process would not get it
         self.wake_at = min(self.wake_at, command.kill_at)
 
-    def _terminate_all(self, now: float) -> None:
+    def _terminate_all(self) -> None:
         for command in self.running.values():
             if not command.end_reason:
-                self._terminate(command, now, "stopping")
+                self._terminate(command, "stopping")
 
     # The end of the work
 
-    def _stop(self, now: float, reason: str, drain: bool = False) -> None:
+    def _stop(self, reason: str, drain: bool = False) -> None:
         """Start no more commands, and end those that run; *drain* lets them finish."""
         if self.stop_reason:
             return
@@ -7521,7 +7478,7 @@ class TaskRunner:
             counted(count, "command"), "may finish" if drain else "are ended" if count > 1 else "is ended")))
         self._give_back_ready()
         if not drain:
-            self._terminate_all(now)
+            self._terminate_all()
 
     def _finish(self, unsent: List[Dict[str, Any]]) -> None:
         """Send the last reports and sign off. Save the reports that cannot be sent."""
