@@ -5687,7 +5687,7 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
         if not in_file.token:
             raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'taskfarm.py login "
                           "{0}' gets one".format(given_url or in_file.url, path))
-        return in_file._replace(url=given_url or in_file.url, source=in_file.source if not given_url else "TASKFARM_URL, " + path)
+        return in_file if not given_url else in_file._replace(url=given_url, source="TASKFARM_URL, " + path)
     if given_url and given_url != in_file.url:
         return Access(given_url, user, token, password, "", "", "the environment")
     return in_file._replace(user=user, token=token, password=password)
