@@ -111,8 +111,10 @@ Contents
     SERVICE             lock, store and address made into one server
     TERMINAL            what a person sees on a terminal: tables, bars, rates
     CLIENT              how programs and this file's own verbs talk to a server
-    WORKER              runs a command for each task it is given
-    BATCH SYSTEMS       Slurm and PBS: where we are, and when it ends
+    COMMANDS            the command of a task: its arguments, its process, how it ended
+    REPORTER            the thread of a worker that claims tasks and sends reports
+    WORKER              runs a command for each task that is claimed
+    BATCH SYSTEMS       Slurm and PBS: when the job ends
     BENCH               how many workers this machine can feed
     FAIR                how long one client waits beside others that do their worst
     DOCTOR              whether a node is fit to serve and to work
@@ -6212,46 +6214,52 @@ class Progress:
 
 
 # ---------------------------------------------------------------- CLIENT
-# How programs and this file's own verbs talk to a server. Knows the contract, and of the sections above nothing but
-# the errors and how a time is said.
+# How programs and this file's own verbs talk to a server. Knows the contract, and nothing of how a server keeps it.
+# For another request: `Client.ask`, which is the same for all. For another method of the library: TaskFarm. For another
+# field of the access file: Access and parse_access.
 
 CLIENT_TIMEOUT_S = 10.0
-LOGIN_PATIENCE_S = 60.0             # a login that has worked is tried so long: NFS may show an old access file
-MOST_ANSWER = 1 << 28               # bytes of one; what is longer is none of a taskfarm
-TRY_AGAIN = (408, 500, 502, 503, 504)       # statuses that may be others the next time
-PAUSES_S = (0.1, 10.0)              # between two tries: at first, and at most
+LOGIN_RETRY_S = 60.0                # a login that has worked is retried for so long: NFS may show an old access file
+ANSWER_LIMIT = 1 << 28              # bytes: no answer of a farm is longer
+RETRY_STATUSES = (408, 500, 502, 503, 504)      # a later try may succeed
+RETRY_PAUSES_S = (0.1, 10.0)        # between two tries: at first, and at most
 
 
 class Unreachable(OSError):
-    """A server that does not answer, or is not the farm that is wanted: a sentence with its URL and what to do."""
+    """A server does not answer, or is another farm. The message has its URL and what to do."""
+
+
+def may_succeed_later(error: Exception) -> bool:
+    """Whether the same request may succeed at a later try."""
+    return isinstance(error, Unreachable) or isinstance(error, FarmError) and error.status in RETRY_STATUSES
 
 
 class Access(NamedTuple):
     """A farm and a login to it."""
-    url: str            # as http://host:port, also with a path, without a slash at the end
+    url: str            # http://host:port, perhaps with a path, without a slash at the end
     user: str
     token: str          # used when there is one, else user and password
     password: str
-    proof: str          # the key with which the farm proves who it is, in hex, after a user's id and a dot if it is
-                        # that user's own; "" when it is not known
-    farm: str           # its identity; "" when it is not known
-    source: str         # where this was found, for sentences
+    proof: str          # the key, in hex, with which the farm proves its identity, after the user's id and a dot where
+                        # it is one user's key; "" when it is not known
+    farm: str           # the identity of the farm; "" when it is not known
+    source: str         # where this was found, for messages
 
 
 def home_folder() -> str:
-    """The home directory; this folder where the system knows none, and a folder that is called ~ would be made."""
+    """The home folder; the current one where the system knows none."""
     home = os.path.expanduser("~")
-    return "." if home == "~" else home
+    return "." if home == "~" else home     # nobody wants a folder with the name ~
 
 
 def access_path(environ: Mapping[str, str]) -> str:
-    """Where the access file lies: $TASKFARM_ACCESS, else in $XDG_CONFIG_HOME, else in ~/.config."""
+    """The path of the access file: $TASKFARM_ACCESS, else in $XDG_CONFIG_HOME, else in ~/.config."""
     base = environ.get("XDG_CONFIG_HOME") or os.path.join(home_folder(), ".config")
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
 
 
 def read_access(path: str) -> Dict[str, Any]:
-    """The access file: url, user, token, farm, proof; empty when there is none."""
+    """The access file: url, user, token, farm, proof. Empty when there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             access = json.load(file)
@@ -6263,7 +6271,7 @@ def read_access(path: str) -> Dict[str, Any]:
 def write_access(path: str, access: Dict[str, Any]) -> None:
     """Write the access file, 0600, whole or not at all. Raises OSError."""
     os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=os.path.dirname(path) or ".")      # 0600, and of a name nobody can foresee
+    descriptor, part = tempfile.mkstemp(dir=os.path.dirname(path) or ".")      # 0600, and nobody can guess its name
     try:
         with os.fdopen(descriptor, "w") as file:
             json.dump(access, file, indent=1)
@@ -6271,116 +6279,108 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:       # a full disk: no file of a name that nobody knows is left with a token in it
+    except BaseException:       # a full disk: do not leave a file with a token in it
         with contextlib.suppress(OSError):
             os.remove(part)
         raise
 
 
-def base_of(url: str) -> str:
-    """A farm's URL without what follows it: a slash, or the /api/ of the published client's url_base."""
+def base_url(url: str) -> str:
+    """The URL of a farm without a slash or the /api/ of the published client's url_base at its end."""
     url = url.rstrip("/")
     return (url[:-4] if url.endswith("/api") else url).rstrip("/")
 
 
-def as_access(known: Mapping[str, Any], source: str) -> Access:
-    """What an access file or a lock file says."""
-    url, user, token, proof, farm = (str(known.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
-    return Access(base_of(url), user, token, "", proof, farm, source)
+def parse_access(entries: Mapping[str, Any], source: str) -> Access:
+    """Farm and login from the JSON of an access file or a lock file."""
+    url, user, token, proof, farm = (str(entries.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
+    return Access(base_url(url), user, token, "", proof, farm, source)
 
 
-def access_beside(path: str, farm: str) -> Access:
-    """What an access file in the folder says that is this farm's; empty when there is none."""
-    for name in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
-        access = as_access(read_access(name), name)
+def find_access_file(path: str, farm: str) -> Access:
+    """Farm and login from the access file of this farm in the folder of *path*. Empty when there is none."""
+    for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
+        access = parse_access(read_access(other), other)
         if access.farm == farm:
             return access
-    return as_access({}, path)
+    return parse_access({}, path)
 
 
 def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "",
                 farm: str = "") -> Access:
     """Farm and login from the arguments, TASKFARM_URL, TASKFARM_TOKEN or TASKFARM_USER, or else the access file.
 
-    What is not given comes from the access file, which also says how the farm proves that it is the
-    one: a login out of it never goes to another. Who knows already which farm it is names it, since
-    another may have got the file meanwhile. Raises Refusal when there is nothing to go by.
+    The access file gives what is missing. It also has the key with which the farm proves its identity:
+    a login from the file never goes to another farm. *farm*: the identity of the wanted farm, where it is
+    known, since the file may have become another farm's. Raises Refusal when no farm or no login is found.
     """
     path = access_path(environ)
-    known = as_access(read_access(path), path)
-    if farm and known.farm != farm:
-        known = access_beside(path, farm)
-    given = base_of(url or environ.get("TASKFARM_URL", ""))
+    in_file = parse_access(read_access(path), path)
+    if farm and in_file.farm != farm:
+        in_file = find_access_file(path, farm)
+    given_url = base_url(url or environ.get("TASKFARM_URL", ""))
     token = "" if user else environ.get("TASKFARM_TOKEN", "")
     if not user and not token:
         user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
         if user and not password:
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
-    if not (given or known.url):
-        raise Refusal("which farm? A server writes its address and a login to %s when it starts; for one elsewhere "
-                      "set TASKFARM_URL and TASKFARM_TOKEN, or use 'taskfarm.py login URL'" % path)
+    if not (given_url or in_file.url):
+        raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
+                      "server elsewhere type 'taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
     if not (user or token):
-        if not known.token:
-            raise Refusal("there is no login for %s: %s has none, and TASKFARM_TOKEN is not set; 'taskfarm.py login "
-                          "%s' makes one" % (given, path, given))
-        return known._replace(url=given or known.url, source=known.source if not given else "TASKFARM_URL, " + path)
-    if given and given != known.url:
-        return Access(given, user, token, password, "", "", "the environment")
-    return known._replace(user=user, token=token, password=password)
+        if not in_file.token:
+            raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'taskfarm.py login "
+                          "{0}' gets one".format(given_url or in_file.url, path))
+        return in_file if not given_url else in_file._replace(url=given_url, source="TASKFARM_URL, " + path)
+    if given_url and given_url != in_file.url:
+        return Access(given_url, user, token, password, "", "", "the environment")
+    return in_file._replace(user=user, token=token, password=password)
 
 
-def refusal_of(status: int, detail: str) -> FarmError:
+def error_of_status(status: int, detail: str) -> FarmError:
     """The error of a status, with the server's own sentence."""
     kind = next((kind for kind in FarmError.__subclasses__() if kind.status == status), FarmError)
-    error = kind.__new__(kind, detail)      # some make their own sentence, and this is the server's
+    error = kind.__new__(kind, detail)      # without __init__: some classes make their own sentence there
     error.status = status
     return error
 
 
 def authorization(access: Access) -> str:
-    """The header that logs in. Raises Refusal where no header could hold the token."""
+    """The Authorization header. Raises Refusal when a header cannot hold the token."""
     if not access.token:
         pair = "%s:%s" % (access.user, access.password)
         return "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
     if not re.fullmatch("[!-~]+", access.token):
-        raise Refusal("a token has no spaces, no ends of lines and no letters beyond ASCII: look at TASKFARM_TOKEN, "
-                      "or at %s" % access.source)
+        raise Refusal("the token has a space, an end of line or a letter beyond ASCII, which no token has: look at "
+                      "TASKFARM_TOKEN, or at %s" % access.source)
     return "Bearer " + access.token
-
-
-def whole_body(response: http.client.HTTPResponse) -> bytes:
-    """The body of an answer, cut off where it is longer than any of a taskfarm."""
-    parts = iter(functools.partial(response.read, 1 << 16), b"")        # Python 3.9 makes room for what is asked for
-    return b"".join(itertools.islice(parts, MOST_ANSWER >> 16))
 
 
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
-    *find* gives farm and login, and is asked again after a failed connection and a 401. A request is
-    repeated for *patience_s* seconds while the server does not answer or says one of TRY_AGAIN; an
-    answer is waited for *timeout_s* seconds. `retry_after`: seconds, when the last answer said so.
+    *find* gives farm and login. It is called again after a failed connection and after a 401.
+    *retry_s*: a request is repeated for so long while the server does not answer, or answers one of
+    RETRY_STATUSES. *timeout_s*: of one answer. `retry_after`: Retry-After of the last answer, seconds.
     """
-    def __init__(self, find: Callable[[], Access], patience_s: float = 0.0,
-                 timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+    def __init__(self, find: Callable[[], Access], retry_s: float = 0.0, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
         self.find = find
-        self.patience_s = patience_s
+        self.retry_s = retry_s
         self.timeout_s = timeout_s
         self.retry_after: Optional[float] = None
-        self.date, self.heard_utc = "", 0.0     # what the last answer said, and when by our clock
-        self.hurry = threading.Event()      # set by another thread: be patient no more
-        self.say: Callable[[str], Any] = log.warning    # told when it takes long, and when it goes on
-        self.access: Optional[Access] = None
+        self.server_date, self.answered_utc = "", 0.0       # the Date of the last answer, and our clock then
+        self.give_up = threading.Event()    # set by another thread: retry no more
+        self.say: Callable[[str], Any] = log.warning    # is called with a sentence when a request takes long
+        self._access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPConnection] = None
-        self.welcome = False                # this login has worked
-        self.pid = os.getpid()              # whose connection it is: a fork makes its own
+        self.login_worked = False
+        self.pid = os.getpid()              # the process that made the connection: a fork makes its own
 
     def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
-        """Send one request and return the JSON of the answer, None for 204.
+        """Send one request; the JSON of the answer, None for 204.
 
-        Repeating is safe: a POST carries an Idempotency-Key (*key*, else one of its own). Raises
-        FarmError with the server's own sentence, Unreachable when patience is at its end, Refusal
-        when there is no farm to ask.
+        Repeating is safe: a POST has an Idempotency-Key (*key*, else a new one). Raises FarmError with
+        the server's own sentence, Unreachable when no try succeeded, Refusal when no farm is known.
         """
         headers = {"User-Agent": "taskfarm/" + __version__}
         if method == "POST":
@@ -6389,46 +6389,46 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body).encode()
-        began, pause_s, tries = time.monotonic(), PAUSES_S[0], 0
+        began, pause_s, failures = time.monotonic(), RETRY_PAUSES_S[0], 0
         while True:
-            fresh = self.connection is None
+            new_connection, retry_s = self.connection is None, self.retry_s
             try:
                 answer = self._once(method, path, content, headers)
-                if tries > 2:
+                if failures > 2:
                     self.say("the farm answers again")
                 return answer
+            except Unreachable as error:
+                self.close()
+                if not new_connection:
+                    continue        # it was kept open, and may have ended long ago
+                failure: Exception = error
             except Unauthorized as error:
                 self.close()
-                trouble: Exception = error
-                patience_s = min(self.patience_s, LOGIN_PATIENCE_S) if self.welcome else 0.0
-            except (FarmError, Unreachable) as error:
-                if isinstance(error, FarmError) and error.status not in TRY_AGAIN:
+                failure, retry_s = error, min(retry_s, LOGIN_RETRY_S) if self.login_worked else 0.0
+            except FarmError as error:
+                if not may_succeed_later(error):
                     raise
-                if isinstance(error, Unreachable):
-                    self.close()
-                trouble, patience_s = error, self.patience_s
-                if not fresh and isinstance(error, Unreachable):
-                    continue        # a connection that was kept may have ended long ago
-            if self._look_again():
+                failure = error
+            if self._find_again():
                 continue
             wait_s = max(random.uniform(pause_s / 2, pause_s), self.retry_after or 0.0)
-            pause_s = min(2 * pause_s, PAUSES_S[1])
-            if time.monotonic() + wait_s > began + patience_s or self.hurry.is_set():
-                raise trouble
-            tries += 1
-            if tries == 3:
-                self.say("%s; tried again for %s" % (trouble, span(began + patience_s - time.monotonic())))
-            self.hurry.wait(wait_s)
+            pause_s = min(2 * pause_s, RETRY_PAUSES_S[1])
+            if time.monotonic() + wait_s > began + retry_s or self.give_up.is_set():
+                raise failure
+            failures += 1
+            if failures == 3:
+                self.say("%s; tried again for %s" % (failure, span(began + retry_s - time.monotonic())))
+            self.give_up.wait(wait_s)
 
-    def _look_again(self) -> bool:
-        """Read again where the farm is; whether there is a new address or login, which is used from here on."""
+    def _find_again(self) -> bool:
+        """Read farm and login again; whether they have changed. The new ones are used from now on."""
         with contextlib.suppress(Refusal):
             found = self.find()
-            if self.welcome and self.access and self.access.farm and found.farm not in ("", self.access.farm):
-                return False        # another farm has got the access file: what we asked for so far is not there
-            if found != self.access:
+            if self.login_worked and self._access and self._access.farm and found.farm not in ("", self._access.farm):
+                return False        # the access file is another farm's now, which does not know our run
+            if found != self._access:
                 self.close()
-                self.access = found
+                self._access = found
                 return True
         return False
 
@@ -6439,27 +6439,27 @@ class Client:
             headers["Authorization"] = authorization(access)
         status, answer = self._exchange(access, method, path, content, headers)
         if status >= 400:
-            raise refusal_of(status, answer)
-        self.welcome = True
+            raise error_of_status(status, answer)
+        self.login_worked = True
         return answer
 
     @property
-    def known(self) -> Access:
-        """Farm and login in use. Raises Refusal when there is no farm to ask."""
-        if self.access is None:
-            self.access = self.find()
-        return self.access
+    def access(self) -> Access:
+        """Farm and login in use. Raises Refusal when no farm is known."""
+        if self._access is None:
+            self._access = self.find()
+        return self._access
 
     def connect(self) -> Access:
-        """Be connected, with the farm's proof of who it is when that can be had. Raises Unreachable."""
-        access = self.known
+        """Connect, and check the farm's proof where its key is known; farm and login. Raises Unreachable."""
+        access = self.access
         if self.pid != os.getpid():
             self.connection, self.pid = None, os.getpid()
         if self.connection is None:
             self.connection = self._open(access)
             try:
                 if access.proof:
-                    self._want_proof(access)
+                    self._check_proof(access)
             except BaseException:
                 self.close()
                 raise
@@ -6476,7 +6476,7 @@ class Client:
                 access.url, access.source))
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection: http.client.HTTPConnection = kind(parts.hostname, port, timeout=self.timeout_s)
-        connection.auto_open = 0        # a connection that ended must not come back without a proof
+        connection.auto_open = 0        # a new connection needs a new proof
         try:
             connection.connect()
         except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
@@ -6485,7 +6485,7 @@ class Client:
                                   access.url, getattr(error, "strerror", None) or error, access.source))
         return connection
 
-    def _want_proof(self, access: Access) -> None:
+    def _check_proof(self, access: Access) -> None:
         nonce = secrets.token_hex(16)
         user_id, dot, key = access.proof.rpartition(".")
         path = "/livez?nonce=%s%s" % (nonce, "&user=" + user_id if dot else "")
@@ -6497,28 +6497,30 @@ class Client:
             proven = False
         if not proven:
             raise Unreachable("what answers at %s is not the farm of %s, so no login was sent: start that farm again, "
-                              "or 'taskfarm.py login %s' to get to know this one" % (
+                              "or type 'taskfarm.py login %s' for a login to this one" % (
                                   access.url, access.source, access.url))
         if self.connection is None:
-            raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over one "
-                              "on which the farm has proven who it is" % access.url)
+            raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over a "
+                              "connection on which the farm has proven its identity" % access.url)
 
     def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
                   headers: Dict[str, str]) -> Tuple[int, Any]:
-        """Status, and the JSON of the answer or the sentence of a refusal. Raises Unreachable."""
+        """Status, and the JSON of the answer or the sentence of an error. Raises Unreachable."""
         assert self.connection is not None
         try:
             self.connection.request(method, urllib.parse.urlsplit(access.url).path + path, content, headers)
             response = self.connection.getresponse()
-            text = whole_body(response)
+            # In small parts: Python 3.9 allocates as many bytes as it is asked to read.
+            parts = iter(functools.partial(response.read, 1 << 16), b"")
+            text = b"".join(itertools.islice(parts, ANSWER_LIMIT >> 16))
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable("%s does not answer as a taskfarm (%s)" % (
                 access.url, str(error) or type(error).__name__))
         if self.connection.sock is None:        # the server ended the connection after this answer
             self.connection = None
-        self.date, self.heard_utc = response.getheader("Date", ""), time.time()
-        after = response.getheader("Retry-After", "")
-        self.retry_after = float(after) if re.fullmatch("[0-9]{1,9}", after) else None
+        self.server_date, self.answered_utc = response.getheader("Date", ""), time.time()
+        retry_after = response.getheader("Retry-After", "")
+        self.retry_after = float(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else None
         if response.status == 204:
             return 204, None
         try:
@@ -6533,28 +6535,28 @@ class Client:
 
     @property
     def peer(self) -> str:
-        """Address and port of the server, as the open connection has them; "" when there is none."""
+        """Address and port of the server on the open connection. "" when there is none."""
         sock = self.connection and self.connection.sock
         return "%s port %d" % sock.getpeername()[:2] if sock else ""
 
     @property
-    def ahead_s(self) -> float:
-        """How much the server's clock is ahead of ours, by the last answer; 0 for what a second's rounding explains."""
+    def clock_ahead_s(self) -> float:
+        """How far the server's clock was ahead of ours at the last answer. 0 for less than Date's rounding."""
         try:
-            ahead_s = parsedate_to_datetime(self.date).timestamp() + 0.5 - self.heard_utc
+            clock_ahead_s = parsedate_to_datetime(self.server_date).timestamp() + 0.5 - self.answered_utc
         except (TypeError, ValueError):
             return 0.0
-        return ahead_s if abs(ahead_s) > 1.5 else 0.0
+        return clock_ahead_s if abs(clock_ahead_s) > 1.5 else 0.0
 
     def close(self) -> None:
-        """End the connection; the next request makes another."""
+        """Close the connection. The next request opens another."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
 
 
-def still_answers(access: Access) -> bool:
-    """Whether the farm answers at its URL, and proves by an HMAC that it is the one."""
+def farm_answers(access: Access) -> bool:
+    """Whether the farm answers at its URL and proves its identity."""
     if not access.proof:
         return False
     with contextlib.closing(Client(lambda: access, timeout_s=2.0)) as client:
@@ -6565,80 +6567,80 @@ def still_answers(access: Access) -> bool:
     return True
 
 
-FEWEST_DIGITS = 8                   # of a uuid, for a verb that changes the run; tables show as many
+MIN_UUID_DIGITS = 8                 # that name a run to a verb that changes it; tables show as many
 
 
 def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
-    """The uuid of the run that is meant by its uuid or name, or a beginning that no other has.
+    """The uuid of the run with this uuid or name, or with a uuid or name that begins so.
 
-    *changes*: the run is to be changed, and a wrong one would be harmed. Then only a whole name or the
-    first FEWEST_DIGITS of a uuid mean it, and a name does not come before a uuid that begins so.
-    Raises NotFound when none is meant, Refusal when several are.
+    *changes*: the verb changes the run, so the wrong one must not be taken. Then the text is a whole name
+    or at least MIN_UUID_DIGITS of a uuid, and a name has no precedence over a uuid that begins so.
+    Raises NotFound when no run matches, Refusal when several do.
     """
     if re.fullmatch("[0-9a-f]{32}", text):
         return text
     runs = client.ask("GET", "/api/runs")["data"]
     named = [run for run in runs if run.get("name") == text]
-    begun = [run for run in runs if text and run not in named and (
+    similar = [run for run in runs if text and run not in named and (
         run["uuid"].startswith(text.lower()) or (run.get("name") or "").startswith(text))]
-    meant = named or begun
+    matches = named or similar
     if changes:
-        meant = named + [run for run in begun if len(text) >= FEWEST_DIGITS and run["uuid"].startswith(text.lower())]
-    if not meant and begun:
-        raise NotFound("no run is called %r, and what changes a run takes no beginning of a name and no fewer than %d "
-                       "digits of a uuid. Type the whole name, or the uuid: %s" % (
-                           text, FEWEST_DIGITS, run_choice(begun)))
-    if not meant:
-        raise NotFound("no run is called %r, and no name or uuid of one begins so: 'taskfarm.py list' shows all" % text)
-    if len(meant) > 1:
-        raise Refusal("%d runs are meant by %r: say which by its uuid, %s" % (len(meant), text, run_choice(meant)))
-    return str(meant[0]["uuid"])
+        matches = named + [run for run in similar
+                           if len(text) >= MIN_UUID_DIGITS and run["uuid"].startswith(text.lower())]
+    if not matches and similar:
+        raise NotFound("no run is called %r, and a verb that changes a run takes a whole name or at least %d digits of "
+                       "a uuid. Type one of these: %s" % (text, MIN_UUID_DIGITS, last_runs(similar)))
+    if not matches:
+        raise NotFound("no run is called %r, and no name or uuid begins so: 'taskfarm.py list' shows all runs" % text)
+    if len(matches) > 1:
+        raise Refusal("%d runs match %r: type the uuid of one, %s" % (len(matches), text, last_runs(matches)))
+    return str(matches[0]["uuid"])
 
 
-def run_choice(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The latest five of some runs, by uuid and name, for a sentence."""
+def last_runs(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Uuids and names of the last five of some runs, for a message."""
     return ", ".join(run["uuid"] + (" (%r)" % run["name"] if run.get("name") else "") for run in runs[-5:])
 
 
-LEASE_S = 120                       # a worker that is not heard of for so long is taken for dead
-BEAT_S = 30.0                       # between two heartbeats
-PATIENCE_S = 900.0                  # a worker goes on trying for so long
-START_PATIENCE_S = 30.0             # and a script, when it starts
+LEASE_S = 120                       # a worker that has sent nothing for so long is taken for dead
+HEARTBEAT_S = 30.0                  # between two heartbeats
+WORKER_RETRY_S = 900.0              # a worker retries a request for so long,
+SCRIPT_RETRY_S = 30.0               # and a script when it starts
 
 
 def register(client: Client, worker: str) -> None:
-    """Make a worker of this process known, with a lease; again is the same as once, and revives one that had gone."""
+    """Register a worker of this process, with a lease. A worker that has expired or signed off is alive again."""
     client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": os.getpid(),
                                        "lease": LEASE_S})
 
 
 class Heartbeat:
-    """A thread that keeps the lease of a worker while this process lives. *find* gives farm and login."""
+    """A thread that renews the lease of a worker while this process lives. *find* gives farm and login."""
 
     def __init__(self, find: Callable[[], Access], worker: str) -> None:
-        self.client = Client(find, START_PATIENCE_S)
+        self.client = Client(find, SCRIPT_RETRY_S)
         self.worker = worker
         self.pid = os.getpid()
-        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
 
-    def _beat(self) -> None:
-        while not self.client.hurry.wait(random.uniform(0.8, 1.0) * BEAT_S):
+    def _run(self) -> None:
+        while not self.client.give_up.wait(random.uniform(0.8, 1.0) * HEARTBEAT_S):
             try:
                 self.client.ask("PUT", "/api/worker/" + self.worker)
             except NotFound:        # the server went back to an older file
                 with contextlib.suppress(FarmError, Unreachable):
                     register(self.client, self.worker)
-            except Conflict:        # signed off by somebody else
+            except Conflict:        # somebody else has signed the worker off
                 return
             except (FarmError, Unreachable, Refusal) as error:
-                log.warning("no heartbeat: %s", error)
+                log.warning("the lease of worker %s was not renewed: %s", self.worker, error)
 
     def sign_off(self) -> None:
-        """Beat no more, and let what the worker still holds wait for others."""
-        if self.pid != os.getpid() or self.client.hurry.is_set():       # a fork of it is not it
+        """Sign the worker off, so that its tasks wait for others, and end the thread."""
+        if self.pid != os.getpid() or self.client.give_up.is_set():     # in a fork, or the second time
             return
-        self.client.hurry.set()
+        self.client.give_up.set()
         with contextlib.closing(Client(self.client.find, timeout_s=3.0)) as client:
             with contextlib.suppress(FarmError, Unreachable, Refusal):
                 client.ask("DELETE", "/api/worker/" + self.worker)
@@ -6646,18 +6648,18 @@ class Heartbeat:
 
 def script_access(username: Optional[str], password: Optional[str], url_base: Optional[str],
                   farm: str = "") -> Access:
-    """Farm and login of a script: as it says, else as `find_access`; with a login alone, localhost as ever."""
-    access = read_access(access_path(os.environ)).get("url")
-    if username and not (url_base or access or os.environ.get("TASKFARM_URL")):
-        url_base = "http://localhost:5000/api/"
+    """Farm and login of a script: its own, else those of `find_access`."""
+    known = read_access(access_path(os.environ)).get("url") or os.environ.get("TASKFARM_URL")
+    if username and not (url_base or known):
+        url_base = "http://localhost:5000/api/"     # the published client's default
     return find_access(os.environ, url_base or "", username or "", password or "", farm)
 
 
 def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
            url_base: Optional[str] = None) -> List[Dict[str, Any]]:
-    """All runs, as the server shows them. Without arguments farm and login are those of the access file."""
+    """All runs, as the API shows them. Without arguments, farm and login come from the access file."""
     find = functools.partial(script_access, username, password, url_base)
-    with contextlib.closing(Client(find, START_PATIENCE_S)) as client:
+    with contextlib.closing(Client(find, SCRIPT_RETRY_S)) as client:
         runs: List[Dict[str, Any]] = client.ask("GET", "/api/runs")["data"]
         return runs
 
@@ -6665,18 +6667,18 @@ def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
 class TaskFarm:
     """A run: the one with *uuid*, or a new one of *numTasks* tasks.
 
-    Names, arguments and behaviour are those of the published client, but that farm and login may be
-    left out (then the access file tells them), that everything is tried again for 15 minutes when
-    the server is away, and that one object may be used by several threads. Raises FarmError, which
-    is a RuntimeError, with the server's own sentence, and Unreachable, which is an OSError.
+    Names, arguments and behaviour are those of the published client. There are three differences:
+    without arguments, farm and login come from the access file; a request is repeated for 15 minutes
+    while the server does not answer; several threads may use one object. Raises FarmError, which is a
+    RuntimeError, with the server's own sentence, and Unreachable, which is an OSError.
     """
     def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
                  numTasks: Optional[int] = None, url_base: Optional[str] = None) -> None:
         find = functools.partial(script_access, username, password, url_base)
-        self._client = Client(find, START_PATIENCE_S)
+        self._client = Client(find, SCRIPT_RETRY_S)
         self._lock = threading.Lock()
         self._token = str(self._ask("GET", "/api/token")["token"])
-        self._client.find = functools.partial(find, self._client.known.farm)
+        self._client.find = functools.partial(find, self._client.access.farm)
         if uuid is None and numTasks is None:
             raise RuntimeError("numTasks must be set when creating a new task")
         if uuid is None:
@@ -6684,24 +6686,24 @@ class TaskFarm:
         else:
             run = self._ask("GET", "/api/runs/" + urllib.parse.quote(uuid, safe=""))
         self._uuid, self._numTasks = str(run["uuid"]), int(run["numTasks"])
-        self._client.patience_s = PATIENCE_S
+        self._client.retry_s = WORKER_RETRY_S
 
     def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
         with self._lock:
             return self._client.ask(method, path, body, key)
 
     def url(self, url: str) -> str:
-        """The whole URL of an end point, as "runs"."""
-        return "%s/api/%s" % (self._client.known.url, url)
+        """The URL of an endpoint such as "runs"."""
+        return "%s/api/%s" % (self._client.access.url, url)
 
     @property
     def session(self) -> Client:
-        """What the requests go over; a Client here, a session of `requests` in the published client."""
+        """The client that sends the requests. In the published client it is a session of `requests`."""
         return self._client
 
     @property
     def token_auth(self) -> Tuple[str, str]:
-        """A token as user name with an empty password, which is what `requests` takes for auth."""
+        """A token as user name, with an empty password: the form that `requests` takes for auth."""
         return self._token, ""
 
     @property
@@ -6754,7 +6756,7 @@ class TaskFarm:
         self._ask("PUT", self._task_path(task), {info: value})
 
     def restart(self, everything: bool = False) -> None:
-        """Let the tasks that are not done wait again, or with *everything* all of them."""
+        """Restart the tasks that are not done; with *everything*, all tasks."""
         self._ask("POST", "/api/runs/%s/restart?all=%s" % (self.uuid, str(everything)))
 
     def delete(self) -> None:
@@ -6763,27 +6765,21 @@ class TaskFarm:
 
 
 class TaskFarmWorker(TaskFarm):
-    """A worker of a run, by the published client's names, with a lease that a thread keeps.
+    """A worker of a run, by the published client's names. A thread renews its lease.
 
-    What it reports is fenced: a task that was given to somebody else meanwhile (this process was
-    taken for dead) raises Conflict and changes nothing. When the process ends, or the worker is
-    dropped, what it still holds waits for others.
+    Its reports are fenced: one about a task that another worker has claimed since raises Conflict and
+    changes nothing. When the process ends or the object is dropped, its tasks wait for others.
     """
     def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
                  url_base: Optional[str] = None) -> None:
         super().__init__(username, password, uuid=uuid, url_base=url_base)
         self._task: Optional[int] = None
         self._attempt = 0
-        self._key = secrets.token_hex(16)       # of the next claim, or of one whose answer was lost
+        self._key = secrets.token_hex(16)       # of the next claim, or of the last one if its answer was lost
         self._percentageDone: Optional[float] = None
         self._worker_uuid = secrets.token_hex(16)
-        self._ask_to_register()
-        self._heartbeat = Heartbeat(self._client.find, self._worker_uuid)
-        self._end = weakref.finalize(self, self._heartbeat.sign_off)
-
-    def _ask_to_register(self) -> None:
-        with self._lock:
-            register(self._client, self._worker_uuid)
+        register(self._client, self._worker_uuid)       # without the lock: no other thread has this object yet
+        self._sign_off = weakref.finalize(self, Heartbeat(self._client.find, self._worker_uuid).sign_off)
 
     @property
     def worker_uuid(self) -> str:
@@ -6792,15 +6788,14 @@ class TaskFarmWorker(TaskFarm):
 
     @property
     def task(self) -> Optional[int]:
-        """The task in hand; when there is none, a new one is claimed. None when nothing waits."""
+        """The current task. When there is none, one is claimed. None when no task waits."""
         if self._task is None:
             self._percentageDone = None
-            given = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid},
-                                self._key)
+            claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid}, self._key)
             self._key = secrets.token_hex(16)
-            if given is not None:
-                self._task, self._attempt = int(given["task"]), int(given["attempt"])
-                self._percentageDone = float(given["percentCompleted"])
+            if claimed is not None:
+                self._task, self._attempt = int(claimed["task"]), int(claimed["attempt"])
+                self._percentageDone = float(claimed["percentCompleted"])
         return self._task
 
     @property
@@ -6813,14 +6808,14 @@ class TaskFarmWorker(TaskFarm):
             yield task
 
     def setTaskInfo(self, task: int, info: str, value: Any) -> None:
-        """Set percentCompleted or status of a task; of the one in hand only while this worker holds it."""
+        """Set percentCompleted or status of a task. For the current task this worker must still hold it."""
         body = {info: value}
         if task == self._task:
             body.update(worker_uuid=self.worker_uuid, attempt=self._attempt)
         self._ask("PUT", self._task_path(task), body)
 
     def update(self, percentage: float) -> None:
-        """Report how far the task in hand is, 0 to 100."""
+        """Report the percentage of the current task, 0 to 100."""
         if self._task is None:
             return
         if percentage < 0 or percentage > 100:
@@ -6829,7 +6824,7 @@ class TaskFarmWorker(TaskFarm):
         self.setTaskInfo(self._task, "percentCompleted", percentage)
 
     def done(self) -> None:
-        """Let go of the task in hand; it is done when its percentage is 100, else it stays computing."""
+        """Finish with the current task. At 100 percent it is done, else it stays computing."""
         task = self._task
         try:
             if task is not None and self._percentageDone is not None and abs(self._percentageDone - 100) < 1e-6:
@@ -6838,70 +6833,59 @@ class TaskFarmWorker(TaskFarm):
             self._task = None
 
     def close(self) -> None:
-        """Sign off: what the worker still holds waits for others. Also happens by itself at the end of the process."""
-        self._end()
+        """Sign off, so that the worker's tasks wait for others. The end of the process does the same."""
+        self._sign_off()
         self._client.close()
 
 
-# ---------------------------------------------------------------- WORKER
-# Runs a command for each task it is given. One thread starts and ends commands and never waits for the network;
-# another, the courier, claims and reports and never waits for a command.
+# ---------------------------------------------------------------- COMMANDS
+# The command of a task: its arguments, its process, its output and how it ended. Knows no server and no report.
+# For another field like {task}: Template. For another variable of commands: command_environment.
 
-AHEAD_S = 1.5                       # work of so long is claimed ahead, at most
-MOST_JOBS = 5000                    # commands at a time ...
-AHEAD_LIMIT = 4000                  # ... and tasks claimed ahead, at most: a worker may hold 10 000
-UNUSED_S = 5.0                      # what was claimed ahead and could not be started by then is given back
-MOMENT_S = 1.0                      # a command that runs longer is reported as computing
-FLUSH_S = 0.1                       # reports are sent together so often, at most
-GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
-LEAVE_S = 5.0                       # before the end of the job, beside the grace: to report and sign off
-CLOSING_S = 2.0                     # and so long the last reports are tried: PBS may kill after 10 s in all
-VIEW_S = 2.0                        # between two looks at the whole run, for the bar on a terminal
-BELIEVED_S = 0.3                    # an end is reported when it is so old: it may be the first sign that a job ends
-SUSPECT_S = 1.5                     # the same for a command that died of a signal that ends jobs
-AGAIN_S = 1.0                       # between SIGTERM and another one that is meant as such: srun sends two at once
-TAIL = 8192                         # bytes of a command's error output in which its last line is looked for
-BATCH_BYTES = 500000                # of reports in one request
+MAX_JOBS = 5000                     # commands that run at the same time, in one worker
+STARTUP_S = 0.1                     # a command that was being started has its environment after so long
+ERROR_TAIL = 8192                   # bytes of a command's error output in which its last line is looked for
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STOPPED, FINISHED, TASKS_FAILED, RUN_DELETED, NO_SERVER, NO_LOGIN, NO_PROGRAM = 7, 0, 3, 4, 5, 6, 8    # exit statuses
-
-NOT_STARTED = (126, 127)            # how a shell, env(1) and others say that a program cannot be run, or is not there
-MOST_NOT_STARTED = 10               # a worker whose first ends are all of that kind stops after so many
+NO_PROGRAM_CODES = (126, 127)       # exit codes of a shell or env(1) whose program cannot be run, or is missing
+TIMEOUT_CODE = 124                  # as timeout(1) has it
+TEMPORARY_ERRORS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+                    errno.ESTALE, errno.ETXTBSY)
 
 
 class Lines:
     """The lines of a file by number, from 0, without keeping them: 10 million lines take 0.2 MB of memory.
 
-    Only the number of lines before each block is known; a block is read when a line of it is wanted.
+    Only the number of lines before each block is known. A block is read when a line of it is wanted.
     """
     BLOCK = 65536
 
     def __init__(self, path: str) -> None:
         try:
             self.file = open(path, "rb")      # noqa: SIM115
-            self.before = array.array("Q", [0])     # lines that end before block n
+            self.lines_before = array.array("Q", [0])       # lines that end before block n
             self.path, self.size, last = path, 0, b""
             for block in iter(lambda: self.file.read(self.BLOCK), b""):
-                self.before.append(self.before[-1] + block.count(b"\n"))
+                self.lines_before.append(self.lines_before[-1] + block.count(b"\n"))
                 self.size += len(block)
                 last = block[-1:]
         except OSError as error:
             raise Refusal("%s cannot be read: %s" % (path, error.strerror))
-        self.number = self.before[-1] + (last not in (b"", b"\n"))
+        self.count = self.lines_before[-1] + (last not in (b"", b"\n"))
 
     def __len__(self) -> int:
-        return self.number
+        return self.count
 
     def __getitem__(self, number: int) -> bytes:
-        """A line without what ends it. Raises Refusal when it is not there any more."""
-        if not 0 <= number < self.number:
+        """A line without its end. Raises Refusal when the file has become shorter."""
+        if not 0 <= number < self.count:
             raise IndexError(number)
         if os.fstat(self.file.fileno()).st_size < self.size:
-            raise Refusal("%s has become shorter since this worker began, so line %d may be another one" % (
-                self.path, number))
-        block = bisect.bisect_left(self.before, number, 1) - 1 if number else 0     # holds the end of the line before
-        skip = number - self.before[block]
+            raise Refusal("%s has become shorter since this worker began, so its line %d may have changed: restore "
+                          "the file and start the worker again" % (self.path, number))
+        # The block in which the line before ends.
+        block = bisect.bisect_left(self.lines_before, number, 1) - 1 if number else 0
+        skip = number - self.lines_before[block]
         self.file.seek(block * self.BLOCK)
         text = self.file.read(self.BLOCK)
         while text.count(b"\n") <= skip:
@@ -6913,50 +6897,50 @@ class Lines:
 
 
 class Template:
-    """A command in whose arguments {task}, {run}, {attempt} and {line} are to be replaced.
+    """A command with the fields {task}, {run}, {attempt} and {line} in its arguments.
 
-    What is put in stays one argument and is never read by a shell, unless the whole command is
-    {line}: then each line is a command for sh.
+    The value of a field stays one argument, and no shell reads it. The exception is a command that is
+    {line} alone: each line is then a command for sh.
     """
     FIELD = re.compile(r"\{(task|run|attempt|line)\}")
 
     def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None, typed: str = "--") -> None:
-        """*typed* is what a person typed before the words, to show how it should be."""
+        """*typed*: what the user typed before the words. A refusal shows it with a better command."""
         self.words = ["/bin/sh", "-c", "{line}"] if list(words) == ["{line}"] else list(words)
         self.run = run
         self.lines = lines
         fields = {field for word in self.words for field in self.FIELD.findall(word)}
-        self.plain = [os.fsencode(word) for word in self.words] if not fields else None
+        self.constant = [os.fsencode(word) for word in self.words] if not fields else None
         self.wants_line = "line" in fields
         if self.wants_line and lines is None:
             raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
         if lines is not None and not lines.file.seekable():
-            raise Refusal("%s is a pipe, out of which lines come once: write them into a file" % lines.path)
+            raise Refusal("%s is a pipe, and its lines can be read only once: write them into a file" % lines.path)
         self.program = self.words[0]
         if len(self.program.split()) > 1 and not shutil.which(os.fsdecode(self.arguments(0, 1)[0])):
             raise Refusal("there is no program called '%s'. If that is a whole command, type it like this: %s %s" % (
                 self.program, typed, unquoted(self.words)))
-        if not self.fixed:
+        if not self.same_program:
             return
-        found = shutil.which(self.program)
-        if not found:
+        path = shutil.which(self.program)
+        if not path:
             raise Refusal("there is no program %s that can be run here (chmod +x makes a script one)" % self.program)
-        self.words[0] = found
-        if self.plain:
-            self.plain[0] = os.fsencode(found)
+        self.words[0] = path
+        if self.constant:
+            self.constant[0] = os.fsencode(path)
 
     @property
-    def fixed(self) -> bool:
+    def same_program(self) -> bool:
         """Whether every task runs the same program."""
         return not self.FIELD.search(self.words[0])
 
     def arguments(self, task: int, attempt: int) -> List[bytes]:
-        """The words for one task."""
-        if self.plain:
-            return self.plain
+        """The program and its arguments for one task."""
+        if self.constant:
+            return self.constant
         line = self.lines[task] if self.wants_line and self.lines else b""
         values = {"task": str(task), "run": self.run, "attempt": str(attempt), "line": os.fsdecode(line)}
-        return [os.fsencode(self.FIELD.sub(lambda found: values[found.group(1)], word)) for word in self.words]
+        return [os.fsencode(self.FIELD.sub(lambda field: values[field.group(1)], word)) for word in self.words]
 
 
 def unquoted(words: Sequence[str]) -> str:
@@ -6967,61 +6951,111 @@ def unquoted(words: Sequence[str]) -> str:
     return " ".join(words[0].split()) + others
 
 
-def is_text_for_sh(program: str) -> bool:
-    """Whether a program that the system does not know how to run is a script without a first line that says #!.
+def is_script_without_interpreter(program: str) -> bool:
+    """Whether a program that the system cannot run is a script without a first line that begins with #!.
 
-    Shells judge it like this, so that they do not read the bytes of another machine's program as commands.
+    Shells use the same test. It keeps sh from reading the bytes of another machine's program as commands.
     """
     with open(program, "rb") as file:
-        first = file.read(256).partition(b"\n")[0]
-    return b"\0" not in first and not first.startswith(b"#!")
+        first_line = file.read(256).partition(b"\n")[0]
+    return b"\0" not in first_line and not first_line.startswith(b"#!")
+
+
+def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambda: False) -> bool:
+    """Write the text; whether all of it was written. A closed reader or a full disk raises nothing.
+
+    A reader that takes nothing (a terminal after Ctrl-S) is waited for until *in_hurry* says yes.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        while text:
+            while not poll.poll(0 if in_hurry() else 200):
+                if in_hurry():
+                    return False
+            text = text[os.write(descriptor, text[:select.PIPE_BUF]):]      # so much fits, and does not block
+    return not text
 
 
 class Command:
-    """A command that runs for a task."""
-    __slots__ = ("task", "attempt", "pid", "slot", "started", "took_s", "told", "pipes", "watched", "tail", "log",
-                 "log_path", "status", "ending", "kill_at")
-
+    """The command of a task, from its start until its end is reported."""
     def __init__(self, task: int, attempt: int, slot: Optional[int], started: float) -> None:
         self.task, self.attempt = task, attempt
-        self.slot = slot            # None once another may have it
-        self.pid = 0                # and its process group
+        self.slot = slot            # None once another command may have it
+        self.pid = 0                # also the id of its process group
         self.started = started      # tick
-        self.took_s = 0.0           # once it has ended
-        self.told = False           # that it is computing
-        self.pipes: Dict[int, int] = {}         # where its output comes from, and whether that is 1 or 2
-        self.watched = False        # they are
-        self.tail = b""             # the last of the error output
-        self.log = -1               # the open file, and its path
+        self.elapsed_s = 0.0        # once it has ended
+        self.reported = False       # as computing
+        self.pipes: Dict[int, int] = {}         # our ends of its output, each with 1 or 2
+        self.watched = False        # whether the selector knows the pipes
+        self.tail = b""             # the last bytes of its error output
+        self.log = -1               # descriptor of the open log
         self.log_path = ""
-        self.status: Optional[int] = None       # as waitpid tells it, once it has ended
-        self.ending = ""            # why it is being ended: "timeout", "stopping", "lost" or, by itself, "unread"
-        self.kill_at = 0.0          # when what is left of its group is killed
+        self.status: Optional[int] = None       # from waitpid, once it has ended
+        self.end_reason = ""        # why we end it: "timeout", "stopping" or "lost"; "unread": nobody reads its output
+        self.kill_at = 0.0          # tick at which its process group gets SIGKILL
+
+    @property
+    def signal_number(self) -> int:
+        """The signal that killed the process; 0 when it exited by itself."""
+        assert self.status is not None
+        return os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else 0
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it: the exit status, or 128 and the signal that killed it. Once it has ended."""
+        """The exit status, or 128 and the signal that killed it, as a shell has it."""
         assert self.status is not None
-        return os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else 128 + os.WTERMSIG(self.status)
+        return 128 + self.signal_number if self.signal_number else os.WEXITSTATUS(self.status)
+
+    @property
+    def reported_code(self) -> int:
+        """The exit code for the report."""
+        return TIMEOUT_CODE if self.end_reason == "timeout" else self.exit_code
+
+    @property
+    def killed_by_stop_signal(self) -> bool:
+        """Whether a signal that ends jobs killed the command, or the child of a shell that is the command."""
+        return self.exit_code - 128 in STOP_SIGNALS
+
+    def error_line(self) -> str:
+        """The last line of the error output that is not empty, without control characters."""
+        lines = [line.strip() for line in re.split(r"[\r\n]+", self.tail.decode("utf-8", "replace"))]
+        last = next((line for line in reversed(lines) if line), "")
+        return "".join(letter if letter.isprintable() else " " for letter in last)[:MESSAGE_LIMIT]
+
+    def close_log(self) -> None:
+        """Close the log, if there is an open one."""
+        if self.log >= 0:
+            os.close(self.log)
+            self.log = -1
 
 
-class Guard:
-    """A small process that ends the commands when the worker is killed, which leaves it no time to do so itself.
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether the group exists."""
+    try:
+        os.killpg(group, number)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:     # some of its processes have become another user's
+        return True
 
-    It sleeps on a pipe that closes with the worker, however that ends, and reads from memory that
-    both share which groups run: nothing is said to it while tasks come and go. (PR_SET_PDEATHSIG
-    would want code between fork and exec, which makes each start twice as dear.)
+
+class Watchdog:
+    """A small process that ends the commands when the worker is killed and cannot do so itself.
+
+    It sleeps on a pipe that closes when the worker ends, for whatever reason. It then reads from shared
+    memory which process groups run, so nothing is sent to it while tasks come and go. (PR_SET_PDEATHSIG
+    needs code between fork and exec, which doubles the cost of each start.)
     """
-    STARTED_S = 0.1             # a command that was being started has its environment by then
-
     def __init__(self, jobs: int, grace_s: float, worker: str) -> None:
         self.worker, self.session = worker, os.getsid(0)
-        self.groups = mmap.mmap(-1, 4 * jobs)
-        reader, self.leash = os.pipe()
+        self.groups = mmap.mmap(-1, 4 * jobs)       # an int for each slot; see `note_group` and `note_start`
+        reader, self.writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.close(self.leash)
+                os.close(self.writer)
                 self._watch(reader, jobs, grace_s)
             finally:
                 os._exit(0)
@@ -7032,20 +7066,20 @@ class Guard:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
-            file.write("taskfarm-guard")
-        os.closerange(3, reader)        # connections that were open when we were forked
+            file.write("taskfarm-watch")
+        os.closerange(3, reader)        # connections that were open at the fork
         os.closerange(reader + 1, 256)
-        null = os.open(os.devnull, os.O_RDWR)       # whoever reads the worker's output must not wait for the guard
+        null = os.open(os.devnull, os.O_RDWR)       # a reader of the worker's output must see its end
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
         while os.read(reader, 1):
             pass
         noted = struct.unpack("%di" % jobs, self.groups)
         groups = [group for group in noted if group > 0]
-        begun = [-1 - note for note in noted if note < 0]
-        if begun:
-            time.sleep(self.STARTED_S)
-            groups += self._find(begun)
+        starting = [-1 - note for note in noted if note < 0]
+        if starting:
+            time.sleep(STARTUP_S)
+            groups += self._find_groups(starting)
         for group in groups:
             signal_group(group, signal.SIGTERM)
         end = time.monotonic() + grace_s
@@ -7054,664 +7088,820 @@ class Guard:
         for group in groups:
             signal_group(group, signal.SIGKILL)
 
-    def _find(self, tasks: Sequence[int]) -> List[int]:
-        """The groups of tasks whose commands were being started, by their environment (proc(5))."""
+    def _find_groups(self, tasks: Sequence[int]) -> List[int]:
+        """The process groups of tasks whose commands were being started, by their environment (proc(5))."""
         wanted = [{b"TASKFARM_WORKER=" + self.worker.encode(), b"TASKFARM_TASK=%d" % task} for task in tasks]
-        found = []
+        groups = []
         for path in glob.glob("/proc/[0-9]*/environ"):
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 variables = set(file.read().split(b"\0"))
                 pid = int(path.split("/")[2])
-                if any(names <= variables for names in wanted) and (
+                if any(pair <= variables for pair in wanted) and (
                         os.getpgid(pid), os.getsid(pid)) == (pid, self.session):
-                    found.append(pid)
-        return found
+                    groups.append(pid)
+        return groups
 
-    def note(self, slot: int, group: int) -> None:
-        """A group runs in a slot; 0 for none."""
+    def note_group(self, slot: int, group: int) -> None:
+        """A process group runs in the slot; 0: none does."""
         struct.pack_into("i", self.groups, 4 * slot, group)
 
-    def expect(self, slot: int, task: int) -> None:
-        """The command of a task is about to be started there, and its group is not known yet."""
-        self.note(slot, -1 - task)
+    def note_start(self, slot: int, task: int) -> None:
+        """The command of the task is about to be started in the slot. Its process group is not known yet."""
+        self.note_group(slot, -1 - task)
 
     def close(self) -> None:
-        """Let it go."""
-        os.close(self.leash)
+        """End the watchdog. It ends the commands that still run."""
+        os.close(self.writer)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
 
-def signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; whether there is one."""
-    try:
-        os.killpg(group, number)
-        return True
-    except ProcessLookupError:
-        return False
-    except PermissionError:     # some of it have become another user's
-        return True
+def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, bytes]:
+    """The environment that all commands of a worker share. The launcher adds task and attempt."""
+    environ = dict(os.environ, TASKFARM_RUN=run, TASKFARM_WORKER=worker)
+    if not environ.get("TASKFARM_URL"):
+        # The address came from the access file. `progress` reads that again: it may change while a command runs.
+        environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
+    return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
 
-class Courier:
-    """The thread that talks to the farm: registers, beats, sends reports, claims. Never forgets a report.
+class Launcher:
+    """Starts commands, each in a process group of its own."""
+    SPAWN_OPTIONS: Dict[str, Any] = {
+        "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}      # signals that Python ignores
 
-    What it learns is put in `news` as (word, value), and *wake* is called: "claimed" [(task, attempt), ...],
-    "none" seconds until work may come back or None, "held" the tasks that are still ours, "refused" (report, sentence),
-    "run" its figures, "said" a sentence for a person, "ended" the error that ends it all.
-    """
-    def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], look: bool) -> None:
-        self.client, self.run, self.worker, self.wake = client, run, worker, wake
-        self.news: "deque[Tuple[str, Any]]" = deque()
-        self.changed = threading.Condition()
-        self.reports: Dict[int, Dict[str, Any]] = {}        # to be sent, by task: the last word on each
-        self.wanted = 0
-        self.claim: Optional[Tuple[int, str]] = None        # asked for and not answered: how many, and the key
-        self.closing = False
-        self.idle = True                    # no command runs: nothing is lost by giving up
-        self.revision: Optional[int] = None
-        self.unknown = False                # the farm did not know us, and nothing went well since
-        self.flushed = 0.0
-        self.beat_at = 0.0
-        self.look_at = 0.0 if look else math.inf
-        self.thread = threading.Thread(target=self._work, name="courier", daemon=True)
+    def __init__(self, template: Template, environ: Dict[bytes, bytes], watchdog: Watchdog, log_dir: str,
+                 on_terminal: bool) -> None:
+        self.template, self.environ, self.watchdog, self.log_dir = template, environ, watchdog, log_dir
+        # The error output comes through a pipe, also where there is a log: its last line is the message of a failure.
+        # The standard output (1) does so on a terminal, where it is written above the bar.
+        self.piped = (1, 2) if on_terminal and not log_dir else (2,)
+        self.by_shell = False       # every task runs a script without #!
 
-    # For the thread that runs the commands
+    def start(self, task: int, attempt: int, slot: int, discard_output: bool) -> Command:
+        """Start the command of a task; *discard_output*: nobody reads the standard output.
 
-    def report(self, task: int, attempt: int, **said: Any) -> None:
-        """Have a task's report sent soon."""
-        with self.changed:
-            if not self.reports:
-                self.changed.notify()
-            self.reports[task] = dict(said, task=task, attempt=attempt)
-
-    def want(self, count: int) -> None:
-        """Have so many tasks claimed, after the reports that there are."""
-        with self.changed:
-            self.wanted = count
-            self.changed.notify()
-
-    def close(self) -> List[Dict[str, Any]]:
-        """Stop, within half a second; the reports that were not taken."""
-        with self.changed:
-            self.closing = True
-            self.changed.notify()
-        self.client.hurry.set()
-        self.thread.join(0.5)
-        with self.changed:
-            return list(self.reports.values())
-
-    # The thread itself
-
-    def say(self, sentence: str) -> None:
-        """Have a person told."""
-        self._tell("said", sentence)
-
-    def _tell(self, word: str, value: Any) -> None:
-        self.news.append((word, value))
-        self.wake()
-
-    def _work(self) -> None:
-        while not self.closing:
-            try:
-                if self.revision is None:
-                    self._register()
-                self._step()
-                self.unknown = False
-            except NotFound as error:
-                if self.unknown or not self._run_is_there():
-                    self._tell("ended", error)
-                    return
-                self.unknown = True
-                self.revision = None            # we register again: the server went back to an older file
-            except Exception as error:
-                away = isinstance(error, Unreachable) or isinstance(error, FarmError) and error.status in TRY_AGAIN
-                if not away or self.idle and not self.reports:
-                    self._tell("ended", error)
-                    return
-
-    def _run_is_there(self) -> bool:
-        try:
-            self.client.ask("GET", "/api/runs/" + self.run)
-        except NotFound:
-            return False
-        except (FarmError, Unreachable, Refusal):
-            pass        # the next request will show
-        return True
-
-    def _register(self) -> None:
-        register(self.client, self.worker)
-        self._beat()
-
-    def _beat(self) -> None:
-        """Keep the lease, and learn whether a task was taken from us meanwhile."""
-        answer = self.client.ask("PUT", "/api/worker/" + self.worker)
-        self.beat_at = time.monotonic() + random.uniform(0.8, 1.0) * BEAT_S
-        if self.revision not in (None, answer["revision"]):
-            self._tell("held", self._held())
-        self.revision = answer["revision"]
-
-    def _held(self) -> Set[Tuple[int, int]]:
-        """The tasks of our run that we still hold, each with its attempt."""
-        held: Set[Tuple[int, int]] = set()
-        after = ""
-        while True:
-            answer = self.client.ask("GET", "/api/worker/%s?limit=1000%s" % (self.worker, after))
-            held.update((entry["task"], entry["attempt"]) for entry in answer["data"] if entry["run"] == self.run)
-            if not answer["next"]:
-                return held
-            after = "&after=" + urllib.parse.quote(str(answer["next"]), safe="")
-
-    def _step(self) -> None:
-        """Wait until something is due, and do it."""
-        with self.changed:
-            while not self.closing:
-                now = time.monotonic()
-                due = min(self.beat_at, self.look_at, now if self.wanted else math.inf,
-                          self.flushed + FLUSH_S if self.reports else math.inf)
-                if due <= now:
-                    break
-                self.changed.wait(due - now)
-            wanted = self.wanted
-        if self.closing:
-            return
-        if self.reports:
-            self._flush()
-        if now >= self.beat_at:
-            self._beat()
-        if wanted:
-            self._claim(wanted)
-        if now >= self.look_at:
-            self.look_at = now + VIEW_S
-            self._tell("run", self.client.ask("GET", "/api/runs/" + self.run))
-
-    def _claim(self, count: int) -> None:
-        """Claim so many; of a run that is near its end a quarter of what waits, so that others get some too.
-
-        A claim whose answer was lost is repeated as it was, however late: what it gave is ours to do.
+        Raises OSError or ValueError when it cannot be started, Refusal when no command of this worker can be.
         """
-        if self.claim is None:
-            if count > 16:
-                waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
-                count = min(count, max(16, waiting // 4))
-            self.claim = count, secrets.token_hex(16)
-        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
-                                 {"worker_uuid": self.worker, "count": self.claim[0]}, self.claim[1])
-        with self.changed:
-            self.wanted, self.claim = 0, None
-        if answer is None:
-            self._tell("none", self.client.retry_after)
-        else:
-            self._tell("claimed", [(entry["task"], entry["attempt"]) for entry in answer["data"]])
-
-    def _flush(self) -> None:
-        """Send the reports that there are; each is forgotten when the farm has judged it."""
-        with self.changed:
-            batch = list(self.reports.values())
-        for part in in_parts(batch):
-            for refused in send_reports(self.client, self.run, self.worker, part):
-                self._tell("refused", refused)
-            with self.changed:
-                for sent in part:
-                    if self.reports.get(sent["task"]) is sent:      # another may have come since
-                        del self.reports[sent["task"]]
-        self.flushed = time.monotonic()
-
-
-def in_parts(reports: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
-    """Reports in parts that fit a request."""
-    part: List[Dict[str, Any]] = []
-    size = 0
-    for entry in reports:
-        length = len(json.dumps(entry)) + 2
-        if part and (size + length > BATCH_BYTES or len(part) >= 1000):
-            yield part
-            part, size = [], 0
-        part.append(entry)
-        size += length
-    if part:
-        yield part
-
-
-def send_reports(client: Client, run: str, worker: str,
-                 reports: List[Dict[str, Any]]) -> List[Tuple[Dict[str, Any], str]]:
-    """Send reports of a worker in one request; those that were refused, each with the reason."""
-    answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": reports})
-    by_task = {entry["task"]: entry for entry in reports}
-    return [(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
-
-
-def state_folder(environ: Mapping[str, str]) -> str:
-    """Where reports are left that could not be sent: in $XDG_STATE_HOME, else ~/.local/state."""
-    base = environ.get("XDG_STATE_HOME") or os.path.join(home_folder(), ".local", "state")
-    return os.path.join(base, "taskfarm")
-
-
-def leave_reports(access: Access, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
-    """Write down what could not be sent, for the next worker or verb; the path. Raises OSError."""
-    path = os.path.join(state_folder(os.environ), "left-%s.json" % worker)
-    write_access(path, {"farm": access.farm, "url": access.url, "run": run, "worker": worker, "reports": reports})
-    return path
-
-
-def send_leftovers(client: Client) -> List[str]:
-    """Send what workers that could not reach this farm have left; a sentence for each of them.
-
-    Two may send the same at once: a report that comes again changes nothing. What cannot be sent
-    now stays, and ends the attempt when nothing answers: the next file would wait as long. Costs a
-    look into a folder when there is nothing.
-    """
-    said = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))):
-        left = read_access(path)
-        try:
-            access = client.connect()
-            if not (left["farm"] == access.farm if left["farm"] and access.farm else left["url"] == access.url):
-                continue
-            said.append(send_left(client, left["run"], left["worker"], left["reports"]))
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-        except (KeyError, TypeError):
-            said.append("%s cannot be read: look at it, and remove it" % path)
-        except (FarmError, OSError) as error:
-            said.append("%s could not be sent: %s" % (path, error))
-            if isinstance(error, Unreachable):
-                break
-    return said
-
-
-def send_left(client: Client, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
-    """Send what one worker has left, and sign it off; a sentence of how it went."""
-    refused: List[Tuple[Dict[str, Any], str]] = []
-    try:
-        for part in in_parts(reports):
-            refused += send_reports(client, run, worker, part)
-        with contextlib.suppress(NotFound):
-            client.ask("DELETE", "/api/worker/" + worker)
-    except NotFound as error:
-        return "%d reports that worker %s left are dropped: %s" % (len(reports), worker[:8], error)
-    sentence = "%d reports that worker %s left are sent" % (len(reports), worker[:8])
-    return sentence + ("; %d were not wanted any more, as of %s" % (
-        len(refused), "task %d: %s" % (refused[0][0]["task"], refused[0][1])) if refused else "")
-
-
-class Orders(NamedTuple):
-    """What `work` was told."""
-    jobs: int
-    timeout_s: float                # inf for none
-    grace_s: float
-    drain: bool
-    wait: bool                      # for tasks that may come back
-    task_time_s: Optional[float]    # what a task takes, when that is known
-    end: Optional[float]            # of the job, in UTC seconds since 1970
-    log_dir: str                    # "" for none
-    log_failed: bool                # keep the output of failed tasks alone
-
-
-def status_of(error: Exception) -> int:
-    """The exit status of a worker that an error ends."""
-    if isinstance(error, FarmError) and error.status in TRY_AGAIN:
-        return NO_SERVER        # it answers, and cannot work
-    return next((status for kind, status in ((NotFound, RUN_DELETED), (Unauthorized, NO_LOGIN),
-                                             (Unreachable, NO_SERVER)) if isinstance(error, kind)), 1)
-
-
-TEMPORARY = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
-             errno.ESTALE, errno.ETXTBSY)
-
-
-class Farmhand:
-    """Runs a command for each task, so many at a time, until nothing is left or it is told to stop."""
-
-    def __init__(self, client: Client, run: Dict[str, Any], template: Template, orders: Orders,
-                 display: "Display") -> None:
-        self.client, self.run, self.template, self.orders, self.display = client, run, template, orders, display
-        self.uuid = secrets.token_hex(16)
-        self.ready: "deque[Tuple[int, int]]" = deque()      # claimed and not started
-        self.ready_since = 0.0
-        self.running: Dict[int, Command] = {}               # by process id
-        self.ended: List[Command] = []                      # whose group may not have ended yet
-        self.fresh: List[Tuple[float, int, Command]] = []   # ends that are not believed yet: a heap by when they are
-        self.only_not_started = True        # of all ends that are believed, and those of them that are not reported
-        self.not_started: List[Command] = []
-        self.slots = list(range(orders.jobs - 1, -1, -1))
-        self.took: "deque[float]" = deque(maxlen=100)       # seconds, of the last tasks
-        self.mean_s: Optional[float] = None                 # of tasks lately
-        self.finished = 0
-        self.due = 0.0                      # tick of the next look at the time
-        self.none_left = False              # the last claim got nothing ...
-        self.none_since = 0.0               # ... the first of them then ...
-        self.ask_at = 0.0                   # ... and may be tried again then
-        self.asked = False
-        self.finished_when_asked = 0        # for tasks, last
-        self.signals = 0
-        self.signals_seen = 0
-        self.signal_at = -math.inf
-        self.signal_name = ""               # of the first
-        self.stopping = ""                  # why
-        self.exit_status = STOPPED          # when it is to stop
-        self.status: Optional[int] = None   # once it has ended
-        self.hold_until = 0.0               # nothing is started until then: the system had no room for more
-
-    def work(self) -> int:
-        """Do it; the exit status."""
-        self.selector = selectors.DefaultSelector()
-        self.wake_in, self.wake_out = os.pipe()
-        for descriptor in (self.wake_in, self.wake_out):
-            os.set_blocking(descriptor, False)
-        self.selector.register(self.wake_in, selectors.EVENT_READ)
-        try:
-            self.guard = Guard(self.orders.jobs, self.orders.grace_s, self.uuid)
-        except OSError as error:
-            raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
-        self._prepare_environment()
-        self.courier = Courier(self.client, self.run["uuid"], self.uuid, self._wake, self.display.bar)
-        self.client.say = self.courier.say
-        self.display.hurry = lambda: bool(self.signals) or time.time() > self.leave_at
-        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup's
-                signal.signal(number, self._signalled)
-        self.courier.thread.start()
-        try:
-            while self.status is None:
-                self._turn()
-        finally:
-            left = self.courier.close()
-            self._close(left)
-        return self.status
-
-    def _prepare_environment(self) -> None:
-        access = self.client.known
-        environ = dict(os.environ, TASKFARM_RUN=self.run["uuid"], TASKFARM_WORKER=self.uuid)
-        if not environ.get("TASKFARM_URL"):
-            # The address is in the access file, where `progress` looks again: it may change while a command runs.
-            environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
-        self.environ = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
-        self.start_options: Dict[str, Any] = {
-            "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}   # which Python ignores
-        self.by_shell = False
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):      # full: it wakes anyhow
-            os.write(self.wake_out, b"\0")
-
-    def _signalled(self, number: int, _: Any) -> None:
-        now = time.monotonic()
-        if self.signals and now < self.signal_at + AGAIN_S:
-            return
-        self.signals += 1
-        self.signal_at = now
-        self.signal_name = self.signal_name or signal.Signals(number).name
-
-    # One turn of the loop
-
-    def _turn(self) -> None:
-        while self.courier.news:
-            word, value = self.courier.news.popleft()
-            getattr(self, "_on_" + word)(value)
-        now = time.monotonic()
-        if now >= min(self.due, self.display.flush_at) or self.signals > self.signals_seen:
-            self._see_to_time(now)
-        if self.ready and self.slots and not self.stopping and now >= self.hold_until:
-            self._start_commands(now)
-        self._ask_for_more(now)
-        if not self.running and not self.ended and not self.fresh and self._over():
-            return
-        for key, _ in self.selector.select(
-                max(0.0, min(self.due, self.display.flush_at, now + 3600.0) - time.monotonic())):
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    while len(os.read(self.wake_in, 4096)) == 4096:
-                        pass
-            else:
-                self._read(key.data, key.fd)
-        self._reap()
-
-    def _over(self) -> bool:
-        """Whether all is said and done, with no command running; sets the status then."""
-        if self.stopping:
-            self._settle_not_started()
-            self.status = self.exit_status
-            return True
-        if self.ready or not self.none_left or self.asked or self.courier.reports:
-            return False
-        if self.not_started:
-            self._settle_not_started()
-            self.due = 0.0          # they may wait again
-            return False
-        if self.ask_at == math.inf or not self.orders.wait:
-            self.status = FINISHED
-            return True
-        if self.finished == self.finished_when_asked:
-            self.display.waits()
-        return False
-
-    def _ask_for_more(self, now: float) -> None:
-        self.courier.idle = not (self.running or self.ended or self.fresh or self.not_started)
-        if self.asked or self.stopping or now < self.hold_until:
-            return
-        here = len(self.ready) + len(self.running) + len(self.ended)
-        ahead = self._ahead(now)
-        if self.none_left and (now < self.ask_at or here >= self.orders.jobs):
-            # Our own reports may have changed that.
-            if not here and not self.fresh and self.finished != self.finished_when_asked:
-                self.none_left = False
-            else:
-                self.due = min(self.due, self.ask_at) if here < self.orders.jobs else self.due
-                return
-        if here < self.orders.jobs or len(self.ready) < ahead // 2:
-            if not self._fits(now):
-                if not here:
-                    self._stop(now, "no task is likely to fit before the job ends")
-                return
-            self.asked = True
-            self.finished_when_asked = self.finished
-            self.courier.want(self.orders.jobs + ahead - here)
-
-    def _ahead(self, now: float) -> int:
-        """How many tasks to have at hand beside those that run: for AHEAD_S, and none when tasks take longer."""
-        if self.mean_s is None:
-            return 0
-        seconds = max(self.mean_s, 1e-4)
-        if self.running:
-            seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
-        if seconds > AHEAD_S:
-            return 0
-        return min(int(self.orders.jobs * AHEAD_S / seconds), 2 * (self.finished + len(self.fresh)), AHEAD_LIMIT)
-
-    def _fits(self, now: float) -> bool:
-        """Whether a task that begins now is likely to end before the job does."""
-        if self.orders.end is None:
-            return True
-        needs_s = self.orders.task_time_s
-        if needs_s is None:
-            ordered = sorted(self.took)
-            needs_s = ordered[int(0.95 * len(ordered))] if ordered else 0.0
-        return time.time() + needs_s < self.leave_at
-
-    @property
-    def leave_at(self) -> float:
-        """When to begin to leave, in UTC seconds."""
-        return math.inf if self.orders.end is None else self.orders.end - self.orders.grace_s - LEAVE_S
-
-    # What the courier says
-
-    def _on_claimed(self, tasks: List[Tuple[int, int]]) -> None:
-        self.asked, self.none_left = False, False
-        if self.stopping:
-            return              # signing off gives them back
-        if not self.ready:
-            self.ready_since = time.monotonic()
-        self.ready.extend(tasks)
-        self.due = min(self.due, self.ready_since + UNUSED_S)
-
-    def _on_none(self, retry_after: Optional[float]) -> None:
-        now = time.monotonic()
-        self.none_since = self.none_since if self.none_left else now
-        self.asked, self.none_left = False, True
-        # Retry-After tells when a lease may end; the others may be done long before, so that we need not stay.
-        self.ask_at = math.inf if retry_after is None else now + min(
-            retry_after, random.uniform(0.5, 1.0) * max(1.0, (now - self.none_since) / 4))
-
-    def _on_held(self, held: Set[Tuple[int, int]]) -> None:
-        now = time.monotonic()
-        self.ready = deque(pair for pair in self.ready if pair in held)
-        for command in self.running.values():
-            if (command.task, command.attempt) not in held and not command.ending:
-                self.display.say("task %d is not ours any more: its command is ended" % command.task)
-                self._end(command, now, "lost")
-
-    def _on_refused(self, refused: Tuple[Dict[str, Any], str]) -> None:
-        entry, detail = refused
-        self.display.say("task %d: %s is not wanted: %s" % (entry["task"], entry["status"], detail))
-        for command in self.running.values():
-            if (command.task, command.attempt) == (entry["task"], entry["attempt"]) and not command.ending:
-                self._end(command, time.monotonic(), "lost")
-
-    def _on_run(self, run: Dict[str, Any]) -> None:
-        self.run = run
-        self.display.look(run)
-
-    def _on_said(self, sentence: str) -> None:
-        self.display.say(sentence)
-
-    def _on_ended(self, error: Exception) -> None:
-        if not isinstance(error, (FarmError, Unreachable, Refusal)):
-            raise error
-        self.exit_status = status_of(error)
-        self._stop(time.monotonic(), str(error))
-
-    # Commands
-
-    def _start_commands(self, now: float) -> None:
-        while self.ready and self.slots:
-            if self.orders.end is not None and not self._fits(now):
-                self._give_back_ready()
-                return
-            task, attempt = self.ready.popleft()
-            slot = self.slots.pop()
-            try:
-                self._start(task, attempt, slot)
-            except (OSError, ValueError, Refusal) as error:
-                self.slots.append(slot)
-                if not self._could_not_start(task, attempt, error, now):
-                    return
-        self.ready_since = now
-
-    def _start(self, task: int, attempt: int, slot: int) -> None:
         command = Command(task, attempt, slot, time.monotonic())
         actions: List[Tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-        far: List[int] = []         # the other ends, which are the command's
+        write_ends: List[int] = []
         try:
             words = self.template.arguments(task, attempt)
             self.environ[b"TASKFARM_TASK"] = b"%d" % task
             self.environ[b"TASKFARM_ATTEMPT"] = b"%d" % attempt
-            if self.orders.log_dir:
-                command.log_path = os.path.join(self.orders.log_dir, "%d.log" % task)
+            if self.log_dir:
+                command.log_path = os.path.join(self.log_dir, "%d.log" % task)
                 command.log = self._open_log(command.log_path)
                 actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
-            elif self.display.unread:
+            elif discard_output:
                 actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
-            # The error output comes through us: its last line is wanted, and in one file with the other it need not
-            # be the last. So does the other where it has to go above a bar.
-            for target in (1, 2) if self.display.screen.terminal and not self.orders.log_dir else (2,):
-                near, other = os.pipe()
-                command.pipes[near] = target
-                far.append(other)
-                os.set_blocking(near, False)
-                actions.append((os.POSIX_SPAWN_DUP2, other, target))
-            self.guard.expect(slot, task)
+            for target in self.piped:
+                read_end, write_end = os.pipe()
+                command.pipes[read_end] = target
+                write_ends.append(write_end)
+                os.set_blocking(read_end, False)
+                actions.append((os.POSIX_SPAWN_DUP2, write_end, target))
+            self.watchdog.note_start(slot, task)
             command.pid = self._spawn(words, actions)
         except BaseException:
-            self.guard.note(slot, 0)
-            for near in list(command.pipes) + [command.log] * (command.log >= 0):
-                os.close(near)
+            self.watchdog.note_group(slot, 0)
+            for read_end in command.pipes:
+                os.close(read_end)
+            command.close_log()
             raise
         finally:
-            for other in far:
-                os.close(other)
-        self.guard.note(slot, command.pid)
-        self.running[command.pid] = command
-        self.due = min(self.due, command.started + 0.05)
+            for write_end in write_ends:
+                os.close(write_end)
+        self.watchdog.note_group(slot, command.pid)
+        return command
 
     def _open_log(self, path: str) -> int:
         try:
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         except OSError as error:
-            if error.errno in TEMPORARY:
+            if error.errno in TEMPORARY_ERRORS:
                 raise
             raise Refusal("the log %s cannot be written: %s" % (path, error.strerror))      # no fault of the task
 
     def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
         try:
             if not self.by_shell:
-                return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.start_options)
+                return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.SPAWN_OPTIONS)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
             program = os.fsdecode(words[0])
-            if not is_text_for_sh(shutil.which(program) or program):
-                if self.template.fixed:
-                    raise Refusal("%s is no program for this machine (%s, %s): one that was built for it is needed" % (
+            if not is_script_without_interpreter(shutil.which(program) or program):
+                if self.template.same_program:
+                    raise Refusal("%s is no program for this machine (%s, %s): use one that was built for it" % (
                         self.template.program, os.uname().nodename, os.uname().machine))
                 raise
-            self.by_shell = self.template.fixed
-        # A script without a first line that says #!: every shell runs it with sh, and so do we.
+            self.by_shell = self.template.same_program
+        # Every shell runs a script without #! with sh, and so do we.
         return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
-                               **self.start_options)
+                               **self.SPAWN_OPTIONS)
+
+
+# ---------------------------------------------------------------- REPORTER
+# The thread of a worker that claims tasks and sends reports. Reports that it cannot send are saved for a later worker.
+# Knows no command. For another field of a report: Reporter.report sends all fields that TaskRunner gives it. For
+# something new that the runner must learn: an event here, and its handler in TaskRunner.handlers.
+
+SEND_S = 0.1                        # reports are sent together so often, at most
+RUN_FIGURES_S = 2.0                 # between two requests for the figures of the run, for the bar on a terminal
+REPORT_BYTES = 500000               # of reports in one request ...
+REPORTS_AT_ONCE = 1000              # ... and their number, at most
+ALL_CLAIMED = 16                    # a larger claim first asks how many tasks wait
+
+# What the runner is told
+TasksClaimed = NamedTuple("TasksClaimed", [("tasks", List[Tuple[int, int]])])       # (task, attempt) of each
+NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float])])     # until the first lease could end
+TasksHeld = NamedTuple("TasksHeld", [("tasks", Set[Tuple[int, int]])])      # when some may have been taken from us
+ReportRefused = NamedTuple("ReportRefused", [("report", Dict[str, Any]), ("why", str)])
+RunFigures = NamedTuple("RunFigures", [("run", Dict[str, Any])])        # as the API shows them
+Notice = NamedTuple("Notice", [("sentence", str)])                      # for the user
+ReporterEnded = NamedTuple("ReporterEnded", [("error", Exception)])     # because of it
+ReporterEvent = Union[TasksClaimed, NoTaskClaimed, TasksHeld, ReportRefused, RunFigures, Notice, ReporterEnded]
+
+
+class Reporter:
+    """The thread that talks to the farm: it registers, keeps the lease, sends reports and claims tasks.
+
+    It keeps each report until the farm has judged it. It adds what it learns to `events`, and calls *wake*.
+    """
+    def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], wants_figures: bool) -> None:
+        self.client, self.run, self.worker, self.wake = client, run, worker, wake
+        self.events: "deque[ReporterEvent]" = deque()
+        self.changed = threading.Condition()
+        self.reports: Dict[int, Dict[str, Any]] = {}        # the latest unsent report of each task
+        self.claim_count = 0                # tasks to claim
+        self.open_claim: Optional[Tuple[int, str]] = None   # count and key of a claim without an answer
+        self.closing = False
+        self.idle = True                    # no command runs: nothing is lost by giving up
+        self.revision: Optional[int] = None         # of the worker's holds; None: not registered
+        self.registered_again = False       # the farm did not know the worker, and nothing went well since
+        self.sent_at = 0.0                  # ticks
+        self.heartbeat_at = 0.0
+        self.figures_at = 0.0 if wants_figures else math.inf
+        self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+
+    # For the thread that runs the commands
+
+    def report(self, task: int, attempt: int, **fields: Any) -> None:
+        """Send a report of the task soon. It replaces an unsent one."""
+        with self.changed:
+            if not self.reports:
+                self.changed.notify()
+            self.reports[task] = dict(fields, task=task, attempt=attempt)
+
+    def claim(self, count: int) -> None:
+        """Claim so many tasks, after the reports are sent."""
+        with self.changed:
+            self.claim_count = count
+            self.changed.notify()
+
+    def close(self) -> List[Dict[str, Any]]:
+        """Stop within half a second; the unsent reports."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.client.give_up.set()
+        self.thread.join(0.5)
+        with self.changed:
+            return list(self.reports.values())
+
+    # The thread itself
+
+    def post(self, event: ReporterEvent) -> None:
+        """Tell the runner."""
+        self.events.append(event)
+        self.wake()
+
+    def _run(self) -> None:
+        while not self.closing:
+            try:
+                if self.revision is None:
+                    register(self.client, self.worker)
+                    self._heartbeat()
+                self._do_next()
+                self.registered_again = False
+            except NotFound as error:
+                if self.registered_again or not self._run_exists():
+                    self.post(ReporterEnded(error))
+                    return
+                self.registered_again = True    # the server went back to an older file
+                self.revision = None
+            except Exception as error:
+                if not may_succeed_later(error) or self.idle and not self.reports:
+                    self.post(ReporterEnded(error))
+                    return
+
+    def _run_exists(self) -> bool:
+        try:
+            self.client.ask("GET", "/api/runs/" + self.run)
+        except (FarmError, Unreachable, Refusal) as error:
+            return not isinstance(error, NotFound)      # after another error the next request will show
+        return True
+
+    def _heartbeat(self) -> None:
+        """Renew the lease. A changed revision says that a task may have been taken from us."""
+        answer = self.client.ask("PUT", "/api/worker/" + self.worker)
+        self.heartbeat_at = time.monotonic() + random.uniform(0.8, 1.0) * HEARTBEAT_S
+        if self.revision not in (None, answer["revision"]):
+            self.post(TasksHeld(self._tasks_held()))
+        self.revision = answer["revision"]
+
+    def _tasks_held(self) -> Set[Tuple[int, int]]:
+        """The tasks of our run that we still hold, each with its attempt."""
+        held: Set[Tuple[int, int]] = set()
+        after = ""
+        while True:
+            page = self.client.ask("GET", "/api/worker/%s?limit=1000%s" % (self.worker, after))
+            held.update((entry["task"], entry["attempt"]) for entry in page["data"] if entry["run"] == self.run)
+            if not page["next"]:
+                return held
+            after = "&after=" + urllib.parse.quote(str(page["next"]), safe="")
+
+    def _do_next(self) -> None:
+        """Wait until there is something to send, and send it."""
+        with self.changed:
+            while not self.closing:
+                now = time.monotonic()
+                next_at = min(self.heartbeat_at, self.figures_at, now if self.claim_count else math.inf,
+                              self.sent_at + SEND_S if self.reports else math.inf)
+                if next_at <= now:
+                    break
+                self.changed.wait(next_at - now)
+            claim_count = self.claim_count
+        if self.closing:
+            return
+        if self.reports:
+            self._send()
+        if now >= self.heartbeat_at:
+            self._heartbeat()
+        if claim_count:
+            self._claim(claim_count)
+        if now >= self.figures_at:
+            self.figures_at = now + RUN_FIGURES_S
+            self.post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
+
+    def _claim(self, count: int) -> None:
+        """Claim up to *count* tasks. Near the end of a run it is a quarter of those that wait: others get some too.
+
+        A claim whose answer was lost is repeated with its key, however late: the tasks that it was given are ours.
+        """
+        if self.open_claim is None:
+            if count > ALL_CLAIMED:
+                waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
+                count = min(count, max(ALL_CLAIMED, waiting // 4))
+            self.open_claim = count, secrets.token_hex(16)
+        count, key = self.open_claim
+        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
+                                 {"worker_uuid": self.worker, "count": count}, key)
+        with self.changed:
+            self.claim_count, self.open_claim = 0, None
+        if answer is None:
+            self.post(NoTaskClaimed(self.client.retry_after))
+        else:
+            self.post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
+
+    def _send(self) -> None:
+        """Send the reports. Each is forgotten when the farm has judged it."""
+        with self.changed:
+            reports = list(self.reports.values())
+        for part, refused in send_reports(self.client, self.run, self.worker, reports):
+            for event in refused:
+                self.post(event)
+            with self.changed:
+                for report in part:
+                    if self.reports.get(report["task"]) is report:      # not one that replaced it meanwhile
+                        del self.reports[report["task"]]
+        self.sent_at = time.monotonic()
+
+
+def in_parts(reports: List[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+    """Reports in parts that fit a request."""
+    part: List[Dict[str, Any]] = []
+    size = 0
+    for report in reports:
+        length = len(json.dumps(report)) + 2
+        if part and (size + length > REPORT_BYTES or len(part) >= REPORTS_AT_ONCE):
+            yield part
+            part, size = [], 0
+        part.append(report)
+        size += length
+    if part:
+        yield part
+
+
+def send_reports(client: Client, run: str, worker: str,
+                 reports: List[Dict[str, Any]]) -> Iterator[Tuple[List[Dict[str, Any]], List[ReportRefused]]]:
+    """Send reports of a worker in as many requests as they need; the reports of each request, and those refused."""
+    for part in in_parts(reports):
+        answer = client.ask("PUT", "/api/runs/%s/tasks" % run, {"worker_uuid": worker, "data": part})
+        by_task = {report["task"]: report for report in part}
+        yield part, [ReportRefused(by_task[entry["task"]], entry["detail"]) for entry in answer["refused"]]
+
+
+def state_folder(environ: Mapping[str, str]) -> str:
+    """The folder of unsent reports: in $XDG_STATE_HOME, else in ~/.local/state."""
+    base = environ.get("XDG_STATE_HOME") or os.path.join(home_folder(), ".local", "state")
+    return os.path.join(base, "taskfarm")
+
+
+def save_unsent(access: Access, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
+    """Save reports that could not be sent, for the next worker or verb; the path. Raises OSError."""
+    path = os.path.join(state_folder(os.environ), "unsent-%s.json" % worker)
+    write_access(path, {"farm": access.farm, "url": access.url, "run": run, "worker": worker, "reports": reports})
+    return path
+
+
+def send_all_unsent(client: Client) -> List[str]:
+    """Send what workers have saved for this farm; a sentence for each file.
+
+    Two processes may send the same file: a report that comes again changes nothing. A file that cannot
+    be sent stays. When nothing answers, the other files are not tried: each would wait as long.
+    """
+    sentences = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "unsent-*.json"))):
+        saved = read_access(path)
+        try:
+            access = client.connect()
+            same_farm = saved["farm"] == access.farm if saved["farm"] and access.farm else saved["url"] == access.url
+            if not same_farm:
+                continue
+            sentences.append(send_unsent(client, saved["run"], saved["worker"], saved["reports"]))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        except (KeyError, TypeError):
+            sentences.append("%s is not a file of unsent reports: look at it, and remove it" % path)
+        except (FarmError, OSError) as error:
+            sentences.append("the reports in %s could not be sent: %s" % (path, error))
+            if isinstance(error, Unreachable):
+                break
+    return sentences
+
+
+def send_unsent(client: Client, run: str, worker: str, reports: List[Dict[str, Any]]) -> str:
+    """Send what one worker has saved, and sign it off; a sentence for the user."""
+    try:
+        refused = [event for _, part in send_reports(client, run, worker, reports) for event in part]
+        with contextlib.suppress(NotFound):
+            client.ask("DELETE", "/api/worker/" + worker)
+    except NotFound as error:
+        return "%d reports of worker %s are dropped: %s" % (len(reports), worker[:8], error)
+    sentence = "%d reports that worker %s had saved are sent" % (len(reports), worker[:8])
+    return sentence + ("; %d were refused, as of task %d: %s" % (
+        len(refused), refused[0].report["task"], refused[0].why) if refused else "")
+
+
+# ---------------------------------------------------------------- WORKER
+# Runs a command for each task that is claimed. One thread starts and ends commands and never waits for the network;
+# the reporter claims and reports and never waits for a command. Knows the contract through the client alone.
+# For another option of `work`: a field of WorkOptions, its use in TaskRunner, and the option in COMMAND LINE.
+
+CLAIM_AHEAD_S = 1.5                 # tasks for so many seconds of work are claimed ahead, at most
+CLAIM_AHEAD_LIMIT = 4000            # tasks claimed ahead, at most: a worker may hold 10 000
+UNUSED_S = 5.0                      # a claimed task that was not started by then is given back
+COMPUTING_S = 1.0                   # a command that runs longer is reported as computing
+PIPES_S = 0.05                      # the pipes of a command that runs longer are watched
+GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
+STOP_EARLY_S = 5.0                  # before the end of the job, beside the grace: to report and sign off
+LAST_REPORTS_S = 2.0                # the last reports are tried for so long: PBS may kill after 10 s in all
+CONFIRM_S = 0.3                     # an end is reported when it is so old: it may be the first sign that a job ends
+CONFIRM_KILLED_S = 1.5              # the same for a command that was killed by a signal that ends jobs
+SAME_SIGNAL_S = 1.0                 # a second signal within this time is the first one again: srun sends two at once
+MOST_WITHOUT_PROGRAM = 10           # a worker whose first ends all lack a program stops after so many
+
+EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
+EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_NO_PROGRAM = 6, 7, 8
+
+
+class WorkOptions(NamedTuple):
+    """The options of `work`."""
+    jobs: int                       # commands that run at the same time
+    timeout_s: float                # of a command; inf for none
+    grace_s: float
+    drain: bool                     # on a signal, let commands finish
+    wait: bool                      # for tasks that may come back
+    task_time_s: Optional[float]    # what a task takes, when that is known
+    job_end: Optional[float]        # UTC seconds since 1970
+    log_dir: str                    # "" for none
+    log_failed: bool                # keep the logs of failed tasks alone
+
+
+def exit_status_of(error: Exception) -> int:
+    """The exit status of a worker that the error ends."""
+    if may_succeed_later(error):
+        return EXIT_NO_SERVER
+    return EXIT_RUN_DELETED if isinstance(error, NotFound) else EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1
+
+
+class Display:
+    """What a user sees of a worker: a line for each task, and on a terminal a bar below the lines."""
+    WIDTH = 24
+
+    def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
+        self.quiet = quiet
+        self.screen, self.bar_screen = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
+        self.has_bar = self.bar_screen.moves
+        self.in_hurry: Callable[[], bool] = lambda: False       # whether there is no time to wait for a reader
+        self.lines: List[str] = []              # not written yet
+        self.write_at = math.inf                # tick at which they are to be written
+        self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands without its end of line, by source
+        self.shown_once: Set[str] = set()
+        self.run: Dict[str, Any] = {}           # its latest figures
+        self.ended_since = 0                    # tasks that ended here since then
+        self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
+        self.bar_drawn = False
+
+    def task_ended(self, task: int, elapsed_s: float, failure: str = "") -> None:
+        """A task has ended; *failure* says how it failed."""
+        self.ended_since += 1
+        if failure:
+            self._add(self.screen.paint("task %d failed: %s" % (task, failure), "red"))
+        elif not self.quiet:
+            self._add("task %d done in %s" % (task, span(elapsed_s)))
+
+    def say(self, sentence: str) -> None:
+        """Show a line about the work as a whole."""
+        self._add(harmless(sentence))
+        self._write()
+
+    def say_once(self, sentence: str) -> None:
+        """The same, the first time only."""
+        if sentence not in self.shown_once:
+            self.shown_once.add(sentence)
+            self.say(sentence)
+
+    @property
+    def output_closed(self) -> bool:
+        """Whether nobody reads the standard output any more. A command that writes there would die of SIGPIPE."""
+        poll = select.poll()
+        poll.register(1, 0)         # errors are reported without being asked for
+        return bool(poll.poll(0))
+
+    def pass_on(self, source: Tuple[int, int], text: bytes) -> None:
+        """Write the output of a command in whole lines. *source*: process id, and 1 or 2. b"" is its end."""
+        if not text and source not in self.partial:
+            return
+        text = self.partial.pop(source, b"") + (text or b"\n")
+        whole, newline, rest = text.rpartition(b"\n")
+        if not newline and len(rest) > 65536:
+            whole, newline, rest = rest, b"\n", b""
+        if rest:
+            self.partial[source] = rest
+        if newline:
+            self._write()
+            self._clear_bar()
+            write_all(source[1], whole + newline, self.in_hurry)
+
+    def show_run(self, run: Dict[str, Any]) -> None:
+        """Show new figures of the run."""
+        self.run, self.ended_since = run, 0
+        self.readings.append((time.monotonic(), run["numDone"] + run["numFailed"]))
+        self.write_at = 0.0
+
+    def refresh(self, now: float, running: int) -> float:
+        """Write the lines and draw the bar; the tick of the next call."""
+        if now >= self.write_at or self.has_bar:
+            self._write()
+            self._draw_bar(running)
+        return now + 0.5 if self.has_bar and running else self.write_at
+
+    def _add(self, line: str) -> None:
+        self.lines.append(line)
+        if self.write_at == math.inf:
+            self.write_at = time.monotonic() + 0.1
+
+    def _write(self) -> None:
+        if self.lines:
+            self._clear_bar()
+            text = "\n".join(self.lines) + "\n"
+            self.lines = []
+            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"), self.in_hurry)
+        self.write_at = math.inf
+
+    def _clear_bar(self) -> None:
+        if self.bar_drawn:
+            write_all(2, b"\r\x1b[K", self.in_hurry)
+            self.bar_drawn = False
+
+    def _draw_bar(self, running: int) -> None:
+        if not self.has_bar or not self.run:
+            return
+        run = self._current_run()
+        total, ended = run["numTasks"], run["numDone"] + run["numFailed"]
+        room = self.bar_screen.columns - 1      # in the last column some terminals begin a new line
+        cells = max(min(self.WIDTH, room // 3), 1)
+        text = " %s of %s" % (grouped(ended), grouped(total))
+        if run["numFailed"]:
+            text += ", %s failed" % grouped(run["numFailed"])
+        text += ", %d here" % running
+        rate = rate_of(list(self.readings))
+        if rate:
+            text += ", %s, %s left" % (per_time(rate.per_s), in_words(*time_left(total - ended, rate)))
+        line = "\r" + state_bar(run, cells, self.bar_screen) + cut(text, room - cells - 2) + "\x1b[K"
+        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.in_hurry)
+        self.bar_drawn = True
+
+    def _current_run(self) -> Dict[str, Any]:
+        """The latest figures, with the tasks that ended here since then counted as done."""
+        run, to_move = dict(self.run), self.ended_since
+        for field in ("numComputing", "numWaiting"):
+            moved = min(run[field], to_move)
+            run[field] -= moved
+            run["numDone"] += moved
+            to_move -= moved
+        return run
+
+
+class TaskRunner:
+    """Runs a command for each claimed task, several at a time, until no task is left or it is told to stop."""
+
+    def __init__(self, client: Client, run: Dict[str, Any], template: Template, options: WorkOptions,
+                 display: Display) -> None:
+        self.client, self.run, self.template, self.options, self.display = client, run, template, options, display
+        self.uuid = secrets.token_hex(16)
+        # Tasks and commands, in the order in which they go through these
+        self.ready: "deque[Tuple[int, int]]" = deque()      # (task, attempt): claimed and not started
+        self.ready_since = 0.0
+        self.slots = list(range(options.jobs - 1, -1, -1))  # free ones
+        self.running: Dict[int, Command] = {}               # by process id
+        self.ending: List[Command] = []     # the command has ended, others of its process group may not have
+        self.unconfirmed: List[Tuple[float, int, Command]] = []     # heap of ends, by the tick when they are confirmed
+        self.without_program: List[Command] = []    # confirmed ends that say so, kept while there is no other
+        self.program_found = False          # some confirmed end says something else
+        self.finished = 0                   # tasks whose end was reported
+        self.recent_s: "deque[float]" = deque(maxlen=100)   # what the latest commands took
+        self.mean_s: Optional[float] = None                 # moving mean of the same
+        # Claims
+        self.claim_open = False             # the reporter was asked for tasks and has not answered
+        self.nothing_waits = False          # the last claim got nothing
+        self.nothing_since = 0.0            # tick of the first such claim
+        self.claim_at = 0.0                 # tick of the next claim after it
+        self.finished_at_claim = 0          # `finished` when the last claim was made
+        # Time and signals
+        self.wake_at = 0.0                  # tick of the next call of _do_timed_work
+        self.start_after = 0.0              # tick: the system had no room for another process
+        self.signals = 0
+        self.signals_handled = 0
+        self.signal_at = -math.inf          # tick of the last one
+        self.signal_name = ""               # of the first
+        self.stop_reason = ""               # "" until it is to stop
+        self.stop_status = EXIT_STOPPED     # exit status when it is to stop
+        self.status: Optional[int] = None   # exit status, once the work has ended
+        self.handlers: Dict[type, Callable[[Any], None]] = {
+            TasksClaimed: self._on_tasks_claimed, NoTaskClaimed: self._on_no_task_claimed,
+            TasksHeld: self._on_tasks_held, ReportRefused: self._on_report_refused,
+            RunFigures: lambda event: self.display.show_run(event.run),
+            Notice: lambda event: self.display.say(event.sentence), ReporterEnded: self._on_reporter_ended}
+
+    def work(self) -> int:
+        """Run the commands; the exit status."""
+        self.selector = selectors.DefaultSelector()
+        self.wake_in, self.wake_out = os.pipe()
+        for descriptor in (self.wake_in, self.wake_out):
+            os.set_blocking(descriptor, False)
+        self.selector.register(self.wake_in, selectors.EVENT_READ)
+        try:
+            self.watchdog = Watchdog(self.options.jobs, self.options.grace_s, self.uuid)
+        except OSError as error:
+            raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
+        environ = command_environment(self.client.access, self.run["uuid"], self.uuid)
+        self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir,
+                                 self.display.screen.terminal)
+        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
+        self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
+        self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
+        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup ignores one
+                signal.signal(number, self._on_signal)
+        self.reporter.thread.start()
+        try:
+            while self.status is None:
+                self._turn()
+        finally:
+            self._finish(self.reporter.close())
+        return self.status
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):      # a full pipe wakes too
+            os.write(self.wake_out, b"\0")
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if self.signals and now < self.signal_at + SAME_SIGNAL_S:
+            return
+        self.signals += 1
+        self.signal_at = now
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def _turn(self) -> None:
+        """One turn of the loop: handle events, start commands, claim, and wait for output, ends and signals."""
+        while self.reporter.events:
+            event = self.reporter.events.popleft()
+            self.handlers[type(event)](event)
+        now = time.monotonic()
+        if now >= min(self.wake_at, self.display.write_at) or self.signals > self.signals_handled:
+            self._do_timed_work(now)
+        if self.ready and self.slots and not self.stop_reason and now >= self.start_after:
+            self._start_commands(now)
+        self._claim_more(now)
+        if not self.running and not self.ending and not self.unconfirmed and self._is_finished():
+            return
+        for key, _ in self.selector.select(
+                max(0.0, min(self.wake_at, self.display.write_at, now + 3600.0) - time.monotonic())):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    while len(os.read(self.wake_in, 4096)) == 4096:
+                        pass
+            else:
+                self._read_output(key.data, key.fd)
+        self._reap()
+
+    def _is_finished(self) -> bool:
+        """Whether the work has ended, where no command runs. Sets the exit status then."""
+        if self.stop_reason:
+            self._report_without_program()
+            self.status = self.stop_status
+            return True
+        if self.ready or not self.nothing_waits or self.claim_open or self.reporter.reports:
+            return False
+        if self.without_program:
+            self._report_without_program()
+            self.wake_at = 0.0          # the tasks may wait again
+            return False
+        if self.claim_at == math.inf or not self.options.wait:
+            self.status = EXIT_DONE
+            return True
+        if self.finished == self.finished_at_claim:
+            self.display.say_once("no task waits, and other workers still compute: waiting for tasks that they lose")
+        return False
+
+    # Claims
+
+    def _claim_more(self, now: float) -> None:
+        self.reporter.idle = not (self.running or self.ending or self.unconfirmed or self.without_program)
+        if self.claim_open or self.stop_reason or now < self.start_after:
+            return
+        at_hand = len(self.ready) + len(self.running) + len(self.ending)
+        ahead = self._claim_ahead(now)
+        if self.nothing_waits and (now < self.claim_at or at_hand >= self.options.jobs):
+            if at_hand or self.unconfirmed or self.finished == self.finished_at_claim:
+                self.wake_at = min(self.wake_at, self.claim_at) if at_hand < self.options.jobs else self.wake_at
+                return
+            self.nothing_waits = False      # our own reports may have let tasks wait again
+        if at_hand < self.options.jobs or len(self.ready) < ahead // 2:
+            if not self._fits():
+                if not at_hand:
+                    self._stop("no task is likely to fit before the job ends")
+                return
+            self.claim_open = True
+            self.finished_at_claim = self.finished
+            self.reporter.claim(self.options.jobs + ahead - at_hand)
+
+    def _claim_ahead(self, now: float) -> int:
+        """How many tasks to have at hand beside those that run: CLAIM_AHEAD_S of work; 0 when tasks take longer."""
+        if self.mean_s is None:
+            return 0
+        seconds = max(self.mean_s, 1e-4)
+        if self.running:
+            seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
+        if seconds > CLAIM_AHEAD_S:
+            return 0
+        return min(int(self.options.jobs * CLAIM_AHEAD_S / seconds), 2 * (self.finished + len(self.unconfirmed)),
+                   CLAIM_AHEAD_LIMIT)
+
+    def _fits(self) -> bool:
+        """Whether a task that starts now is likely to end before the job does."""
+        if self.options.job_end is None:
+            return True
+        needs_s = self.options.task_time_s
+        if needs_s is None:
+            needs_s = quantile(sorted(self.recent_s), 0.95) if self.recent_s else 0.0
+        return time.time() + needs_s < self.stop_at
+
+    @property
+    def stop_at(self) -> float:
+        """When to stop so that the job's end finds nothing running: UTC seconds."""
+        return math.inf if self.options.job_end is None else self.options.job_end - self.options.grace_s - STOP_EARLY_S
+
+    # Events of the reporter
+
+    def _on_tasks_claimed(self, event: TasksClaimed) -> None:
+        self.claim_open, self.nothing_waits = False, False
+        if self.stop_reason:
+            return              # signing off gives them back
+        if not self.ready:
+            self.ready_since = time.monotonic()
+        self.ready.extend(event.tasks)
+        self.wake_at = min(self.wake_at, self.ready_since + UNUSED_S)
+
+    def _on_no_task_claimed(self, event: NoTaskClaimed) -> None:
+        now = time.monotonic()
+        self.nothing_since = self.nothing_since if self.nothing_waits else now
+        self.claim_open, self.nothing_waits = False, True
+        # A lease may end at retry_s, but the others may be done long before. So ask more often: we need not stay then.
+        self.claim_at = math.inf if event.retry_s is None else now + min(
+            event.retry_s, random.uniform(0.5, 1.0) * max(1.0, (now - self.nothing_since) / 4))
+
+    def _on_tasks_held(self, event: TasksHeld) -> None:
+        self.ready = deque(pair for pair in self.ready if pair in event.tasks)
+        for command in self.running.values():
+            if (command.task, command.attempt) not in event.tasks and not command.end_reason:
+                self.display.say("task %d was taken from this worker: its command is ended" % command.task)
+                self._terminate(command, "lost")
+
+    def _on_report_refused(self, event: ReportRefused) -> None:
+        report = event.report
+        self.display.say("task %d: the report '%s' was refused: %s" % (report["task"], report["status"], event.why))
+        for command in self.running.values():
+            if (command.task, command.attempt) == (report["task"], report["attempt"]) and not command.end_reason:
+                self._terminate(command, "lost")
+
+    def _on_reporter_ended(self, event: ReporterEnded) -> None:
+        if not isinstance(event.error, (FarmError, Unreachable, Refusal)):
+            raise event.error
+        self.stop_status = exit_status_of(event.error)
+        self._stop(str(event.error))
+
+    # Start of commands, and their output
+
+    def _start_commands(self, now: float) -> None:
+        while self.ready and self.slots:
+            if not self._fits():
+                self._give_back_ready()
+                return
+            task, attempt = self.ready.popleft()
+            slot = self.slots.pop()
+            try:
+                command = self.launcher.start(
+                    task, attempt, slot, discard_output=not self.options.log_dir and self.display.output_closed)
+            except (OSError, ValueError, Refusal) as error:
+                self.slots.append(slot)
+                if not self._could_not_start(task, attempt, error, now):
+                    return
+            else:
+                self.running[command.pid] = command
+                self.wake_at = min(self.wake_at, command.started + PIPES_S)
+        self.ready_since = now
 
     def _could_not_start(self, task: int, attempt: int, error: Exception, now: float) -> bool:
-        """A command that did not even start: the task's fault, or this machine's. Whether to go on with the next."""
+        """Handle a command that did not start, by fault of the task or of this machine; whether to start others."""
         number = getattr(error, "errno", None)
         sentence = getattr(error, "strerror", None) or str(error)
-        if number in TEMPORARY:
+        if number in TEMPORARY_ERRORS:
             self.ready.appendleft((task, attempt))
-            self.hold_until = now + 1.0
-            self.due = min(self.due, self.hold_until)
-            self.display.once("commands cannot be started just now (%s): trying again every second" % sentence)
+            self.start_after = now + 1.0
+            self.wake_at = min(self.wake_at, self.start_after)
+            self.display.say_once("no command can be started now (%s): trying again every second" % sentence)
             return False
-        if number in (errno.ENOENT, errno.EACCES) and self.template.fixed:      # it could be, when we began
+        if number in (errno.ENOENT, errno.EACCES) and self.template.same_program:   # it was there when we began
             error = Refusal("%s cannot be started here (%s)" % (self.template.program, sentence))
         if isinstance(error, Refusal):
             self.ready.appendleft((task, attempt))
-            self.exit_status = 1
-            self._stop(now, str(error))
+            self.stop_status = 1
+            self._stop(str(error))
             return False
         command = Command(task, attempt, None, now)
         command.status = (127 if number == errno.ENOENT else 126) << 8
         command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
-        self._judge(command, now)
+        self._confirm(command)
         return True
 
-    def _read(self, command: Command, near: int) -> bool:
-        """Take what a command has written, and pass it on; whether there was any."""
+    def _read_output(self, command: Command, pipe: int) -> bool:
+        """Read what a command has written, and pass it on; whether there was anything."""
         try:
-            text = os.read(near, 65536)
+            text = os.read(pipe, 65536)
         except BlockingIOError:
             return False
         if not text:
-            self._close_pipe(command, near)
+            self._close_pipe(command, pipe)
             return False
-        target = command.pipes[near]
+        target = command.pipes[pipe]
         if target == 2:
-            command.tail = (command.tail + text)[-TAIL:]
-        if command.log >= 0:
-            if not write_all(command.log, text):
-                self.display.once("logs in %s cannot be written (is the disk full?): what commands say is lost"
-                                  % self.orders.log_dir)
-        else:
+            command.tail = (command.tail + text)[-ERROR_TAIL:]
+        if command.log < 0:
             self.display.pass_on((command.pid, target), text)
+        elif not write_all(command.log, text):
+            self.display.say_once("logs in %s cannot be written (is the disk full?): the output of commands is lost"
+                                  % self.options.log_dir)
         return True
 
-    def _close_pipe(self, command: Command, near: int) -> None:
+    def _close_pipe(self, command: Command, pipe: int) -> None:
         if command.watched:
-            self.selector.unregister(near)
-        os.close(near)
-        self.display.pass_on((command.pid, command.pipes.pop(near)), b"")
+            self.selector.unregister(pipe)
+        os.close(pipe)
+        self.display.pass_on((command.pid, command.pipes.pop(pipe)), b"")
+
+    # Ends of commands
 
     def _reap(self) -> None:
+        """Take the ends of all commands that have ended."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -7722,446 +7912,270 @@ class Farmhand:
             command = self.running.pop(pid, None)
             if command is None:
                 continue
-            command.status, command.took_s = status, time.monotonic() - command.started
-            for near in list(command.pipes):
-                for _ in range(16):     # what is in it: a process that lives on may hold it open, or fill it, for ever
-                    if not self._read(command, near):
+            command.status, command.elapsed_s = status, time.monotonic() - command.started
+            for pipe in list(command.pipes):
+                # Not to its end: a process that the command left behind may hold it open, or fill it for ever.
+                for _ in range(16):
+                    if not self._read_output(command, pipe):
                         break
-                if near in command.pipes:
-                    self._close_pipe(command, near)
-            if command.exit_code - 128 == signal.SIGPIPE and not self.orders.log_dir and self.display.unread:
-                command.ending = command.ending or "unread"
-            if self.signals and not command.ending and self._died_of_stop(command):
-                self._end(command, time.monotonic(), "stopping")
-            if command.ending and signal_group(pid, 0):
-                self.ended.append(command)
-                self.due = 0.0
+                if pipe in command.pipes:
+                    self._close_pipe(command, pipe)
+            if command.exit_code - 128 == signal.SIGPIPE and not self.options.log_dir and self.display.output_closed:
+                command.end_reason = command.end_reason or "unread"
+            if self.signals and not command.end_reason and command.killed_by_stop_signal:
+                self._terminate(command, "stopping")
+            if command.end_reason and signal_group(pid, 0):
+                self.ending.append(command)
+                self.wake_at = 0.0
             else:
-                self._free_slot(command)
                 self._take_end(command)
 
-    def _free_slot(self, command: Command) -> None:
+    def _take_end(self, command: Command) -> None:
+        """The command has ended, with what belongs to it: give its task back, or report the end when it is confirmed.
+
+        PBS, and Slurm with proctrack/linuxproc, signal one process at a time, children first. A shell whose
+        child was killed goes on, and may exit with 0 before its own signal comes. Ours comes last.
+        """
         if command.slot is not None:
-            self.guard.note(command.slot, 0)
+            self.watchdog.note_group(command.slot, 0)
             self.slots.append(command.slot)
             command.slot = None
-
-    def _take_end(self, command: Command) -> None:
-        """A command has ended: it is to be reported when its end can be believed.
-
-        PBS, and Slurm with proctrack/linuxproc, signal one process at a time, children first: a shell whose
-        child was killed goes on and may exit with 0 before its own signal comes, and ours comes last.
-        """
-        if command.ending in ("stopping", "lost", "unread"):
+        command.close_log()         # also since thousands may be unconfirmed at a time
+        if command.end_reason in ("stopping", "lost", "unread"):
             self._give_back(command)
             return
-        self._close_log(command)        # thousands may be fresh at a time
-        self.took.append(command.took_s)
-        self.mean_s = command.took_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * command.took_s
-        suspect = not command.ending and self._died_of_stop(command)
-        believed_at = command.started + command.took_s + (SUSPECT_S if suspect else BELIEVED_S)
-        heapq.heappush(self.fresh, (believed_at, command.task, command))
-        self.due = min(self.due, believed_at)
-
-    def _died_of_stop(self, command: Command) -> bool:
-        return command.exit_code - 128 in STOP_SIGNALS
+        self.recent_s.append(command.elapsed_s)
+        self.mean_s = command.elapsed_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * command.elapsed_s
+        killed = not command.end_reason and command.killed_by_stop_signal
+        confirm_at = command.started + command.elapsed_s + (CONFIRM_KILLED_S if killed else CONFIRM_S)
+        heapq.heappush(self.unconfirmed, (confirm_at, command.task, command))
+        self.wake_at = min(self.wake_at, confirm_at)
 
     def _give_back(self, command: Command) -> None:
-        """Let others do the task of a command that has ended, and that proves nothing."""
-        self._close_log(command)
-        if command.ending != "lost":
-            self.courier.report(command.task, command.attempt, status="waiting")
-        self.none_left = False      # this very task may wait
+        """Let others run the task of a command whose end says nothing about it."""
+        if command.end_reason != "lost":
+            self.reporter.report(command.task, command.attempt, status="waiting")
+        self.nothing_waits = False      # this very task may wait
 
-    def _settle(self, command: Command) -> None:
-        """Report the end of a command."""
-        code, took_s = self._code(command), command.took_s
+    def _give_back_unconfirmed(self) -> None:
+        """Give back the latest ends, which may be part of the job's end. End what these commands left running."""
+        for command in self.without_program:
+            self._give_back(command)
+        for _, _, command in self.unconfirmed:
+            self._terminate(command, "stopping")
+            self.ending.append(command)
+        self.without_program.clear()
+        self.unconfirmed.clear()
+        self.wake_at = 0.0
+
+    def _give_back_ready(self) -> None:
+        for task, attempt in self.ready:
+            self.reporter.report(task, attempt, status="waiting")
+        self.ready.clear()
+
+    def _confirm(self, command: Command) -> None:
+        """Report a confirmed end. The first ends are kept while all of them say that there is no program."""
+        if not self.program_found and command.reported_code in NO_PROGRAM_CODES:
+            self.without_program.append(command)
+            if self.finished + len(self.without_program) >= MOST_WITHOUT_PROGRAM and not self.stop_reason:
+                self._stop_without_program(command)
+        else:
+            self.program_found = True
+            self._report_without_program()
+            self._report_end(command)
+
+    def _stop_without_program(self, command: Command) -> None:
+        """Stop, and give the tasks back: another machine may have the program."""
+        message = command.error_line()
+        self.stop_status = EXIT_NO_PROGRAM
+        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
+                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_WITHOUT_PROGRAM,
+                                                " (%s)" % message if message else ""))
+        self._give_back_unconfirmed()
+
+    def _report_without_program(self) -> None:
+        for command in self.without_program:
+            self._report_end(command)
+        self.without_program.clear()
+
+    def _report_end(self, command: Command) -> None:
+        """Report that the task is done or has failed."""
+        code, elapsed_s = command.reported_code, command.elapsed_s
+        self.finished += 1
         if code == 0:
-            self._finished(command.task, took_s, "done", failed=False)
-            self.courier.report(command.task, command.attempt, status="done", elapsed=round(took_s, 3))
-            if command.log_path and self.orders.log_failed:
+            self.display.task_ended(command.task, elapsed_s)
+            self.reporter.report(command.task, command.attempt, status="done", elapsed=round(elapsed_s, 3))
+            if command.log_path and self.options.log_failed:
                 with contextlib.suppress(OSError):
                     os.remove(command.log_path)
             return
-        message = self._message(command)
-        self._finished(command.task, took_s, "failed: " + self._why(command, code) + (
-            ": " + message if message else ""), failed=True)
-        if command.ending or os.WIFSIGNALED(command.status or 0):
-            message = self._why(command, code) + (": " + message if message else "")
-        self.courier.report(command.task, command.attempt, status="failed", exitCode=code,
-                            message=message[:MESSAGE_LIMIT], elapsed=round(took_s, 3))
+        self.nothing_waits = False      # it may wait again
+        message = command.error_line()
+        failure = self._failure(command) + (": " + message if message else "")
+        self.display.task_ended(command.task, elapsed_s, failure)
+        if command.end_reason or command.signal_number:
+            message = failure
+        self.reporter.report(command.task, command.attempt, status="failed", exitCode=code,
+                             message=message[:MESSAGE_LIMIT], elapsed=round(elapsed_s, 3))
 
-    def _code(self, command: Command) -> int:
-        return 124 if command.ending == "timeout" else command.exit_code      # as timeout(1) has it
+    def _failure(self, command: Command) -> str:
+        if command.end_reason == "timeout":
+            return "ended after %g s" % self.options.timeout_s
+        if not command.signal_number:
+            return "exit status %d" % command.exit_code
+        try:
+            return "killed by " + signal.Signals(command.signal_number).name
+        except ValueError:      # a real-time signal has no name
+            return "killed by signal %d" % command.signal_number
 
-    def _finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
-        self.finished += 1
-        if failed:
-            self.none_left = False      # it may wait again
-        self.display.finished(task, took_s, how, failed)
+    # Time
 
-    def _why(self, command: Command, code: int) -> str:
-        if command.ending == "timeout":
-            return "ended after %g s" % self.orders.timeout_s
-        if command.status is not None and os.WIFSIGNALED(command.status):
-            number = os.WTERMSIG(command.status)
-            try:
-                return "killed by " + signal.Signals(number).name
-            except ValueError:      # a real-time signal
-                return "killed by signal %d" % number
-        return "exit status %d" % code
-
-    def _message(self, command: Command) -> str:
-        """The last line of the error output that says something."""
-        lines = [line.strip() for line in re.split(r"[\r\n]+", command.tail.decode("utf-8", "replace"))]
-        said = next((line for line in reversed(lines) if line), "")
-        return "".join(letter if letter.isprintable() else " " for letter in said)[:MESSAGE_LIMIT]
-
-    def _close_log(self, command: Command) -> None:
-        if command.log >= 0:
-            os.close(command.log)
-            command.log = -1
-
-    # Time, and ends
-
-    def _see_to_time(self, now: float) -> None:
-        """All that is due by the clock; says when to look again."""
-        due = math.inf
-        if self.signals > self.signals_seen:
-            self.signals_seen = self.signals
-            self._reap()            # what has ended by now did so before the signal was heard
-            self._give_back_fresh(now)
-        if self.signals and not self.stopping:
-            self._stop(now, self.signal_name, drain=self.orders.drain)
+    def _do_timed_work(self, now: float) -> None:
+        """Do what the clock or a signal asks for, and set wake_at."""
+        if self.signals > self.signals_handled:
+            self.signals_handled = self.signals
+            self._reap()            # what has ended by now did so before the signal was handled
+            self._give_back_unconfirmed()
+        if self.signals and not self.stop_reason:
+            self._stop(self.signal_name, drain=self.options.drain)
         elif self.signals > 1:
-            for command in list(self.running.values()) + self.ended:
-                command.ending = command.ending or "stopping"
+            for command in list(self.running.values()) + self.ending:
+                command.end_reason = command.end_reason or "stopping"
                 command.kill_at = min(command.kill_at or now, now)
-        left_s = self.leave_at - time.time()
+        wake_at = math.inf
+        left_s = self.stop_at - time.time()
         if left_s > 0:
-            due = min(due, now + left_s)
+            wake_at = now + left_s
         else:
-            self._stop(now, "the job ends soon")
-            self._end_all(now)      # also those that were to finish
-            self._give_back_fresh(now)
-        self._believe(now)
+            self._stop("the job ends soon")
+            self._terminate_all()        # also those that were to finish
+            self._give_back_unconfirmed()
+        while self.unconfirmed and self.unconfirmed[0][0] <= now:
+            self._confirm(heapq.heappop(self.unconfirmed)[2])
         for command in list(self.running.values()):
-            due = min(due, self._see_to(command, now))
-        for command in list(self.ended):
-            due = min(due, self._see_to_ended(command, now))
-        if self.fresh:      # while others run we are woken often enough
-            due = min(due, max(self.fresh[0][0], now + 0.02 * bool(self.running)))
+            wake_at = min(wake_at, self._check_running(command, now))
+        for command in list(self.ending):
+            wake_at = min(wake_at, self._check_ending(command, now))
+        if self.unconfirmed:        # while others run we are woken often enough
+            wake_at = min(wake_at, max(self.unconfirmed[0][0], now + 0.02 * bool(self.running)))
         if self.ready:
             if now >= self.ready_since + UNUSED_S:
                 self._give_back_ready()
             else:
-                due = min(due, max(self.ready_since + UNUSED_S, now + 0.05))
-        if self.hold_until > now:
-            due = min(due, self.hold_until)
-        due = min(due, self.display.tick(now, len(self.running)))
-        self.due = due
+                wake_at = min(wake_at, max(self.ready_since + UNUSED_S, now + 0.05))
+        if self.start_after > now:
+            wake_at = min(wake_at, self.start_after)
+        self.wake_at = min(wake_at, self.display.refresh(now, len(self.running)))
 
-    def _see_to_ended(self, command: Command, now: float) -> float:
-        """What is due for a command that was ended, but perhaps not all of its group; when to look again."""
+    def _check_running(self, command: Command, now: float) -> float:
+        """Watch the pipes, report that it computes, end it after its timeout; the tick of the next call."""
+        age_s = now - command.started
+        if not command.watched:
+            if age_s < PIPES_S:     # most short ones have ended by then, and need no watching
+                return now + PIPES_S
+            for pipe in command.pipes:
+                self.selector.register(pipe, selectors.EVENT_READ, command)
+            command.watched = True
+        if not command.end_reason and age_s >= self.options.timeout_s:
+            self._terminate(command, "timeout")
+        if command.end_reason:
+            if command.kill_at > now:
+                return command.kill_at
+            signal_group(command.pid, signal.SIGKILL)
+            return now + 0.5
+        if not command.reported:
+            if age_s < COMPUTING_S:
+                return command.started + min(COMPUTING_S, self.options.timeout_s)
+            command.reported = True
+            self.reporter.report(command.task, command.attempt, status="computing", elapsed=round(age_s, 3))
+        return command.started + self.options.timeout_s
+
+    def _check_ending(self, command: Command, now: float) -> float:
+        """Kill the rest of an ended command's process group after the grace; the tick of the next call."""
         if now < command.kill_at and signal_group(command.pid, 0):
             return now + 0.05
         signal_group(command.pid, signal.SIGKILL)
-        self.ended.remove(command)
-        self._free_slot(command)
+        self.ending.remove(command)
         self._take_end(command)
         return math.inf
 
-    def _believe(self, now: float) -> None:
-        """Report the ends that are old enough."""
-        while self.fresh and self.fresh[0][0] <= now:
-            self._judge(heapq.heappop(self.fresh)[2], now)
-
-    def _judge(self, command: Command, now: float) -> None:
-        """Report an end that is believed. The first ones are kept while all say that there is no program."""
-        if self.only_not_started and self._code(command) in NOT_STARTED:
-            self.not_started.append(command)
-            if self.finished + len(self.not_started) >= MOST_NOT_STARTED and not self.stopping:
-                self._stop_without_program(now, command)
-        else:
-            self.only_not_started = False
-            self._settle_not_started()
-            self._settle(command)
-
-    def _stop_without_program(self, now: float, command: Command) -> None:
-        """This machine lacks something: others may do the tasks."""
-        message = self._message(command)
-        self.exit_status = NO_PROGRAM
-        self._stop(now, "on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
-                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_NOT_STARTED,
-                                                " (%s)" % message if message else ""))
-        self._give_back_fresh(now)
-
-    def _settle_not_started(self) -> None:
-        for command in self.not_started:
-            self._settle(command)
-        self.not_started.clear()
-
-    def _give_back_fresh(self, now: float) -> None:
-        """The job is ended, and the latest ends may be part of that. What they left running is ended too."""
-        for command in self.not_started:
-            self._give_back(command)
-        for _, _, command in self.fresh:
-            self._end(command, now, "stopping")
-            self.ended.append(command)
-        self.not_started.clear()
-        self.fresh.clear()
-        self.due = 0.0
-
-    def _see_to(self, command: Command, now: float) -> float:
-        """What is due for one command; when to look again."""
-        age_s = now - command.started
-        if not command.watched:
-            if age_s < 0.05:        # most short ones have ended by then, and are spared this
-                return now + 0.05
-            for near in command.pipes:
-                self.selector.register(near, selectors.EVENT_READ, command)
-            command.watched = True
-        if command.ending:
-            if command.kill_at <= now:
-                signal_group(command.pid, signal.SIGKILL)
-                return now + 0.5
-            return command.kill_at
-        if age_s >= self.orders.timeout_s:
-            self._end(command, now, "timeout")
-            return command.kill_at
-        if not command.told:
-            if age_s < MOMENT_S:
-                return min(command.started + MOMENT_S, command.started + self.orders.timeout_s)
-            command.told = True
-            self.courier.report(command.task, command.attempt, status="computing", elapsed=round(age_s, 3))
-        return command.started + self.orders.timeout_s
-
-    def _end(self, command: Command, now: float, why: str) -> None:
-        command.ending, command.kill_at = why, now + self.orders.grace_s
+    def _terminate(self, command: Command, reason: str) -> None:
+        command.end_reason, command.kill_at = reason, time.monotonic() + self.options.grace_s
         signal_group(command.pid, signal.SIGTERM)
-        signal_group(command.pid, signal.SIGCONT)       # a stopped one would not hear it
-        self.due = min(self.due, command.kill_at)
+        signal_group(command.pid, signal.SIGCONT)       # a stopped process would not get it
+        self.wake_at = min(self.wake_at, command.kill_at)
 
-    def _stop(self, now: float, why: str, drain: bool = False) -> None:
-        """Take nothing more, and end what runs, or let it finish."""
-        if self.stopping:
+    def _terminate_all(self) -> None:
+        for command in self.running.values():
+            if not command.end_reason:
+                self._terminate(command, "stopping")
+
+    # The end of the work
+
+    def _stop(self, reason: str, drain: bool = False) -> None:
+        """Start no more commands, and end those that run; *drain* lets them finish."""
+        if self.stop_reason:
             return
-        self.stopping = why
+        self.stop_reason = reason
         count = len(self.running)
-        self.display.say("stopping: %s%s" % (why, "" if not count else "; %d command%s %s" % (
-            count, "s" * (count > 1), "may finish" if drain else "are ended" if count > 1 else "is ended")))
+        self.display.say("stopping: %s%s" % (reason, "" if not count else "; %s %s" % (
+            counted(count, "command"), "may finish" if drain else "are ended" if count > 1 else "is ended")))
         self._give_back_ready()
         if not drain:
-            self._end_all(now)
+            self._terminate_all()
 
-    def _end_all(self, now: float) -> None:
-        for command in self.running.values():
-            if not command.ending:
-                self._end(command, now, "stopping")
-
-    def _give_back_ready(self) -> None:
-        for task, attempt in self.ready:
-            self.courier.report(task, attempt, status="waiting")
-        self.ready.clear()
-
-    def _close(self, left: List[Dict[str, Any]]) -> None:
-        """Send the last reports, sign off, and leave for later what cannot be sent."""
-        for command in list(self.running.values()):     # only when something went wrong here
+    def _finish(self, unsent: List[Dict[str, Any]]) -> None:
+        """Send the last reports and sign off. Save the reports that cannot be sent."""
+        for command in self.running.values():       # only after an error of our own
             signal_group(command.pid, signal.SIGKILL)
-        self.guard.close()
-        if self.exit_status == RUN_DELETED:
-            left = []
-        patience_s = CLOSING_S if self.signals < 2 else 1.0
-        with contextlib.closing(Client(self.client.find, patience_s, timeout_s=CLOSING_S)) as client:
+        self.watchdog.close()
+        if self.stop_status == EXIT_RUN_DELETED:
+            unsent = []
+        retry_s = LAST_REPORTS_S if self.signals < 2 else 1.0
+        with contextlib.closing(Client(self.client.find, retry_s, timeout_s=LAST_REPORTS_S)) as client:
             try:
-                for part in in_parts(left):
-                    for refused in send_reports(client, self.run["uuid"], self.uuid, part):
-                        self._on_refused(refused)
+                for _, refused in send_reports(client, self.run["uuid"], self.uuid, unsent):
+                    for event in refused:
+                        self._on_report_refused(event)
                 client.ask("DELETE", "/api/worker/" + self.uuid)
                 run = client.ask("GET", "/api/runs/" + self.run["uuid"])
             except NotFound:
-                self.display.end("run %s was deleted" % self.run["uuid"])
-                self.status = RUN_DELETED
+                self.display.say("run %s was deleted" % self.run["uuid"])
+                self.status = EXIT_RUN_DELETED
                 return
             except (FarmError, Unreachable, Refusal) as error:
-                self._leave(left, error)
+                self._save_unsent(unsent, error)
                 return
-        self.display.look(run)
-        self.display.end(state_counts(run))
-        if self.stopping:
-            self.status = self.exit_status
+        self.display.show_run(run)
+        self.display.say(state_counts(run))
+        if self.stop_reason:
+            self.status = self.stop_status
         elif run["numFailed"]:
-            self.status = TASKS_FAILED
+            self.status = EXIT_TASKS_FAILED
 
-    def _leave(self, left: List[Dict[str, Any]], error: Exception) -> None:
-        results = [entry for entry in left if entry["status"] != "computing"]
-        if self.stopping:
-            self.status = self.exit_status
+    def _save_unsent(self, unsent: List[Dict[str, Any]], error: Exception) -> None:
+        results = [report for report in unsent if report["status"] != "computing"]
+        if self.stop_reason:
+            self.status = self.stop_status
         elif results:
-            self.status = status_of(error)
+            self.status = exit_status_of(error)
         if not results:
-            self.display.end(str(error))
+            self.display.say(str(error))
             return
         try:
-            path = leave_reports(self.client.known, self.run["uuid"], self.uuid, results)
-            self.display.end("%s; %d reports are left in %s, which the next worker sends" % (error, len(results), path))
+            path = save_unsent(self.client.access, self.run["uuid"], self.uuid, results)
+            self.display.say("%s; %s saved in %s, and the next worker sends them" % (
+                error, counted(len(results), "report"), path))
         except OSError as trouble:
-            self.display.end("%s; %d reports are lost: %s" % (error, len(results), trouble))
-
-
-class Display:
-    """What a person sees of a worker: a line for each task, under which a bar lives where there is a terminal."""
-    WIDTH = 24
-
-    def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
-        self.quiet = quiet
-        self.screen, self.below = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
-        self.bar = self.below.moves
-        self.hurry: Callable[[], bool] = lambda: False      # whether there is no time left to wait for who reads this
-        self.lines: List[str] = []
-        self.flush_at = math.inf
-        self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands that has no end of line yet
-        self.said: Set[str] = set()
-        self.run: Dict[str, Any] = {}
-        self.since = 0                          # tasks that were finished here since the last look at the run
-        self.looks: "deque[Tuple[float, int]]" = deque(maxlen=60)      # (tick, tasks that are over)
-        self.drawn = False
-        self.waiting = False
-
-    def finished(self, task: int, took_s: float, how: str, failed: bool) -> None:
-        """A task is over."""
-        self.waiting = False
-        self.since += 1
-        if not self.quiet or failed:
-            line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
-            self._add(self.screen.paint(line, "red") if failed else line)
-
-    def say(self, sentence: str) -> None:
-        """A line about the work as a whole."""
-        self._add(harmless(sentence))
-        self._write()
-
-    def once(self, sentence: str) -> None:
-        """The same, the first time only."""
-        if sentence not in self.said:
-            self.said.add(sentence)
-            self.say(sentence)
-
-    @property
-    def unread(self) -> bool:
-        """Whether nobody reads the standard output any more, so that commands would die of writing there."""
-        poll = select.poll()
-        poll.register(1, 0)         # errors are told all the same
-        return bool(poll.poll(0))
-
-    def waits(self) -> None:
-        """Nothing is left to claim, and some of it may come back."""
-        if not self.waiting:
-            self.waiting = True
-            self.say("nothing waits; other workers still compute, and what they lose comes back: waiting for that")
-
-    def pass_on(self, source: Tuple[int, int], text: bytes) -> None:
-        """Write what a command wrote to 1 or 2, in whole lines; the rest at the end, which is b""."""
-        if not text and source not in self.partial:
-            return
-        text = self.partial.pop(source, b"") + (text or b"\n")
-        whole, end, rest = text.rpartition(b"\n")
-        if not end and len(rest) > 65536:
-            whole, end, rest = rest, b"\n", b""
-        if rest:
-            self.partial[source] = rest
-        if end:
-            self._write()
-            self._clear()
-            write_all(source[1], whole + end, self.hurry)
-
-    def look(self, run: Dict[str, Any]) -> None:
-        """Figures of the whole run have come."""
-        self.run, self.since = run, 0
-        self.looks.append((time.monotonic(), run["numDone"] + run["numFailed"]))
-        self.flush_at = 0.0
-
-    def tick(self, now: float, running: int) -> float:
-        """Write and draw what is due; when to be called again."""
-        if now >= self.flush_at or self.bar:
-            self._write()
-            self._draw(running)
-        return now + 0.5 if self.bar and running else self.flush_at
-
-    def end(self, sentence: str) -> None:
-        """The last line."""
-        self._add(sentence)
-        self._write()
-        self._clear()
-
-    def _add(self, line: str) -> None:
-        self.lines.append(line)
-        if self.flush_at == math.inf:
-            self.flush_at = time.monotonic() + 0.1
-
-    def _write(self) -> None:
-        if self.lines:
-            self._clear()
-            text = "\n".join(self.lines) + "\n"
-            self.lines = []
-            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"), self.hurry)
-        self.flush_at = math.inf
-
-    def _clear(self) -> None:
-        if self.drawn:
-            write_all(2, b"\r\x1b[K", self.hurry)
-            self.drawn = False
-
-    def _draw(self, running: int) -> None:
-        if not self.bar or not self.run:
-            return
-        run = self._by_now()
-        total, over = run["numTasks"], run["numDone"] + run["numFailed"]
-        room = self.below.columns - 1       # in the last column some terminals begin a new line
-        cells = max(min(self.WIDTH, room // 3), 1)
-        text = " %s of %s" % (grouped(over), grouped(total))
-        if run["numFailed"]:
-            text += ", %s failed" % grouped(run["numFailed"])
-        text += ", %d here" % running
-        rate = rate_of(list(self.looks))
-        if rate:
-            text += ", %s, %s left" % (per_time(rate.per_s), in_words(*time_left(total - over, rate)))
-        line = "\r" + state_bar(run, cells, self.below) + cut(text, room - cells - 2) + "\x1b[K"
-        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.hurry)
-        self.drawn = True
-
-    def _by_now(self) -> Dict[str, Any]:
-        """The figures of the last look, with the tasks that were finished here since, taken for done."""
-        run, left = dict(self.run), self.since
-        for field in ("numComputing", "numWaiting"):
-            moved = min(run[field], left)
-            run[field] -= moved
-            run["numDone"] += moved
-            left -= moved
-        return run
-
-
-def write_all(descriptor: int, text: bytes, hurry: Callable[[], bool] = lambda: False) -> bool:
-    """Write; whether all of it went. Where nobody reads any more, or the disk is full, the work goes on.
-
-    A reader that takes nothing (a terminal after Ctrl-S) is waited for while *hurry* says no.
-    """
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        while text:
-            while not poll.poll(0 if hurry() else 200):
-                if hurry():
-                    return False
-            text = text[os.write(descriptor, text[:select.PIPE_BUF]):]      # so much fits, and does not block
-    return not text
+            self.display.say("%s; %s lost: %s" % (error, counted(len(results), "report"), trouble))
 
 
 # ---------------------------------------------------------------- BATCH SYSTEMS
-# Slurm and PBS: when the job ends that we are in.
+# Slurm and PBS: when the job of this process ends. Knows no farm and no worker.
+# For another batch system: a branch in job_end, by the variable that its jobs have, and a function like pbs_end.
 
-def answer_of(words: Sequence[str]) -> str:
-    """What another program prints, "" when it cannot or takes longer than 20 s."""
+def output_of(words: Sequence[str]) -> str:
+    """What another program prints. "" when it fails or takes longer than 20 s."""
     try:
         return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               timeout=20, universal_newlines=True, check=True).stdout.strip()
@@ -8169,59 +8183,59 @@ def answer_of(words: Sequence[str]) -> str:
         return ""
 
 
-def hours(text: str) -> float:
-    """Seconds of a time like 12:00:00, or of a number of seconds. Raises ValueError."""
-    total = 0.0
+def clock_seconds(text: str) -> float:
+    """The seconds of a duration like 12:00:00, or of a number of seconds. Raises ValueError."""
+    seconds = 0.0
     for part in text.split(":"):
-        total = 60 * total + float(part)
-    return total
+        seconds = 60 * seconds + float(part)
+    return seconds
 
 
 def pbs_end(text: str, now: float) -> Optional[float]:
-    """When a job ends by what `qstat -f` says of it, of PBS Pro, OpenPBS or Torque; UTC seconds, None when it does not.
+    """When a job ends, from the output of `qstat -f` of PBS Pro, OpenPBS or Torque: UTC seconds, None if unknown.
 
-    Long values go on in lines that begin with a tab. etime is when the job could begin, not its end.
+    Long values continue in lines that begin with a tab. etime is when the job could begin, not its end.
     """
-    known = dict(re.findall(r"^\s+([A-Za-z_.]+) = (.*)$", text.replace("\n\t", ""), re.M))
+    fields = dict(re.findall(r"^\s+([A-Za-z_.]+) = (.*)$", text.replace("\n\t", ""), re.M))
     try:
-        whole_s = hours(known["Resource_List.walltime"])
-        started = known.get("stime") or known.get("start_time")
+        walltime_s = clock_seconds(fields["Resource_List.walltime"])
+        started = fields.get("stime") or fields.get("start_time")
         if started:
-            return time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y")) + whole_s
-        return now + whole_s - hours(known.get("resources_used.walltime", "0"))
+            return time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y")) + walltime_s
+        return now + walltime_s - clock_seconds(fields.get("resources_used.walltime", "0"))
     except (KeyError, ValueError, OverflowError):
         return None
 
 
 def job_end(environ: Mapping[str, str], now: float) -> Optional[float]:
-    """When the batch job that we are in ends, in UTC seconds; None when there is none, or it cannot be had.
+    """When the batch job of this process ends, in UTC seconds. None when there is no job, or its end is unknown.
 
-    The batch system is asked at most once: it has more to do than to answer every worker.
+    The batch system is asked once: many workers must not load it.
     """
     if environ.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(environ["SLURM_JOB_END_TIME"])
     job = environ.get("SLURM_JOB_ID")
     if job:
-        if environ.get("SLURM_ARRAY_JOB_ID"):       # the last task of an array has the id of the whole array
+        if environ.get("SLURM_ARRAY_JOB_ID"):       # SLURM_JOB_ID of an array's last task is that of the array
             job = "%s_%s" % (environ["SLURM_ARRAY_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID"))
-        said = answer_of(["squeue", "-h", "-j", job, "-o", "%e"]) or answer_of(["scontrol", "show", "job", job])
-        found = re.search(r"(?:^|EndTime=)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", said)
-        return time.mktime(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S")) if found else None
+        output = output_of(["squeue", "-h", "-j", job, "-o", "%e"]) or output_of(["scontrol", "show", "job", job])
+        end = re.search(r"(?:^|EndTime=)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", output)
+        return time.mktime(time.strptime(end.group(1), "%Y-%m-%dT%H:%M:%S")) if end else None
     if environ.get("PBS_JOBID"):
-        return pbs_end(answer_of(["qstat", "-f", environ["PBS_JOBID"]]), now)
+        return pbs_end(output_of(["qstat", "-f", environ["PBS_JOBID"]]), now)
     return None
 
 
 def moment_of(text: str, now: float) -> float:
-    """The UTC seconds of "+3600" (seconds from now), "17:30" (the next) or RFC 3339. Raises ValueError."""
+    """The UTC seconds of "+3600" (seconds from now), "17:30" (the next one) or RFC 3339. Raises ValueError."""
     if text.startswith("+"):
         end = now + float(text)
-        datetime.datetime.fromtimestamp(end)        # not for ever, nor beyond the year 9999
+        datetime.datetime.fromtimestamp(end)        # raises for inf, nan and what is after the year 9999
         return end
-    found = re.fullmatch(r"(\d\d?):(\d\d)", text)
-    if found:
+    clock = re.fullmatch(r"(\d\d?):(\d\d)", text)
+    if clock:
         today = datetime.datetime.fromtimestamp(now).replace(
-            hour=int(found.group(1)), minute=int(found.group(2)), second=0, microsecond=0)
+            hour=int(clock.group(1)), minute=int(clock.group(2)), second=0, microsecond=0)
         return today.timestamp() if today.timestamp() > now else (today + datetime.timedelta(days=1)).timestamp()
     return datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
 
@@ -8485,7 +8499,8 @@ class BenchServer:
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the server."""
-        with contextlib.closing(Client(lambda: as_access({"url": self.url, "token": self.token}, "bench"))) as client:
+        access = parse_access({"url": self.url, "token": self.token}, "bench")
+        with contextlib.closing(Client(lambda: access)) as client:
             return client.ask(method, path, body)
 
     def new_run(self, num_tasks: int = MAX_TASKS, workers: int = 0) -> str:
@@ -9468,7 +9483,7 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
         yield Finding(OK, what, "free on %s" % host if port else "the system picks one that is free")
     except OSError as error:
         here = url_of(reachable_as(host, "")[1], port)
-        if still_answers(as_access(dict(read_access(access_path(os.environ)), url=here), "")):
+        if farm_answers(parse_access(dict(read_access(access_path(os.environ)), url=here), "")):
             yield Finding(OK, what, "in use by your own farm")
             return
         owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
@@ -9551,7 +9566,7 @@ def check_job() -> Iterator[Finding]:
                           "SLURM_JOB_END_TIME, or tell 'work' by --until" % span(now - end))
         else:
             yield Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
-    left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))
+    left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "unsent-*.json"))
     if left:
         yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "
                       "could not" % (counted(len(left), "file"), state_folder(os.environ)))
@@ -9568,7 +9583,7 @@ def check_server(url: str) -> Iterator[Finding]:
         yield Finding(WARN, "login" if url else "server", str(error))
         if not url:
             return
-        access = Access(base_of(url), "", "", "", "", "", "the arguments")
+        access = Access(base_url(url), "", "", "", "", "", "the arguments")
     with contextlib.closing(Client(lambda: access, timeout_s=DOCTOR_CONNECT_S)) as client:
         try:
             client.connect()
@@ -9619,9 +9634,9 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
     says = "after %.1f ms (median of 7)" % (1000 * median_s)
     yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks") if median_s > SLOW_ANSWER_S else (
         Finding(OK, "answers", says))
-    if abs(client.ahead_s) > 5:
+    if abs(client.clock_ahead_s) > 5:
         yield Finding(WARN, "clock", "the server's is %s %s of this node's: times in logs will not fit" % (
-            span(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
+            span(abs(client.clock_ahead_s)), "ahead" if client.clock_ahead_s > 0 else "behind"))
 
 
 def check_login(client: Client, access: Access) -> Iterator[Finding]:
@@ -9703,7 +9718,7 @@ class Lookout:
     def look(self) -> Look:
         """Ask the server. Raises FarmError and Unreachable."""
         run = self.client.ask("GET", run_path(self.run_uuid))
-        tick, utc = time.monotonic(), time.time() + self.client.ahead_s
+        tick, utc = time.monotonic(), time.time() + self.client.clock_ahead_s
         if tick - self.asked >= RARE_S:
             self._ask_rarely(utc)
             self.asked = tick
@@ -9879,7 +9894,7 @@ class Watch:
             self._show()
             if self.last.over and self.away is None:
                 return 0
-            self.lookout.client.patience_s = 0.0        # from here on it is this loop that is patient
+            self.lookout.client.retry_s = 0.0        # from here on it is this loop that is patient
             time.sleep(min(self.every_s, WATCH_S))
 
     def _say(self, sentence: str) -> None:
@@ -9974,16 +9989,16 @@ def cmd_work(args: argparse.Namespace) -> int:
       sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
     display = Display(args.quiet, os.environ)
-    client = Client(functools.partial(find_access, os.environ), PATIENCE_S)
+    client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
     client.say = display.say
     try:
         run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run, changes=True))
-        client.find = functools.partial(find_access, os.environ, farm=client.known.farm)
-        for sentence in send_leftovers(client):
+        client.find = functools.partial(find_access, os.environ, farm=client.access.farm)
+        for sentence in send_all_unsent(client):
             display.say(sentence)
     except (FarmError, Unreachable) as error:
         print("taskfarm: %s" % error, file=sys.stderr)
-        return status_of(error)
+        return exit_status_of(error)
     lines = Lines(args.lines) if args.lines else None
     if lines is not None and len(lines) != run["numTasks"]:
         raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
@@ -9996,12 +10011,12 @@ def cmd_work(args: argparse.Namespace) -> int:
         except OSError as error:
             raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
     end = job_end(os.environ, time.time()) if args.until is None else args.until
-    orders = Orders(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
-                    end, args.log_dir or "", args.log_failed)
+    options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
+                          end, args.log_dir or "", args.log_failed)
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
-    worker = Farmhand(client, run, template, orders, display)
-    display.look(run)
+    worker = TaskRunner(client, run, template, options, display)
+    display.show_run(run)
     display.say("worker %s on %s: run %s, %d tasks, %d at a time%s" % (
         worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs,
         "; the job ends at %s" % time.strftime("%F %T", time.localtime(end)) if end else ""))
@@ -10051,7 +10066,7 @@ def asking(args: argparse.Namespace) -> Iterator[Client]:
     """
     with contextlib.closing(Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)) as client:
         client.say = tell
-        for sentence in send_leftovers(client):
+        for sentence in send_all_unsent(client):
             tell(sentence)
         yield client
 
@@ -10126,7 +10141,7 @@ def cmd_list(args: argparse.Namespace) -> int:
     if args.json:
         print_json(answer)
         return 0
-    screen, now = Screen(sys.stdout, os.environ), time.time() + client.ahead_s
+    screen, now = Screen(sys.stdout, os.environ), time.time() + client.clock_ahead_s
     runs = answer["data"]
     table = Table([Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, spare=True),
                    Column("computing", True, spare=True), Column("done", True, spare=True), Column("failed", True),
@@ -10194,7 +10209,7 @@ def cmd_tasks(args: argparse.Namespace) -> int:
             return 0
         table = task_table(TASKS, screen.columns)
         for tasks, more in rows:
-            print_table(screen, table, task_rows(tasks, TASKS, time.time() + client.ahead_s))
+            print_table(screen, table, task_rows(tasks, TASKS, time.time() + client.clock_ahead_s))
             if more:
                 print("... and more: --limit 0 shows all", file=sys.stderr)
     return 0
@@ -10240,7 +10255,7 @@ def cmd_workers(args: argparse.Namespace) -> int:
                        Column("heard", True), Column("lease", True, spare=True),
                        Column("worker", gives=True, spare=True)], screen.columns)
         for workers, _ in pages:
-            utc = time.time() + client.ahead_s
+            utc = time.time() + client.clock_ahead_s
             print_table(screen, table, [
                 (worker["hostname"], worker["pid"], worker["state"], worker["held"], age(worker["heard"], utc),
                  "" if worker["lease"] is None else span(worker["lease"]), worker["uuid"]) for worker in workers])
@@ -10306,7 +10321,7 @@ def cmd_login(args: argparse.Namespace) -> int:
       python3 taskfarm.py login http://login1.cluster:5000
       python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
     """
-    url = base_of(args.url if "://" in args.url else "http://" + args.url)
+    url = base_url(args.url if "://" in args.url else "http://" + args.url)
     user = args.user or starter()
     access = Access(url, "", "", "", "", "", "the argument")
     with contextlib.closing(Client(lambda: access)) as client:
@@ -10329,8 +10344,8 @@ def cmd_login(args: argparse.Namespace) -> int:
 def login_path(environ: Mapping[str, str], url: str) -> str:
     """Where `login` writes: the access file, or beside that of another farm that still answers."""
     path = access_path(environ)
-    known = as_access(read_access(path), path)
-    if environ.get("TASKFARM_ACCESS") or known.url == url or not still_answers(known):
+    known = parse_access(read_access(path), path)
+    if environ.get("TASKFARM_ACCESS") or known.url == url or not farm_answers(known):
         return path
     return os.path.join(os.path.dirname(path), "access-%s.json" % re.sub(r"[^A-Za-z0-9.-]+", "-", url.split("://")[1]))
 
@@ -10358,7 +10373,7 @@ def take_lock(db: str) -> Lock:
             raise Refusal("process %s on %s served %s last, did not end cleanly and cannot be asked from here. Go on "
                           "at %s, or look there that it has ended and remove %s" % (
                               last.get("pid"), last.get("host"), db, last.get("host"), lock.path))
-        if still_answers(as_access(last, lock.path)):
+        if farm_answers(parse_access(last, lock.path)):
             raise InUse("%s is in use: %s, and the locks of this file system do not work between machines; if that is "
                         "a copy of its file, remove %s" % (db, described(last), lock.path))
     except BaseException:
@@ -10380,8 +10395,8 @@ def is_loopback(url: str) -> bool:
 def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
     """Where this farm writes its access file: beside that of another farm that still answers, at another address."""
     path = access_path(environ)
-    access = as_access(read_access(path), path)
-    if access.farm in ("", identity) or access.url == url or not still_answers(access):
+    access = parse_access(read_access(path), path)
+    if access.farm in ("", identity) or access.url == url or not farm_answers(access):
         return path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
@@ -10595,7 +10610,7 @@ class LocalFarm:
 
     def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
         """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
-        access = as_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
+        access = parse_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
         with contextlib.closing(Client(lambda: access)) as client:
             try:
                 return client.ask(method, path, body)
@@ -10821,7 +10836,7 @@ def parse_moment(text: str) -> float:
 
 
 READ_RUN = "its uuid or name, or the beginning of one"
-CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of that" % FEWEST_DIGITS
+CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of that" % MIN_UUID_DIGITS
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
@@ -10879,11 +10894,11 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def number_of_jobs(text: str) -> int:
-    """An argparse type: 1 to MOST_JOBS. Raises ArgumentTypeError."""
+    """An argparse type: 1 to MAX_JOBS. Raises ArgumentTypeError."""
     number = int(positive(int)(text))
-    if number > MOST_JOBS:
+    if number > MAX_JOBS:
         raise argparse.ArgumentTypeError("one worker runs %d commands at a time at most, not %d: start more of them" % (
-            MOST_JOBS, number))
+            MAX_JOBS, number))
     return number
 
 
@@ -11102,7 +11117,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return int(args.command(args))
     except (Refusal, FarmError, Unreachable) as error:
         tell(str(error))
-        return NO_SERVER if isinstance(error, Unreachable) else NO_LOGIN if isinstance(error, Unauthorized) else 1
+        return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
+            EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:     # the reader of our output has ended

@@ -9,7 +9,10 @@
     API                 the model against the live server (hypothesis), many at once, the published client
     Crash               kill -9 under load, a disk that is full, descriptors that run out
     Client              logins that go to the right farm, patience, lost answers, the published client's scripts
-    Worker              real commands and signals, a server that goes and comes, the end of a job, a terminal
+    Commands            real commands: what they are given, how they fail, what ends them when the worker is killed
+    Reporter            lost answers, a server that goes and comes, tasks that were taken away
+    Worker              signals, the end of the job, what is given back, a terminal
+    Batch systems       the end of a job, as Slurm and PBS tell it
     Terminal            tables that fit, bars, rates with their range
     Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
@@ -1198,6 +1201,7 @@ def test_a_queue_is_waited_on_in_one_place() -> None:
         "next_from"}, "SimpleQueue.get(timeout=...) may wait for ever on Python 3.9 and 3.10; next_from says how not"
 
 
+WORK = {"CLIENT", "COMMANDS", "REPORTER", "WORKER"}       # sections that could be cut out into a file of their own
 STORE = {"SCHEMA", "TRANSACTIONS", "ROWS", "QUERIES", "OPERATIONS", "FILE", "WRITER"}  # sections that speak SQL
 
 
@@ -1231,25 +1235,27 @@ def test_no_name_of_the_module_is_given_twice() -> None:
     assert sorted(names) == sorted(set(names))
 
 
-def test_a_section_uses_those_above_it_and_none_below() -> None:
-    order = ["CONTRACT", *sections()]
+def uses() -> Set[Tuple[str, str, str]]:
+    """(section, section used, name) of each function or class used, unless a local variable has the same name."""
     defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert len(defined) > 150
-    below = set()
+    found = set()
     for outer in TREE.body:
         names = [node for node in ast.walk(outer) if isinstance(node, ast.Name)]
         own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
         own |= {node.arg for node in ast.walk(outer) if isinstance(node, ast.arg)}
-        below |= {(section_of(node), node.id) for node in names if node.id in defined and node.id not in own
-                  and order.index(defined[node.id]) > order.index(section_of(node))}
-    assert below == set()
+        found |= {(section_of(node), defined[node.id], node.id) for node in names
+                  if node.id in defined and node.id not in own}
+    return found
+
+
+def test_a_section_uses_those_above_it_and_none_below() -> None:
+    order = ["CONTRACT", *sections()]
+    assert [use for use in uses() if order.index(use[1]) > order.index(use[0])] == []
 
 
 def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
-    defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    used = {defined[node.id] for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in defined
-            and section_of(node) in ("CLIENT", "WORKER")}
-    assert used <= {"LIMITS AND ERRORS", "TERMINAL", "CLIENT", "WORKER"}
+    assert {used for section, used, _ in uses() if section in WORK} <= {"LIMITS AND ERRORS", "TERMINAL", *WORK}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -4960,7 +4966,7 @@ def access_of(farm: Any, **changes: str) -> taskfarm.Access:
     return access._replace(**changes)
 
 
-class Flaky:
+class LossyRelay:
     """A port in front of a farm that swallows answers to requests that have reached the farm."""
 
     def __init__(self, port: int) -> None:
@@ -4977,9 +4983,9 @@ class Flaky:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
 
-    def _carry(self, client: socket.socket) -> None:
+    def _relay(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError, EOFError), contextlib.closing(client), contextlib.closing(
                 socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
             while True:
@@ -5028,7 +5034,7 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
 
 
 def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
-    relay = Flaky(farm.port)
+    relay = LossyRelay(farm.port)
     for proof in ("00" * 32, "no hex"):
         client = taskfarm.Client(lambda: access_of(farm, proof=proof, url=relay.url))  # noqa: B023
         with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
@@ -5044,11 +5050,11 @@ def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
     relay.close()
 
 
-def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live) -> None:
-    relay = Flaky(farm.port)
+def test_a_lost_answer_costs_nothing_and_nothing_is_given_twice(farm: Live) -> None:
+    relay = LossyRelay(farm.port)
     access, swallow = access_of(farm, url=relay.url), [False]
     relay.swallow = lambda: bool(swallow) and swallow.pop()
-    with contextlib.closing(taskfarm.Client(lambda: access, patience_s=20)) as client:
+    with contextlib.closing(taskfarm.Client(lambda: access, retry_s=20)) as client:
         swallow[:] = [True]
         run = client.ask("POST", "/api/run", {"numTasks": 5})["uuid"]
         assert len(client.ask("GET", "/api/runs")["data"]) == 1
@@ -5063,20 +5069,20 @@ def test_an_answer_that_is_lost_costs_nothing_and_gives_nothing_twice(farm: Live
 
 
 def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) -> None:
-    said: List[str] = []
-    with contextlib.closing(taskfarm.Client(lambda: access_of(farm), patience_s=60)) as client:
-        client.say = said.append
+    notices: List[str] = []
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm), retry_s=60)) as client:
+        client.say = notices.append
         client.ask("GET", "/api/runs")
         farm.stop()
         answers = []
         thread = threading.Thread(target=lambda: answers.append(client.ask("POST", "/api/run", {"numTasks": 1})))
         thread.start()
-        wait_until(lambda: said)
+        wait_until(lambda: notices)
         farm.local = threading.local()
         farm.start()
         thread.join(30)
         assert answers[0]["numTasks"] == 1
-        assert "is the server running" in said[0] and said[-1] == "the farm answers again"
+        assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
@@ -5145,8 +5151,8 @@ def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Li
     b"HTTP/1.1 302 Found\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 404 No\r\nRetry-After: \xb2\r\nContent-Length: 4\r\n\r\nnull",
     b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200000])
-def test_what_is_no_answer_of_a_taskfarm_is_said_so(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taskfarm, "MOST_ANSWER", 1 << 17)
+def test_what_is_no_answer_of_a_taskfarm_is_refused_as_such(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "ANSWER_LIMIT", 1 << 17)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         def serve() -> None:
             with contextlib.suppress(OSError), contextlib.closing(listener.accept()[0]) as sock:
@@ -5168,7 +5174,7 @@ def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
         thread = threading.Thread(target=service.serve)
         thread.start()
         access = taskfarm.Access(service.url, "", "", "", service.farm.proof_key(None).hex(), "", "the test")
-        assert taskfarm.still_answers(access)
+        assert taskfarm.farm_answers(access)
         service.stop()
         thread.join(20)
 
@@ -5198,7 +5204,7 @@ def test_a_run_is_changed_by_its_whole_name_or_eight_digits_alone(farm: Live) ->
             with pytest.raises(taskfarm.NotFound, match=sentence):
                 taskfarm.find_run_uuid(client, text, changes=True)
         for text, several in (("sea", seas), (ice[:8], [hidden, ice])):
-            with pytest.raises(Refusal, match="2 runs.*say which.*%s.*%s" % tuple(several)):
+            with pytest.raises(Refusal, match="2 runs match.*type the uuid.*%s.*%s" % tuple(several)):
                 taskfarm.find_run_uuid(client, text, changes=True)
 
 
@@ -5250,7 +5256,7 @@ def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published:
 def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch: pytest.MonkeyPatch,
                                                          tmp_path: Path) -> None:
     monkeypatch.setenv("TASKFARM_ACCESS", str(tmp_path / "access.json"))
-    monkeypatch.setattr(taskfarm, "BEAT_S", 0.02)
+    monkeypatch.setattr(taskfarm, "HEARTBEAT_S", 0.02)
     taskfarm.write_access(str(tmp_path / "access.json"), dict(zip(
         ("url", "user", "token", "password", "proof", "farm"), access_of(farm))))
     run = taskfarm.TaskFarm(numTasks=3)
@@ -5274,53 +5280,53 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
     assert wait_until(lambda: farm.ask("GET", path)[1]["state"]) == "signed off"
 
 
-# ---------------------------------------------------------------- WORKER
+# ---------------------------------------------------------------- COMMANDS
 
-class Hand:
+class Work:
     """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
-    all: List["Hand"] = []
+    all: List["Work"] = []
 
     def __init__(self, server: Process, *words: str, tweak: str = "", **environ: str) -> None:
         self.server = server
-        self.output = tempfile.TemporaryFile("w+")      # noqa: SIM115
-        self.errors = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        self.output_file = tempfile.TemporaryFile("w+")      # noqa: SIM115
+        self.error_file = tempfile.TemporaryFile("w+")      # noqa: SIM115
         start = [str(MODULE)] if not tweak else [
             "-c", "import sys; sys.path.insert(0, %r); import taskfarm; %s; sys.exit(taskfarm.main())" % (
                 str(HERE), tweak)]
         self.process = subprocess.Popen(
-            [sys.executable, *start, "work", *words], text=True, stdout=self.output, stderr=self.errors,
+            [sys.executable, *start, "work", *words], text=True, stdout=self.output_file, stderr=self.error_file,
             stdin=subprocess.DEVNULL, env=dict(os.environ, HOME=server.home, **environ),
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background ignores it
         self.all.append(self)
 
-    def said(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
+    def shown(self) -> str:
+        self.output_file.seek(0)
+        return self.output_file.read()
 
-    def erred(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()
+    def errors(self) -> str:
+        self.error_file.seek(0)
+        return self.error_file.read()
 
     def end(self, status: int, number: int = 0) -> str:
         """Its lines, once it has ended, by a signal or of its own; with that status."""
         if number:
             self.process.send_signal(number)
         try:
-            assert self.process.wait(40) == status, self.said() + self.erred()
+            assert self.process.wait(40) == status, self.shown() + self.errors()
         finally:
             self.process.kill()
             self.process.wait()
-        return self.said()
+        return self.shown()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Process]:
     served = Process(str(tmp_path / "f"))
     yield served
-    while Hand.all:
-        hand = Hand.all.pop()
-        hand.process.kill()         # with its commands
-        hand.process.wait()
+    while Work.all:
+        work = Work.all.pop()
+        work.process.kill()         # with its commands
+        work.process.wait()
     if served.process.poll() is None:
         served.end(signal.SIGTERM)
     with contextlib.closing(Store(str(tmp_path / "f"))) as store:
@@ -5354,48 +5360,9 @@ def pids_in(folder: Path) -> List[int]:
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
 
 
-def test_every_task_is_run_once_and_told_about(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 300, name="tiles")
-    script = tmp_path / "tile.sh"
-    script.write_text("echo x >> %s/ran-$1\n[ $1 != 7 ] || { echo so it goes >&2; exit 3; }\n" % tmp_path)
-    script.chmod(0o755)         # and it has no first line with #!
-    hands = [Hand(server, "tiles", "-j", "3", "--", str(script), "{task}") for _ in range(2)]
-    outputs = [hand.end(3) for hand in hands]
-    assert counts(server, run) == (0, 0, 299, 1)
-    assert {path.name: path.read_text() for path in tmp_path.glob("ran-*")} == {"ran-%d" % n: "x\n" for n in range(300)}
-    failed = task_of(server, run, 7)
-    assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
-    assert sum(output.count(" done in ") for output in outputs) == 299
-    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
-    assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
-
-
-def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 3)
-    lines = tmp_path / "lines"
-    lines.write_bytes(b"a b; exit 1\r\n'\"$HOME {task}\n\xff")
-    show = tmp_path / "show.py"
-    show.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], {n: v for n, v in os.environ.items() if "
-                    "n.startswith('TASKFARM')}, sys.stdin.read(), os.getpgid(0) == os.getpid()]))\n")
-    Hand(server, run[:8], "--lines", str(lines), "--log-dir", str(tmp_path / "logs"), "--", sys.executable, str(show),
-         "{task}/{attempt}", "--", "{run}", "<{line}>", "{other}", "--jobs").end(0)
-    words = ["a b; exit 1", "'\"$HOME {task}", "\udcff"]
-    for task in range(3):
-        argv, environ, stdin, leads = json.loads((tmp_path / "logs" / ("%d.log" % task)).read_text())
-        assert argv == ["%d/1" % task, "--", run, "<%s>" % words[task], "{other}", "--jobs"] and stdin == "" and leads
-        assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
-        assert environ.pop("TASKFARM_FARM") and environ == {
-            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
-            "TASKFARM_URL": "http://127.0.0.1:%d" % server.port}, "and no secret"
-
-
-def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
-    (tmp_path / "commands").write_text("echo one > %s/1 && true\n\nexit 4\n" % tmp_path)
-    run = new_run(server, 3)
-    Hand(server, run, "--lines", str(tmp_path / "commands"), "--", "{line}").end(3)
-    assert (tmp_path / "1").read_text() == "one\n"
-    assert [task_of(server, run, task)["status"] for task in range(3)] == ["done", "done", "failed"]
-    assert task_of(server, run, 2)["exitCode"] == 4
+def stubborn(folder: Path) -> Tuple[str, ...]:
+    """A command that leaves its process ids in a folder, and that only SIGKILL ends."""
+    return "sh", "-c", "trap '' TERM; sleep 1000 & touch %s/$$ %s/$!; wait; sleep 1000" % (folder, folder)
 
 
 def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
@@ -5411,6 +5378,34 @@ def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
                 lines[number]
     (tmp_path / "lines").write_bytes(b"")
     assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
+
+
+def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"a b; exit 1\r\n'\"$HOME {task}\n\xff")
+    show = tmp_path / "show.py"
+    show.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], {n: v for n, v in os.environ.items() if "
+                    "n.startswith('TASKFARM')}, sys.stdin.read(), os.getpgid(0) == os.getpid()]))\n")
+    Work(server, run[:8], "--lines", str(lines), "--log-dir", str(tmp_path / "logs"), "--", sys.executable, str(show),
+         "{task}/{attempt}", "--", "{run}", "<{line}>", "{other}", "--jobs").end(0)
+    words = ["a b; exit 1", "'\"$HOME {task}", "\udcff"]
+    for task in range(3):
+        argv, environ, stdin, leads = json.loads((tmp_path / "logs" / ("%d.log" % task)).read_text())
+        assert argv == ["%d/1" % task, "--", run, "<%s>" % words[task], "{other}", "--jobs"] and stdin == "" and leads
+        assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
+        assert environ.pop("TASKFARM_FARM") and environ == {
+            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
+            "TASKFARM_URL": "http://127.0.0.1:%d" % server.port}, "and no secret"
+
+
+def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "commands").write_text("echo one > %s/1 && true\n\nexit 4\n" % tmp_path)
+    run = new_run(server, 3)
+    Work(server, run, "--lines", str(tmp_path / "commands"), "--", "{line}").end(3)
+    assert (tmp_path / "1").read_text() == "one\n"
+    assert [task_of(server, run, task)["status"] for task in range(3)] == ["done", "done", "failed"]
+    assert task_of(server, run, 2)["exitCode"] == 4
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -5441,10 +5436,10 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
                                                              sentence: str) -> None:
     (tmp_path / "two").write_text("1\n2\n")
     run = new_run(server, 3)
-    hand = Hand(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
-    hand.end(1)
+    work = Work(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
+    work.end(1)
     sentence = sentence.replace("{run}", run).replace("{dir}", str(tmp_path))
-    assert sentence in hand.erred() and hand.erred().count("\n") == 1
+    assert sentence in work.errors() and work.errors().count("\n") == 1
     assert counts(server, run) == (3, 0, 0, 0)
 
 
@@ -5468,7 +5463,7 @@ def test_a_program_may_have_a_space_in_its_name(server: Process, tmp_path: Path)
     for task in range(3):
         (tmp_path / ("my tile %d" % task)).write_text("exit %d\n" % (task == 2))
         (tmp_path / ("my tile %d" % task)).chmod(0o755)
-    Hand(server, run, "--", str(tmp_path / "my tile {task}")).end(3)
+    Work(server, run, "--", str(tmp_path / "my tile {task}")).end(3)
     assert counts(server, run) == (0, 0, 2, 1)
 
 
@@ -5480,41 +5475,17 @@ def test_a_program_of_another_machine_fails_no_task(server: Process, tmp_path: P
     program = tmp_path / "simulate"
     program.write_bytes(content)
     program.chmod(0o755)
-    said = Hand(server, run, "-j", "4", "--", str(program), "{task}").end(1)
-    assert "simulate is no program for this machine (%s, " % socket.gethostname() in said
+    output = Work(server, run, "-j", "4", "--", str(program), "{task}").end(1)
+    assert "simulate is no program for this machine (%s, " % socket.gethostname() in output
     assert counts(server, run) == (50, 0, 0, 0)
     script = tmp_path / "script"        # its interpreter is such a program, and sh must not read it either
     script.write_text("#!%s\nexit 0\n" % program)
     script.chmod(0o755)
-    Hand(server, run, "-j", "4", "--", str(script), "{task}").end(1)
+    Work(server, run, "-j", "4", "--", str(script), "{task}").end(1)
     assert counts(server, run) == (50, 0, 0, 0)
     (tmp_path / "lines").write_text(str(program) + "\n" + "true\n" * 49)
-    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "x").end(3)
+    Work(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "x").end(3)
     assert counts(server, run) == (0, 0, 49, 1) and task_of(server, run, 0)["exitCode"] == 126
-
-
-@pytest.mark.parametrize("words", [["sh", "-c", "nosuch {task}"], ["env", "./{task}"], ["./{task}"],
-                                   ["sh", "-c", "exit 126"]])
-@pytest.mark.parametrize("jobs", ["1", "16"])
-def test_a_machine_that_lacks_the_program_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
-    run = new_run(server, 300)
-    said = Hand(server, run, "-j", jobs, "--", *words).end(8)
-    sentence = next(line for line in said.splitlines() if line.startswith("stopping"))
-    assert "on %s %s, or a program" % (socket.gethostname(), words[0]) in sentence
-    assert ("nosuch" in sentence) is ("nosuch {task}" in words)
-    assert counts(server, run) == (300, 0, 0, 0)
-
-
-def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process) -> None:
-    run = new_run(server, 40)
-    Hand(server, run, "--", "sh", "-c", "[ {task} = 9 ] || exit 127").end(3)
-    assert counts(server, run) == (0, 0, 1, 39)
-    run = new_run(server, 9)        # and the first ones are reported when nothing else comes
-    Hand(server, run, "--", "sh", "-c", "exit 126").end(3)
-    assert counts(server, run) == (0, 0, 0, 9)
-    run = new_run(server, 4, maxFailures=3)
-    Hand(server, run, "--", "sh", "-c", "exit 127").end(8)
-    assert counts(server, run)[0] > 0
 
 
 def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path: Path) -> None:
@@ -5522,22 +5493,22 @@ def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path:
     done = run_verb("work", run, "--lines", "/dev/stdin", "--", "echo", "{line}", stdin="1\n2\n3\n", HOME=server.home)
     assert done.returncode == 1 and "/dev/stdin is a pipe" in done.stderr and counts(server, run) == (3, 0, 0, 0)
     (tmp_path / "lines").write_text("a\nb\nc\n")
-    hand = Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "sh", "-c", "truncate -s 3 %s/lines; echo {line}"
+    work = Work(server, run, "--lines", str(tmp_path / "lines"), "--", "sh", "-c", "truncate -s 3 %s/lines; echo {line}"
                 % tmp_path)
-    assert "lines has become shorter" in hand.end(1) and hand.erred() == ""
+    assert "lines has become shorter" in work.end(1) and work.errors() == ""
     assert counts(server, run) == (2, 0, 1, 0)
 
 
 def test_a_log_that_cannot_be_written_fails_no_task(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
     (tmp_path / "logs" / "1.log").mkdir(parents=True)
-    assert "1.log cannot be written" in Hand(server, run, "--log-dir", str(tmp_path / "logs"), "--", "true").end(1)
+    assert "1.log cannot be written" in Work(server, run, "--log-dir", str(tmp_path / "logs"), "--", "true").end(1)
     assert counts(server, run) == (2, 0, 1, 0)
     (tmp_path / "logs" / "1.log").rmdir()
     for number in (1, 2):
         (tmp_path / "logs" / ("%d.log" % number)).symlink_to("/dev/full")
-    hand = Hand(server, run, "--log-dir", str(tmp_path / "logs"), "--", "sh", "-c", "echo a >&2; echo b >&2")
-    assert hand.end(0).count("is the disk full?") == 1
+    work = Work(server, run, "--log-dir", str(tmp_path / "logs"), "--", "sh", "-c", "echo a >&2; echo b >&2")
+    assert work.end(0).count("is the disk full?") == 1
 
 
 def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
@@ -5545,52 +5516,36 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
         "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
         "sleep 1000 & echo $! > %s/left; echo short >&2; exit 5" % tmp_path]))
     run = new_run(server, 4)
-    hand = Hand(server, run, "-j", "4", "--timeout", "1", "--grace", "0.1", "--lines", str(tmp_path / "commands"),
+    work = Work(server, run, "-j", "4", "--timeout", "1", "--grace", "0.1", "--lines", str(tmp_path / "commands"),
                 "--", "{line}")
-    hand.end(3)
+    work.end(3)
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
     assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
-    assert "first\nlast" in hand.erred(), "the error output is passed on"
+    assert "first\nlast" in work.errors(), "the error output is passed on"
     os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
 
 
-def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
-    script = tmp_path / "tile.sh"
-    script.write_text("#!/bin/sh\n[ $1 != 3 ] || rm %s\n" % script)
-    script.chmod(0o755)
-    assert "tile.sh cannot be started here" in Hand(server, run, "--", str(script), "{task}").end(1)
-    assert counts(server, run) == (6, 0, 4, 0)
-    (tmp_path / "lines").write_text("true\n" * 4 + "/no/such/program\n" * 2 + "true\n" * 4)
-    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "env", "{line}").end(3)
-    assert counts(server, run) == (0, 0, 8, 2)
-    run = new_run(server, 2)
-    (tmp_path / "lines").write_text("/no/such/program\nnul\0\n")
-    Hand(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "{task}").end(3)
-    assert [task_of(server, run, number)["exitCode"] for number in range(2)] == [127, 126]
+    (tmp_path / "pids").mkdir()
+    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    work.end(-signal.SIGKILL, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
 
 
-def test_a_system_that_is_full_is_waited_for(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 6)
-    logs = tmp_path / "logs"
-    hand = Hand(server, run, "--log-dir", str(logs), "--", "sh", "-c", "[ {task} != 2 ] || [ -e %s/full ] || { touch "
-                "%s/full; mv %s %s; }" % (tmp_path, tmp_path, logs, tmp_path / "away"),
-                tweak="taskfarm.TEMPORARY += (taskfarm.errno.ENOENT,)")
-    wait_until(lambda: "trying again" in hand.said())
-    (tmp_path / "away").rename(logs)
-    hand.end(0)
-    assert counts(server, run) == (0, 0, 6, 0)
+def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 3)
+    stop = "spawn = taskfarm.Launcher._spawn; taskfarm.Launcher._spawn = lambda *words: [spawn(*words), " \
+           "taskfarm.os.kill(taskfarm.os.getpid(), 9)][0]"
+    Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/$$; setsid sh -c 'echo $$ > %s/left; "
+         "exec sleep 1000' & exec sleep 1000" % (tmp_path, tmp_path), tweak=stop).end(-9)
+    left = wait_until(lambda: (tmp_path / "left").exists() and (tmp_path / "left").read_text())
+    wait_until(lambda: pids_in(tmp_path) and not any(alive(pid) for pid in pids_in(tmp_path)))
+    os.kill(int(left), signal.SIGKILL)      # it is there: what a command leaves in a session of its own is not ours
 
 
-def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 5, maxFailures=3)
-    Hand(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
-         'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
-    assert counts(server, run) == (0, 0, 4, 1)
-    assert task_of(server, run, 4)["attempt"] == 3
-    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {"4.log": "why\n3\n"}
-    assert task_of(server, run, 4)["message"] == "why"
-
+# ---------------------------------------------------------------- REPORTER
 
 @contextlib.contextmanager
 def no_more_room(server: Process) -> Iterator[None]:
@@ -5603,11 +5558,268 @@ def no_more_room(server: Process) -> Iterator[None]:
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
+    relay, swallow = LossyRelay(farm.port), [True] * 3
+    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
+    run = new_run(farm, 20)
+    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
+    reporter = taskfarm.Reporter(client, run, "w", lambda: None, False)
+    reporter.idle = False
+    reporter.thread.start()
+    reporter.claim(5)
+    assert wait_until(lambda: list(reporter.events)) == [taskfarm.TasksClaimed([(number, 1) for number in range(5)])]
+    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
+    reporter.report(0, 1, status="computing")
+    reporter.report(0, 1, status="done")
+    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
+    assert reporter.close() == []
+    client.close()
+    relay.close()
+
+
+def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
+    wait_until(lambda: counts(server, run)[2] > 4)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: "is the server running" in work.shown())
+    output = work.end(7, signal.SIGTERM)
+    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
+    assert str(left) in output and stat.S_IMODE(left.stat().st_mode) == 0o600
+    again = Process(str(tmp_path / "f"), home=server.home)
+    before, reports = counts(again, run)[2], json.loads(left.read_text())["reports"]
+    output = Work(again, run, "-j", "2", "--", "touch", str(tmp_path) + "/ran-{task}").end(0)
+    assert "%d reports that worker" % len(reports) in output and not left.exists()
+    assert before < 40 and any(report["status"] == "done" for report in reports)
+    assert counts(again, run) == (0, 0, 40, 0)
+    for report in reports:
+        if report["status"] == "done":
+            assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 9)
+    work = Work(server, run, "-j", "3", "--", "sh", "-c", "sleep 0.3; [ {task} != 4 ] || exit 1; [ {task} != 7 ] || "
+                "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path, tweak="taskfarm.COMPUTING_S = 0.5")
+    started = wait_until(lambda: taskfarm.moment(task_of(server, run, 7)["started"]))
+    assert started <= time.time() - 0.49, "begun before the first report"
+    (tmp_path / "go").touch()
+    work.end(3)
+    tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
+    times = [(taskfarm.moment(task["started"]) or 0.0, taskfarm.moment(task["finished"]) or 0.0) for task in tasks]
+    assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 60)
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("ran-*"))) > 10)
+    server.process.kill()
+    server.process.wait()
+    ran = len(list(tmp_path.glob("ran-*")))
+    wait_until(lambda: "is the server running" in work.shown())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    assert again.port != server.port, "the access file tells where it is now"
+    work.end(0)
+    assert counts(again, run) == (0, 0, 60, 0) and ran < 60
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "touch %s/$$; until [ -e %s/{task} ]; do sleep 0.01; done" % (
+        tmp_path, tmp_path),
+                tweak="taskfarm.WORKER_RETRY_S = 0.2; taskfarm.RETRY_PAUSES_S = 0.01, 0.02; taskfarm.COMPUTING_S = 0")
+    wait_until(lambda: len(pids_in(tmp_path)) == 2 and counts(server, run)[1] == 2)
+    with no_more_room(server):
+        (tmp_path / "0").touch()
+        wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
+        wait_until(lambda: work.shown().count("tried again") > 2)        # its patience has ended twice
+    (tmp_path / "1").touch()
+    work.end(0)
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 400)
+    relay, generator = LossyRelay(server.port), random.Random(1)
+    relay.swallow = lambda: generator.random() < 0.3
+    work = Work(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
+                tweak="taskfarm.SEND_S = 0.01; taskfarm.CLAIM_AHEAD_S = 0.05; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
+                TASKFARM_URL=relay.url)
+    work.end(0)
+    relay.close()
+    assert relay.lost > 5
+    assert counts(server, run) == (0, 0, 400, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
+
+
+def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 40)
+    work = Work(server, run, "-j", "2", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02; %s %s "
+                "progress 50" % (tmp_path, sys.executable, MODULE))
+    wait_until(lambda: list(tmp_path.glob("ran-*")))
+    server.process.kill()
+    server.process.wait()
+    other = Process(str(tmp_path / "other"), home=server.home)
+    wait_until(lambda: "is the server running" in work.shown())
+    again = Process(str(tmp_path / "f"), home=server.home)
+    again.token = server.token      # the file is the other's
+    work.end(0)
+    assert counts(again, run) == (0, 0, 40, 0)
+    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
+    other.process.kill()
+    other.process.wait()
+    assert again.end(signal.SIGTERM) == 0
+
+
+def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    logged = Process(str(tmp_path / "g"), "--access-log", str(log))
+    run = new_run(logged, 1500)
+    Work(logged, run, "-j", "4", "--quiet", "--", "true").end(0)
+    assert counts(logged, run) == (0, 0, 1500, 0)
+    assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
+    assert logged.end(signal.SIGTERM) == 0
+
+
+def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    (tmp_path / "pids").mkdir()
+    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
+                tweak="taskfarm.HEARTBEAT_S = 0.05")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    assert server.ask("DELETE", "/api/runs/" + run)[0] == 204
+    assert "was deleted" in work.end(4)
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+
+
+def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
+                "[ {task} = 1 ] || sleep 1000" % tmp_path, tweak="taskfarm.HEARTBEAT_S = 0.05")
+    wait_until((tmp_path / "on-0-1").exists)
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    output = work.end(0)
+    assert "task 0 was taken from this worker" in output and (tmp_path / "on-0-2").exists()
+    assert counts(server, run) == (0, 0, 2, 0)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
+                "sleep 0.01; done" % (tmp_path, tmp_path),
+                tweak="taskfarm.LEASE_S, taskfarm.HEARTBEAT_S, taskfarm.COMPUTING_S = 1, 0.2, 0.01")
+    wait_until(lambda: task_of(server, run, 0)["started"])
+    work.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
+    assert task_of(server, run, 0)["losses"] == 1
+    if taken:
+        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
+        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
+    work.process.send_signal(signal.SIGCONT)
+    if taken:
+        wait_until(lambda: "task 0 was taken from this worker" in work.shown())
+        work.end(0)
+        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
+    else:
+        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
+        (tmp_path / "go").touch()
+        work.end(0)
+        task = task_of(server, run, 0)
+        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
+
+
+# ---------------------------------------------------------------- WORKER
+
+def test_every_task_is_run_once_and_reported(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 300, name="tiles")
+    script = tmp_path / "tile.sh"
+    script.write_text("echo x >> %s/ran-$1\n[ $1 != 7 ] || { echo so it goes >&2; exit 3; }\n" % tmp_path)
+    script.chmod(0o755)         # and it has no first line with #!
+    both = [Work(server, "tiles", "-j", "3", "--", str(script), "{task}") for _ in range(2)]
+    outputs = [work.end(3) for work in both]
+    assert counts(server, run) == (0, 0, 299, 1)
+    assert {path.name: path.read_text() for path in tmp_path.glob("ran-*")} == {"ran-%d" % n: "x\n" for n in range(300)}
+    failed = task_of(server, run, 7)
+    assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
+    assert sum(output.count(" done in ") for output in outputs) == 299
+    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
+    assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
+
+
+@pytest.mark.parametrize("words", [["sh", "-c", "nosuch {task}"], ["env", "./{task}"], ["./{task}"],
+                                   ["sh", "-c", "exit 126"]])
+@pytest.mark.parametrize("jobs", ["1", "16"])
+def test_a_machine_that_lacks_the_program_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
+    run = new_run(server, 300)
+    output = Work(server, run, "-j", jobs, "--", *words).end(8)
+    sentence = next(line for line in output.splitlines() if line.startswith("stopping"))
+    assert "on %s %s, or a program" % (socket.gethostname(), words[0]) in sentence
+    assert ("nosuch" in sentence) is ("nosuch {task}" in words)
+    assert counts(server, run) == (300, 0, 0, 0)
+
+
+def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process) -> None:
+    run = new_run(server, 40)
+    Work(server, run, "--", "sh", "-c", "[ {task} = 9 ] || exit 127").end(3)
+    assert counts(server, run) == (0, 0, 1, 39)
+    run = new_run(server, 9)        # and the first ones are reported when nothing else comes
+    Work(server, run, "--", "sh", "-c", "exit 126").end(3)
+    assert counts(server, run) == (0, 0, 0, 9)
+    run = new_run(server, 4, maxFailures=3)
+    Work(server, run, "--", "sh", "-c", "exit 127").end(8)
+    assert counts(server, run)[0] > 0
+
+
+def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    script = tmp_path / "tile.sh"
+    script.write_text("#!/bin/sh\n[ $1 != 3 ] || rm %s\n" % script)
+    script.chmod(0o755)
+    assert "tile.sh cannot be started here" in Work(server, run, "--", str(script), "{task}").end(1)
+    assert counts(server, run) == (6, 0, 4, 0)
+    (tmp_path / "lines").write_text("true\n" * 4 + "/no/such/program\n" * 2 + "true\n" * 4)
+    Work(server, run, "--lines", str(tmp_path / "lines"), "--", "env", "{line}").end(3)
+    assert counts(server, run) == (0, 0, 8, 2)
+    run = new_run(server, 2)
+    (tmp_path / "lines").write_text("/no/such/program\nnul\0\n")
+    Work(server, run, "--lines", str(tmp_path / "lines"), "--", "{line}", "{task}").end(3)
+    assert [task_of(server, run, number)["exitCode"] for number in range(2)] == [127, 126]
+
+
+def test_a_system_that_is_full_is_waited_for(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 6)
+    logs = tmp_path / "logs"
+    work = Work(server, run, "--log-dir", str(logs), "--", "sh", "-c", "[ {task} != 2 ] || [ -e %s/full ] || { touch "
+                "%s/full; mv %s %s; }" % (tmp_path, tmp_path, logs, tmp_path / "away"),
+                tweak="taskfarm.TEMPORARY_ERRORS += (taskfarm.errno.ENOENT,)")
+    wait_until(lambda: "trying again" in work.shown())
+    (tmp_path / "away").rename(logs)
+    work.end(0)
+    assert counts(server, run) == (0, 0, 6, 0)
+
+
+def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 5, maxFailures=3)
+    Work(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
+         'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
+    assert counts(server, run) == (0, 0, 4, 1)
+    assert task_of(server, run, 4)["attempt"] == 3
+    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {"4.log": "why\n3\n"}
+    assert task_of(server, run, 4)["message"] == "why"
+
+
 def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
-    hand = Hand(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/told; until [ -e %s/go ]; do "
+    work = Work(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/reported; until [ -e %s/go ]; do "
                 "sleep 0.01; done" % (sys.executable, MODULE, tmp_path, tmp_path))
-    wait_until((tmp_path / "told").exists)
+    wait_until((tmp_path / "reported").exists)
     task = task_of(server, run, 0)
     assert (task["percentCompleted"], task["status"]) == (37.5, "computing") and task["started"]
     mine = {"TASKFARM_RUN": run, "TASKFARM_TASK": "0", "TASKFARM_WORKER": task["worker"], "HOME": server.home}
@@ -5622,23 +5834,18 @@ def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> No
     assert full.returncode == 0 and "not reported" in full.stderr and "disk" in full.stderr
     assert run_verb("progress", "101").returncode == 2
     (tmp_path / "go").touch()
-    hand.end(0)
+    work.end(0)
     assert task_of(server, run, 0)["percentCompleted"] == 100
-
-
-def stubborn(folder: Path) -> Tuple[str, ...]:
-    """A command that leaves its process ids in a folder, and that only SIGKILL ends."""
-    return "sh", "-c", "trap '' TERM; sleep 1000 & touch %s/$$ %s/$!; wait; sleep 1000" % (folder, folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_commands_and_gives_the_tasks_back(server: Process, tmp_path: Path, number: int) -> None:
     run = new_run(server, 10)
     (tmp_path / "pids").mkdir()
-    hand = Hand(server, run, "-j", "2", "--grace", "0.3", "--", *stubborn(tmp_path / "pids"))
+    work = Work(server, run, "-j", "2", "--grace", "0.3", "--", *stubborn(tmp_path / "pids"))
     wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
-    said = hand.end(7, number)
-    assert signal.Signals(number).name in said
+    output = work.end(7, number)
+    assert signal.Signals(number).name in output
     assert not any(map(alive, pids_in(tmp_path / "pids"))), "the whole groups are gone"
     assert counts(server, run) == (10, 0, 0, 0)
     task = task_of(server, run, 0)
@@ -5682,22 +5889,23 @@ def test_a_reader_that_has_ended_fails_no_task(server: Process, tmp_path: Path) 
 def test_a_second_signal_does_not_wait(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
     (tmp_path / "pids").mkdir()
-    hand = Hand(server, run, "--grace", "1000", "--", *stubborn(tmp_path / "pids"), tweak="taskfarm.AGAIN_S = 0")
+    work = Work(server, run, "--grace", "1000", "--", *stubborn(tmp_path / "pids"), tweak="taskfarm.SAME_SIGNAL_S = 0")
     wait_until(lambda: len(pids_in(tmp_path / "pids")) == 2)
-    hand.process.terminate()
-    wait_until(lambda: "stopping" in hand.said())
-    hand.end(7, signal.SIGTERM)
+    work.process.terminate()
+    wait_until(lambda: "stopping" in work.shown())
+    work.end(7, signal.SIGTERM)
     assert not any(map(alive, pids_in(tmp_path / "pids"))) and counts(server, run) == (10, 0, 0, 0)
 
 
 def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
-    hand = Hand(server, run, "--grace", "20", "--", "sh", "-c", "trap 'sleep 0.3; touch %s/saved; exit 0' TERM; "
-                "touch %s/on; while :; do sleep 0.01; done" % (tmp_path, tmp_path), tweak="taskfarm.AGAIN_S = 1000")
+    work = Work(server, run, "--grace", "20", "--", "sh", "-c", "trap 'sleep 0.3; touch %s/saved; exit 0' TERM; "
+                "touch %s/on; while :; do sleep 0.01; done" % (tmp_path, tmp_path),
+                tweak="taskfarm.SAME_SIGNAL_S = 1000")
     wait_until((tmp_path / "on").exists)
-    hand.process.terminate()            # srun sends it twice
-    wait_until(lambda: "stopping" in hand.said())
-    hand.end(7, signal.SIGTERM)
+    work.process.terminate()            # srun sends it twice
+    wait_until(lambda: "stopping" in work.shown())
+    work.end(7, signal.SIGTERM)
     assert (tmp_path / "saved").exists(), "the command had its grace"
     assert counts(server, run) == (10, 0, 0, 0), "a command that was ended has not done its task"
 
@@ -5706,14 +5914,15 @@ def test_two_signals_at_once_are_one(server: Process, tmp_path: Path) -> None:
 def test_a_batch_system_may_signal_the_commands_first(server: Process, tmp_path: Path, trap: str) -> None:
     run = new_run(server, 10)
     command = "%stouch %s/$$; while :; do sleep 0.01; done" % (trap, tmp_path)
-    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", command, tweak="taskfarm.SUSPECT_S = 1000")
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", command, tweak="taskfarm.CONFIRM_KILLED_S = 1000")
     pids = wait_until(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else [])
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not any(map(alive, pids)))
-    hand.end(7, signal.SIGTERM)
+    work.end(7, signal.SIGTERM)
     assert counts(server, run) == (10, 0, 0, 0), "none has failed"
-    alone = Hand(server, run, "--", "sh", "-c", "[ {task} != 3 ] || kill -TERM $$", tweak="taskfarm.SUSPECT_S = 0.01")
+    alone = Work(server, run, "--", "sh", "-c", "[ {task} != 3 ] || kill -TERM $$",
+                 tweak="taskfarm.CONFIRM_KILLED_S = 0.01")
     alone.end(3)
     assert counts(server, run) == (0, 0, 9, 1)
     assert (task_of(server, run, 3)["exitCode"], task_of(server, run, 3)["message"]) == (143, "killed by SIGTERM")
@@ -5730,15 +5939,15 @@ def children_of(pid: int) -> List[int]:
 def test_what_is_killed_children_first_is_not_done(server: Process, number: signal.Signals, status: int,
                                                    command: str) -> None:
     run = new_run(server, 20)
-    hand = Hand(server, run, "-j", "8", "--", "sh", "-c", command, tweak="taskfarm.BELIEVED_S = 100")
-    shells = wait_until(lambda: [pid for pid in children_of(hand.process.pid) if children_of(pid)][7:] and
-                        [pid for pid in children_of(hand.process.pid) if children_of(pid)])
+    work = Work(server, run, "-j", "8", "--", "sh", "-c", command, tweak="taskfarm.CONFIRM_S = 100")
+    shells = wait_until(lambda: [pid for pid in children_of(work.process.pid) if children_of(pid)][7:] and
+                        [pid for pid in children_of(work.process.pid) if children_of(pid)])
     for shell in shells:        # one process at a time, as PBS does it
         for child in children_of(shell):
             os.kill(child, number)
     wait_until(lambda: not any(map(alive, shells)))     # they have gone on, and ended of their own
-    wait_until(lambda: [pid for pid in children_of(hand.process.pid) if pid not in shells and children_of(pid)][7:])
-    hand.end(status, number)
+    wait_until(lambda: [pid for pid in children_of(work.process.pid) if pid not in shells and children_of(pid)][7:])
+    work.end(status, number)
     if status == 7:
         assert counts(server, run) == (20, 0, 0, 0)
         assert {task["failures"] for task in server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]} == {0}
@@ -5748,250 +5957,64 @@ def test_what_is_killed_children_first_is_not_done(server: Process, number: sign
 
 def test_the_end_of_the_job_gives_back_what_has_just_ended(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
-    hand = Hand(server, run, "--until", "+4", "--grace", "0.5", "--", "touch", str(tmp_path / "ran"),
-                tweak="taskfarm.BELIEVED_S = 1000; taskfarm.LEAVE_S = 0.5")
-    assert "the job ends soon" in hand.end(7) and (tmp_path / "ran").exists()
+    work = Work(server, run, "--until", "+4", "--grace", "0.5", "--", "touch", str(tmp_path / "ran"),
+                tweak="taskfarm.CONFIRM_S = 1000; taskfarm.STOP_EARLY_S = 0.5")
+    assert "the job ends soon" in work.end(7) and (tmp_path / "ran").exists()
     assert counts(server, run) == (1, 0, 0, 0)
 
 
 def test_what_a_given_back_command_has_left_running_is_ended(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
-    hand = Hand(server, run, "--", "sh", "-c", "sleep 1000 & echo $! > %s/new; mv %s/new %s/left" % ((tmp_path,) * 3),
-                tweak="taskfarm.BELIEVED_S = 1000")
+    work = Work(server, run, "--", "sh", "-c", "sleep 1000 & echo $! > %s/new; mv %s/new %s/left" % ((tmp_path,) * 3),
+                tweak="taskfarm.CONFIRM_S = 1000")
     wait_until((tmp_path / "left").exists)
-    hand.end(7, signal.SIGTERM)
+    work.end(7, signal.SIGTERM)
     assert not alive(int((tmp_path / "left").read_text())) and counts(server, run) == (1, 0, 0, 0)
 
 
-def test_an_end_that_is_not_believed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
+def test_an_end_that_is_not_confirmed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 30)
-    hand = Hand(server, run, "--log-dir", str(tmp_path), "--", "true", tweak="taskfarm.BELIEVED_S = 1000")
+    work = Work(server, run, "--log-dir", str(tmp_path), "--", "true", tweak="taskfarm.CONFIRM_S = 1000")
     wait_until(lambda: len(list(tmp_path.glob("*.log"))) == 30)
-    logs = {os.readlink(path) for path in Path("/proc/%d/fd" % hand.process.pid).iterdir() if path.exists()}
+    logs = {os.readlink(path) for path in Path("/proc/%d/fd" % work.process.pid).iterdir() if path.exists()}
     assert len([name for name in logs if name.endswith(".log")]) < 2, "nor an open file"
-    hand.end(7, signal.SIGTERM)
+    work.end(7, signal.SIGTERM)
     assert counts(server, run) == (30, 0, 0, 0)
 
 
 def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
-    hand = Hand(server, run, "-j", "2", "--drain", "--", "sh", "-c", "touch %s/on-{task}; until [ -e %s/go ]; do "
+    work = Work(server, run, "-j", "2", "--drain", "--", "sh", "-c", "touch %s/on-{task}; until [ -e %s/go ]; do "
                 "sleep 0.01; done" % (tmp_path, tmp_path))
     wait_until(lambda: len(list(tmp_path.glob("on-*"))) == 2)
-    hand.process.terminate()
-    wait_until(lambda: "may finish" in hand.said())
+    work.process.terminate()
+    wait_until(lambda: "may finish" in work.shown())
     (tmp_path / "go").touch()
-    hand.end(7)
+    work.end(7)
     assert counts(server, run) == (8, 0, 2, 0)
-    hand = Hand(server, run, "--drain", "--until", "+3", "--grace", "0.1", "--", "sh", "-c",
-                "touch %s/last; sleep 1000" % tmp_path, tweak="taskfarm.LEAVE_S = 0.5")
+    work = Work(server, run, "--drain", "--until", "+3", "--grace", "0.1", "--", "sh", "-c",
+                "touch %s/last; sleep 1000" % tmp_path, tweak="taskfarm.STOP_EARLY_S = 0.5")
     wait_until((tmp_path / "last").exists)
-    hand.end(7, signal.SIGTERM)     # the end of the job
+    work.end(7, signal.SIGTERM)     # the end of the job
     assert counts(server, run) == (8, 0, 2, 0)
 
 
-def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 10)
-    (tmp_path / "pids").mkdir()
-    hand = Hand(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
-    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
-    hand.end(-signal.SIGKILL, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
-
-
-def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 3)
-    stop = "spawn = taskfarm.Farmhand._spawn; taskfarm.Farmhand._spawn = lambda *words: [spawn(*words), " \
-           "taskfarm.os.kill(taskfarm.os.getpid(), 9)][0]"
-    Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/$$; setsid sh -c 'echo $$ > %s/left; "
-         "exec sleep 1000' & exec sleep 1000" % (tmp_path, tmp_path), tweak=stop).end(-9)
-    left = wait_until(lambda: (tmp_path / "left").exists() and (tmp_path / "left").read_text())
-    wait_until(lambda: pids_in(tmp_path) and not any(alive(pid) for pid in pids_in(tmp_path)))
-    os.kill(int(left), signal.SIGKILL)      # it is there: what a command leaves in a session of its own is not ours
-
-
-def test_a_task_that_runs_longer_than_a_moment_is_computing(server: Process, tmp_path: Path) -> None:
+def test_a_task_that_runs_longer_than_a_second_is_computing(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 2)
-    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path,
-                tweak="taskfarm.MOMENT_S = 0.01")
+    work = Work(server, run, "-j", "2", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path,
+                tweak="taskfarm.COMPUTING_S = 0.01")
     wait_until(lambda: task_of(server, run, 0)["started"] and task_of(server, run, 1)["started"])
     assert counts(server, run) == (0, 2, 0, 0)
     (tmp_path / "go").touch()
-    hand.end(0)
+    work.end(0)
     assert counts(server, run) == (0, 0, 2, 0)
 
 
-def test_what_a_worker_waits_for_counts_for_no_task(server: Process, tmp_path: Path) -> None:
+def test_the_wait_for_a_confirmed_end_is_no_time_of_the_task(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
-    Hand(server, run, "--", "sh", "-c", "kill -TERM $$", tweak="taskfarm.SUSPECT_S = 3").end(3)
+    Work(server, run, "--", "sh", "-c", "kill -TERM $$", tweak="taskfarm.CONFIRM_KILLED_S = 3").end(3)
     task = task_of(server, run, 0)
     assert (taskfarm.moment(task["finished"]) or 0.0) - (taskfarm.moment(task["started"]) or 0.0) < 3
-
-
-def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 9)
-    hand = Hand(server, run, "-j", "3", "--", "sh", "-c", "sleep 0.3; [ {task} != 4 ] || exit 1; [ {task} != 7 ] || "
-                "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path, tweak="taskfarm.MOMENT_S = 0.5")
-    started = wait_until(lambda: taskfarm.moment(task_of(server, run, 7)["started"]))
-    assert started <= time.time() - 0.49, "begun before it was told about"
-    (tmp_path / "go").touch()
-    hand.end(3)
-    tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
-    times = [(taskfarm.moment(task["started"]) or 0.0, taskfarm.moment(task["finished"]) or 0.0) for task in tasks]
-    assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
-
-
-def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 60)
-    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
-    wait_until(lambda: len(list(tmp_path.glob("ran-*"))) > 10)
-    server.process.kill()
-    server.process.wait()
-    ran = len(list(tmp_path.glob("ran-*")))
-    wait_until(lambda: "is the server running" in hand.said())
-    again = Process(str(tmp_path / "f"), home=server.home)
-    assert again.port != server.port, "the access file tells where it is now"
-    hand.end(0)
-    assert counts(again, run) == (0, 0, 60, 0) and ran < 60
-    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
-    assert again.end(signal.SIGTERM) == 0
-
-
-def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 2)
-    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/$$; until [ -e %s/{task} ]; do sleep 0.01; done" % (
-        tmp_path, tmp_path), tweak="taskfarm.PATIENCE_S = 0.2; taskfarm.PAUSES_S = 0.01, 0.02; taskfarm.MOMENT_S = 0")
-    wait_until(lambda: len(pids_in(tmp_path)) == 2 and counts(server, run)[1] == 2)
-    with no_more_room(server):
-        (tmp_path / "0").touch()
-        wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
-        wait_until(lambda: hand.said().count("tried again") > 2)        # its patience has ended twice
-    (tmp_path / "1").touch()
-    hand.end(0)
-    assert counts(server, run) == (0, 0, 2, 0)
-
-
-def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 400)
-    relay, generator = Flaky(server.port), random.Random(1)
-    relay.swallow = lambda: generator.random() < 0.3
-    hand = Hand(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
-                tweak="taskfarm.FLUSH_S = 0.01; taskfarm.AHEAD_S = 0.05; taskfarm.PAUSES_S = (0.01, 0.02)",
-                TASKFARM_URL=relay.url)
-    hand.end(0)
-    relay.close()
-    assert relay.lost > 5
-    assert counts(server, run) == (0, 0, 400, 0)
-    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
-    assert {task_of(server, run, number)["attempt"] for number in range(400)} == {1}
-
-
-def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 40)
-    hand = Hand(server, run, "-j", "2", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02; %s %s "
-                "progress 50" % (tmp_path, sys.executable, MODULE))
-    wait_until(lambda: list(tmp_path.glob("ran-*")))
-    server.process.kill()
-    server.process.wait()
-    other = Process(str(tmp_path / "other"), home=server.home)
-    wait_until(lambda: "is the server running" in hand.said())
-    again = Process(str(tmp_path / "f"), home=server.home)
-    again.token = server.token      # the file is the other's
-    hand.end(0)
-    assert counts(again, run) == (0, 0, 40, 0)
-    assert all(path.read_text() == "x\n" for path in tmp_path.glob("ran-*"))
-    other.process.kill()
-    other.process.wait()
-    assert again.end(signal.SIGTERM) == 0
-
-
-def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
-    relay, swallow = Flaky(farm.port), [True] * 3
-    relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
-    run = new_run(farm, 20)
-    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
-    courier = taskfarm.Courier(client, run, "w", lambda: None, False)
-    courier.idle = False
-    courier.thread.start()
-    courier.want(5)
-    assert wait_until(lambda: list(courier.news)) == [("claimed", [(number, 1) for number in range(5)])]
-    assert counts(farm, run) == (15, 5, 0, 0) and relay.lost == 3
-    courier.report(0, 1, status="computing")
-    courier.report(0, 1, status="done")
-    wait_until(lambda: counts(farm, run) == (15, 4, 1, 0))
-    assert courier.close() == []
-    client.close()
-    relay.close()
-
-
-def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 40)
-    hand = Hand(server, run, "-j", "2", "--", "sh", "-c", "touch %s/ran-{task}; sleep 0.05" % tmp_path)
-    wait_until(lambda: counts(server, run)[2] > 4)
-    server.process.kill()
-    server.process.wait()
-    wait_until(lambda: "is the server running" in hand.said())
-    said = hand.end(7, signal.SIGTERM)
-    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
-    assert str(left) in said and stat.S_IMODE(left.stat().st_mode) == 0o600
-    again = Process(str(tmp_path / "f"), home=server.home)
-    before, reports = counts(again, run)[2], json.loads(left.read_text())["reports"]
-    said = Hand(again, run, "-j", "2", "--", "touch", str(tmp_path) + "/ran-{task}").end(0)
-    assert "%d reports" % len(reports) in said and not left.exists()
-    assert before < 40 and any(report["status"] == "done" for report in reports)
-    assert counts(again, run) == (0, 0, 40, 0)
-    for report in reports:
-        if report["status"] == "done":
-            assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
-    assert again.end(signal.SIGTERM) == 0
-
-
-def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 10)
-    (tmp_path / "pids").mkdir()
-    hand = Hand(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
-                tweak="taskfarm.BEAT_S = 0.05")
-    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
-    assert server.ask("DELETE", "/api/runs/" + run)[0] == 204
-    assert "was deleted" in hand.end(4)
-    assert not any(map(alive, pids_in(tmp_path / "pids")))
-
-
-def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 2)
-    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
-                "[ {task} = 1 ] || sleep 1000" % tmp_path, tweak="taskfarm.BEAT_S = 0.05")
-    wait_until((tmp_path / "on-0-1").exists)
-    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
-    said = hand.end(0)
-    assert "task 0 is not ours any more" in said and (tmp_path / "on-0-2").exists()
-    assert counts(server, run) == (0, 0, 2, 0)
-
-
-@pytest.mark.parametrize("taken", [False, True])
-def test_a_worker_that_was_asleep_for_longer_than_its_lease(server: Process, tmp_path: Path, taken: bool) -> None:
-    run = new_run(server, 1)
-    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "until [ -e %s/go ]; do touch %s/on-{attempt}; "
-                "sleep 0.01; done" % (tmp_path, tmp_path),
-                tweak="taskfarm.LEASE_S, taskfarm.BEAT_S, taskfarm.MOMENT_S = 1, 0.2, 0.01")
-    wait_until(lambda: task_of(server, run, 0)["started"])
-    hand.process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
-    assert task_of(server, run, 0)["losses"] == 1
-    if taken:
-        server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1})
-        assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["attempt"] == 2
-    hand.process.send_signal(signal.SIGCONT)
-    if taken:
-        wait_until(lambda: "task 0 is not ours any more" in hand.said())
-        hand.end(0)
-        assert counts(server, run) == (0, 1, 0, 0), "the other one computes it"
-    else:
-        wait_until(lambda: counts(server, run) == (0, 1, 0, 0))
-        (tmp_path / "go").touch()
-        hand.end(0)
-        task = task_of(server, run, 0)
-        assert (task["status"], task["attempt"], task["losses"]) == ("done", 1, 0)
 
 
 def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
@@ -5999,44 +6022,97 @@ def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     other = {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600}
     server.ask("POST", "/api/worker", other)
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
-    Hand(server, run, "--no-wait", "--", "true").end(0)
+    Work(server, run, "--no-wait", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
-    hand = Hand(server, run, "--", "true")
-    wait_until(lambda: "waiting for that" in hand.said())
+    work = Work(server, run, "--", "true")
+    wait_until(lambda: "waiting for tasks that they lose" in work.shown())
     assert server.ask("DELETE", "/api/worker/other")[0] == 204
-    hand.end(0)
+    work.end(0)
     assert counts(server, run) == (0, 0, 2, 0)
 
 
 def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
-    Hand(server, "0" * 32, "--", "true").end(4)
-    nobody = Hand(server, "harvest", "--", "true")
-    assert nobody.end(4) == "" and "no run is called 'harvest'" in nobody.erred()
-    Hand(server, run, "-j", "5001", "--", "true").end(2)
-    Hand(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:%d" % server.port, TASKFARM_TOKEN="tf1.x").end(6)
-    Hand(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:1", tweak="taskfarm.PATIENCE_S = 0.5").end(5)
+    Work(server, "0" * 32, "--", "true").end(4)
+    nobody = Work(server, "harvest", "--", "true")
+    assert nobody.end(4) == "" and "no run is called 'harvest'" in nobody.errors()
+    Work(server, run, "-j", "5001", "--", "true").end(2)
+    Work(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:%d" % server.port, TASKFARM_TOKEN="tf1.x").end(6)
+    Work(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:1", tweak="taskfarm.WORKER_RETRY_S = 0.5").end(5)
     assert counts(server, run) == (3, 0, 0, 0)
     user = run_verb("user", "list", "--db", str(tmp_path / "f")).stdout.strip()
     assert run_verb("user", "passwd", user, "--db", str(tmp_path / "f"), stdin="sesame\n").returncode == 0
-    Hand(server, run, "--", "true", TASKFARM_USER=user, TASKFARM_PASSWORD="sesame").end(0)
+    Work(server, run, "--", "true", TASKFARM_USER=user, TASKFARM_PASSWORD="sesame").end(0)
     server.token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
     assert counts(server, run) == (0, 0, 3, 0)
 
 
 def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
     run = new_run(server, 50)
-    end, soon = str(int(time.time()) + 5), "taskfarm.LEAVE_S = 0.5"
-    said = Hand(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
+    end, soon = str(int(time.time()) + 5), "taskfarm.STOP_EARLY_S = 0.5"
+    output = Work(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
                 SLURM_JOB_ID="1", tweak=soon).end(7)
-    assert "fit" in said or "the job ends" in said
+    assert "fit" in output or "the job ends" in output
     waiting, computing, done, failed = counts(server, run)
     assert computing == failed == 0 < done
-    Hand(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
+    Work(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
     assert counts(server, run) == (waiting, 0, done, 0)
-    said = Hand(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
-    assert "the job ends soon" in said and counts(server, run) == (waiting, 0, done, 0)
+    output = Work(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
+    assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
 
+
+@pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
+    (None, 0, 0, 0),            # nothing is known yet
+    (0.01, 10, 0, 20),          # it begins with few, and doubles
+    (0.01, 10 ** 6, 0, 2400),   # 16 at a time for 1.5 s
+    (0.0001, 10 ** 6, 0, taskfarm.CLAIM_AHEAD_LIMIT),
+    (1.0, 10 ** 6, 0, 24), (60.0, 10 ** 6, 0, 0),
+    (0.01, 10 ** 6, 60.0, 0),   # they have become longer
+])
+def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
+                                                       ahead: int) -> None:
+    options = taskfarm.WorkOptions(16, 1e9, 5.0, False, True, None, None, "", False)
+    work = taskfarm.TaskRunner(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x"},
+                             taskfarm.Template(["true"], "x"), options, taskfarm.Display(False, {}))
+    work.mean_s, work.finished = mean_s, finished
+    if longest_s:
+        work.running[1] = taskfarm.Command(0, 1, 0, 1000.0 - longest_s)
+    assert work._claim_ahead(1000.0) == ahead
+
+
+def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 200)
+    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000",
+                tweak="taskfarm.UNUSED_S = 0.1")
+    wait_until(lambda: counts(server, run)[:3] == (179, 1, 20))
+    work.end(7, signal.SIGTERM)
+    assert counts(server, run) == (180, 0, 20, 0)
+
+
+def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 4)
+    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        screen, inside = os.openpty()
+        process = subprocess.Popen(
+            [sys.executable, str(MODULE), "work", run, "--", "sh", "-c", "echo from the command; [ {task} != 2 ]"],
+            stdin=subprocess.DEVNULL, stdout=inside, stderr=inside,
+            env=dict(os.environ, HOME=server.home, TERM="xterm", COLUMNS="60", **environ))
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):      # EIO at the end
+            for part in iter(lambda: os.read(screen, 65536), b""):      # noqa: B023
+                shown += part
+        os.close(screen)
+        assert process.wait(20) == 3
+        text = shown.decode()
+        assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
+        assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
+        assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
+        assert text.endswith("0 computing, 0 waiting\r\n"), "the bar is gone at the end"
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
+# ---------------------------------------------------------------- BATCH SYSTEMS
 
 def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path) + ":" + os.environ["PATH"])
@@ -6078,67 +6154,6 @@ def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     finally:
         monkeypatch.undo()
         time.tzset()
-
-
-def test_short_tasks_are_claimed_and_reported_together(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    logged = Process(str(tmp_path / "g"), "--access-log", str(log))
-    run = new_run(logged, 1500)
-    Hand(logged, run, "-j", "4", "--quiet", "--", "true").end(0)
-    assert counts(logged, run) == (0, 0, 1500, 0)
-    assert len(log.read_text().splitlines()) < 300, "requests for 1500 tasks"
-    assert logged.end(signal.SIGTERM) == 0
-
-
-@pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
-    (None, 0, 0, 0),            # nothing is known yet
-    (0.01, 10, 0, 20),          # it begins with few, and doubles
-    (0.01, 10 ** 6, 0, 2400),   # 16 at a time for 1.5 s
-    (0.0001, 10 ** 6, 0, taskfarm.AHEAD_LIMIT),
-    (1.0, 10 ** 6, 0, 24), (60.0, 10 ** 6, 0, 0),
-    (0.01, 10 ** 6, 60.0, 0),   # they have become longer
-])
-def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
-                                                       ahead: int) -> None:
-    orders = taskfarm.Orders(16, 1e9, 5.0, False, True, None, None, "", False)
-    hand = taskfarm.Farmhand(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x"},
-                             taskfarm.Template(["true"], "x"), orders, taskfarm.Display(False, {}))
-    hand.mean_s, hand.finished = mean_s, finished
-    if longest_s:
-        hand.running[1] = taskfarm.Command(0, 1, 0, 1000.0 - longest_s)
-    assert hand._ahead(1000.0) == ahead
-
-
-def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 200)
-    hand = Hand(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000",
-                tweak="taskfarm.UNUSED_S = 0.1")
-    wait_until(lambda: counts(server, run)[:3] == (179, 1, 20))
-    hand.end(7, signal.SIGTERM)
-    assert counts(server, run) == (180, 0, 20, 0)
-
-
-def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 4)
-    for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
-        screen, inside = os.openpty()
-        process = subprocess.Popen(
-            [sys.executable, str(MODULE), "work", run, "--", "sh", "-c", "echo from the command; [ {task} != 2 ]"],
-            stdin=subprocess.DEVNULL, stdout=inside, stderr=inside,
-            env=dict(os.environ, HOME=server.home, TERM="xterm", COLUMNS="60", **environ))
-        os.close(inside)
-        shown = b""
-        with contextlib.suppress(OSError):      # EIO at the end
-            for part in iter(lambda: os.read(screen, 65536), b""):      # noqa: B023
-                shown += part
-        os.close(screen)
-        assert process.wait(20) == 3
-        text = shown.decode()
-        assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
-        assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
-        assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
-        assert text.endswith("0 computing, 0 waiting\r\n"), "the bar is gone at the end"
-        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
 
 # ---------------------------------------------------------------- DOCTOR
@@ -6257,7 +6272,7 @@ def test_doctor_says_when_the_job_ends_and_what_workers_left(tmp_path: Path) -> 
     assert found["job"][0] == "warn" and "2 h 0 min ago" in found["job"][1]
     _, found = doctor(HOME=str(tmp_path), PBS_JOBID="1", PATH="")
     assert found["job"][0] == "warn" and "--until" in found["job"][1] and "leftovers" not in found
-    taskfarm.write_access(str(tmp_path / ".local/state/taskfarm/left-w.json"), {})
+    taskfarm.write_access(str(tmp_path / ".local/state/taskfarm/unsent-w.json"), {})
     _, found = doctor(HOME=str(tmp_path))
     assert found["leftovers"][0] == "warn" and "1 file" in found["leftovers"][1] and "job" not in found
 
@@ -6482,7 +6497,7 @@ def test_a_verb_sends_what_workers_left(farm: Live, tmp_path: Path) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
     number = start_task(farm, run, "w1")
-    left = tmp_path / "taskfarm/left-w1.json"
+    left = tmp_path / "taskfarm/unsent-w1.json"
     taskfarm.write_access(str(left), {"farm": "", "url": farm.url, "run": run, "worker": "w1", "reports": [
         {"task": number, "attempt": 1, "status": "done"}]})
     done = run_verb("list", "--json", XDG_STATE_HOME=str(tmp_path), **as_ada(farm))
@@ -6491,7 +6506,7 @@ def test_a_verb_sends_what_workers_left(farm: Live, tmp_path: Path) -> None:
 
 def test_what_workers_left_keeps_nobody_waiting_where_nothing_answers(tmp_path: Path) -> None:
     for number in range(20):
-        taskfarm.write_access(str(tmp_path / ("taskfarm/left-%d.json" % number)), {
+        taskfarm.write_access(str(tmp_path / ("taskfarm/unsent-%d.json" % number)), {
             "farm": "", "url": "http://127.0.0.1:1", "run": "r", "worker": "w", "reports": []})
     done = run_verb("list", XDG_STATE_HOME=str(tmp_path), TASKFARM_URL="http://127.0.0.1:1", TASKFARM_TOKEN="tf1.x")
     assert done.returncode == 5 and done.stderr.count("could not be sent") == 1 and done.stderr.count("\n") < 5
@@ -6523,7 +6538,7 @@ def test_runs_are_meant_by_beginnings_and_names(farm: Live) -> None:
     for text, meant in ((one, one), ("antarctica", one), ("ar", two), (two[:20], two)):
         assert json.loads(verb(farm, "status", text, "--json"))["run"]["uuid"] == meant, text
     several = verb(farm, "status", "a", status=1)
-    assert "say which" in several and one in several and two in several
+    assert "type the uuid of one" in several and one in several and two in several
     assert "'taskfarm.py list'" in verb(farm, "status", "greenland", status=1)
     gone = "0" * 32
     assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
@@ -6668,7 +6683,7 @@ def test_what_one_user_knows_does_not_feign_the_farm_to_another(farm: Live) -> N
     ours, bobs = file_of(farm)["proof"], farm.service.farm.known_by(bob)
     assert ours.split(".")[1] != bobs.split(".")[1] and farm.service.farm.proof_key(None).hex() not in (ours + bobs)
     for proof, answers in ((ours, True), (bobs, True), ("1." + bobs.split(".")[1], False), (ours.split(".")[1], False)):
-        assert taskfarm.still_answers(taskfarm.as_access(dict(file_of(farm), proof=proof), "")) is answers, proof
+        assert taskfarm.farm_answers(taskfarm.parse_access(dict(file_of(farm), proof=proof), "")) is answers, proof
 
 
 def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
@@ -6681,7 +6696,7 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
     assert dict(access, token=farm.token) == file_of(farm) and Live.PASSWORD not in path.read_text()
-    assert taskfarm.still_answers(taskfarm.as_access(access, "")), "it can know the farm again"
+    assert taskfarm.farm_answers(taskfarm.parse_access(access, "")), "it can know the farm again"
     assert run_verb("new", "5", **environ).returncode == 0
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
     path.unlink()
@@ -6765,7 +6780,7 @@ def test_the_pace_of_a_watch_comes_from_its_own_readings_once_they_tell_more(far
     for first in (0, 1000):
         farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": [
             {"task": number, "status": "done"} for number in range(first, first + 1000)]})
-    with contextlib.closing(taskfarm.Client(lambda: taskfarm.as_access(file_of(farm), "test"))) as client:
+    with contextlib.closing(taskfarm.Client(lambda: taskfarm.parse_access(file_of(farm), "test"))) as client:
         lookout = taskfarm.Lookout(client, run)
         assert lookout.look().rate is None or lookout.ends.points, "a list that is cut off tells of its own time"
         lookout.readings.appendleft((time.monotonic() - 100.0, 0))
@@ -6811,7 +6826,7 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
     assert content["url"] == server.line.split()[-1]
     assert server.ask("GET", "/api/runs")[0] == 200
     for proof, answers in ((content["proof"], True), ("00", False), ("", False)):
-        assert taskfarm.still_answers(taskfarm.as_access(dict(content, proof=proof), "")) is answers
+        assert taskfarm.farm_answers(taskfarm.parse_access(dict(content, proof=proof), "")) is answers
     for path in [access, *(tmp_path / name for name in ("f", "f-wal", "f.lock"))]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert "password" not in server.log() + server.line, "it is shown on a terminal only"
