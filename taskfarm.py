@@ -78,8 +78,8 @@ Errors common to all (RFC 9457 problem details), judged in this order
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
     Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
-    100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, 505 another
-    HTTP, 500 a fault, with an id that is in the log.
+    100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, or too many
+    passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault, with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -203,7 +203,7 @@ LINE_LIMIT = 16 * 1024              # bytes of a request line or header line
 HEAD_LIMIT = 32 * 1024              # bytes of a request before its body
 FIELD_LIMIT = 100                   # header fields
 BODY_LIMIT = 64 * 1024              # bytes of a body
-BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in all buffers together, beyond which reading pauses
+BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in the buffers of all who have logged in, beyond which reading pauses
 REQUEST_S = 30.0                    # from first byte to whole request; to a first byte; for a reader to take something
 ACCEPT_S = 0.25                     # a new connection is left alone so long, also at the descriptor limit
 DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
@@ -4143,21 +4143,17 @@ class LargeJson:
 
     def _scan(self, window: str, at: int) -> Tuple[Any, int]:
         """The value that begins there in a window of the text, and where it ends."""
-        cut = self.at + len(window) < len(self.text)
         try:
-            value, end = self.decoder.scan_once(window, at)     # type: ignore[attr-defined]
+            found: Tuple[Any, int] = self.decoder.scan_once(window, at)     # type: ignore[attr-defined]
+            return found
         except RecursionError:
             raise BadRequest("the body is nested too deep")
         except (ValueError, StopIteration):
-            value, end = None, -1
-        self.at += at
-        if cut and (end < 0 or end == len(window)):
-            raise BadRequest("the body is not JSON at character %d, or a value there has more than %d characters" % (
-                self.at, self.LONGEST - self.LOOSE_WINDOW))
-        if end < 0:
-            raise self.wrong()
-        self.at -= at
-        return value, end
+            cut = self.at + len(window) < len(self.text)
+            self.at += at
+            raise self.wrong() if not cut else BadRequest(
+                "the body is not JSON at character %d, or a value there has more than %d characters" % (
+                    self.at, self.LONGEST - self.LOOSE_WINDOW))
 
 
 blanks: Callable[..., Any] = re.compile(r"[ \t\n\r]*").match
