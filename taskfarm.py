@@ -49,8 +49,8 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     DELETE /api/runs/<run>                the run and its tasks are gone
     POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
     POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
-    POST   /api/runs/<run>/tasks          claim up to count tasks
-    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=, ?limit=, ?after=
+    POST   /api/runs/<run>/tasks          claim up to count tasks; of more than 200, as many as there is time for
+    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?limit=, ?after=
     PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
     PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed
@@ -187,7 +187,7 @@ from typing import (
     Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type,
     Union)
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 log = logging.getLogger("taskfarm")
 
@@ -5414,6 +5414,8 @@ def claim_task(req: Request, run: str) -> Operation:
 def claim_tasks(req: Request, run: str) -> Operation:
     """Hand out up to count of the lowest waiting tasks; one is started when its worker reports `computing` or progress.
 
+    Of a count above 200, as many as there is time for: others have their turn.
+
     201: {"data": [{"task", "attempt", "percentCompleted"}, ...]}
     204: as for one
     errors: as for one
@@ -5446,7 +5448,9 @@ def will_not_do(said: Report) -> Optional[str]:
     "order": Choice({word: word for word in ("task", "started", "finished")}, required=False),
     "limit": PAGE["limit"], "after": Text(40, required=False)})
 def tasks_page(req: Request, run: str) -> Operation:
-    """A page of the tasks of a run, by number, or those started or finished by time; pass next as after for more.
+    """A page of the tasks of a run by number, or by time those that compute (started) or have ended (finished).
+
+    Pass next as after for more.
 
     200: {"data": [task, ...], "next"}; next is null at the end
     errors: 404 no such run
