@@ -2,7 +2,9 @@
 
     Helpers             a farm on port 0 in a temporary directory, one line to call it, a plain model of it
     Contract            documentation, layers and the standard-library rule hold
-    Store               the model against the store (hypothesis), large runs in slices, files that are refused
+    Rules               what may become of a task, by itself (hypothesis)
+    Store               the model against the store (hypothesis), statements over many tasks against the rules, memory
+                        after a rollback, large runs in slices, files that are refused
     Login               passwords, tokens, what is remembered and what is revoked
     HTTP                refusals as a table, raw sockets: pipelines, resets, silence, limits
     API                 the model against the live server (hypothesis), many at once, the published client
@@ -26,6 +28,7 @@ import fcntl
 import hmac
 import http.client
 import io
+import itertools
 import json
 import os
 import pwd
@@ -55,7 +58,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 import taskfarm
-from taskfarm import Farm, FarmError, Now, Operation, Refusal, Service, Store, User
+from taskfarm import (
+    Farm, FarmError, Limits, Now, Operation, Refusal, Report, Service, Store, Task, User, is_complete, is_held)
 
 MODULE = Path(taskfarm.__file__)
 HERE = MODULE.parent
@@ -1206,6 +1210,160 @@ def test_python_3_6_gets_one_sentence() -> None:
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs Python 3.9" in done.stderr
 
 
+# ---------------------------------------------------------------- RULES
+# The rules by themselves: what may become of a task, against the contract's promises and the CHECKs of the table.
+
+RESTARTS = [taskfarm.RESTART, taskfarm.RESTART_ALL, taskfarm.RESTART_FAILED]
+
+
+def some_report(dice: random.Random, number: int = 0) -> Report:
+    """What a client might say of a task."""
+    status = dice.choice([None, taskfarm.WAITING, taskfarm.COMPUTING, taskfarm.DONE, taskfarm.FAILED])
+    blame = (dice.choice([None, 1]), dice.choice([None, "why"])) if status == taskfarm.FAILED else (None, None)
+    return Report(number, None, status, dice.choice([None, None, 0, FULL // 3, FULL]), *blame,
+                  dice.choice([None, None, 700]))
+
+
+class Life:
+    """One task to which one thing after another happens, and what must hold of it each time."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = dice = random.Random(seed)
+        self.limits = Limits(dice.randint(0, 3), dice.randint(0, 3))
+        self.by_claims = dice.random() < 0.5        # nobody reports without naming a claim
+        self.task = Task(5)
+        self.now_ms = 10 ** 12
+        self.table = sqlite3.connect(":memory:", isolation_level=None)
+        for statement in taskfarm.statements(taskfarm.SCHEMA[0]):
+            self.table.execute(statement)
+
+    def go_on(self) -> None:
+        """Let one thing happen that may happen to the task as it is."""
+        task, dice = self.task, self.dice
+        self.now_ms += dice.randint(0, 5)
+        events = [self.restart]
+        if task.status == taskfarm.WAITING:
+            events += [self.claim] * 8
+        if task.hold is not None:
+            events += [self.report] * 4
+        if is_held(task):
+            events += [self.lapse] * 3 + [self.give_up]
+        if task.hold in (taskfarm.LAPSED, taskfarm.LOST):
+            events += [self.take_back] * 3
+        if not self.by_claims:
+            events += [self.overrule] * 2
+        self.task = after = dice.choice(events)()
+        assert after.id == task.id and after.attempt >= task.attempt, "the attempt of a task never falls"
+        self.promises_hold()
+
+    def claim(self) -> Task:
+        worker, started = self.dice.randint(1, 3), self.dice.choice([None, self.now_ms])
+        after = taskfarm.claimed(self.task, worker, started)
+        assert (is_held(after), after.worker, after.attempt) == (True, worker, self.task.attempt + 1)
+        return after
+
+    def report(self) -> Task:
+        report, task = some_report(self.dice), self.task
+        late = report.status in (None, taskfarm.COMPUTING)
+        if task.hold not in (taskfarm.ENDED_DONE, taskfarm.ENDED_FAILED, taskfarm.ENDED_WAITING):
+            assert taskfarm.is_news(task, report, task.hold, "w")
+            after = taskfarm.reported(task, report, self.limits, self.now_ms)
+            assert after.status == taskfarm.COMPUTING if late else not is_held(after)
+        elif late or taskfarm.ENDED[report.status or 0] == task.hold:
+            assert not taskfarm.is_news(task, report, task.hold, "w"), "a report that comes again counts once"
+            return task
+        else:
+            with pytest.raises(taskfarm.Conflict):
+                taskfarm.is_news(task, report, task.hold, "w")
+            return task
+        assert late or not taskfarm.is_news(after, report, after.hold, "w"), "the very report that has ended the claim"
+        assert (after.worker, after.attempt) == (task.worker, task.attempt)
+        return after
+
+    def overrule(self) -> Task:
+        after = taskfarm.overruled(self.task, some_report(self.dice), self.limits, self.now_ms)
+        assert not is_held(after)
+        return after
+
+    def lapse(self) -> Task:
+        after = taskfarm.lapsed(self.task, self.limits, self.now_ms)
+        assert not is_held(after) and taskfarm.taken_back(after) == self.task, "the worker has it back as it was"
+        assert after.losses == self.task.losses + (self.task.hold == taskfarm.STARTED)
+        return after
+
+    def give_up(self) -> Task:
+        after = taskfarm.given_up(self.task)
+        assert after == self.task._replace(status=taskfarm.WAITING, hold=taskfarm.GIVEN_UP), "and it is no loss"
+        return after
+
+    def take_back(self) -> Task:
+        after = taskfarm.taken_back(self.task)
+        assert is_held(after) and self.task.losses - after.losses in (0, 1)
+        return after
+
+    def restart(self) -> Task:
+        which, spared = self.dice.choice(RESTARTS), self.dice.random() < 0.5
+        return taskfarm.restarted(self.task, which, spared)
+
+    def promises_hold(self) -> None:
+        task, limits = self.task, self.limits
+        row = task._replace(run=1)
+        self.table.execute("INSERT OR REPLACE INTO task (%s) VALUES (%s)" % (
+            taskfarm.TASK_COLUMNS, ", ".join("?" * len(row))), row)     # raises where a CHECK does not hold
+        assert Task._make(self.table.execute(taskfarm.TASK_BY_ID, (task.id,)).fetchone()) == row
+        if is_held(task):
+            assert task.status == taskfarm.COMPUTING and task.worker
+            assert (task.hold == taskfarm.STARTED) == (task.started is not None)
+        if task.status == taskfarm.COMPUTING:
+            assert task.finished is None and (is_held(task) or not self.by_claims), "somebody computes it"
+        if task.status in (taskfarm.DONE, taskfarm.FAILED):
+            assert task.finished is not None
+        if self.by_claims:
+            for number, most in ((task.failures, limits.failures), (task.losses, limits.losses)):
+                assert not most or number < most or number == most and task.status == taskfarm.FAILED
+        for which in RESTARTS:
+            for spared in (False, True):
+                once = taskfarm.restarted(task, which, spared)
+                assert taskfarm.restarted(once, which, spared) == once, "twice is once"
+                assert once == task or once.status == taskfarm.WAITING and not once.failures and not once.losses
+        assert not is_complete(task) or taskfarm.restarted(task, taskfarm.RESTART, False) == task
+        assert taskfarm.restarted(task, taskfarm.RESTART_ALL, True) == Task(
+            task.id, task.run, worker=task.worker, attempt=task.attempt,
+            hold=None if (task.hold or 0) <= taskfarm.GIVEN_UP else task.hold), "every task, to 0 percent"
+
+
+@given(seed=st.integers(0, 2 ** 32), events=st.integers(500, 1500))
+@settings(max_examples=5 if QUICK else 30, deadline=None, database=None)
+def test_whatever_happens_to_a_task_the_promises_hold(seed: int, events: int) -> None:
+    life = Life(seed)
+    for _ in range(events):
+        life.go_on()
+    life.table.close()
+
+
+def every_task() -> Iterator[Task]:
+    """A task in each state that the table allows, of workers 1 and 2, with and without what may be NULL."""
+    for status, hold in itertools.product(range(4), [None, *range(1, 9)]):
+        allowed = range(4) if hold is None or hold > 5 else [1] if hold <= 2 else [0, 3]
+        if status in allowed:
+            for millionths, blame, started, finished, said, worker in itertools.product(
+                    [0, FULL // 3, FULL], [(0, 0), (1, 0), (0, 1), (2, 2)], [None, 10 ** 12], [None, 10 ** 12 + 5],
+                    [(None, None), (3, "why")], [1, 2]):
+                yield Task(0, 1, status, millionths, worker, 3, hold, *blame, started, finished, *said)
+
+
+def test_every_task_stands_for_all_that_the_table_allows() -> None:
+    table, seen = sqlite3.connect(":memory:"), set()
+    table.executescript(taskfarm.SCHEMA[0])
+    for status, hold in itertools.product(range(-1, 6), [None, *range(10)]):
+        with contextlib.suppress(sqlite3.IntegrityError):
+            table.execute("INSERT INTO task (run, worker, attempt, status, hold) VALUES (1, 1, 1, ?, ?)",
+                          (status, hold))
+            seen.add((status, hold))
+    assert seen == {(task.status, task.hold) for task in every_task()}
+    table.close()
+
+
 # ---------------------------------------------------------------- STORE
 
 class StoreMachine(Machine):
@@ -1785,6 +1943,218 @@ def test_a_copy_made_under_load_holds_what_changed_meanwhile(tmp_path: Path) -> 
     with contextlib.closing(Direct(copy.path, FakeClock())) as copied:
         assert copied.wrong() == [] and figures(copied, run) == figures(direct, run)
     direct.close()
+
+
+# Statements over many tasks make of each what the rule makes of it. Rows are written straight into the file, inside a
+# transaction that is rolled back.
+
+class Undone(Exception):
+    """A trial is over."""
+
+
+class Trial:
+    """An open transaction in which a run is made as a test wants it. The farm has workers 1 (leased), 2 and 3 (not)."""
+
+    def __init__(self, sql: taskfarm.Transaction, now: Now) -> None:
+        self.sql, self.now = sql, now
+
+    def do(self, named: Operation) -> Any:
+        """Run an operation until it has ended."""
+        outcome = named.function(self.sql, self.now, *named.args)
+        while isinstance(outcome, taskfarm.Continue):
+            outcome = named.function(self.sql, self.now, *outcome.args)
+        return outcome
+
+    def plant(self, tasks: List[Optional[Task]], limits: Limits = Limits()) -> List[Task]:  # noqa: B008
+        """A run of these tasks; None is one never touched. Gives them with their ids."""
+        self.do(taskfarm.create_run("r", len(tasks), None, *limits))
+        self.run = run = self.sql.runs["r"]
+        planted = [Task(run.first_id + number) if task is None else task._replace(id=run.first_id + number, run=run.id)
+                   for number, task in enumerate(tasks)]
+        touched = [task for task in planted if task.run]
+        taskfarm.touch_each(self.sql, run, [task.id for task in touched])
+        self.sql.execute_many("INSERT INTO task (%s) VALUES (%s)" % (
+            taskfarm.TASK_COLUMNS, ", ".join("?" * len(Task._fields))), touched)
+        run.counts = [sum(task.status == status for task in planted) for status in range(4)]
+        run.millionths = sum(task.millionths for task in planted)
+        run.num_complete = sum(map(is_complete, planted))
+        for task in touched:
+            if is_held(task):
+                self.sql.holds.add(run.id, task.worker or 0, 1)
+        self.sql.changed[run.id] = run
+        self.promises_hold()
+        return planted
+
+    def rows(self) -> List[Task]:
+        """All tasks of the run."""
+        found = {task.id: task for task in self.sql.tasks("SELECT " + taskfarm.TASK_COLUMNS + " FROM task")}
+        return [found.get(task_id) or Task(task_id) for task_id in range(self.run.first_id, self.run.end_id)]
+
+    def promises_hold(self) -> None:
+        assert taskfarm.check().function(self.sql, self.now) == []
+
+    def sweep(self) -> None:
+        """Let the rows of a restart follow."""
+        sweep = taskfarm.Sweep(self.run)
+        while not sweep.step(self.sql):
+            pass
+        self.run = self.sql.runs["r"]
+
+
+@contextlib.contextmanager
+def trial_of(store: Direct) -> Iterator[Trial]:
+    with contextlib.suppress(Undone), store.store._transaction("BEGIN IMMEDIATE") as (sql, now):
+        sql.begin_slice(taskfarm.BATCH_S, large=True)
+        yield Trial(sql, now)
+        raise Undone
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Direct]:
+    """A farm for trials."""
+    direct = Direct(str(tmp_path_factory.mktemp("trials") / "farm.sqlite"), FakeClock())
+    enlist(direct, "a", lease=100)
+    enlist(direct, "b", "c")
+    yield direct
+    direct.close()
+
+
+WORKERS = {1: "a", 2: "b", 3: "c"}
+NOW_MS = int(1.7e12)
+a_task = st.one_of(st.none(), st.sampled_from(list(every_task())))
+some_tasks = st.lists(a_task, min_size=1, max_size=12)
+some_limits = st.builds(Limits, st.integers(0, 3), st.integers(0, 3))
+many_trials = settings(max_examples=20 if QUICK else 150, deadline=None, database=None,
+                       suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("which", RESTARTS)
+def test_a_sweep_makes_of_each_task_what_the_rule_makes_of_it(trials: Direct, which: str) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task(), None])
+        expected = [taskfarm.restarted(task, which, task.worker == 1) for task in planted]
+        trial.do(taskfarm.restart_run("r", which))
+        seen = [trial.do(taskfarm.read_task("r", number)).task for number in range(len(planted))]
+        assert seen == expected, "at once"
+        assert trial.sql.holds.number(1) == sum(is_held(task) and task.worker == 1 for task in expected)
+        trial.sweep()
+        assert trial.rows() == expected
+        trial.promises_hold()
+
+
+def test_batches_of_claims_and_single_ones_make_of_each_task_what_the_rule_makes_of_it(trials: Direct) -> None:
+    tasks = [*every_task(), None, None, None, Task(0, 1, taskfarm.DONE), None]
+    for count, singly in ((5000, False), (700, False), (700, True)):
+        with trial_of(trials) as trial:
+            planted = trial.plant(tasks)
+            waiting = [task for task in planted if task.status == taskfarm.WAITING][:count]
+            started = NOW_MS if singly else None
+            expected = {task.id: taskfarm.claimed(task, 3, started)._replace(run=trial.run.id) for task in waiting}
+            given = ([trial.do(taskfarm.claim("r", "c")) for _ in range(count)] if singly else
+                     trial.do(taskfarm.claim_many("r", "c", count)))
+            assert trial.rows() == [expected.get(task.id, task) for task in planted]
+            assert [(shown.task.id, shown.task.attempt) if singly else (trial.run.first_id + shown[0], shown[1])
+                    for shown in given] == [(task.id, task.attempt) for task in expected.values()], "the lowest first"
+            assert trial.sql.holds.number(3) == len(expected)
+            trial.promises_hold()
+
+
+@pytest.mark.parametrize("limits", [Limits(1, 0), Limits(0, 1), Limits(0, 3)], ids=str)
+def test_what_becomes_of_all_that_a_worker_holds_is_what_the_rule_makes_of_each(trials: Direct, limits: Limits) -> None:
+    def ours(task: Task) -> bool:
+        return is_held(task) and task.worker == 1
+
+    for ending, becomes in [
+            (lambda trial: taskfarm.expire(trial.sql, trial.now, 1),
+             lambda task: taskfarm.lapsed(task, limits, NOW_MS)),
+            (lambda trial: trial.do(taskfarm.sign_off("a")), taskfarm.given_up)]:
+        with trial_of(trials) as trial:
+            planted = trial.plant([None, *every_task()], limits)
+            ending(trial)
+            assert trial.rows() == [becomes(task) if ours(task) else task for task in planted]
+            assert trial.sql.holds.number(1) == 0 and trial.sql.holds.number(2) > 0
+            trial.promises_hold()
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task()], limits)
+        trial.do(taskfarm.beat("a"))
+        assert trial.rows() == [
+            taskfarm.taken_back(task) if task.worker == 1 and task.hold in (taskfarm.LAPSED, taskfarm.LOST) else task
+            for task in planted]
+        trial.promises_hold()
+
+
+@given(tasks=some_tasks, limits=some_limits, dice=dices, percent=st.sampled_from([None, 0, 7, FULL]),
+       attempt=st.sampled_from([None, 3]))
+@many_trials
+def test_done_for_consecutive_tasks_is_what_the_rule_makes_of_each(
+        trials: Direct, tasks: List[Optional[Task]], limits: Limits, dice: random.Random, percent: Optional[int],
+        attempt: Optional[int]) -> None:
+    held = [task for task in every_task() if is_held(task) and task.worker == 1]
+    with trial_of(trials) as trial:
+        planted = trial.plant([dice.choice(held) if dice.random() < 0.95 else task for task in tasks], limits)
+        reports = [Report(number, attempt, taskfarm.DONE, percent) for number in range(len(tasks))]
+        all_held = all(is_held(task) and task.worker == 1 for task in planted)
+        worker = taskfarm.find_worker(trial.sql, "a")
+        assert all_held == taskfarm.finish_span(trial.sql, trial.now, trial.run, worker, reports[0], reports[-1])
+        assert trial.rows() == [taskfarm.reported(task, said, limits, NOW_MS) if all_held else task
+                                for task, said in zip(planted, reports)]
+        trial.promises_hold()
+
+
+@given(tasks=some_tasks, limits=some_limits, dice=dices, by=st.sampled_from([None, "a", "b", "unknown"]))
+@many_trials
+def test_a_batch_of_reports_comes_to_what_single_ones_come_to(
+        trials: Direct, tasks: List[Optional[Task]], limits: Limits, dice: random.Random, by: Optional[str]) -> None:
+    reports = [some_report(dice, number)._replace(attempt=dice.choice([None, None, 3, 2]))
+               for number in range(len(tasks)) if dice.random() < 0.8]
+    if dice.random() < 0.5:     # alike, as a batch mostly is
+        reports = [(reports or [Report(0, None, 2)])[0]._replace(number=said.number) for said in reports]
+    ends: List[Any] = []
+    for batched in (True, False):
+        with trial_of(trials) as trial:
+            trial.plant(tasks, limits)
+            if batched:
+                accepted, refused = trial.do(taskfarm.report_many("r", by, list(reports)))
+            else:
+                refused = []
+                for said in reports:
+                    try:
+                        trial.do(taskfarm.report("r", by, said))
+                    except FarmError as error:
+                        refused.append((said.number, str(error)))
+                accepted = len(reports) - len(refused)
+            trial.promises_hold()
+            ends.append((accepted, sorted(refused), trial.rows(), trial.run.row(), dict(trial.sql.holds.totals)))
+    assert ends[0] == ends[1]
+
+
+@given(befores=st.lists(a_task, min_size=1, max_size=12), dice=dices)
+@many_trials
+def test_many_changes_at_once_come_to_what_single_ones_come_to(
+        trials: Direct, befores: List[Optional[Task]], dice: random.Random) -> None:
+    possible = list(every_task())
+    ends: List[Any] = []
+    afters = [dice.choice([*possible[:1], task, dice.choice(possible)]) for task in befores]
+    for batched in (True, False):
+        with trial_of(trials) as trial:
+            planted = trial.plant(befores)
+            changes = [(before, before if after is None else after._replace(id=before.id, run=before.run))
+                       for before, after in zip(planted, afters)]
+            changes = [(before, after._replace(worker=before.worker) if is_held(before) and is_held(after) else after)
+                       for before, after in changes]    # nobody claims what another holds
+            revisions = {key: trial.sql.leases.revision_of(key) for key in WORKERS}
+            if batched:
+                taskfarm.change_many(trial.sql, trial.run, changes)
+            for before, after in [] if batched else changes:
+                taskfarm.change(trial.sql, trial.run, before, after)
+            assert trial.rows() == [after._replace(run=trial.run.id) for _, after in changes]
+            trial.promises_hold()
+            taken = {before.worker for before, after in changes if is_held(before) and not is_held(after)
+                     and (after.hold is None or after.hold < taskfarm.GIVEN_UP)}
+            risen = {key for key, old in revisions.items() if trial.sql.leases.revision_of(key) > old}
+            assert risen == taken
+            ends.append((trial.run.row(), trial.sql.holds.by_run, dict(trial.sql.holds.totals)))
+    assert ends[0] == ends[1]
 
 
 # Section 3 of the contract, sentence by sentence, on the store with a clock that stands still.
