@@ -2157,6 +2157,116 @@ def test_many_changes_at_once_come_to_what_single_ones_come_to(
     assert ends[0] == ends[1]
 
 
+# What is remembered between transactions, and what becomes of it when one is rolled back.
+
+def remembered(store: Store) -> Dict[str, Any]:
+    """What the writer remembers, but for copies of rows and for when workers were heard."""
+    sql = store.sql
+    return {"spans": dict(sql.leases.spans), "holds": {run: dict(workers) for run, workers in sql.holds.by_run.items()},
+            "totals": dict(sql.holds.totals), "users": dict(sql.users), "copy": sql.copy,
+            "sweeps": sorted((sweep.run.row(), sweep.reached) for sweep in store.sweeps)}
+
+
+def memory_agrees_with_the_file(store: Store) -> None:
+    sql = store.sql
+    assert not (sql.changed or sql.begun or sql.effects or sql.holds.journal)
+    for kind, rows in ((taskfarm.Run, [*sql.runs.values(), *sql.runs_by_id.values()]),
+                       (taskfarm.Worker, [*sql.workers.values(), *filter(None, sql.workers_by_id.values())])):
+        table = kind.__name__.lower()
+        for row in rows:
+            stored = kind(sql.one("SELECT %s FROM %s WHERE id = ?" % (kind.COLUMNS, table), row.id))
+            for name in kind.__slots__:
+                assert getattr(row, name) == getattr(stored, name) or name == "shown", (table, name)
+    leased = dict(sql.all("SELECT id, lease FROM worker WHERE state = 0 AND lease IS NOT NULL"))
+    assert sql.leases.spans == leased
+    assert set(sql.leases.ends) == set(sql.leases.entries) == set(leased)
+    assert taskfarm.count_holds(sql).by_run == sql.holds.by_run
+    assert sql.holds.totals == taskfarm.count_holds(sql).totals
+    assert sql.claim_keys in (None, dict(sql.all("SELECT key, worker FROM last_claim")))
+    assert list(sql.users.values()) == taskfarm.every_user(sql)
+    assert sorted((sweep.run.id, sweep.kind) for sweep in store.sweeps) == sql.all(
+        "SELECT id, sweep FROM run WHERE sweep IS NOT NULL ORDER BY id")
+
+
+def some_operation(dice: random.Random, runs: List[str]) -> Operation:
+    """Something that a client or a keeper may ask for."""
+    run, worker, new = dice.choice(runs[-4:]), dice.choice("abcd"), "%x" % dice.getrandbits(64)
+    key = dice.choice([None, taskfarm.IdempotencyKey(bytes([dice.randrange(6)]) * 16, (worker + run).encode())])
+    reports = [some_report(dice, number)._replace(attempt=None) for number in range(4)]
+    return dice.choice([
+        lambda: taskfarm.register_worker(worker, "node", 1, dice.choice([None, 5, 5, 100])),
+        lambda: taskfarm.sign_off(worker),
+        lambda: taskfarm.beat(worker),
+        lambda: taskfarm.claim(run, worker, key),
+        lambda: taskfarm.claim_many(run, worker, dice.randint(1, 5), key),
+        lambda: taskfarm.report(run, dice.choice([None, worker, worker]), reports[dice.randrange(4)]),
+        lambda: taskfarm.report_many(run, dice.choice([None, worker, worker]), reports),
+        lambda: taskfarm.restart_run(run, dice.choice(RESTARTS)),
+        lambda: taskfarm.delete_run(run) if dice.random() < 0.3 else taskfarm.read_run(run),
+        lambda: runs.append(new) or taskfarm.create_run(new, 9) if dice.random() < 0.3 else taskfarm.list_runs(),
+        lambda: taskfarm.answer_once(taskfarm.IdempotencyKey(bytes([dice.randrange(6, 9)]) * 16, b"r"),
+                                     taskfarm.create_run(new, 9), lambda _: (201, b"")),
+        lambda: taskfarm.add_user("eve", "hash"), lambda: taskfarm.set_password("eve", "other"),
+        lambda: taskfarm.remove_user("eve"), lambda: taskfarm.begin_copy("1"), taskfarm.probe])()
+
+
+def failing(named: Operation, error: Exception) -> Operation:
+    """The operation, and an error when it has done all."""
+    def function(sql: Any, now: Now) -> None:
+        named.function(sql, now, *named.args)
+        raise error
+    return Operation(function, (), named.reads)
+
+
+@pytest.mark.parametrize("seed", range(3 if QUICK else 30))
+def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(taskfarm.Sweep, "SLICE", 2)
+    for name in ("SMALL", "SLICE", "REPORTS_SLICE"):
+        monkeypatch.setattr(taskfarm, name, 2)
+    dice, clock = random.Random(seed), FakeClock(step_s=taskfarm.BATCH_S * 0.3)
+    direct = Direct(str(tmp_path / "f"), clock)
+    store, runs = direct.store, ["first", "second", "third"]
+    pending: Set[Operation] = set()
+    store.apply([taskfarm.create_run(run, 12) for run in runs])
+    for _ in range(150):
+        clock.pass_time(dice.choice([0, 0, 0, 1, 3, 6]))
+        batch = [some_operation(dice, runs) for _ in range(dice.randint(1, 3))]
+        before, ends = remembered(store), dict(store.sql.leases.ends)
+        alone = not (store.short or store.large or store.refused)
+        failure = dice.choice(["", "", "", "fault", "full disk", "full disk in a turn"])
+        if failure == "fault":
+            batch = [failing(batch[0], ZeroDivisionError())]
+        with full_disk(1000) if failure.startswith("full disk") else contextlib.nullcontext():
+            if failure == "full disk in a turn":
+                batch = []
+                store.turn()
+            ended = store.apply(batch)
+        failed = alone and [type(outcome) for _, outcome in ended] == [ZeroDivisionError]
+        if failed or store.sql.trouble:
+            copies = [outcome for _, outcome in ended if isinstance(outcome, taskfarm.Copy)]    # needs no write
+            assert remembered(store) == dict(before, copy=[*copies, before["copy"]][0])
+            assert all(store.sql.leases.ends[worker] >= end for worker, end in ends.items())
+        memory_agrees_with_the_file(store)
+        if store.sql.trouble:
+            clock.pass_time(taskfarm.RETRY_S)
+            batch.append(taskfarm.probe())
+            ended += store.apply(batch[-1:])
+            assert not store.sql.trouble
+        pending |= set(batch)
+        for named, outcome in ended:
+            pending.remove(named)
+            assert not isinstance(outcome, Exception) or isinstance(outcome, (FarmError, ZeroDivisionError)), outcome
+        if dice.random() < 0.3:
+            store.turn()
+            memory_agrees_with_the_file(store)
+        assert pending == {*store.short, *store.large, *(named for _, named in store.parked),
+                           *(named for named, _ in store.refused)}, "each is answered, and once"
+    clock.step_s = 0
+    direct.settle()
+    direct.close()
+
+
 # Section 3 of the contract, sentence by sentence, on the store with a clock that stands still.
 
 def enlist(farm: Any, *names: str, lease: Optional[int] = None) -> None:
