@@ -48,9 +48,10 @@ import termios
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -2191,6 +2192,9 @@ def memory_agrees_with_the_file(store: Store) -> None:
 def some_operation(dice: random.Random, runs: List[str]) -> Operation:
     """Something that a client or a keeper may ask for."""
     run, worker, new = dice.choice(runs[-4:]), dice.choice("abcd"), "%x" % dice.getrandbits(64)
+    if dice.random() < 0.03:
+        runs.append(new)
+        return taskfarm.create_run(new, 9)
     key = dice.choice([None, taskfarm.IdempotencyKey(bytes([dice.randrange(6)]) * 16, (worker + run).encode())])
     reports = [some_report(dice, number)._replace(attempt=None) for number in range(4)]
     return dice.choice([
@@ -2203,7 +2207,7 @@ def some_operation(dice: random.Random, runs: List[str]) -> Operation:
         lambda: taskfarm.report_many(run, dice.choice([None, worker, worker]), reports),
         lambda: taskfarm.restart_run(run, dice.choice(RESTARTS)),
         lambda: taskfarm.delete_run(run) if dice.random() < 0.3 else taskfarm.read_run(run),
-        lambda: runs.append(new) or taskfarm.create_run(new, 9) if dice.random() < 0.3 else taskfarm.list_runs(),
+        taskfarm.list_runs,
         lambda: taskfarm.answer_once(taskfarm.IdempotencyKey(bytes([dice.randrange(6, 9)]) * 16, b"r"),
                                      taskfarm.create_run(new, 9), lambda _: (201, b"")),
         lambda: taskfarm.add_user("eve", "hash"), lambda: taskfarm.set_password("eve", "other"),
@@ -2750,6 +2754,447 @@ def test_a_claim_in_vain_says_when_to_ask_again(store: Direct) -> None:
     assert pause() is not None
 
 
+def register(farm: Any, worker: str, lease: Optional[int]) -> int:
+    """The status of a registration."""
+    body = {"uuid": worker, "hostname": "node-" + worker, "pid": 1}
+    return int(farm.ask("POST", "/api/worker", body if lease is None else dict(body, lease=lease))[0])
+
+
+@pytest.mark.parametrize("lease_s, wanted_s", [(None, 5), (100, 5), (5, 100), (100, None), (5, 5)])
+def test_a_registration_that_a_full_disk_refuses_changes_no_lease(
+        store: Direct, lease_s: Optional[int], wanted_s: Optional[int]) -> None:
+    run = a_run(store, 1)
+    assert register(store, "a", lease_s) == 201
+    take(store, run, "a")
+    with full_disk(1000):
+        assert report(store, run, 0, status="computing") == 503
+        assert register(store, "a", wanted_s) == 503
+    store.pass_time((lease_s or 1000) - 1)
+    assert look(store, run) == ("computing", 1)
+    store.pass_time(2)
+    assert look(store, run)[0] == ("computing" if lease_s is None else "waiting")
+
+
+@pytest.mark.parametrize("first", [taskfarm.sign_off("a"), taskfarm.register_worker("a", "node-a", 1, None)],
+                         ids=["sign off", "no lease"])
+def test_a_registration_in_the_transaction_that_ended_the_lease_begins_another(store: Direct, first: Operation) -> None:
+    run = a_run(store, 1)
+    again = Operation(first.function, first.args, False), taskfarm.register_worker("a", "node-a", 1, 100)
+    store.store.call_all([*again, taskfarm.claim(run, "a")])
+    store.pass_time(99)
+    assert look(store, run) == ("computing", 1)
+    store.pass_time(2)
+    assert look(store, run) == ("waiting", 1) and worker_state(store, "a") == "expired"
+
+
+def test_a_clock_that_was_a_year_ahead_and_is_set_right_forgets_nobody(tmp_path: Path) -> None:
+    clock, year_s = FakeClock(), 365 * 86400.0
+    direct = Direct(str(tmp_path / "f"), clock)
+    enlist(direct, "before")
+    clock.utc += year_s
+    direct.restart_server()
+    enlist(direct, "ahead")
+    assert direct.ask("PUT", "/api/worker/before")[0] == 200
+    clock.utc -= year_s
+    enlist(direct, "after")
+    for restarted in (False, True):
+        if restarted:
+            direct.restart_server()
+        for _ in range(3):
+            for worker in ("before", "ahead", "after"):
+                assert direct.ask("PUT", "/api/worker/" + worker)[0] == 200
+            clock.pass_time(taskfarm.CHORE_S)
+            direct.pass_time(1)
+    direct.close()
+
+
+def test_workers_are_forgotten_beside_tasks_that_come_back(tmp_path: Path) -> None:
+    """One transaction of the writer: two leases end, and somebody is forgotten between them."""
+    clock = FakeClock(step_s=1e-4)
+    direct = Direct(str(tmp_path / "f"), clock)
+    run = a_run(direct, 4)
+    for worker in "ab":
+        enlist(direct, worker, lease=86400)
+        take(direct, run, worker)
+    enlist(direct, "silent")
+    for _ in range(30):
+        clock.pass_time(86000)
+        assert beat(direct, "a")[0] == beat(direct, "b")[0] == 1
+    clock.pass_time(2 * 86400)
+    direct.store.turn()
+    assert figures(direct, run)[:3] == (4, 0, 0)
+    assert direct.ask("PUT", "/api/worker/silent")[0] == 404 and direct.ask("PUT", "/api/worker/a")[0] == 200
+    direct.close()
+
+
+def test_a_sweep_that_ended_in_a_transaction_that_was_rolled_back_spoils_no_figure(tmp_path: Path) -> None:
+    """Between the end of the sweep and the rollback a lease ends, and changes the figures of the same run."""
+    clock = FakeClock(step_s=1e-4)
+    direct = Direct(str(tmp_path / "f"), clock)
+    run = a_run(direct, 9)
+    enlist(direct, "d", lease=105)
+    take(direct, run, "a"), take(direct, run, "d")
+    clock.pass_time(90)
+    assert direct.store.apply([taskfarm.restart_run(run, taskfarm.RESTART)])[0][1] is None
+    for _ in range(2):      # the second time nothing is left to be swept but the mark
+        clock.pass_time(20)
+        with full_disk(1000):
+            direct.store.turn()
+        assert direct.store.sql.trouble
+    for _ in range(3):      # who had to wait for the restart is tried again after a second
+        direct.pass_time(20)
+    assert figures(direct, run)[:3] == (9, 0, 0)
+    direct.close()
+
+
+def test_a_rollback_of_others_sends_no_sweep_back(tmp_path: Path) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
+    run, other = make_run(direct, 3000), make_run(direct, 1)
+    while figures(direct, run)[0]:
+        take_batch(direct, run, "w", 3000)
+    direct.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    direct.store.turn()
+    (sweep,) = direct.store.sweeps
+    reached = sweep.reached
+    assert reached > sweep.run.first_id
+    with full_disk(1000):
+        assert report(direct, other, 0, status="done") == 503
+    assert sweep.reached == reached
+    direct.clock.pass_time(taskfarm.RETRY_S)
+    direct.close()
+
+
+def test_an_operation_is_answered_also_where_no_transaction_can_begin(store: Direct) -> None:
+    run = make_run(store, 1)
+    store.store.connection.execute("BEGIN")     # so that another is refused
+    (_, outcome), = store.store.apply([taskfarm.claim(run, "w")])
+    assert isinstance(outcome, sqlite3.Error)
+    store.store.connection.execute("ROLLBACK")
+    assert claim(store, run) == (201, 0)
+
+
+def begun_writes(store: Direct) -> List[str]:
+    """The transactions that are begun for writing from here on."""
+    begun: List[str] = []
+    store.store.connection.set_trace_callback(
+        lambda statement: begun.append(statement) if statement == "BEGIN IMMEDIATE" else None)
+    return begun
+
+
+def test_on_a_full_disk_one_write_a_second_is_tried_and_memory_is_kept(store: Direct) -> None:
+    run = a_run(store, 200)
+    take_batch(store, run, "a", 100)
+    begun = begun_writes(store)
+    with full_disk(1000):
+        for second in range(1, 4):
+            known = set()
+            for number in range(20):
+                assert report(store, run, number, worker_uuid="a", status="done") == 503
+                assert store.ask("GET", "/readyz")[0] == 503 and figures(store, run)[1] == 100
+                assert beat(store, "a")[0] == 100
+                store.store.turn()
+                known.add((store.store.sql.runs[run], store.store.sql.workers["a"]))
+            assert (len(begun), len(known)) == (second, 1), "looked up again once a second"
+            assert isinstance(store.clock, FakeClock)
+            store.clock.pass_time(taskfarm.RETRY_S)
+    assert report(store, run, 0, worker_uuid="a", status="done") == 204
+
+
+def test_after_a_fault_the_rest_of_the_batch_tries_a_full_disk_once(store: Direct) -> None:
+    run = make_run(store, 9)
+    begun = begun_writes(store)
+    batch = [*(done_by_nobody(run, number) for number in range(5)), taskfarm.read_run(run)]
+    with full_disk(1000):
+        ended = store.store.apply([*batch, failing(taskfarm.probe(), ZeroDivisionError())])
+    assert [type(outcome).__name__ for _, outcome in ended] == ["Unavailable"] * 6 + ["Run"]
+    assert len(begun) == 2 and store.store.sql.trouble, "all together, then the first alone"
+
+
+def test_a_lease_of_changing_length_leaves_few_entries(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "b")
+    for number in range(1000):
+        register(store, "a", (5, 86400, 300, 7)[number % 4])
+        store.pass_time(0.01)
+    for number in range(300):
+        enlist(store, "w%d" % number, lease=86400)
+        assert store.ask("DELETE", "/api/worker/w%d" % number)[0] == 204
+    leases = store.store.sql.leases
+    assert len(leases.due) <= 2 * len(leases.entries) + 65 and len(leases.entries) == 2
+    register(store, "a", 7)
+    store.pass_time(8)
+    assert worker_state(store, "a") == "expired" and worker_state(store, "b") == "alive"
+    store.pass_time(100)
+    assert worker_state(store, "b") == "expired" and not leases.entries
+
+
+class Timed:
+    """A store whose writer's stopwatch is the fake clock, run a round at a time. Worker a has a lease of *lease_s*."""
+
+    def __init__(self, path: str, lease_s: int) -> None:
+        self.clock = FakeClock()
+        self.commit_s = 0.0
+        self.store = Store(path, self.clock, lambda: self.clock.tick)
+        self.store.call(taskfarm.register_worker("a", "node", 1, lease_s))
+        self.store.connection.set_trace_callback(self.wait_for_the_disk)
+        self.store.awake = self.clock.tick
+
+    def wait_for_the_disk(self, statement: str) -> None:
+        if statement == "COMMIT":
+            self.clock.pass_time(self.commit_s)
+
+    def round(self, *operations: Operation) -> None:
+        self.store.submit(list(operations))
+        self.store._round(0.0)
+
+    def passing(self, seconds: float) -> Operation:
+        """An operation that takes so long."""
+        return Operation(lambda *_: self.clock.pass_time(seconds), (), True)
+
+    def rounds_until_it_expires(self, *operations: Operation) -> int:
+        for number in range(30):
+            if self.store.sql.workers_by_id[1].state == taskfarm.EXPIRED:   # type: ignore[union-attr]
+                return number
+            self.round(*operations)
+        return 30
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> Iterator[Timed]:
+    timed = Timed(str(tmp_path / "f"), 10)
+    yield timed
+    assert timed.store.call(taskfarm.check()) == []
+    timed.store.close()
+
+
+def test_long_batches_are_not_taken_for_a_process_that_was_stopped(timed: Timed) -> None:
+    timed.store.call(taskfarm.register_worker("b", "node", 1, 3))
+    for _ in range(40):     # of six at a time, each of which takes as much as a transaction may
+        timed.round(*[timed.passing(taskfarm.BATCH_S)] * 6, taskfarm.beat("a"))
+    assert timed.store.sql.workers["b"].state == taskfarm.EXPIRED
+    assert timed.store.sql.workers["a"].state == taskfarm.ALIVE
+
+
+def test_a_process_that_was_stopped_gives_everybody_a_whole_lease(timed: Timed) -> None:
+    for _ in range(5):
+        timed.clock.pass_time(6)    # between two rounds, when nobody can be heard
+        timed.round(timed.passing(0.0))
+    assert timed.store.sql.workers["a"].state == taskfarm.ALIVE
+    timed.clock.pass_time(0.5)
+    assert timed.rounds_until_it_expires(timed.passing(0.5)) in range(18, 23), "10 s later"
+
+
+def test_a_writer_that_was_woken_late_gives_everybody_a_whole_lease(timed: Timed) -> None:
+    began = timed.clock.tick
+    timed.store.awake = timed.clock.tick = began + 9.0
+    timed.store._notice_stop(began + 4.0, patience_s=4.5)
+    assert timed.store.sql.leases.ends[1] == began + 10, "half a second is not late"
+    timed.store._notice_stop(began + 4.0, patience_s=3.5)
+    assert timed.store.sql.leases.ends[1] == began + 19
+
+
+def test_a_disk_that_is_slow_is_not_taken_for_a_process_that_was_stopped(timed: Timed) -> None:
+    timed.commit_s = 2.0
+    assert timed.rounds_until_it_expires(timed.passing(0.01)) in (5, 6, 7), "the lease of 10 s ends all the same"
+
+
+def test_a_disk_that_hangs_for_long_ends_no_lease(timed: Timed) -> None:
+    timed.commit_s = taskfarm.LOOK_S + 1
+    assert timed.rounds_until_it_expires(timed.passing(0.01)) == 30
+
+
+# Nobody holds up anybody: in counts, with a clock that moves whenever it is looked at.
+
+def test_a_transaction_ends_when_its_time_is_over_and_the_rest_follows_in_order(store: Direct) -> None:
+    run = make_run(store, 200)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S / 2
+    operations = [taskfarm.claim(run, "w") for _ in range(100)]
+    ended, transactions = store.store.apply(operations), 1
+    while len(ended) < 100:
+        assert len(ended) in range(8 * transactions, 16 * transactions + 1)
+        ended += store.store.apply([])
+        transactions += 1
+    assert [named for named, _ in ended] == operations
+    assert [shown.number for _, shown in ended] == list(range(100))
+
+
+@pytest.mark.parametrize("what", ["claim", "beat", "sign off", "report"])
+def test_what_takes_long_is_done_in_slices_and_short_ones_that_came_later_are_answered_first(
+        store: Direct, what: str) -> None:
+    run, other = a_run(store, 20000), make_run(store, 100)
+    take_batch(store, run, "a", taskfarm.MOST_TASKS)
+    if what == "beat":
+        store.pass_time(101)
+    reports = [Report(number, None, taskfarm.DONE, None, None, None, number) for number in range(5000)]
+    long, rounds_wanted = {
+        "claim": (taskfarm.claim_many(run, "b", 10000), range(1, 2)), "beat": (taskfarm.beat("a"), range(50, 60)),
+        "sign off": (taskfarm.sign_off("a"), range(50, 60)),
+        "report": (taskfarm.report_many(run, "a", reports), range(5, 10))}[what]
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S       # each look at the clock ends a slice
+    ended, rounds = store.store.apply([long]), 0
+    while long not in [named for named, _ in ended]:
+        short = taskfarm.claim(other, "w")
+        before, ended = rows_changed(store), store.store.apply([short])
+        assert ended[0][0] is short, "it came later"
+        assert rows_changed(store) - before <= max(taskfarm.REPORTS_SLICE, 11 * taskfarm.SLICE) + 10
+        rounds += 1
+    assert rounds in rounds_wanted
+    store.clock.step_s = 0
+    held = store.ask("GET", "/api/worker/a")[1]["held"]
+    assert held == {"claim": 10000, "beat": 10000, "sign off": 0, "report": 5000}[what]
+
+
+def rows_changed(store: Direct) -> int:
+    return int(store.store.connection.total_changes)
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/restart?all=True"), ("DELETE", "")])
+def test_a_small_restart_ends_beside_large_ones(store: Direct, method: str, path: str) -> None:
+    large, small = [make_run(store, 9000) for _ in range(2)], a_run(store, 10)
+    for run, worker in zip(large, "ab"):
+        take_batch(store, run, worker, 9000)
+    take_batch(store, small, "c", 10)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = 1.0
+    for run in [*large, small]:
+        assert store.ask(method if run != small else "POST", "/api/runs/" + run + (
+            path if run != small else "/restart?all=True"))[0] == 204
+    claiming = taskfarm.claim(small, "w")
+    ended, turns = store.store.apply([claiming]), 0
+    while not ended:
+        store.store.turn()
+        ended = store.store.apply([])
+        turns += 1
+    assert turns <= 9 and ended[0][1].number == 0
+    assert len(store.store.sweeps) == 2, "the large ones go on"
+    store.clock.step_s = 0.0
+    store.settle()
+
+
+def test_a_heartbeat_is_answered_before_the_restart_of_a_run_in_which_tasks_lapsed(store: Direct) -> None:
+    run, other = a_run(store, 4000), make_run(store, 4000)
+    for each in (run, other):
+        take_batch(store, each, "a", 4000)
+    store.pass_time(101)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S
+    assert store.ask("POST", "/api/runs/%s/restart" % run)[0] == 204
+    beating = taskfarm.beat("a")
+    ended, rounds = store.store.apply([beating]), 0
+    while not ended:
+        ended = store.store.apply([])
+        rounds += 1
+    assert store.store.sweeps and ended[0][1].held == 4000 and rounds < 50
+    store.clock.step_s = 0.0
+    store.settle()
+
+
+class Cost(NamedTuple):
+    statements: int
+    steps: int          # of SQLite's machine, in tens
+    calls: int          # of Python functions
+
+
+def cost_of(store: Direct, named: Callable[[], Operation]) -> Cost:
+    """What an operation costs, the second time: the first one looks rows up."""
+    counts = Counter()      # type: Counter[str]
+
+    def step() -> int:
+        counts["steps"] += 1
+        return 0
+    store.store.call(named())
+    again, connection = named(), store.store.connection
+    connection.set_trace_callback(lambda _: counts.update(["statements"]))
+    connection.set_progress_handler(step, 10)
+    sys.setprofile(lambda *_: counts.update(["calls"]))
+    try:
+        store.store.call(again)
+    finally:
+        sys.setprofile(None)
+        connection.set_progress_handler(None, 0)
+        connection.set_trace_callback(None)
+    return Cost(counts["statements"], counts["steps"], counts["calls"])
+
+
+def enlarge(store: Direct, workers: int, run: str) -> None:
+    """So many more workers with a lease, each with a task of that run."""
+    store.store.connection.executemany(
+        "INSERT INTO worker (uuid, hostname, pid, created, lease, heard) VALUES (?, 'node', 1, 0, 86400, 1.7e9)",
+        [("more-%d-%d" % (workers, number),) for number in range(workers)])
+    store.restart_server()
+    claims = [taskfarm.claim(run, "more-%d-%d" % (workers, number)) for number in range(workers)]
+    assert all(isinstance(outcome, taskfarm.ShownTask) for outcome in store.store.call_all(claims))
+
+
+def test_no_request_costs_more_in_a_large_farm(store: Direct) -> None:
+    other, run, empty = make_run(store, 30000), a_run(store, 1200), a_run(store, 1200)
+    take_batch(store, empty, "c", 1100)
+    take_batch(store, empty, "a", 100)
+    take(store, run, "a")
+    cases: Dict[str, Callable[[], Operation]] = {
+        "partial restart": lambda: taskfarm.restart_run(run, taskfarm.RESTART),
+        "full restart": lambda: taskfarm.restart_run(run, taskfarm.RESTART_ALL),
+        "claim in vain": lambda: taskfarm.claim(empty, "a"),
+        "batch in vain": lambda: taskfarm.claim_many(empty, "a", 5),
+        "heartbeat": lambda: taskfarm.beat("a"), "workers": lambda: taskfarm.list_workers(False, 10, 0),
+        "registration": lambda: taskfarm.register_worker("a", "node-a", 1, 100)}
+    costs: List[Dict[str, Cost]] = []
+    for size in (20, 20000):
+        enlarge(store, size, other)
+        costs.append({name: cost_of(store, named) for name, named in cases.items()})
+        store.settle()
+    for name in cases:
+        small, large = costs[0][name], costs[1][name]
+        assert large.statements <= small.statements, name
+        assert large.steps <= small.steps * 1.2 + 10 and large.calls <= small.calls * 1.2 + 10, (name, small, large)
+
+
+def test_no_request_about_a_worker_costs_more_when_it_holds_much(store: Direct) -> None:
+    run = a_run(store, 200000)
+    enlist(store, *("w%d" % number for number in range(200)))
+    cases: Dict[str, Callable[[], Operation]] = {
+        "heartbeat": lambda: taskfarm.beat("c"), "worker": lambda: taskfarm.read_worker("c", 1, 0),
+        "workers": lambda: taskfarm.list_workers(True, 1000, 0), "claim": lambda: taskfarm.claim(run, "c")}
+    costs: List[Dict[str, Cost]] = []
+    for tasks in (10, 100000):
+        with store.store._transaction("BEGIN IMMEDIATE") as (sql, now):
+            worker = taskfarm.find_worker(sql, "c")
+            taskfarm.take_untouched(sql, taskfarm.find_run(sql, run), worker, tasks)
+        costs.append({name: cost_of(store, named) for name, named in cases.items()})
+    assert beat(store, "c")[0] == 100014
+    for name in cases:
+        small, large = costs[0][name], costs[1][name]
+        assert large.statements == small.statements and abs(large.steps - small.steps) <= 3, (name, small, large)
+        assert abs(large.calls - small.calls) <= 10, (name, small, large)
+
+
+@pytest.mark.parametrize("method, path, left", [
+    ("POST", "/restart?all=True", 0), ("POST", "/restart", 0), ("DELETE", "", 0),
+    ("POST", "/restart?status=failed", 3000)])
+def test_a_worker_shows_at_once_what_a_restart_or_a_deletion_takes_from_it(
+        store: Direct, method: str, path: str, left: int) -> None:
+    run, other = a_run(store, 3000), make_run(store, 2)
+    take_batch(store, run, "c", 3000)
+    take(store, other, "c")
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = 1.0
+    assert store.ask(method, "/api/runs/" + run + path)[0] == 204
+    assert store.store.sweeps, "rows are still to follow"
+    status, shown = store.ask("GET", "/api/worker/c?limit=1000")
+    listed, after = shown["data"], shown["next"]
+    while after:
+        page = store.ask("GET", "/api/worker/c?limit=1000&after=" + after)[1]
+        listed, after = listed + page["data"], page["next"]
+    assert shown["held"] == len(listed) == left + 1
+    assert {task["run"] for task in listed} == ({run, other} if left else {other})
+    assert [worker["held"] for worker in walk(store, "/api/workers") if worker["uuid"] == "c"] == [left + 1]
+    store.clock.step_s = 0.0
+    store.settle()
+    assert len(walk(store, "/api/worker/c", "limit=1000")) == left + 1
+
+
 # Failures
 
 def test_a_failure_is_final_unless_said_otherwise(store: Direct) -> None:
@@ -3195,6 +3640,17 @@ def test_of_claims_the_last_key_of_each_worker_is_remembered(store: Direct) -> N
         assert take_batch(store, run, "a", 3, "3") == [2, 3, 4]
         beat(store, "b")
     assert figures(store, run)[:3] == (4, 4, 1)
+
+
+def test_an_earlier_key_of_a_worker_is_not_answered_with_what_a_later_one_was_given(store: Direct) -> None:
+    run = a_run(store, 9)
+    assert [take(store, run, "a", key)["task"] for key in ("1", "2", "2", "1", "1", "2")] == [0, 1, 1, 2, 2, 3]
+    assert [take_batch(store, run, "b", 1, key) for key in ("3", "4", "3")] == [[4], [5], [6]]
+    store.ask("DELETE", "/api/worker/a")
+    enlist(store, "a", lease=100)
+    assert take(store, run, "a", "2")["attempt"] == 2, "who has signed off begins anew"
+    store.restart_server()
+    assert take_batch(store, run, "b", 1, "3") == [6] and take_batch(store, run, "b", 1, "4") != [5]
 
 
 def test_claims_that_gave_nothing_and_refusals_are_not_remembered(store: Direct) -> None:
