@@ -1384,10 +1384,10 @@ class StoreMachine(Machine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
-    max_examples=8 if QUICK else 40, stateful_step_count=30, **machine_settings)   # type: ignore[arg-type]
+    max_examples=8 if QUICK else 25, stateful_step_count=30, **machine_settings)   # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", range(3 if QUICK else 60))
+@pytest.mark.parametrize("seed", range(3 if QUICK else 40))
 def test_long_lives_agree_with_the_model(seed: int) -> None:
     """The same rules with plain dice, which meet the same few tasks far more often than a search for small failures."""
     dice, machine = random.Random(seed), StoreMachine()
@@ -1499,8 +1499,7 @@ def test_task_ids_are_never_used_again(store: Direct) -> None:
 def test_requests_for_a_run_wait_while_it_is_swept_and_others_do_not(tmp_path: Path) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))    # each slice uses up its time
     run, other = make_run(direct, 3000), make_run(direct, 10)
-    for number in range(3000):
-        report(direct, run, number, status="done")
+    direct.store.call_all([done_by_nobody(run, number) for number in range(3000)])
     store = direct.store
     read, claim_other = taskfarm.read_run(run), taskfarm.claim(other, "w")
     ended = store.apply([taskfarm.restart_run(run, "restart all"), read, claim_other])
@@ -1521,8 +1520,8 @@ def test_requests_for_a_run_wait_while_it_is_swept_and_others_do_not(tmp_path: P
 def test_a_sweep_that_a_crash_cut_short_is_ended_at_the_next_start(tmp_path: Path, method: str, path: str) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
     run = make_run(direct, 1200)
-    for number in range(0, 1200, 2):
-        report(direct, run, number, status="computing", percentCompleted=50)
+    direct.store.call_all([taskfarm.report(run, None, Report(number, None, taskfarm.COMPUTING, FULL // 2))
+                           for number in range(0, 1200, 2)])
     assert direct.ask(method, "/api/runs/" + run + path)[0] == 204
     assert direct.store.sweeps, "some rows are still to follow"
     direct.restart_server()
@@ -1780,8 +1779,7 @@ def test_a_sweep_that_fails_is_said_and_refuses_its_run_alone(store: Direct, cap
 def test_a_full_disk_does_not_park_readers_of_a_run_that_is_being_restarted(tmp_path: Path) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
     run = make_run(direct, 2000)
-    for number in range(2000):
-        report(direct, run, number, status="done")
+    direct.store.call_all([done_by_nobody(run, number) for number in range(2000)])
     direct.ask("POST", "/api/runs/%s/restart?all=True" % run)
     direct.store._note_trouble("the disk is full")
     direct.store.try_again = 1e9
@@ -3018,7 +3016,7 @@ def test_a_transaction_ends_when_its_time_is_over_and_the_rest_follows_in_order(
         assert len(ended) in range(8 * transactions, 16 * transactions + 1)
         ended += store.store.apply([])
         transactions += 1
-    assert [named for named, _ in ended] == operations
+    assert transactions >= 100 // 16 and [named for named, _ in ended] == operations
     assert [shown.number for _, shown in ended] == list(range(100))
 
 
