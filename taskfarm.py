@@ -846,8 +846,8 @@ class Leases:
 
     def drop(self, worker_id: int) -> None:
         """The worker has no lease that runs."""
-        self.ends.pop(worker_id, None)
-        self.spans.pop(worker_id, None)
+        for memory in (self.spans, self.ends, self.entries):
+            memory.pop(worker_id, None)
 
     def runs(self, worker_id: int, now: Now) -> bool:
         """Whether that worker has a lease that runs."""
@@ -861,16 +861,12 @@ class Leases:
         """A worker whose lease has ended by that tick; the same again until it is dropped, heard or postponed."""
         while self.due and self.due[0][0] <= tick:
             entry, worker_id = self.due[0]
-            end = self.ends.get(worker_id, math.inf)
             if self.entries.get(worker_id) != entry:
                 heapq.heappop(self.due)
-            elif end <= tick:
+            elif self.ends[worker_id] <= tick:
                 return worker_id
-            elif end == math.inf:
-                heapq.heappop(self.due)
-                del self.entries[worker_id]
             else:
-                self.entries[worker_id] = end
+                self.entries[worker_id] = end = self.ends[worker_id]
                 heapq.heapreplace(self.due, (end, worker_id))
         return None
 
@@ -1108,6 +1104,12 @@ class Transaction:
         self.workers[worker.uuid] = self.workers_by_id[worker.id] = worker
         return worker
 
+    def forget_worker(self, worker_id: int) -> None:
+        """The worker's row is gone."""
+        worker = self.workers_by_id.pop(worker_id, None)
+        if worker is not None:
+            del self.workers[worker.uuid]
+
     def flush(self) -> None:
         """Write the runs that have changed."""
         for run in self.changed.values():
@@ -1134,7 +1136,7 @@ class Transaction:
             self.forget_rows()
 
     def forget_rows(self) -> None:
-        """Have runs, workers and tasks looked up again; not within an operation that has hold of one."""
+        """Have runs, workers and tasks looked up again; not within a transaction, which may have changed some."""
         for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id, self.held):
             memory.clear()
 
@@ -2155,18 +2157,20 @@ def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str,
     if (worker.lease, worker.state) != (lease, ALIVE):
         worker.lease, worker.state, worker.heard = lease, ALIVE, heard
         save_worker(sql, worker)
-    if lease is None:
-        sql.after_commit(functools.partial(sql.leases.drop, worker.id))
     renew_lease(sql, now, worker)
+    # Also when its lease is as long as before: a sign-off of this very transaction drops it after the commit.
+    sql.after_commit(functools.partial(sql.leases.begin, worker.id, lease, now.tick))
     return worker.snapshot()
 
 
 @read_operation
-def beat(sql: Transaction, now: Now, worker_uuid: str) -> Union[Continue, ShownWorker]:
+def beat(sql: Transaction, now: Now, worker_uuid: str, hold: int = LAPSED,
+         last_id: int = 0) -> Union[Continue, ShownWorker]:
     """The worker lives: renew its lease, and give it back what has lapsed and nobody claimed since.
 
     Writes only if something has, and nothing while the disk takes no writes: the lease is renewed
-    all the same. Raises NotFound, and Conflict when it has signed off.
+    all the same. Raises NotFound, and Conflict when it has signed off. *hold* and *last_id*: how far the slices
+    before have come.
     """
     worker = find_worker(sql, worker_uuid)
     refuse_signed_off(worker)
@@ -2179,18 +2183,16 @@ def beat(sql: Transaction, now: Now, worker_uuid: str) -> Union[Continue, ShownW
         WHERE worker = ? AND hold >= 3 AND hold <= 4
         LIMIT ?""", worker.id, SMALL + 1)
     sql.takes_long(len(lapsed_ids))
-    if lapsed_ids and not take_back(sql, worker):
-        return Continue((worker_uuid,))
-    return shown_worker(sql, now, worker)
+    reached = take_back(sql, worker, hold, last_id) if lapsed_ids else None
+    return shown_worker(sql, now, worker) if reached is None else Continue((worker_uuid, *reached))
 
 
-def take_back(sql: Transaction, worker: Worker) -> bool:
-    """Let a worker hold again what lapsed, while there is time; True when that is all.
+def take_back(sql: Transaction, worker: Worker, hold: int, last_id: int) -> Optional[Tuple[int, int]]:
+    """Let a worker hold again what lapsed, while there is time, by hold and id; how far that came, None if to the end.
 
     Tasks of a run that is being restarted are passed over.
     """
-    for hold in (LAPSED, LOST):
-        last_id = 0
+    while hold <= LOST:
         while True:
             tasks = sql.tasks("SELECT " + TASK_COLUMNS + """
                 FROM task INDEXED BY task_held
@@ -2202,10 +2204,11 @@ def take_back(sql: Transaction, worker: Worker) -> bool:
                     change_many(sql, run, [(task, taken_back(task)) for task in part])
             if len(tasks) < SLICE:
                 break
-            if sql.over():
-                return False
             last_id = tasks[-1].id
-    return True
+            if sql.over():
+                return hold, last_id
+        hold, last_id = hold + 1, 0
+    return None
 
 
 def by_run(sql: Transaction, tasks: Sequence[Task]) -> List[Tuple[Run, List[Task]]]:
@@ -2378,8 +2381,7 @@ def forget_workers(sql: Transaction, now: Now) -> bool:
     for worker_id in gone:
         forget_claim(sql, worker_id)
         sql.execute("DELETE FROM worker WHERE id = ?", (worker_id,))
-    if gone:
-        sql.forget_rows()
+        sql.forget_worker(worker_id)
     return len(gone) == SLICE
 
 
@@ -2414,14 +2416,17 @@ class Sweep:
     SLICE = 500         # rows between two looks at the clock
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run = run                  # as it was marked: never changed, so that nothing need be undone
         self.kind = str(run.sweep)
-        self.begin()
+        self.reached = self.on_disk = run.first_id      # rows with lower ids have followed, and their commit is over
 
-    def begin(self) -> None:
-        """Begin, or begin anew when the transaction was rolled back."""
-        self.run.sweep = self.kind
-        self.reached = self.run.first_id
+    def settle(self) -> None:
+        """The transaction is on the disk."""
+        self.on_disk = self.reached
+
+    def roll_back(self) -> None:
+        """Go on from what is on the disk."""
+        self.reached = self.on_disk
 
     def step(self, sql: Transaction) -> bool:
         """Do one slice; True when it was the last."""
@@ -2439,8 +2444,9 @@ class Sweep:
             sql.execute("DELETE FROM run WHERE id = ?", (run.id,))
             sql.runs_by_id.pop(run.id, None)
         else:
-            run.sweep = None
-            sql.changed[run.id] = sql.keep_run(run)
+            free = run.snapshot()
+            free.sweep = None
+            sql.changed[run.id] = sql.keep_run(free)
             sql.execute("DELETE FROM spared WHERE run = ?", (run.id,))
         return True
 
@@ -2765,13 +2771,16 @@ Outcomes = List[Tuple[Operation, Any]]      # operations that have ended, with t
 class Store:
     """The file, and the one connection to it.
 
-    *path*: the database file, made when it is not there. *clock*: gives a Now.
+    *path*: the database file, made when it is not there. *clock*: gives a Now. *stopwatch*: seconds that pass for
+    the writer itself, by which it knows that it was stopped.
     Until `start` the methods are for one thread; from then on others use `submit` and `call`.
     Raises Refusal when the file is not ours to open; nothing has been touched then.
     """
-    def __init__(self, path: str, clock: Callable[[], Now] = system_clock) -> None:
+    def __init__(self, path: str, clock: Callable[[], Now] = system_clock,
+                 stopwatch: Callable[[], float] = time.monotonic) -> None:
         self.path = path = os.path.realpath(path)       # SQLite keeps the log beside the file, not beside a link to it
         self.clock = clock
+        self.stopwatch = stopwatch
         self.short: "deque[Operation]" = deque()        # wait for the next transaction
         self.large: "deque[Operation]" = deque()        # take long: each has a slice in its turn
         self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
@@ -2780,7 +2789,7 @@ class Store:
         self.chore_at = 0.0                             # the tick of the next look for workers to forget
         self.unsaved_starts = 0                         # the number of this start, where a full disk did not take it
         self.heard_until = 0.0                          # requests that came by that tick have all been run
-        self.awake = time.monotonic()                   # when the writer last took operations in
+        self.awake = stopwatch()                        # when the writer last took operations in
         self.disk_s = 0.0                               # waited for the disk since: a slow one is no stop
         self.queue: "queue.SimpleQueue[Optional[List[Operation]]]" = queue.SimpleQueue()
         self.stopping = False
@@ -2893,7 +2902,7 @@ class Store:
             patience_s = 0.0
         elif patience_s is None:
             patience_s = self._idle_s()
-        began = time.monotonic()
+        began = self.stopwatch()
         try:
             batch = next_from(self.queue, patience_s)
             while batch is not None:
@@ -2911,7 +2920,7 @@ class Store:
 
         No round of the writer takes STOPPED_S, nor is it woken so late, unless the process does not run.
         """
-        woken = time.monotonic()
+        woken = self.stopwatch()
         late_s = 0.0 if patience_s is None else woken - began - patience_s
         if max(late_s, began - self.awake - self.disk_s) > STOPPED_S or self.disk_s > LOOK_S:
             self.sql.leases.renew_all(self.clock().tick)
@@ -2989,8 +2998,10 @@ class Store:
             return refused + self._transact(self._next(taken))
         except Exception as error:
             trouble = disk_trouble(error)
-            if trouble is None:
-                return refused + (self._one_by_one(taken) if len(taken) > 1 else [(taken[0], error)])
+            if trouble is None and len(taken) > 1:
+                return refused + self._one_by_one(taken)
+            if trouble is None:     # where BEGIN itself fails, nothing was taken
+                return refused + [(named, error) for named in taken or [(self.short or self.large).popleft()]]
         self._note_trouble(trouble)
         return refused + self._only_read(taken, trouble)
 
@@ -3016,13 +3027,16 @@ class Store:
     def _one_by_one(self, taken: List[Operation]) -> Outcomes:
         """Run operations again, each in a transaction of its own."""
         ended: Outcomes = []
-        for named in taken:
+        for at, named in enumerate(taken):
             self.sql.begin_slice(SLICE_S, large=named.large)
             try:
                 ended += self._transact([named])
             except Exception as error:
                 trouble = disk_trouble(error)
-                ended += self._only_read([named], trouble) if trouble else [(named, error)]
+                if trouble:
+                    self._note_trouble(trouble)
+                    return ended + self._only_read(taken[at:], trouble)
+                ended.append((named, error))
         return ended
 
     def _only_read(self, batch: List[Operation], trouble: str) -> Outcomes:
@@ -3082,14 +3096,14 @@ class Store:
         try:
             yield sql, self.clock()
             sql.flush()
-            began = time.monotonic()
+            began = self.stopwatch()
             sql.execute("COMMIT")
-            self.disk_s += time.monotonic() - began
+            self.disk_s += self.stopwatch() - began
         except BaseException:
             sql.roll_back()
             self.sweeps = deque(sweeps)
             for sweep in sweeps:
-                sweep.begin()
+                sweep.roll_back()
             if self.connection.in_transaction:      # a full disk has ended it already
                 sql.execute("ROLLBACK")
             raise
@@ -3148,6 +3162,7 @@ class Store:
         sweep = self.sweeps.popleft()
         if not sweep.step(sql):
             self.sweeps.append(sweep)
+        sql.after_commit(sweep.settle)
         return bool(self.sweeps)
 
     def _expire(self, sql: Transaction, now: Now, tick: float) -> bool:

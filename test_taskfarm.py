@@ -2,7 +2,9 @@
 
     Helpers             a farm on port 0 in a temporary directory, one line to call it, a plain model of it
     Contract            documentation, layers and the standard-library rule hold
-    Store               the model against the store (hypothesis), large runs in slices, files that are refused
+    Rules               what may become of a task, by itself (hypothesis)
+    Store               the model against the store (hypothesis), statements over many tasks against the rules, memory
+                        after a rollback, large runs in slices, files that are refused
     Login               passwords, tokens, what is remembered and what is revoked
     HTTP                refusals as a table, what is one request and what the next, bodies in slices
     Server              raw sockets: turns, pipelines, resets, silence, buffers, the access log
@@ -30,6 +32,7 @@ import fcntl
 import hmac
 import http.client
 import io
+import itertools
 import json
 import os
 import pwd
@@ -50,9 +53,10 @@ import termios
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -60,7 +64,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 import taskfarm
-from taskfarm import Farm, FarmError, Now, Operation, Refusal, Service, Store, User
+from taskfarm import (
+    Farm, FarmError, Limits, Now, Operation, Refusal, Report, Service, Store, Task, User, is_complete, is_held)
 
 MODULE = Path(taskfarm.__file__)
 HERE = MODULE.parent
@@ -1283,6 +1288,160 @@ def test_python_3_6_gets_one_sentence() -> None:
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs Python 3.9" in done.stderr
 
 
+# ---------------------------------------------------------------- RULES
+# The rules by themselves: what may become of a task, against the contract's promises and the CHECKs of the table.
+
+RESTARTS = [taskfarm.RESTART, taskfarm.RESTART_ALL, taskfarm.RESTART_FAILED]
+
+
+def some_report(dice: random.Random, number: int = 0) -> Report:
+    """What a client might say of a task."""
+    status = dice.choice([None, taskfarm.WAITING, taskfarm.COMPUTING, taskfarm.DONE, taskfarm.FAILED])
+    blame = (dice.choice([None, 1]), dice.choice([None, "why"])) if status == taskfarm.FAILED else (None, None)
+    return Report(number, None, status, dice.choice([None, None, 0, FULL // 3, FULL]), *blame,
+                  dice.choice([None, None, 700]))
+
+
+class Life:
+    """One task to which one thing after another happens, and what must hold of it each time."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = dice = random.Random(seed)
+        self.limits = Limits(dice.randint(0, 3), dice.randint(0, 3))
+        self.by_claims = dice.random() < 0.5        # nobody reports without naming a claim
+        self.task = Task(5)
+        self.now_ms = 10 ** 12
+        self.table = sqlite3.connect(":memory:", isolation_level=None)
+        for statement in taskfarm.statements(taskfarm.SCHEMA[0]):
+            self.table.execute(statement)
+
+    def go_on(self) -> None:
+        """Let one thing happen that may happen to the task as it is."""
+        task, dice = self.task, self.dice
+        self.now_ms += dice.randint(0, 5)
+        events = [self.restart]
+        if task.status == taskfarm.WAITING:
+            events += [self.claim] * 8
+        if task.hold is not None:
+            events += [self.report] * 4
+        if is_held(task):
+            events += [self.lapse] * 3 + [self.give_up]
+        if task.hold in (taskfarm.LAPSED, taskfarm.LOST):
+            events += [self.take_back] * 3
+        if not self.by_claims:
+            events += [self.overrule] * 2
+        self.task = after = dice.choice(events)()
+        assert after.id == task.id and after.attempt >= task.attempt, "the attempt of a task never falls"
+        self.promises_hold()
+
+    def claim(self) -> Task:
+        worker, started = self.dice.randint(1, 3), self.dice.choice([None, self.now_ms])
+        after = taskfarm.claimed(self.task, worker, started)
+        assert (is_held(after), after.worker, after.attempt) == (True, worker, self.task.attempt + 1)
+        return after
+
+    def report(self) -> Task:
+        report, task = some_report(self.dice), self.task
+        late = report.status in (None, taskfarm.COMPUTING)
+        if task.hold not in (taskfarm.ENDED_DONE, taskfarm.ENDED_FAILED, taskfarm.ENDED_WAITING):
+            assert taskfarm.is_news(task, report, task.hold, "w")
+            after = taskfarm.reported(task, report, self.limits, self.now_ms)
+            assert after.status == taskfarm.COMPUTING if late else not is_held(after)
+        elif late or taskfarm.ENDED[report.status or 0] == task.hold:
+            assert not taskfarm.is_news(task, report, task.hold, "w"), "a report that comes again counts once"
+            return task
+        else:
+            with pytest.raises(taskfarm.Conflict):
+                taskfarm.is_news(task, report, task.hold, "w")
+            return task
+        assert late or not taskfarm.is_news(after, report, after.hold, "w"), "the very report that has ended the claim"
+        assert (after.worker, after.attempt) == (task.worker, task.attempt)
+        return after
+
+    def overrule(self) -> Task:
+        after = taskfarm.overruled(self.task, some_report(self.dice), self.limits, self.now_ms)
+        assert not is_held(after)
+        return after
+
+    def lapse(self) -> Task:
+        after = taskfarm.lapsed(self.task, self.limits, self.now_ms)
+        assert not is_held(after) and taskfarm.taken_back(after) == self.task, "the worker has it back as it was"
+        assert after.losses == self.task.losses + (self.task.hold == taskfarm.STARTED)
+        return after
+
+    def give_up(self) -> Task:
+        after = taskfarm.given_up(self.task)
+        assert after == self.task._replace(status=taskfarm.WAITING, hold=taskfarm.GIVEN_UP), "and it is no loss"
+        return after
+
+    def take_back(self) -> Task:
+        after = taskfarm.taken_back(self.task)
+        assert is_held(after) and self.task.losses - after.losses in (0, 1)
+        return after
+
+    def restart(self) -> Task:
+        which, spared = self.dice.choice(RESTARTS), self.dice.random() < 0.5
+        return taskfarm.restarted(self.task, which, spared)
+
+    def promises_hold(self) -> None:
+        task, limits = self.task, self.limits
+        row = task._replace(run=1)
+        self.table.execute("INSERT OR REPLACE INTO task (%s) VALUES (%s)" % (
+            taskfarm.TASK_COLUMNS, ", ".join("?" * len(row))), row)     # raises where a CHECK does not hold
+        assert Task._make(self.table.execute(taskfarm.TASK_BY_ID, (task.id,)).fetchone()) == row
+        if is_held(task):
+            assert task.status == taskfarm.COMPUTING and task.worker
+            assert (task.hold == taskfarm.STARTED) == (task.started is not None)
+        if task.status == taskfarm.COMPUTING:
+            assert task.finished is None and (is_held(task) or not self.by_claims), "somebody computes it"
+        if task.status in (taskfarm.DONE, taskfarm.FAILED):
+            assert task.finished is not None
+        if self.by_claims:
+            for number, most in ((task.failures, limits.failures), (task.losses, limits.losses)):
+                assert not most or number < most or number == most and task.status == taskfarm.FAILED
+        for which in RESTARTS:
+            for spared in (False, True):
+                once = taskfarm.restarted(task, which, spared)
+                assert taskfarm.restarted(once, which, spared) == once, "twice is once"
+                assert once == task or once.status == taskfarm.WAITING and not once.failures and not once.losses
+        assert not is_complete(task) or taskfarm.restarted(task, taskfarm.RESTART, False) == task
+        assert taskfarm.restarted(task, taskfarm.RESTART_ALL, True) == Task(
+            task.id, task.run, worker=task.worker, attempt=task.attempt,
+            hold=None if (task.hold or 0) <= taskfarm.GIVEN_UP else task.hold), "every task, to 0 percent"
+
+
+@given(seed=st.integers(0, 2 ** 32), events=st.integers(500, 1500))
+@settings(max_examples=5 if QUICK else 30, deadline=None, database=None)
+def test_whatever_happens_to_a_task_the_promises_hold(seed: int, events: int) -> None:
+    life = Life(seed)
+    for _ in range(events):
+        life.go_on()
+    life.table.close()
+
+
+def every_task() -> Iterator[Task]:
+    """A task in each state that the table allows, of workers 1 and 2, with and without what may be NULL."""
+    for status, hold in itertools.product(range(4), [None, *range(1, 9)]):
+        allowed = range(4) if hold is None or hold > 5 else [1] if hold <= 2 else [0, 3]
+        if status in allowed:
+            for millionths, blame, started, finished, said, worker in itertools.product(
+                    [0, FULL // 3, FULL], [(0, 0), (1, 0), (0, 1), (2, 2)], [None, 10 ** 12], [None, 10 ** 12 + 5],
+                    [(None, None), (3, "why")], [1, 2]):
+                yield Task(0, 1, status, millionths, worker, 3, hold, *blame, started, finished, *said)
+
+
+def test_every_task_stands_for_all_that_the_table_allows() -> None:
+    table, seen = sqlite3.connect(":memory:"), set()
+    table.executescript(taskfarm.SCHEMA[0])
+    for status, hold in itertools.product(range(-1, 6), [None, *range(10)]):
+        with contextlib.suppress(sqlite3.IntegrityError):
+            table.execute("INSERT INTO task (run, worker, attempt, status, hold) VALUES (1, 1, 1, ?, ?)",
+                          (status, hold))
+            seen.add((status, hold))
+    assert seen == {(task.status, task.hold) for task in every_task()}
+    table.close()
+
+
 # ---------------------------------------------------------------- STORE
 
 class StoreMachine(Machine):
@@ -1302,10 +1461,10 @@ class StoreMachine(Machine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(
-    max_examples=8 if QUICK else 40, stateful_step_count=30, **machine_settings)   # type: ignore[arg-type]
+    max_examples=8 if QUICK else 25, stateful_step_count=30, **machine_settings)   # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", range(3 if QUICK else 60))
+@pytest.mark.parametrize("seed", range(3 if QUICK else 40))
 def test_long_lives_agree_with_the_model(seed: int) -> None:
     """The same rules with plain dice, which meet the same few tasks far more often than a search for small failures."""
     dice, machine = random.Random(seed), StoreMachine()
@@ -1417,8 +1576,7 @@ def test_task_ids_are_never_used_again(store: Direct) -> None:
 def test_requests_for_a_run_wait_while_it_is_swept_and_others_do_not(tmp_path: Path) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))    # each slice uses up its time
     run, other = make_run(direct, 3000), make_run(direct, 10)
-    for number in range(3000):
-        report(direct, run, number, status="done")
+    direct.store.call_all([done_by_nobody(run, number) for number in range(3000)])
     store = direct.store
     read, claim_other = taskfarm.read_run(run), taskfarm.claim(other, "w")
     ended = store.apply([taskfarm.restart_run(run, "restart all"), read, claim_other])
@@ -1439,8 +1597,8 @@ def test_requests_for_a_run_wait_while_it_is_swept_and_others_do_not(tmp_path: P
 def test_a_sweep_that_a_crash_cut_short_is_ended_at_the_next_start(tmp_path: Path, method: str, path: str) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
     run = make_run(direct, 1200)
-    for number in range(0, 1200, 2):
-        report(direct, run, number, status="computing", percentCompleted=50)
+    direct.store.call_all([taskfarm.report(run, None, Report(number, None, taskfarm.COMPUTING, FULL // 2))
+                           for number in range(0, 1200, 2)])
     assert direct.ask(method, "/api/runs/" + run + path)[0] == 204
     assert direct.store.sweeps, "some rows are still to follow"
     direct.restart_server()
@@ -1698,8 +1856,7 @@ def test_a_sweep_that_fails_is_said_and_refuses_its_run_alone(store: Direct, cap
 def test_a_full_disk_does_not_park_readers_of_a_run_that_is_being_restarted(tmp_path: Path) -> None:
     direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
     run = make_run(direct, 2000)
-    for number in range(2000):
-        report(direct, run, number, status="done")
+    direct.store.call_all([done_by_nobody(run, number) for number in range(2000)])
     direct.ask("POST", "/api/runs/%s/restart?all=True" % run)
     direct.store._note_trouble("the disk is full")
     direct.store.try_again = 1e9
@@ -1861,6 +2018,337 @@ def test_a_copy_made_under_load_holds_what_changed_meanwhile(tmp_path: Path) -> 
     assert copy.ended == copy.DONE and len(steps) > 3
     with contextlib.closing(Direct(copy.path, FakeClock())) as copied:
         assert copied.wrong() == [] and figures(copied, run) == figures(direct, run)
+    direct.close()
+
+
+# Statements over many tasks make of each what the rule makes of it. Rows are written straight into the file, inside a
+# transaction that is rolled back.
+
+class Undone(Exception):
+    """A trial is over."""
+
+
+class Trial:
+    """An open transaction in which a run is made as a test wants it. The farm has workers 1 (leased), 2 and 3 (not)."""
+
+    def __init__(self, sql: taskfarm.Transaction, now: Now) -> None:
+        self.sql, self.now = sql, now
+
+    def do(self, named: Operation) -> Any:
+        """Run an operation until it has ended."""
+        outcome = named.function(self.sql, self.now, *named.args)
+        while isinstance(outcome, taskfarm.Continue):
+            outcome = named.function(self.sql, self.now, *outcome.args)
+        return outcome
+
+    def plant(self, tasks: List[Optional[Task]], limits: Limits = Limits()) -> List[Task]:  # noqa: B008
+        """A run of these tasks; None is one never touched. Gives them with their ids."""
+        self.do(taskfarm.create_run("r", len(tasks), None, *limits))
+        self.run = run = self.sql.runs["r"]
+        planted = [Task(run.first_id + number) if task is None else task._replace(id=run.first_id + number, run=run.id)
+                   for number, task in enumerate(tasks)]
+        touched = [task for task in planted if task.run]
+        taskfarm.touch_each(self.sql, run, [task.id for task in touched])
+        self.sql.execute_many("INSERT INTO task (%s) VALUES (%s)" % (
+            taskfarm.TASK_COLUMNS, ", ".join("?" * len(Task._fields))), touched)
+        run.counts = [sum(task.status == status for task in planted) for status in range(4)]
+        run.millionths = sum(task.millionths for task in planted)
+        run.num_complete = sum(map(is_complete, planted))
+        for task in touched:
+            if is_held(task):
+                self.sql.holds.add(run.id, task.worker or 0, 1)
+        self.sql.changed[run.id] = run
+        self.promises_hold()
+        return planted
+
+    def rows(self) -> List[Task]:
+        """All tasks of the run."""
+        found = {task.id: task for task in self.sql.tasks("SELECT " + taskfarm.TASK_COLUMNS + " FROM task")}
+        return [found.get(task_id) or Task(task_id) for task_id in range(self.run.first_id, self.run.end_id)]
+
+    def promises_hold(self) -> None:
+        assert taskfarm.check().function(self.sql, self.now) == []
+
+    def sweep(self) -> None:
+        """Let the rows of a restart follow."""
+        sweep = taskfarm.Sweep(self.run)
+        while not sweep.step(self.sql):
+            pass
+        self.run = self.sql.runs["r"]
+
+
+@contextlib.contextmanager
+def trial_of(store: Direct) -> Iterator[Trial]:
+    with contextlib.suppress(Undone), store.store._transaction("BEGIN IMMEDIATE") as (sql, now):
+        sql.begin_slice(taskfarm.BATCH_S, large=True)
+        yield Trial(sql, now)
+        raise Undone
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Direct]:
+    """A farm for trials."""
+    direct = Direct(str(tmp_path_factory.mktemp("trials") / "farm.sqlite"), FakeClock())
+    enlist(direct, "a", lease=100)
+    enlist(direct, "b", "c")
+    yield direct
+    direct.close()
+
+
+WORKERS = {1: "a", 2: "b", 3: "c"}
+NOW_MS = int(1.7e12)
+HELD_BY = {worker: [task for task in every_task() if is_held(task) and task.worker == worker] for worker in (1, 2)}
+a_task = st.one_of(st.none(), st.sampled_from(list(every_task())))
+some_tasks = st.lists(a_task, min_size=1, max_size=12)
+some_limits = st.builds(Limits, st.integers(0, 3), st.integers(0, 3))
+many_trials = settings(max_examples=20 if QUICK else 150, deadline=None, database=None,
+                       suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("which", RESTARTS)
+def test_a_sweep_makes_of_each_task_what_the_rule_makes_of_it(trials: Direct, which: str) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task(), None])
+        expected = [taskfarm.restarted(task, which, task.worker == 1) for task in planted]
+        trial.do(taskfarm.restart_run("r", which))
+        seen = [trial.do(taskfarm.read_task("r", number)).task for number in range(len(planted))]
+        assert seen == expected, "at once"
+        assert trial.sql.holds.number(1) == sum(is_held(task) and task.worker == 1 for task in expected)
+        trial.sweep()
+        assert trial.rows() == expected
+        trial.promises_hold()
+
+
+def test_batches_of_claims_and_single_ones_make_of_each_task_what_the_rule_makes_of_it(trials: Direct) -> None:
+    tasks = [*every_task(), None, None, None, Task(0, 1, taskfarm.DONE), None]
+    for count, singly in ((5000, False), (700, False), (700, True)):
+        with trial_of(trials) as trial:
+            planted = trial.plant(tasks)
+            waiting = [task for task in planted if task.status == taskfarm.WAITING][:count]
+            started = NOW_MS if singly else None
+            expected = {task.id: taskfarm.claimed(task, 3, started)._replace(run=trial.run.id) for task in waiting}
+            given = ([trial.do(taskfarm.claim("r", "c")) for _ in range(count)] if singly else
+                     trial.do(taskfarm.claim_many("r", "c", count)))
+            assert trial.rows() == [expected.get(task.id, task) for task in planted]
+            assert [(shown.task.id, shown.task.attempt) if singly else (trial.run.first_id + shown[0], shown[1])
+                    for shown in given] == [(task.id, task.attempt) for task in expected.values()], "the lowest first"
+            assert trial.sql.holds.number(3) == len(expected)
+            trial.promises_hold()
+
+
+@pytest.mark.parametrize("limits", [Limits(1, 0), Limits(0, 1), Limits(0, 3)], ids=str)
+def test_what_becomes_of_all_that_a_worker_holds_is_what_the_rule_makes_of_each(trials: Direct, limits: Limits) -> None:
+    def ours(task: Task) -> bool:
+        return is_held(task) and task.worker == 1
+
+    for ending, becomes in [
+            (lambda trial: taskfarm.expire(trial.sql, trial.now, 1),
+             lambda task: taskfarm.lapsed(task, limits, NOW_MS)),
+            (lambda trial: trial.do(taskfarm.sign_off("a")), taskfarm.given_up)]:
+        with trial_of(trials) as trial:
+            planted = trial.plant([None, *every_task()], limits)
+            ending(trial)
+            assert trial.rows() == [becomes(task) if ours(task) else task for task in planted]
+            assert trial.sql.holds.number(1) == 0 and trial.sql.holds.number(2) > 0
+            trial.promises_hold()
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task()], limits)
+        trial.do(taskfarm.beat("a"))
+        assert trial.rows() == [
+            taskfarm.taken_back(task) if task.worker == 1 and task.hold in (taskfarm.LAPSED, taskfarm.LOST) else task
+            for task in planted]
+        trial.promises_hold()
+
+
+@given(tasks=some_tasks, limits=some_limits, dice=dices, percent=st.sampled_from([None, 0, 7, FULL]),
+       attempt=st.sampled_from([None, 3, 3, 2]))
+@many_trials
+def test_done_for_consecutive_tasks_is_what_the_rule_makes_of_each(
+        trials: Direct, tasks: List[Optional[Task]], limits: Limits, dice: random.Random, percent: Optional[int],
+        attempt: Optional[int]) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant([
+            dice.choice(HELD_BY[1] if dice.random() < 0.95 else [task, *HELD_BY[2]]) for task in tasks], limits)
+        reports = [Report(number, attempt, taskfarm.DONE, percent) for number in range(len(tasks))]
+        all_held = attempt != 2 and all(is_held(task) and task.worker == 1 for task in planted)
+        worker = taskfarm.find_worker(trial.sql, "a")
+        assert all_held == taskfarm.finish_span(trial.sql, trial.now, trial.run, worker, reports[0], reports[-1])
+        assert trial.rows() == [taskfarm.reported(task, said, limits, NOW_MS) if all_held else task
+                                for task, said in zip(planted, reports)]
+        trial.promises_hold()
+
+
+@given(tasks=some_tasks, limits=some_limits, dice=dices, by=st.sampled_from([None, "a", "b", "unknown"]))
+@many_trials
+def test_a_batch_of_reports_comes_to_what_single_ones_come_to(
+        trials: Direct, tasks: List[Optional[Task]], limits: Limits, dice: random.Random, by: Optional[str]) -> None:
+    reports = [some_report(dice, number)._replace(attempt=dice.choice([None, None, 3, 2]))
+               for number in range(len(tasks)) if dice.random() < 0.9]
+    if reports and dice.random() < 0.5:     # alike, as those of a batch mostly are, and of tasks that the worker holds
+        status = dice.choice([reports[0].status, taskfarm.DONE])
+        reports = [reports[0]._replace(number=said.number, status=status, exit_code=None, message=None)
+                   for said in reports]
+        tasks = [task if dice.random() < 0.05 else dice.choice(HELD_BY[2 if by == "b" else 1]) for task in tasks]
+    ends: List[Any] = []
+    for batched in (True, False):
+        with trial_of(trials) as trial:
+            trial.plant(tasks, limits)
+            if batched:
+                accepted, refused = trial.do(taskfarm.report_many("r", by, list(reports)))
+            else:
+                refused = []
+                for said in reports:
+                    try:
+                        trial.do(taskfarm.report("r", by, said))
+                    except FarmError as error:
+                        refused.append((said.number, str(error)))
+                accepted = len(reports) - len(refused)
+            trial.promises_hold()
+            ends.append((accepted, sorted(refused), trial.rows(), trial.run.row(), dict(trial.sql.holds.totals)))
+    assert ends[0] == ends[1]
+
+
+@given(befores=st.lists(a_task, min_size=1, max_size=12), dice=dices)
+@many_trials
+def test_many_changes_at_once_come_to_what_single_ones_come_to(
+        trials: Direct, befores: List[Optional[Task]], dice: random.Random) -> None:
+    possible = list(every_task())
+    ends: List[Any] = []
+    afters = [dice.choice([*possible[:1], task, dice.choice(possible)]) for task in befores]
+    for batched in (True, False):
+        with trial_of(trials) as trial:
+            planted = trial.plant(befores)
+            changes = [(before, before if after is None else after._replace(id=before.id, run=before.run))
+                       for before, after in zip(planted, afters)]
+            changes = [(before, after._replace(worker=before.worker) if is_held(before) and is_held(after) else after)
+                       for before, after in changes]    # nobody claims what another holds
+            revisions = {key: trial.sql.leases.revision_of(key) for key in WORKERS}
+            if batched:
+                taskfarm.change_many(trial.sql, trial.run, changes)
+            for before, after in [] if batched else changes:
+                taskfarm.change(trial.sql, trial.run, before, after)
+            assert trial.rows() == [after._replace(run=trial.run.id) for _, after in changes]
+            trial.promises_hold()
+            taken = {before.worker for before, after in changes if is_held(before) and not is_held(after)
+                     and (after.hold is None or after.hold < taskfarm.GIVEN_UP)}
+            risen = {key for key, old in revisions.items() if trial.sql.leases.revision_of(key) > old}
+            assert risen == taken
+            ends.append((trial.run.row(), trial.sql.holds.by_run, dict(trial.sql.holds.totals)))
+    assert ends[0] == ends[1]
+
+
+# What is remembered between transactions, and what becomes of it when one is rolled back.
+
+def remembered(store: Store) -> Dict[str, Any]:
+    """What the writer remembers, but for copies of rows and for when workers were heard."""
+    sql = store.sql
+    return {"spans": dict(sql.leases.spans), "holds": {run: dict(workers) for run, workers in sql.holds.by_run.items()},
+            "totals": dict(sql.holds.totals), "users": dict(sql.users), "copy": sql.copy,
+            "sweeps": sorted((sweep.run.row(), sweep.reached) for sweep in store.sweeps)}
+
+
+def memory_agrees_with_the_file(store: Store) -> None:
+    sql = store.sql
+    assert not (sql.changed or sql.begun or sql.effects or sql.holds.journal)
+    for kind, rows in ((taskfarm.Run, [*sql.runs.values(), *sql.runs_by_id.values()]),
+                       (taskfarm.Worker, [*sql.workers.values(), *filter(None, sql.workers_by_id.values())])):
+        table = kind.__name__.lower()
+        for row in rows:
+            stored = kind(sql.one("SELECT %s FROM %s WHERE id = ?" % (kind.COLUMNS, table), row.id))
+            for name in kind.__slots__:
+                assert getattr(row, name) == getattr(stored, name) or name == "shown", (table, name)
+    for task in sql.held.values():
+        assert task == taskfarm.Task._make(sql.one(taskfarm.TASK_BY_ID, task.id))
+    leased = dict(sql.all("SELECT id, lease FROM worker WHERE state = 0 AND lease IS NOT NULL"))
+    assert sql.leases.spans == leased
+    assert set(sql.leases.ends) == set(sql.leases.entries) == set(leased)
+    assert taskfarm.count_holds(sql).by_run == sql.holds.by_run
+    assert sql.holds.totals == taskfarm.count_holds(sql).totals
+    assert sql.claim_keys in (None, dict(sql.all("SELECT key, worker FROM last_claim")))
+    assert list(sql.users.values()) == taskfarm.every_user(sql)
+    assert sorted((sweep.run.id, sweep.kind) for sweep in store.sweeps) == sql.all(
+        "SELECT id, sweep FROM run WHERE sweep IS NOT NULL ORDER BY id")
+
+
+def some_operation(dice: random.Random, runs: List[str]) -> Operation:
+    """Something that a client or a keeper may ask for."""
+    run, worker, new = dice.choice(runs[-4:]), dice.choice("abcd"), "%x" % dice.getrandbits(64)
+    if dice.random() < 0.03:
+        runs.append(new)
+        return taskfarm.create_run(new, 9)
+    key = dice.choice([None, taskfarm.IdempotencyKey(bytes([dice.randrange(6)]) * 16, (worker + run).encode())])
+    reports = [some_report(dice, number)._replace(attempt=None) for number in range(4)]
+    return dice.choice([
+        lambda: taskfarm.register_worker(worker, "node", 1, dice.choice([None, 5, 5, 100])),
+        lambda: taskfarm.sign_off(worker),
+        lambda: taskfarm.beat(worker),
+        lambda: taskfarm.claim(run, worker, key),
+        lambda: taskfarm.claim_many(run, worker, dice.randint(1, 5), key),
+        lambda: taskfarm.report(run, dice.choice([None, worker, worker]), reports[dice.randrange(4)]),
+        lambda: taskfarm.report_many(run, dice.choice([None, worker, worker]), reports),
+        lambda: taskfarm.restart_run(run, dice.choice(RESTARTS)),
+        lambda: taskfarm.delete_run(run) if dice.random() < 0.3 else taskfarm.read_run(run),
+        lambda: taskfarm.list_runs(0, 10),
+        lambda: taskfarm.answer_once(taskfarm.IdempotencyKey(bytes([dice.randrange(6, 9)]) * 16, b"r"),
+                                     taskfarm.create_run(new, 9), lambda _: (201, b"")),
+        lambda: taskfarm.add_user("eve", "hash"), lambda: taskfarm.set_password("eve", "other"),
+        lambda: taskfarm.remove_user("eve"), lambda: taskfarm.begin_copy("1"), taskfarm.probe])()
+
+
+def failing(named: Operation, error: Exception) -> Operation:
+    """The operation, and an error when it has done all."""
+    def function(sql: Any, now: Now) -> None:
+        named.function(sql, now, *named.args)
+        raise error
+    return Operation(function, (), named.reads)
+
+
+@pytest.mark.parametrize("seed", range(3 if QUICK else 30))
+def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(taskfarm.Sweep, "SLICE", 2)
+    for name in ("SMALL", "SLICE", "REPORTS_SLICE"):
+        monkeypatch.setattr(taskfarm, name, 2)
+    dice, clock = random.Random(seed), FakeClock(step_s=taskfarm.BATCH_S * 0.3)
+    direct = Direct(str(tmp_path / "f"), clock)
+    store, runs = direct.store, ["first", "second", "third"]
+    pending: Set[Operation] = set()
+    store.apply([taskfarm.create_run(run, 12) for run in runs])
+    for _ in range(150):
+        clock.pass_time(dice.choice([0, 0, 0, 1, 3, 6]))
+        batch = [some_operation(dice, runs) for _ in range(dice.randint(1, 3))]
+        before, ends = remembered(store), dict(store.sql.leases.ends)
+        alone = not (store.short or store.large or store.refused)
+        failure = dice.choice(["", "", "", "fault", "full disk", "full disk in a turn"])
+        if failure == "fault":
+            batch = [failing(batch[0], ZeroDivisionError())]
+        with full_disk(1000) if failure.startswith("full disk") else contextlib.nullcontext():
+            if failure == "full disk in a turn":
+                batch = []
+                store.turn()
+            ended = store.apply(batch)
+        failed = alone and [type(outcome) for _, outcome in ended] == [ZeroDivisionError]
+        if failed or store.sql.trouble:
+            copies = [outcome for _, outcome in ended if isinstance(outcome, taskfarm.Copy)]    # needs no write
+            assert remembered(store) == dict(before, copy=[*copies, before["copy"]][0])
+            assert all(store.sql.leases.ends[worker] >= end for worker, end in ends.items())
+        memory_agrees_with_the_file(store)
+        if store.sql.trouble:
+            clock.pass_time(taskfarm.RETRY_S)
+            batch.append(taskfarm.probe())
+            ended += store.apply(batch[-1:])
+            assert not store.sql.trouble
+        pending |= set(batch)
+        for named, outcome in ended:
+            pending.remove(named)
+            assert not isinstance(outcome, Exception) or isinstance(outcome, (FarmError, ZeroDivisionError)), outcome
+        if dice.random() < 0.3:
+            store.turn()
+            memory_agrees_with_the_file(store)
+        assert pending == {*store.short, *store.large, *(named for _, named in store.parked),
+                           *(named for named, _ in store.refused)}, "each is answered, and once"
+    clock.step_s = 0
+    direct.settle()
     direct.close()
 
 
@@ -2347,6 +2835,446 @@ def test_a_claim_in_vain_says_when_to_ask_again(store: Direct) -> None:
     assert pause() is not None
 
 
+def register(farm: Any, worker: str, lease: Optional[int]) -> int:
+    """The status of a registration."""
+    body = {"uuid": worker, "hostname": "node-" + worker, "pid": 1}
+    return int(farm.ask("POST", "/api/worker", body if lease is None else dict(body, lease=lease))[0])
+
+
+@pytest.mark.parametrize("lease_s, wanted_s", [(None, 5), (100, 5), (5, 100), (100, None)])
+def test_a_registration_that_a_full_disk_refuses_changes_no_lease(
+        store: Direct, lease_s: Optional[int], wanted_s: Optional[int]) -> None:
+    run = a_run(store, 1)
+    assert register(store, "a", lease_s) == 201
+    take(store, run, "a")
+    with full_disk(1000):
+        assert register(store, "a", wanted_s) == 503
+    store.pass_time((lease_s or 1000) - 1)
+    assert look(store, run) == ("computing", 1)
+    store.pass_time(2)
+    assert look(store, run)[0] == ("computing" if lease_s is None else "waiting")
+
+
+@pytest.mark.parametrize("first", [taskfarm.sign_off("a"), taskfarm.register_worker("a", "node-a", 1, None)],
+                         ids=["sign off", "no lease"])
+def test_a_registration_in_the_transaction_that_ended_the_lease_begins_another(store: Direct, first: Operation) -> None:
+    run = a_run(store, 1)
+    again = Operation(first.function, first.args, False), taskfarm.register_worker("a", "node-a", 1, 100)
+    store.store.call_all([*again, taskfarm.claim(run, "a")])
+    store.pass_time(99)
+    assert look(store, run) == ("computing", 1)
+    store.pass_time(2)
+    assert look(store, run) == ("waiting", 1) and worker_state(store, "a") == "expired"
+
+
+def test_a_clock_that_was_a_year_ahead_and_is_set_right_forgets_nobody(tmp_path: Path) -> None:
+    clock, year_s = FakeClock(), 365 * 86400.0
+    direct = Direct(str(tmp_path / "f"), clock)
+    enlist(direct, "before")
+    clock.utc += year_s
+    direct.restart_server()
+    enlist(direct, "ahead")
+    assert direct.ask("PUT", "/api/worker/before")[0] == 200
+    clock.utc -= year_s
+    enlist(direct, "after")
+    for restarted in (False, True):
+        if restarted:
+            direct.restart_server()
+        for _ in range(3):
+            for worker in ("before", "ahead", "after"):
+                assert direct.ask("PUT", "/api/worker/" + worker)[0] == 200
+            clock.pass_time(taskfarm.CHORE_S)
+            direct.pass_time(1)
+    direct.close()
+
+
+def test_workers_are_forgotten_beside_tasks_that_come_back(tmp_path: Path) -> None:
+    """One transaction of the writer: two leases end, and somebody is forgotten between them."""
+    clock = FakeClock(step_s=1e-4)
+    direct = Direct(str(tmp_path / "f"), clock)
+    run = a_run(direct, 4)
+    for worker in "ab":
+        enlist(direct, worker, lease=86400)
+        take(direct, run, worker)
+    enlist(direct, "silent")
+    for _ in range(30):
+        clock.pass_time(86000)
+        assert beat(direct, "a")[0] == beat(direct, "b")[0] == 1
+    clock.pass_time(2 * 86400)
+    direct.store.turn()
+    assert figures(direct, run)[:3] == (4, 0, 0)
+    assert direct.ask("PUT", "/api/worker/silent")[0] == 404 and direct.ask("PUT", "/api/worker/a")[0] == 200
+    direct.close()
+
+
+def test_a_sweep_that_ended_in_a_transaction_that_was_rolled_back_spoils_no_figure(tmp_path: Path) -> None:
+    """Between the end of the sweep and the rollback a lease ends, and changes the figures of the same run."""
+    clock = FakeClock(step_s=1e-4)
+    direct = Direct(str(tmp_path / "f"), clock)
+    run = a_run(direct, 9)
+    enlist(direct, "d", lease=105)
+    take(direct, run, "a"), take(direct, run, "d")
+    clock.pass_time(90)
+    assert direct.store.apply([taskfarm.restart_run(run, taskfarm.RESTART)])[0][1] is None
+    for _ in range(2):      # the second time nothing is left to be swept but the mark
+        clock.pass_time(20)
+        with full_disk(1000):
+            direct.store.turn()
+        assert direct.store.sql.trouble
+    for _ in range(3):      # who had to wait for the restart is tried again after a second
+        direct.pass_time(20)
+    assert figures(direct, run)[:3] == (9, 0, 0)
+    direct.close()
+
+
+def test_a_rollback_of_others_sends_no_sweep_back(tmp_path: Path) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
+    run, other = make_run(direct, 3000), make_run(direct, 1)
+    while figures(direct, run)[0]:
+        take_batch(direct, run, "w", 3000)
+    direct.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    direct.store.turn()
+    (sweep,) = direct.store.sweeps
+    reached = sweep.reached
+    assert reached > sweep.run.first_id
+    with full_disk(1000):
+        assert report(direct, other, 0, status="done") == 503
+    assert sweep.reached == reached
+    direct.clock.pass_time(taskfarm.RETRY_S)
+    direct.close()
+
+
+def test_an_operation_is_answered_also_where_no_transaction_can_begin(store: Direct) -> None:
+    run = make_run(store, 1)
+    store.store.connection.execute("BEGIN")     # so that another is refused
+    (_, outcome), = store.store.apply([taskfarm.claim(run, "w")])
+    assert isinstance(outcome, sqlite3.Error)
+    store.store.connection.execute("ROLLBACK")
+    assert claim(store, run) == (201, 0)
+
+
+def begun_writes(store: Direct) -> List[str]:
+    """The transactions that are begun for writing from here on."""
+    begun: List[str] = []
+    store.store.connection.set_trace_callback(
+        lambda statement: begun.append(statement) if statement == "BEGIN IMMEDIATE" else None)
+    return begun
+
+
+def test_on_a_full_disk_one_write_a_second_is_tried_and_memory_is_kept(store: Direct) -> None:
+    run = a_run(store, 200)
+    take_batch(store, run, "a", 100)
+    begun = begun_writes(store)
+    with full_disk(1000):
+        for second in range(1, 4):
+            known = set()
+            for number in range(20):
+                assert report(store, run, number, worker_uuid="a", status="done") == 503
+                assert store.ask("GET", "/readyz")[0] == 503 and figures(store, run)[1] == 100
+                assert beat(store, "a")[0] == 100
+                store.store.turn()
+                known.add((store.store.sql.runs[run], store.store.sql.workers["a"]))
+            assert (len(begun), len(known)) == (second, 1), "looked up again once a second"
+            assert isinstance(store.clock, FakeClock)
+            store.clock.pass_time(taskfarm.RETRY_S)
+    assert report(store, run, 0, worker_uuid="a", status="done") == 204
+
+
+def test_after_a_fault_the_rest_of_the_batch_tries_a_full_disk_once(store: Direct) -> None:
+    run = make_run(store, 9)
+    begun = begun_writes(store)
+    batch = [*(done_by_nobody(run, number) for number in range(5)), taskfarm.read_run(run)]
+    with full_disk(1000):
+        ended = store.store.apply([*batch, failing(taskfarm.probe(), ZeroDivisionError())])
+    assert [type(outcome).__name__ for _, outcome in ended] == ["Unavailable"] * 6 + ["Run"]
+    assert len(begun) == 2 and store.store.sql.trouble, "all together, then the first alone"
+
+
+def test_a_lease_of_changing_length_leaves_few_entries(store: Direct) -> None:
+    run = a_run(store, 1)
+    take(store, run, "b")
+    for number in range(1000):
+        register(store, "a", (5, 86400, 300, 7)[number % 4])
+        store.pass_time(0.01)
+    for number in range(300):
+        enlist(store, "w%d" % number, lease=86400)
+        assert store.ask("DELETE", "/api/worker/w%d" % number)[0] == 204
+    leases = store.store.sql.leases
+    assert len(leases.due) <= 2 * len(leases.entries) + 65 and len(leases.entries) == 2
+    register(store, "a", 7)
+    store.pass_time(8)
+    assert worker_state(store, "a") == "expired" and worker_state(store, "b") == "alive"
+    store.pass_time(100)
+    assert worker_state(store, "b") == "expired" and not leases.entries
+
+
+class Timed:
+    """A store whose writer's stopwatch is the fake clock, run a round at a time. Worker a has a lease of *lease_s*."""
+
+    def __init__(self, path: str, lease_s: int) -> None:
+        self.clock = FakeClock()
+        self.commit_s = 0.0
+        self.store = Store(path, self.clock, lambda: self.clock.tick)
+        self.store.call(taskfarm.register_worker("a", "node", 1, lease_s))
+        self.store.connection.set_trace_callback(self.wait_for_the_disk)
+        self.store.awake = self.clock.tick
+
+    def wait_for_the_disk(self, statement: str) -> None:
+        if statement == "COMMIT":
+            self.clock.pass_time(self.commit_s)
+
+    def round(self, *operations: Operation) -> None:
+        self.store.submit(list(operations))
+        self.store._round(0.0)
+
+    def passing(self, seconds: float) -> Operation:
+        """An operation that takes so long."""
+        return Operation(lambda *_: self.clock.pass_time(seconds), (), True)
+
+    def rounds_until_it_expires(self, *operations: Operation) -> int:
+        for number in range(30):
+            if self.store.sql.workers_by_id[1].state == taskfarm.EXPIRED:   # type: ignore[union-attr]
+                return number
+            self.round(*operations)
+        return 30
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> Iterator[Timed]:
+    timed = Timed(str(tmp_path / "f"), 10)
+    yield timed
+    assert timed.store.call(taskfarm.check()) == []
+    timed.store.close()
+
+
+def test_long_batches_are_not_taken_for_a_process_that_was_stopped(timed: Timed) -> None:
+    timed.store.call(taskfarm.register_worker("b", "node", 1, 3))
+    for _ in range(40):     # of six at a time, each of which takes as much as a transaction may
+        timed.round(*[timed.passing(taskfarm.BATCH_S)] * 6, taskfarm.beat("a"))
+    assert timed.store.sql.workers["b"].state == taskfarm.EXPIRED
+    assert timed.store.sql.workers["a"].state == taskfarm.ALIVE
+
+
+def test_a_process_that_was_stopped_gives_everybody_a_whole_lease(timed: Timed) -> None:
+    for _ in range(5):
+        timed.clock.pass_time(6)    # between two rounds, when nobody can be heard
+        timed.round(timed.passing(0.0))
+    assert timed.store.sql.workers["a"].state == taskfarm.ALIVE
+    timed.clock.pass_time(0.5)
+    assert timed.rounds_until_it_expires(timed.passing(0.5)) in range(18, 23), "10 s later"
+
+
+def test_a_writer_that_was_woken_late_gives_everybody_a_whole_lease(timed: Timed) -> None:
+    began = timed.clock.tick
+    timed.store.awake = timed.clock.tick = began + 9.0
+    timed.store._notice_stop(began + 4.0, patience_s=4.5)
+    assert timed.store.sql.leases.ends[1] == began + 10, "half a second is not late"
+    timed.store._notice_stop(began + 4.0, patience_s=3.5)
+    assert timed.store.sql.leases.ends[1] == began + 19
+
+
+def test_a_disk_that_is_slow_is_not_taken_for_a_process_that_was_stopped(timed: Timed) -> None:
+    timed.commit_s = 2.0
+    assert timed.rounds_until_it_expires(timed.passing(0.01)) in (5, 6, 7), "the lease of 10 s ends all the same"
+
+
+def test_a_disk_that_hangs_for_long_ends_no_lease(timed: Timed) -> None:
+    timed.commit_s = taskfarm.LOOK_S + 1
+    assert timed.rounds_until_it_expires(timed.passing(0.01)) == 30
+
+
+# Nobody holds up anybody: in counts, with a clock that moves whenever it is looked at.
+
+def test_a_transaction_ends_when_its_time_is_over_and_the_rest_follows_in_order(store: Direct) -> None:
+    run = make_run(store, 200)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S / 2
+    operations = [taskfarm.claim(run, "w") for _ in range(100)]
+    ended, transactions = store.store.apply(operations), 1
+    while len(ended) < 100:
+        assert len(ended) in range(8 * transactions, 16 * transactions + 1)
+        ended += store.store.apply([])
+        transactions += 1
+    assert transactions >= 100 // 16 and [named for named, _ in ended] == operations
+    assert [shown.number for _, shown in ended] == list(range(100))
+
+
+@pytest.mark.parametrize("what", ["claim", "beat", "sign off", "report"])
+def test_what_takes_long_is_done_in_slices_and_short_ones_that_came_later_are_answered_first(
+        store: Direct, what: str) -> None:
+    run, other = a_run(store, 20000), make_run(store, 100)
+    take_batch(store, run, "a", taskfarm.MOST_TASKS)
+    if what == "beat":
+        store.pass_time(101)
+    reports = [Report(number, None, taskfarm.DONE, None, None, None, number) for number in range(5000)]
+    long, rounds_wanted = {
+        "claim": (taskfarm.claim_many(run, "b", 10000), range(1, 2)), "beat": (taskfarm.beat("a"), range(50, 60)),
+        "sign off": (taskfarm.sign_off("a"), range(50, 60)),
+        "report": (taskfarm.report_many(run, "a", reports), range(5, 10))}[what]
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S       # each look at the clock ends a slice
+    ended, rounds = store.store.apply([long]), 0
+    while long not in [named for named, _ in ended]:
+        short = taskfarm.claim(other, "w")
+        before, ended = rows_changed(store), store.store.apply([short])
+        assert ended[0][0] is short, "it came later"
+        assert rows_changed(store) - before <= max(taskfarm.REPORTS_SLICE, 11 * taskfarm.SLICE) + 10
+        rounds += 1
+    assert rounds in rounds_wanted
+    store.clock.step_s = 0
+    held = store.ask("GET", "/api/worker/a")[1]["held"]
+    assert held == {"claim": 10000, "beat": 10000, "sign off": 0, "report": 5000}[what]
+
+
+def rows_changed(store: Direct) -> int:
+    return int(store.store.connection.total_changes)
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/restart?all=True"), ("DELETE", "")])
+def test_a_small_restart_ends_beside_large_ones(store: Direct, method: str, path: str) -> None:
+    large, small = [make_run(store, 9000) for _ in range(2)], a_run(store, 10)
+    for run, worker in zip(large, "ab"):
+        take_batch(store, run, worker, 9000)
+    take_batch(store, small, "c", 10)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = 1.0
+    for run in [*large, small]:
+        assert store.ask(method if run != small else "POST", "/api/runs/" + run + (
+            path if run != small else "/restart?all=True"))[0] == 204
+    claiming = taskfarm.claim(small, "w")
+    ended, turns = store.store.apply([claiming]), 0
+    while not ended:
+        store.store.turn()
+        ended = store.store.apply([])
+        turns += 1
+    assert turns <= 9 and ended[0][1].number == 0
+    assert len(store.store.sweeps) == 2, "the large ones go on"
+    store.clock.step_s = 0.0
+    store.settle()
+
+
+def test_a_heartbeat_is_answered_before_the_restart_of_a_run_in_which_tasks_lapsed(store: Direct) -> None:
+    run, other = a_run(store, 4000), make_run(store, 4000)
+    for each in (run, other):
+        take_batch(store, each, "a", 4000)
+    store.pass_time(101)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S
+    assert store.ask("POST", "/api/runs/%s/restart" % run)[0] == 204
+    beating = taskfarm.beat("a")
+    ended, rounds = store.store.apply([beating]), 0
+    while not ended:
+        ended = store.store.apply([])
+        rounds += 1
+    assert store.store.sweeps and ended[0][1].held == 4000 and rounds < 50
+    store.clock.step_s = 0.0
+    store.settle()
+
+
+class Cost(NamedTuple):
+    statements: int
+    steps: int          # of SQLite's machine, in tens
+    calls: int          # of Python functions
+
+
+def cost_of(store: Direct, named: Callable[[], Operation]) -> Cost:
+    """What an operation costs, the second time: the first one looks rows up."""
+    counts = Counter()      # type: Counter[str]
+
+    def step() -> int:
+        counts["steps"] += 1
+        return 0
+    store.store.call(named())
+    again, connection = named(), store.store.connection
+    connection.set_trace_callback(lambda _: counts.update(["statements"]))
+    connection.set_progress_handler(step, 10)
+    sys.setprofile(lambda *_: counts.update(["calls"]))
+    try:
+        store.store.call(again)
+    finally:
+        sys.setprofile(None)
+        connection.set_progress_handler(None, 0)
+        connection.set_trace_callback(None)
+    return Cost(counts["statements"], counts["steps"], counts["calls"])
+
+
+def enlarge(store: Direct, workers: int, run: str) -> None:
+    """So many more workers with a lease, each with a task of that run."""
+    store.store.connection.executemany(
+        "INSERT INTO worker (uuid, hostname, pid, created, lease, heard) VALUES (?, 'node', 1, 0, 86400, 1.7e9)",
+        [("more-%d-%d" % (workers, number),) for number in range(workers)])
+    store.restart_server()
+    claims = [taskfarm.claim(run, "more-%d-%d" % (workers, number)) for number in range(workers)]
+    assert all(isinstance(outcome, taskfarm.ShownTask) for outcome in store.store.call_all(claims))
+
+
+def test_no_request_costs_more_in_a_large_farm(store: Direct) -> None:
+    other, run, empty = make_run(store, 30000), a_run(store, 1200), a_run(store, 1200)
+    take_batch(store, empty, "c", 1100)
+    take_batch(store, empty, "a", 100)
+    take(store, run, "a")
+    cases: Dict[str, Callable[[], Operation]] = {
+        "partial restart": lambda: taskfarm.restart_run(run, taskfarm.RESTART),
+        "full restart": lambda: taskfarm.restart_run(run, taskfarm.RESTART_ALL),
+        "claim in vain": lambda: taskfarm.claim(empty, "a"),
+        "batch in vain": lambda: taskfarm.claim_many(empty, "a", 5),
+        "heartbeat": lambda: taskfarm.beat("a"), "workers": lambda: taskfarm.list_workers(False, 10, 0),
+        "registration": lambda: taskfarm.register_worker("a", "node-a", 1, 100)}
+    costs: List[Dict[str, Cost]] = []
+    for size in (20, 20000):
+        enlarge(store, size, other)
+        costs.append({name: cost_of(store, named) for name, named in cases.items()})
+        store.settle()
+    for name in cases:
+        small, large = costs[0][name], costs[1][name]
+        assert large.statements <= small.statements, name
+        assert large.steps <= small.steps * 1.2 + 10 and large.calls <= small.calls * 1.2 + 10, (name, small, large)
+
+
+def test_no_request_about_a_worker_costs_more_when_it_holds_much(store: Direct) -> None:
+    run = a_run(store, 200000)
+    enlist(store, *("w%d" % number for number in range(200)))
+    cases: Dict[str, Callable[[], Operation]] = {
+        "heartbeat": lambda: taskfarm.beat("c"), "worker": lambda: taskfarm.read_worker("c", 1, 0),
+        "workers": lambda: taskfarm.list_workers(True, 1000, 0), "claim": lambda: taskfarm.claim(run, "c")}
+    costs: List[Dict[str, Cost]] = []
+    for tasks in (10, 100000):
+        with store.store._transaction("BEGIN IMMEDIATE") as (sql, now):
+            worker = taskfarm.find_worker(sql, "c")
+            taskfarm.take_untouched(sql, taskfarm.find_run(sql, run), worker, tasks)
+        costs.append({name: cost_of(store, named) for name, named in cases.items()})
+    assert beat(store, "c")[0] == 100014
+    for name in cases:
+        small, large = costs[0][name], costs[1][name]
+        assert large.statements == small.statements and abs(large.steps - small.steps) <= 3, (name, small, large)
+        assert abs(large.calls - small.calls) <= 10, (name, small, large)
+
+
+@pytest.mark.parametrize("method, path, left", [
+    ("POST", "/restart?all=True", 0), ("POST", "/restart", 0), ("DELETE", "", 0),
+    ("POST", "/restart?status=failed", 3000)])
+def test_a_worker_shows_at_once_what_a_restart_or_a_deletion_takes_from_it(
+        store: Direct, method: str, path: str, left: int) -> None:
+    run, other = a_run(store, 3000), make_run(store, 2)
+    take_batch(store, run, "c", 3000)
+    take(store, other, "c")
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = 1.0
+    assert store.ask(method, "/api/runs/" + run + path)[0] == 204
+    assert store.store.sweeps, "rows are still to follow"
+    status, shown = store.ask("GET", "/api/worker/c?limit=1000")
+    listed, after = shown["data"], shown["next"]
+    while after:
+        page = store.ask("GET", "/api/worker/c?limit=1000&after=" + after)[1]
+        listed, after = listed + page["data"], page["next"]
+    assert shown["held"] == len(listed) == left + 1
+    assert {task["run"] for task in listed} == ({run, other} if left else {other})
+    assert [worker["held"] for worker in walk(store, "/api/workers") if worker["uuid"] == "c"] == [left + 1]
+    store.clock.step_s = 0.0
+    store.settle()
+    assert len(walk(store, "/api/worker/c", "limit=1000")) == left + 1
+
+
 # Failures
 
 def test_a_failure_is_final_unless_said_otherwise(store: Direct) -> None:
@@ -2792,6 +3720,17 @@ def test_of_claims_the_last_key_of_each_worker_is_remembered(store: Direct) -> N
         assert take_batch(store, run, "a", 3, "3") == [2, 3, 4]
         beat(store, "b")
     assert figures(store, run)[:3] == (4, 4, 1)
+
+
+def test_an_earlier_key_of_a_worker_is_not_answered_with_what_a_later_one_was_given(store: Direct) -> None:
+    run = a_run(store, 9)
+    assert [take(store, run, "a", key)["task"] for key in ("1", "2", "2", "1", "1", "2")] == [0, 1, 1, 2, 2, 3]
+    assert [take_batch(store, run, "b", 1, key) for key in ("3", "4", "3")] == [[4], [5], [6]]
+    store.ask("DELETE", "/api/worker/a")
+    enlist(store, "a", lease=100)
+    assert take(store, run, "a", "2")["attempt"] == 2, "who has signed off begins anew"
+    store.restart_server()
+    assert take_batch(store, run, "b", 1, "3") == [6] and take_batch(store, run, "b", 1, "4") != [5]
 
 
 def test_claims_that_gave_nothing_and_refusals_are_not_remembered(store: Direct) -> None:
