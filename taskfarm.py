@@ -204,18 +204,18 @@ REQUEST_S = 30.0                    # from first byte to whole request; to a fir
 ACCEPT_S = 0.25                     # a new connection is left alone so long, also at the descriptor limit
 DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
 BATCH_BODY_LIMIT = 4 * 1024 * 1024  # bytes of a body that holds a batch
-MOST_TASKS = 10000                  # of one batch, and held by one worker with a lease
+MAX_BATCH = 10000                  # of one batch, and held by one worker with a lease
 RETRY_S = 1.0                       # after a write that met a full disk, the next one is tried so much later
 LOGIN_MEMORY_S = 300.0              # a verified login is remembered so long
 REFUSAL_MEMORY_S = 10.0             # and a refused one
 TOKEN_DAYS = 365.0                  # the published client fetches one token and lives with it
-MOST_LEASE_S = 86400                # seconds
-LOOK_S = 5.0                        # with leases running, the writer looks at the clock at least this often
+MAX_LEASE_S = 86400                # seconds
+CLOCK_CHECK_S = 5.0                        # with leases running, the writer looks at the clock at least this often
 STOPPED_S = 1.0                     # it woke so much later than it asked to: the process was stopped
-MOST_ELAPSED_S = 10 ** 9            # seconds that a task may have taken
-PAUSE_S = 60                        # the most that Retry-After says
-MOST_TRIES = 1000                   # the largest maxFailures and maxLosses
-PAGE_TASKS, MOST_PAGE = 100, 1000   # entries of a page, unless told otherwise and at most
+MAX_ELAPSED_S = 10 ** 9            # seconds that a task may have taken
+MAX_RETRY_AFTER_S = 60                        # the most that Retry-After says
+MAX_TRIES = 1000                   # the largest maxFailures and maxLosses
+DEFAULT_PAGE, MAX_PAGE = 100, 1000   # entries of a page, unless told otherwise and at most
 PAGE_ROWS = 10000                   # rows looked at for a page: what is rare makes short pages, not slow ones
 MESSAGE_LIMIT = 2000                # characters of a failure's message
 KEY_LIMIT = 128                     # characters of an Idempotency-Key
@@ -223,7 +223,7 @@ KEY_MEMORY_S = 86400.0              # an answer is remembered so long,
 KEYS_REMEMBERED = 100000            # if no more than so many came since
 REPORTS_REMEMBERED = 8              # attempts of a task whose last report is known when it comes again
 WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten so long after it was heard last
-CHORE_S = 3600.0                    # between two looks for workers to forget
+FORGET_CHECK_S = 3600.0                    # between two looks for workers to forget
 DAY_S = 86400.0
 
 PROOF_LABEL = "taskfarm proof: "    # stands before a nonce that is signed; no key is made with it
@@ -1804,10 +1804,10 @@ def claimant(sql: Transaction, now: Now, worker_uuid: str) -> Worker:
 
 def room_for(sql: Transaction, worker: Worker) -> int:
     """How many tasks the worker may still claim. Raises Conflict when none."""
-    room = MOST_TASKS - sql.holds.number(worker.id)
+    room = MAX_BATCH - sql.holds.number(worker.id)
     if room <= 0:
         raise Conflict("worker %s holds %d tasks, and no worker more: report some first, or let some go"
-                       % (worker.uuid, MOST_TASKS))
+                       % (worker.uuid, MAX_BATCH))
     return room
 
 
@@ -2791,7 +2791,7 @@ class Store:
                 FROM worker INDEXED BY worker_living
                 WHERE state = 0 AND lease IS NOT NULL"""):
             self.sql.leases.begin(worker_id, lease, now.tick)
-        self.chore_at = now.tick + CHORE_S      # who is still there has been heard by then, whatever the clock says
+        self.chore_at = now.tick + FORGET_CHECK_S      # who is still there has been heard by then, whatever the clock says
 
     @property
     def users(self) -> Dict[str, User]:
@@ -2878,7 +2878,7 @@ class Store:
         """
         woken = time.monotonic()
         late_s = 0.0 if patience_s is None else woken - began - patience_s
-        if max(late_s, began - self.awake - self.disk_s) > STOPPED_S or self.disk_s > LOOK_S:
+        if max(late_s, began - self.awake - self.disk_s) > STOPPED_S or self.disk_s > CLOCK_CHECK_S:
             self.sql.leases.renew_all(self.clock().tick)
         self.awake, self.disk_s = woken, 0.0
 
@@ -2888,7 +2888,7 @@ class Store:
         if self.sweeps:     # the mark of a sweep is on the disk: go on at once
             wait = 0.0
         elif self.sql.leases.next_end() < math.inf:
-            wait = min(LOOK_S, max(0.0, self.sql.leases.next_end() - now))
+            wait = min(CLOCK_CHECK_S, max(0.0, self.sql.leases.next_end() - now))
         return None if wait == math.inf else max(wait, self.try_again - now, 0.0)
 
     def copy(self, copy: Copy, between: Callable[[], None]) -> None:
@@ -3134,7 +3134,7 @@ class Store:
         """Forget some workers; True when there may be more."""
         more = forget_workers(sql, now)
         if not more:
-            self.chore_at = now.tick + CHORE_S
+            self.chore_at = now.tick + FORGET_CHECK_S
         return more
 
     def _unpark(self) -> None:
@@ -4619,8 +4619,8 @@ def show_nothing_waiting(given: NothingWaiting) -> Reply:
     """None waits; when some may come back, the clients are spread over the time after."""
     if given.retry_s is None:
         return Reply(204)
-    wait_s = min(max(given.retry_s, 1.0), PAUSE_S * 0.75) * random.uniform(1.0, 4 / 3)
-    return Reply(204, headers=(("Retry-After", "%d" % min(math.ceil(wait_s), PAUSE_S)),))
+    wait_s = min(max(given.retry_s, 1.0), MAX_RETRY_AFTER_S * 0.75) * random.uniform(1.0, 4 / 3)
+    return Reply(204, headers=(("Retry-After", "%d" % min(math.ceil(wait_s), MAX_RETRY_AFTER_S)),))
 
 
 def show_page(page: Page, shown: Callable[[Any], Dict[str, Any]], head: Optional[Dict[str, Any]] = None) -> Reply:
@@ -4642,7 +4642,7 @@ def task_number(text: str) -> int:
     return int(text) if len(text) < 20 else 10 ** 20
 
 
-PAGE: Dict[str, Field] = {"limit": Count(1, MOST_PAGE, required=False), "after": Count(0, 2 ** 62, required=False)}
+PAGE: Dict[str, Field] = {"limit": Count(1, MAX_PAGE, required=False), "after": Count(0, 2 ** 62, required=False)}
 LONG_PAGE = 200         # entries that are shown in a thread of their own
 
 
@@ -4698,7 +4698,7 @@ def give_token(req: Request) -> Reply:
 
 @route("POST", "/api/run", body={
     "numTasks": Integer(1, MAX_TASKS), "name": Text(128, required=False),
-    "maxFailures": Integer(0, MOST_TRIES, required=False), "maxLosses": Integer(0, MOST_TRIES, required=False)})
+    "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False)})
 def new_run(req: Request) -> Operation:
     """Make a run.
 
@@ -4774,7 +4774,7 @@ def claim_task(req: Request, run: str) -> Operation:
     return claim(run, req.fields["worker_uuid"], req.farm.idempotency_key(req)).shown_as(show_claimed)
 
 
-@route("POST", "/api/runs/<run>/tasks", body={"worker_uuid": UUID, "count": Integer(1, MOST_TASKS)})
+@route("POST", "/api/runs/<run>/tasks", body={"worker_uuid": UUID, "count": Integer(1, MAX_BATCH)})
 def claim_tasks(req: Request, run: str) -> Operation:
     """Hand out up to count of the lowest waiting tasks; one is started when its worker reports `computing` or progress.
 
@@ -4793,7 +4793,7 @@ REPORT = {
     "percentCompleted": Percent(required=False),
     "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
     "message": Message(MESSAGE_LIMIT, required=False),
-    "elapsed": Seconds(MOST_ELAPSED_S, required=False)}
+    "elapsed": Seconds(MAX_ELAPSED_S, required=False)}
 
 
 def will_not_do(said: Report) -> Optional[str]:
@@ -4816,14 +4816,14 @@ def tasks_page(req: Request, run: str) -> Operation:
     errors: 404 no such run
     """
     query = req.query
-    limit = query.get("limit", PAGE_TASKS)
+    limit = query.get("limit", DEFAULT_PAGE)
     return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", "")).shown_as(
         show_page, task_json, long=limit > LONG_PAGE)
 
 
 @route("PUT", "/api/runs/<run>/tasks", body={
     "worker_uuid": Text(64, UUID_PATTERN, required=False),
-    "data": Entries(MOST_TASKS, dict({"task": Integer(0, MAX_TASKS - 1)}, **REPORT), Report, will_not_do)})
+    "data": Entries(MAX_BATCH, dict({"task": Integer(0, MAX_TASKS - 1)}, **REPORT), Report, will_not_do)})
 def report_tasks(req: Request, run: str) -> Operation:
     """Report the states of many tasks, each judged by itself.
 
@@ -4866,7 +4866,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
 
 
 @route("POST", "/api/worker", body={"uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID),
-                                    "lease": Integer(1, MOST_LEASE_S, required=False)})
+                                    "lease": Integer(1, MAX_LEASE_S, required=False)})
 def new_worker(req: Request) -> Operation:
     """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
 
@@ -4886,7 +4886,7 @@ def worker_info(req: Request, worker: str) -> Operation:
     200: the worker, "revision", "data": [{"run", task fields but worker and hostname}, ...], "next"
     errors: 404 no such worker
     """
-    limit = req.query.get("limit", PAGE_TASKS)
+    limit = req.query.get("limit", DEFAULT_PAGE)
     return read_worker(worker, limit, req.query.get("after", 0)).shown_as(show_worker, long=limit > LONG_PAGE)
 
 
@@ -4925,7 +4925,7 @@ def workers_page(req: Request) -> Operation:
 
     200: {"data": [{"uuid", "id", "hostname", "pid", "lease", "state", "heard", "held"}, ...], "next"}
     """
-    limit = req.query.get("limit", PAGE_TASKS)
+    limit = req.query.get("limit", DEFAULT_PAGE)
     return list_workers(req.query.get("all", False), limit, req.query.get("after", 0)).shown_as(
         show_page, worker_json, long=limit > LONG_PAGE)
 
@@ -5191,7 +5191,7 @@ def address_refused(host: str, port: int, error: OSError) -> str:
 # What a person sees on a terminal: tables, bars, rates. Plain values in, text out; knows no server.
 
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
-NARROWEST = 8                       # columns that a cell which may be cut keeps
+MIN_COLUMN = 8                       # columns that a cell which may be cut keeps
 
 # The four states in the order of a bar: name, field of a run, colour, mark in any encoding, mark where UTF-8 is shown.
 # They differ in shape, so that the bar can be read without colours.
@@ -5239,14 +5239,14 @@ class Screen:
         self.drawn = len(lines)
 
 
-def harmless(text: Any) -> str:
+def printable(text: Any) -> str:
     """Text of others in one line, fit for a terminal: no escape sequences, no invisible or turning characters."""
     spaced = " ".join(str(text).split())
     return "".join(mark if unicodedata.category(mark) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else "?"
                    for mark in spaced)
 
 
-def width_of(text: str) -> int:
+def display_width(text: str) -> int:
     """The columns that a text takes: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
@@ -5256,17 +5256,17 @@ def width_of(text: str) -> int:
 
 def cut(text: str, width: int) -> str:
     """The text in at most *width* columns, with ~ at its end when something is missing."""
-    if width_of(text) <= width:
+    if display_width(text) <= width:
         return text
     kept = ""
     for mark in text:
-        if width_of(kept + mark) > width - 1:
+        if display_width(kept + mark) > width - 1:
             break
         kept += mark
     return kept + "~" if width > 0 else ""
 
 
-def span(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
     if seconds < 100:
         return "%.*f s" % (2 if seconds < 10 else 0, seconds)
@@ -5281,19 +5281,19 @@ def grouped(number: int) -> str:
     return "{:,}".format(number).replace(",", " ")
 
 
-def counted(number: int, thing: str) -> str:
+def count_text(number: int, thing: str) -> str:
     """So many things: 1 task, 200 000 tasks."""
     return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
 
 
-def per_time(*per_s: float) -> str:
+def rate_text(*per_s: float) -> str:
     """A rate of tasks, or the last two of several, in the unit that the first wants: 4.0 tasks/min, 3 to 5 tasks/s."""
     unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if per_s[0] * pair[1] >= 1), ("h", 3600))
     return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * seconds >= 100 else 1, rate * seconds)
                                         for rate in per_s[-2:]), unit)
 
 
-def percent(part: float, whole: float) -> str:
+def percent_text(part: float, whole: float) -> str:
     """A share that is 100 % only when it is all, and 0 % only when it is nothing."""
     share = 100.0 * part / whole if whole else 0.0
     if 0 < part < whole:
@@ -5317,18 +5317,18 @@ class Table:
     """
     def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
         self.heads, self.columns = heads, columns
-        self.widths = [width_of(head.title) for head in heads]
+        self.widths = [display_width(head.title) for head in heads]
         self.shown = list(range(len(heads)))
         self.begun = False
 
     def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
         """The lines of some rows, before the first of them the headings; an empty cell is shown as -."""
-        shown = [[harmless("" if cell is None else cell) or "-" for cell in row] for row in rows]
+        shown = [[printable("" if cell is None else cell) or "-" for cell in row] for row in rows]
         if not self.begun:
             self.begun = True
             shown.insert(0, [head.title for head in self.heads])
         for row in shown:
-            self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
+            self.widths = [max(width, display_width(cell)) for width, cell in zip(self.widths, row)]
         self._leave_out()
         widths = self._fitting()
         return [self._line(row, widths) for row in shown]
@@ -5339,7 +5339,7 @@ class Table:
 
     def _leave_out(self) -> None:
         """Leave out columns until the rest can be made to fit, the last first; they stay out."""
-        least = [min(width, NARROWEST) if head.gives else width for head, width in zip(self.heads, self.widths)]
+        least = [min(width, MIN_COLUMN) if head.gives else width for head, width in zip(self.heads, self.widths)]
         for number in reversed(range(len(self.heads))):
             if self.heads[number].spare and self._too_much(least) > 0:
                 self.shown = [other for other in self.shown if other != number]
@@ -5347,7 +5347,7 @@ class Table:
     def _fitting(self) -> List[int]:
         widths = list(self.widths)
         while self._too_much(widths) > 0:
-            able = [number for number in self.shown if self.heads[number].gives and widths[number] > NARROWEST]
+            able = [number for number in self.shown if self.heads[number].gives and widths[number] > MIN_COLUMN]
             if not able:
                 break
             widths[max(able, key=lambda number: widths[number])] -= 1
@@ -5358,13 +5358,13 @@ class Table:
         for number in self.shown:
             head, width = self.heads[number], widths[number]
             text = cut(row[number], width) if self.columns else row[number]
-            space = " " * (width - width_of(text))
+            space = " " * (width - display_width(text))
             cells.append(space + text if head.right else text + space)
         line = "  ".join(cells).rstrip()
         return cut(line, self.columns) if self.columns else line
 
 
-def shares(parts: Sequence[int], cells: int) -> List[int]:
+def allocate_cells(parts: Sequence[int], cells: int) -> List[int]:
     """How many of so many cells each part gets: in proportion, and one at least where there is anything at all."""
     whole = sum(parts)
     if not whole:
@@ -5382,7 +5382,7 @@ def shares(parts: Sequence[int], cells: int) -> List[int]:
 
 def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
     """The states of a run's tasks as a bar."""
-    given = shares([run[field] for _, field, *_ in STATES], cells)
+    given = allocate_cells([run[field] for _, field, *_ in STATES], cells)
     return "[" + "".join(screen.paint((rich if screen.unicode else plain) * number, colour)
                          for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
 
@@ -5416,7 +5416,7 @@ class Rate(NamedTuple):
 RATE_SLICES = 10
 
 
-def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
+def estimate_rate(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
     """The rate that readings (seconds, tasks ended so far), oldest first, tell; None when nothing ended.
 
     The range is two standard errors wide on either side. The error comes from how much equal slices of the
@@ -5447,7 +5447,7 @@ def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float
     return [later - earlier for earlier, later in zip(at, at[1:])]
 
 
-def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
+def time_for_tasks(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
     """The seconds that so many tasks will take, least and most; None where nothing can be said."""
     if not remaining:
         return 0.0, 0.0
@@ -5456,30 +5456,30 @@ def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Op
     return remaining / rate.high, remaining / rate.low if rate.low > 0 else None
 
 
-def in_words(least: Optional[float], most: Optional[float]) -> str:
+def range_text(least: Optional[float], most: Optional[float]) -> str:
     """A range of time: 2 h 01 min to 2 h 10 min, more than 3 h 00 min, unknown."""
     if least is None:
         return "unknown"
     if most is None:
-        return "more than " + span(least)
-    low, high = span(least), span(most)
+        return "more than " + duration_text(least)
+    low, high = duration_text(least), duration_text(most)
     return "about " + low if low == high else "%s to %s" % (low, high)
 
 
-def moment(text: Optional[str]) -> Optional[float]:
+def parse_time(text: Optional[str]) -> Optional[float]:
     """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
     return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
 
 
-def age(text: Optional[str], now_utc: float) -> str:
+def time_since(text: Optional[str], now_utc: float) -> str:
     """How long ago a time of the API was; "" for none."""
-    then = moment(text)
-    return "" if then is None else span(max(now_utc - then, 0.0))
+    then = parse_time(text)
+    return "" if then is None else duration_text(max(now_utc - then, 0.0))
 
 
-class Ends(NamedTuple):
+class RecentEnds(NamedTuple):
     """What the tasks that ended last tell of a run's pace."""
-    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `rate_of`
+    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `estimate_rate`
     took_s: List[float]                 # how long they took, ascending; of those of which it is known
 
 
@@ -5487,28 +5487,28 @@ RECENT_S = 600.0        # a rate is taken over so long, and over several times w
 RECENT_TASKS = 4
 
 
-def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> Ends:
+def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> RecentEnds:
     """The pace that tasks which have ended show, with their times `started` and `finished`.
 
     *whole*: there are no earlier ones that were left out. The window begins when the first of its tasks
     was started, not when it ended: the first wave of long tasks ends all at once, after a long time.
     """
-    spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
+    spans = sorted((parse_time(task["finished"]) or now_utc, parse_time(task["started"])) for task in tasks)
     took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
-    window_s = window_of(took_s)
+    window_s = rate_window_s(took_s)
     recent = [(end, start) for end, start in spans if end > now_utc - window_s]
     if not recent:
-        return Ends([], took_s)
+        return RecentEnds([], took_s)
     starts = [start for _, start in recent if start is not None]
     if starts and (whole or len(recent) < len(spans)):
         begin = min(max(min(starts), now_utc - window_s), recent[0][0])
     else:
         begin = recent.pop(0)[0]
     points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
-    return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+    return RecentEnds(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
 
 
-def window_of(took_s: Sequence[float]) -> float:
+def rate_window_s(took_s: Sequence[float]) -> float:
     """The seconds over which a rate is taken, where tasks take so long (ascending)."""
     return max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
 
@@ -5518,7 +5518,7 @@ def quantile(ordered: Sequence[float], part: float) -> float:
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
 
 
-def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
+def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: RecentEnds,
             longest_s: Optional[float]) -> Tuple[Optional[float], Optional[float], str]:
     """The seconds a run still takes, least and most, and why nothing can be said where that is so.
 
@@ -5531,12 +5531,12 @@ def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
     if not computing and rate is None:
         return None, None, "nothing is computing"
     if waiting or not ends.took_s or longest_s is None:
-        least, most = time_left(waiting + computing, rate)
+        least, most = time_for_tasks(waiting + computing, rate)
         return least, most, "" if rate else "too few tasks have ended lately"
     most_s = quantile(ends.took_s, 0.9)
     if longest_s > most_s:
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
-            span(longest_s), span(most_s))
+            duration_text(longest_s), duration_text(most_s))
     return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
 
 
@@ -5773,7 +5773,7 @@ class Client:
                 raise trouble
             tries += 1
             if tries == 3:
-                self.say("%s; tried again for %s" % (trouble, span(began + patience_s - time.monotonic())))
+                self.say("%s; tried again for %s" % (trouble, duration_text(began + patience_s - time.monotonic())))
             self.hurry.wait(wait_s)
 
     def _look_again(self) -> bool:
@@ -7389,12 +7389,12 @@ class Display:
         self.waiting = False
         self.since += 1
         if not self.quiet or failed:
-            line = "task %d %s%s" % (task, how, " in %s" % span(took_s) if not failed else "")
+            line = "task %d %s%s" % (task, how, " in %s" % duration_text(took_s) if not failed else "")
             self._add(self.screen.paint(line, "red") if failed else line)
 
     def say(self, sentence: str) -> None:
         """A line about the work as a whole."""
-        self._add(harmless(sentence))
+        self._add(printable(sentence))
         self._write()
 
     def once(self, sentence: str) -> None:
@@ -7479,9 +7479,9 @@ class Display:
         if run["numFailed"]:
             text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
-        rate = rate_of(list(self.looks))
+        rate = estimate_rate(list(self.looks))
         if rate:
-            text += ", %s, %s left" % (per_time(rate.per_s), in_words(*time_left(total - over, rate)))
+            text += ", %s, %s left" % (rate_text(rate.per_s), range_text(*time_for_tasks(total - over, rate)))
         line = "\r" + state_bar(run, cells, self.below) + cut(text, room - cells - 2) + "\x1b[K"
         write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.hurry)
         self.drawn = True
@@ -7583,33 +7583,43 @@ def moment_of(text: str, now: float) -> float:
 
 
 # ---------------------------------------------------------------- BENCH
-# How many workers this machine can feed: a server in a process of its own, cheap clients in others.
+# How many workers this machine can feed: a server in a process of its own, cheap clients in others. It uses the API and
+# the operations as they are, and must not know how the store or HTTP work inside.
+#
+# A new profile of single requests: its steps in `bench_steps`, its name in REQUEST_PROFILES. A profile of another kind:
+# a function that returns figures, one that makes a table of them, and an entry of `measure` in UPKEEP.
+
+class Step(NamedTuple):
+    """One request of a cycle."""
+    name: str
+    request: Callable[[Any], bytes]     # from what was claimed last to the bytes to send
+
+
+Steps = Sequence[Step]
+
 
 class BenchClient:
-    """One connection that works through a profile's requests, as cheaply as Python can.
+    """One connection that sends the requests of a cycle in turn, as cheaply as Python can."""
 
-    *steps*: for each request of a cycle its name and a function from the task number that was claimed
-    last, or of a batch the list of number and attempt, to bytes.
-    """
-    def __init__(self, port: int, steps: "Steps") -> None:
+    def __init__(self, port: int, steps: Steps) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.steps = steps
-        self.at = 0
-        self.task: Any = -1
-        self.sent = 0.0
+        self.position = 0               # of the next request in the cycle
+        self.last_claim: Any = -1       # number of a task; of a batch a list of number and attempt
+        self.sent_tick = 0.0
         self.claimed = array.array("q")
         self.nothing_waits = False
 
     def send(self) -> None:
         """Send the next request of the cycle."""
-        self.sent = time.perf_counter()
-        self.sock.sendall(self.steps[self.at][1](self.task))
+        self.sent_tick = time.perf_counter()
+        self.sock.sendall(self.steps[self.position].request(self.last_claim))
 
     def receive(self) -> float:
-        """Take the answer; the seconds it took. Raises OSError for one that the profile does not expect."""
+        """Read the answer, and return the seconds it took. Raises OSError for one that the profile does not expect."""
         data = self.sock.recv(65536)
-        took = time.perf_counter() - self.sent
+        took_s = time.perf_counter() - self.sent_tick
         length = re.search(rb"Content-Length: ([0-9]+)", data)
         whole = data.find(b"\r\n\r\n") + 4 + int(length[1] if length else 0)
         while len(data) < whole or not data:
@@ -7619,26 +7629,24 @@ class BenchClient:
             data += more
         if data[9:10] != b"2":
             raise OSError("the server answered %s" % ascii(data[:300]))
-        name = self.steps[self.at][0]
+        name = self.steps[self.position].name
         if name.startswith("claim") and data[9:12] == b"204":
             self.nothing_waits = True
         elif name == "claim":
-            self.task = int(data[data.rindex(b'"task":') + 7:].partition(b",")[0])
-            self.claimed.append(self.task)
+            self.last_claim = int(data[data.rindex(b'"task":') + 7:].partition(b",")[0])
+            self.claimed.append(self.last_claim)
         elif name == "claim many":
-            self.task = re.findall(rb'"task":([0-9]+),"attempt":([0-9]+)', data)
-            self.claimed.extend([int(number) for number, _ in self.task])
+            self.last_claim = re.findall(rb'"task":([0-9]+),"attempt":([0-9]+)', data)
+            self.claimed.extend([int(number) for number, _ in self.last_claim])
         elif name == "done many" and data[data.index(b"\r\n\r\n"):].count(b'"refused":[]') != 1:
             raise OSError("the server refused results: %s" % ascii(data[:300]))
-        self.at = (self.at + 1) % len(self.steps)
-        return took
+        self.position = (self.position + 1) % len(self.steps)
+        return took_s
 
 
-Steps = Sequence[Tuple[str, Callable[[Any], bytes]]]
-
-
-def bench_request(token: str, method: str, path: str, content: bytes = b"") -> bytes:
-    """The bytes of one request below /api."""
+def bench_request(token: str, method: str, path: str, body: Any = None) -> bytes:
+    """The bytes of one request below /api. *body*: bytes, or a value to be sent as JSON; None for no body."""
+    content = b"" if body is None else body if isinstance(body, bytes) else encode_json(body).encode()
     head = ("%s /api/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: taskfarm-bench\r\nAccept: */*\r\n"
             "Authorization: Bearer %s\r\n" % (method, path, token))
     if content:
@@ -7651,13 +7659,13 @@ REPORTS = ("alike", "differing")        # results of a batch: all the same, or e
 
 @functools.lru_cache(maxsize=1)
 def elapsed_times() -> List[bytes]:
-    """Seconds from 0.001 to 100, as JSON; drawn once, since drawing costs the client as much as sending."""
-    draw = random.Random(1)
-    return [b"%d.%03d" % divmod(draw.randint(1, 100000), 1000) for _ in range(99991)]   # a prime: no batch fits in
+    """Seconds from 0.001 to 100, as JSON. They are made once: making them costs a client as much as sending them."""
+    dice = random.Random(1)
+    return [b"%d.%03d" % divmod(dice.randint(1, 100000), 1000) for _ in range(99991)]   # a prime: no batch divides it
 
 
 def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[bytes, bytes]]], bytes]:
-    """A function from a batch of claims, as number and attempt, to the request that reports all of them done."""
+    """A function from a batch of claims (number and attempt) to the request that reports all of them done."""
     times = itertools.cycle(elapsed_times() if reports == "differing" else ())
 
     def request(tasks: List[Tuple[bytes, bytes]]) -> bytes:
@@ -7672,71 +7680,71 @@ def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[by
     return request
 
 
+REQUEST_PROFILES = ("constant", "lean", "paper")
+
+
 def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 1000, reports: str = "alike") -> Steps:
-    """The requests of a cycle: `lean` claims and is done; `paper` is what the published client's stress test does."""
-    def request(method: str, path: str, body: Any = None) -> bytes:
-        return bench_request(token, method, path, b"" if body is None else encode_json(body).encode())
+    """The cycle of requests of a profile. `paper` is what the published client's stress test does."""
+    def fixed(name: str, method: str, path: str, body: Any = None) -> Step:
+        content = bench_request(token, method, path, body)
+        return Step(name, lambda _: content)
 
-    def on_task(method: str, tail: str = "", body: Any = None) -> Callable[[int], bytes]:
-        before, after = request(method, "runs/%s/tasks/@%s" % (run, tail), body).split(b"@")
-        return lambda task: b"%s%d%s" % (before, task, after)
+    def on_task(name: str, method: str, tail: str = "", body: Any = None) -> Step:
+        before, after = bench_request(token, method, "runs/%s/tasks/@%s" % (run, tail), body).split(b"@")
+        return Step(name, lambda task: b"%s%d%s" % (before, task, after))
 
-    claim_one = request("POST", "runs/%s/task" % run, {"worker_uuid": worker})
-    constant = request("POST", "constant", {"worker_uuid": worker})
-    info = request("GET", "runs/%s" % run)
-    claim_many = request("POST", "runs/%s/tasks" % run, {"worker_uuid": worker, "count": batch})
-    steps: Dict[str, Steps] = {
-        "constant": [("constant", lambda _: constant)],
-        "lean": [("claim", lambda _: claim_one), ("done", on_task("PUT", "", {"status": "done"}))],
-        "flat": [("claim", lambda _: claim_one), ("update", on_task("PUT", "", {"percentCompleted": 50})),
-                 ("run info", lambda _: info)],
-        "batch": [("claim many", lambda _: claim_many),
-                  ("done many", done_many(request("PUT", "runs/%s/tasks" % run), worker, reports))],
+    claim_one = fixed("claim", "POST", "runs/%s/task" % run, {"worker_uuid": worker})
+    done = on_task("done", "PUT", "", {"status": "done"})
+    cycles: Dict[str, Steps] = {
+        "constant": [fixed("constant", "POST", "constant", {"worker_uuid": worker})],
+        "lean": [claim_one, done],
+        "paper": [claim_one, on_task("read", "GET", "?info=percentCompleted"),
+                  *(on_task("update", "PUT", "", {"percentCompleted": 10 * (n + 1)}) for n in range(10)), done],
+        "flat": [claim_one, on_task("update", "PUT", "", {"percentCompleted": 50}),
+                 fixed("run info", "GET", "runs/%s" % run)],
+        "batch": [fixed("claim many", "POST", "runs/%s/tasks" % run, {"worker_uuid": worker, "count": batch}),
+                  Step("done many", done_many(bench_request(token, "PUT", "runs/%s/tasks" % run), worker, reports))],
     }
-    steps["paper"] = [*steps["lean"][:1], ("read", on_task("GET", "?info=percentCompleted"))] + [
-        ("update", on_task("PUT", "", {"percentCompleted": 10 * (n + 1)})) for n in range(10)] + [steps["lean"][1]]
-    return steps[profile]
+    return cycles[profile]
 
 
 class Load(NamedTuple):
-    """What came of driving some connections."""
-    took: Dict[str, "array.array[float]"]       # seconds, by request
+    """What some clients measured."""
+    times_s: Dict[str, "array.array[float]"]    # of the answers, by request
     claimed: "array.array[int]"                 # tasks, in the order of their claims
     cpu_s: float                                # that the clients used themselves
 
 
-def bench_load(port: int, clients: int, steps: Callable[[int], Steps], seconds: float) -> Load:
-    """Drive so many connections for so long, or with infinite seconds until no task waits."""
-    everyone = [BenchClient(port, steps(index)) for index in range(clients)]
-    took: Dict[str, "array.array[float]"] = {name: array.array("d") for name, _ in everyone[0].steps}
+def bench_load(port: int, cycles: Sequence[Steps], seconds: float) -> Load:
+    """Drive one connection for each cycle, for so many seconds; if these are infinite, until no task waits."""
+    clients = [BenchClient(port, steps) for steps in cycles]
+    times_s = {step.name: array.array("d") for step in cycles[0]}
     cpu_s = time.process_time()
     end = time.perf_counter() + seconds
-    busy = len(everyone)
     with selectors.DefaultSelector() as selector:
-        for client in everyone:
+        for client in clients:
             selector.register(client.sock, selectors.EVENT_READ, client)
             client.send()
-        while busy:
+        while selector.get_map():
             for key, _ in selector.select():
                 client = key.data
-                name = client.steps[client.at][0]
-                took[name].append(client.receive())
+                name = client.steps[client.position].name
+                times_s[name].append(client.receive())
                 if client.nothing_waits and seconds < math.inf:
                     raise OSError("the run has too few tasks for so long a time")
-                if not client.nothing_waits and (client.at or time.perf_counter() < end):
+                if not client.nothing_waits and (client.position or time.perf_counter() < end):
                     client.send()
                 else:
                     selector.unregister(client.sock)
                     client.sock.close()
-                    busy -= 1
     claimed = array.array("q")
-    for client in everyone:
+    for client in clients:
         claimed.extend(client.claimed)
-    return Load(took, claimed, time.process_time() - cpu_s)
+    return Load(times_s, claimed, time.process_time() - cpu_s)
 
 
-def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
-    """Start *work* in a process of its own: its pid, and what to call for its result, which raises Refusal."""
+def fork_call(function: Callable[..., Any], *arguments: Any) -> Tuple[int, Callable[[], Any]]:
+    """Call a function in a process of its own. Returns its pid, and what gives its result or raises Refusal."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -7744,7 +7752,7 @@ def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
         try:
             os.close(reader)
             with os.fdopen(writer, "wb") as file:
-                pickle.dump(work(), file)
+                pickle.dump(function(*arguments), file)
             status = 0
         except Exception as error:
             print("taskfarm: %s" % error, file=sys.stderr)
@@ -7764,15 +7772,15 @@ def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
 def in_own_group(work: Callable[[str], int], parent: Optional[str]) -> int:
     """Run *work* on a temporary folder, in a process of its own, and return its exit status.
 
-    However that process ends, and whatever signal this one gets: all that it has started is ended, and the
-    folder is removed. Raises Refusal when *parent*, or the system's folder for such, takes none.
+    However that process ends, and whatever signal this one gets: all processes that it started are ended, and the
+    folder is removed. Raises Refusal when no folder can be made in *parent*, by default the system's for such.
 
-    Signals are blocked and waited for. (Previously a handler raised SystemExit wherever it was: before it was set
-    the folder was left behind, and the exception was lost in a destructor, or cut short the removal of the folder.)
+    Signals are blocked and waited for. (Previously a handler raised SystemExit wherever it was. Before it was set
+    the folder was left behind. Later the exception was lost in a destructor, or cut short the removal of the folder.)
     """
     ending = {number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
               if signal.getsignal(number) is not signal.SIG_IGN}        # nohup ignores one of them
-    signal.signal(signal.SIGCHLD, lambda *_: None)      # or, where it is ignored, it is not waited for either
+    signal.signal(signal.SIGCHLD, lambda *_: None)      # sigwait does not see a signal that is ignored
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, ending | {signal.SIGCHLD})
     try:
         folder = tempfile.mkdtemp(prefix="taskfarm-bench-", dir=parent)
@@ -7798,7 +7806,7 @@ def in_own_group(work: Callable[[str], int], parent: Optional[str]) -> int:
         finally:
             os._exit(status)
     os.close(held_by_all)
-    os.setpgid(pid, pid)        # by both, or it could be too late for killpg, or for the child's own children
+    os.setpgid(pid, pid)        # by both: one alone could be too late for killpg, or for the child's own children
     received = signal.sigwait(ending | {signal.SIGCHLD})
     os.killpg(pid, signal.SIGKILL)          # before waitpid, so that the number is still the group's
     status = os.waitpid(pid, 0)[1]
@@ -7815,26 +7823,33 @@ class BenchServer:
 
     def __init__(self, db: str, token: str = "", access_log: Any = None) -> None:
         """*token*: a login of the file, where it is known; to look for one reads the whole file."""
-        self.token = token or bench_token(db)
+        if not token:
+            with contextlib.closing(Store(db)) as store:
+                token = bench_token(store)
+        self.token = token
         reader, writer = os.pipe()
-        leash, self.leash = os.pipe()       # its other end closes with this process, however that ends
-        self.pid, self.result = forked(lambda: self._serve(db, writer, leash, access_log))
+        parent_end, self.open_while_alive = os.pipe()       # this end closes with this process, however that ends
+        self.pid, self.result = fork_call(self._serve, db, writer, parent_end, access_log)
         os.close(writer)
-        os.close(leash)
+        os.close(parent_end)
         with os.fdopen(reader, "rb") as file:
             self.port = int(file.read() or 0)
         self.url = url_of("127.0.0.1", self.port)
 
-    def _serve(self, db: str, ready: int, leash: int, access_log: Any) -> None:
-        os.close(self.leash)
+    def _serve(self, db: str, ready: int, parent_end: int, access_log: Any) -> None:
+        os.close(self.open_while_alive)
         routes = ROUTES.copy()
         constant = {"id": 12345, "task": 12344, "status": "computing", "percentCompleted": 0.0}
         routes.route("POST", "/api/constant", body={"worker_uuid": UUID})(lambda _: json_reply(201, constant))
         routes.route("GET", "/api/used")(lambda _: json_reply(200, {
             "cpu_s": time.process_time(), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
         service = Service(db, "127.0.0.1", 0, access_log=access_log, routes=routes)
+
+        def stop_with_parent() -> None:
+            os.read(parent_end, 1)
+            service.stop()
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
-        threading.Thread(target=lambda: os.read(leash, 1) or service.stop(), daemon=True).start()  # type: ignore
+        threading.Thread(target=stop_with_parent, daemon=True).start()
         os.write(ready, str(service.server.server_port).encode())
         os.close(ready)
         service.serve()
@@ -7845,157 +7860,145 @@ class BenchServer:
             return client.ask(method, path, body)
 
     def new_run(self, num_tasks: int = MAX_TASKS, workers: int = 0) -> str:
-        """A run, and so many registered workers w0, w1, ..."""
+        """Make a run, and register so many workers w0, w1, ..."""
         for index in range(workers):
             self.ask("POST", "/api/worker", {"uuid": "w%d" % index, "hostname": "bench", "pid": index})
         return str(self.ask("POST", "/api/run", {"numTasks": num_tasks})["uuid"])
 
     def stop(self) -> None:
         """End it."""
-        os.kill(self.pid, signal.SIGTERM)       # servers that were forked later hold its leash too
+        os.kill(self.pid, signal.SIGTERM)   # closing our end is not enough: servers that were forked later hold it too
         self.result()
-        os.close(self.leash)
+        os.close(self.open_while_alive)
 
     def kill(self) -> None:
         """End it at once, also where it hangs."""
         os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(Refusal):      # which says that it was killed
+        with contextlib.suppress(Refusal):      # it says that the process was killed
             self.result()
-        os.close(self.leash)
+        os.close(self.open_while_alive)
 
 
-def bench_token(db: str) -> str:
-    """A token of the user bench, who is made when the file has no users."""
-    with contextlib.closing(Store(db)) as store:
-        user = store.users.get("bench") or store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
-        return make_token(store.signing_key, user, 0)
+def bench_token(store: Store) -> str:
+    """A token of the user bench. The user is made where there is none, with a password that nobody knows."""
+    user = store.users.get("bench") or store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+    return make_token(store.signing_key, user, 0)
 
 
-def quantiles(values: "array.array[float]") -> List[float]:
-    """Median, 95th and 99th percentile and maximum, in milliseconds."""
-    ordered = sorted(values)
-    return [1000 * ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in (0.5, 0.95, 0.99, 1.0)]
-
-
-def bench_worker_steps(server: BenchServer, profile: str, run: str, first: int, step: int, batch: int, reports: str,
-                       index: int) -> Steps:
-    """The steps of connection *index* in a process that has every *step*th worker from *first* on."""
-    return bench_steps(profile, run, "w%d" % (first + index * step), server.token, batch, reports)
+def quantiles_ms(times_s: Iterable[float]) -> List[float]:
+    """Median, 95th and 99th percentile and maximum of some times, in milliseconds."""
+    ordered = sorted(times_s)
+    return [1000 * quantile(ordered, part) for part in (0.5, 0.95, 0.99, 1.0)]
 
 
 def bench_point(server: BenchServer, profile: str, clients: int, seconds: float, processes: int, batch: int = 1,
                 reports: str = "alike", num_tasks: int = MAX_TASKS) -> Dict[str, Any]:
-    """Measure one profile with so many clients; a line of the table for each request."""
+    """Measure a profile with so many clients, in so many processes."""
     run = server.new_run(num_tasks, clients)
-    elapsed_times()     # before the clients are forked: they are to have it made already
+    elapsed_times()     # before the clients are forked: so each has them already
+    cycles = [bench_steps(profile, run, "w%d" % number, server.token, batch, reports) for number in range(clients)]
     before = server.ask("GET", "/api/used")
     began = time.perf_counter()
-    loads = []
-    for number in range(min(clients, processes)):
-        steps = functools.partial(bench_worker_steps, server, profile, run, number, processes, batch, reports)
-        share = len(range(number, clients, processes))
-        loads.append(forked(functools.partial(bench_load, server.port, share, steps, seconds)))
-    results = [load() for _, load in loads]
-    elapsed = time.perf_counter() - began
+    results = [fork_call(bench_load, server.port, cycles[number::processes], seconds)[1]
+               for number in range(min(clients, processes))]
+    loads: List[Load] = [result() for result in results]
+    elapsed_s = time.perf_counter() - began
     used = server.ask("GET", "/api/used")
-    took: Dict[str, "array.array[float]"] = {}
+    times_s: Dict[str, "array.array[float]"] = {}
     claimed = array.array("q")
-    for load in results:
+    for load in loads:
         claimed.extend(load.claimed)
-        for name, values in load.took.items():
-            took.setdefault(name, array.array("d")).extend(values)
-    requests = sum(map(len, took.values()))
+        for name, values in load.times_s.items():
+            times_s.setdefault(name, array.array("d")).extend(values)
+    requests = sum(map(len, times_s.values()))
     cpu_s = used["cpu_s"] - before["cpu_s"]
-    marks = bytearray(max(claimed) + 1 if claimed else 0)       # a set of ten million numbers takes half a gigabyte
+    seen = bytearray(max(claimed) + 1 if claimed else 0)        # a set of ten million numbers takes half a gigabyte
     for number in claimed:
-        marks[number] = 1
+        seen[number] = 1
     num_done = server.ask("GET", "/api/runs/" + run)["numDone"]
     server.ask("DELETE", "/api/runs/" + run)
-    return {"profile": profile, "clients": clients, "seconds": elapsed, "requests_per_s": requests / elapsed,
-            "tasks_per_s": len(claimed) / elapsed, "num_done": num_done, "cpu_s": cpu_s,
+    return {"profile": profile, "clients": clients, "seconds": elapsed_s, "requests_per_s": requests / elapsed_s,
+            "tasks_per_s": len(claimed) / elapsed_s, "num_done": num_done, "cpu_s": cpu_s,
             "cpu_s_per_1000_requests": 1000 * cpu_s / requests,
             "cpu_s_per_1000_tasks": 1000 * cpu_s / len(claimed) if claimed else None,
-            "clients_cpu_s_per_s": sum(load.cpu_s for load in results) / elapsed,
-            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - sum(marks), "never": len(marks) - sum(marks),
-            "ms": {name: quantiles(values) for name, values in took.items()}}
+            "clients_cpu_s_per_s": sum(load.cpu_s for load in loads) / elapsed_s,
+            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - sum(seen), "never": len(seen) - sum(seen),
+            "ms": {name: quantiles_ms(values) for name, values in times_s.items()}}
+
+
+def figures_table(heads: str, cells: str, rows: Iterable[Tuple[Any, ...]]) -> str:
+    """Rows in cells of such a format under headings, both with | between. A heading with < stands over words."""
+    columns = [Column(head.lstrip("<"), not head.startswith("<")) for head in heads.split("|")]
+    return "\n".join(Table(columns).lines([(cells % row).split("|") for row in rows]))
 
 
 def bench_table(points: List[Dict[str, Any]]) -> str:
-    """The measurements as a person reads them."""
-    lines = ["                                             latency in ms           server CPU      peak",
-             "profile  clients requests/s tasks/s request    p50   p95   p99   max  ms/req s/1000t  MiB twice never"]
-    for point in points:
-        first = "%-8s %7d %10.0f %7.0f" % (point["profile"], point["clients"], point["requests_per_s"],
-                                           point["tasks_per_s"])
-        per_task = point["cpu_s_per_1000_tasks"]
-        last = "%7.3f %7s %4.0f %5d %5d" % (
-            point["cpu_s_per_1000_requests"], "%.3f" % per_task if per_task else "-", point["peak_mib"],
-            point["twice"], point["never"])
-        for name, (p50, p95, p99, most) in point["ms"].items():
-            lines.append("%-35s %-8s %5.1f %5.1f %5.1f %5.0f %s" % (first, name, p50, p95, p99, most, last))
-            first = last = ""
-    return "\n".join(line.rstrip() for line in lines)
+    """The figures of REQUEST_PROFILES, a line for each request."""
+    return figures_table(
+        "<profile|clients|requests/s|tasks/s|<request|p50 ms|p95|p99|max|CPU ms/request|s/1000 tasks|MiB|twice|never",
+        "%s|%d|%.0f|%.0f|%s|%.1f|%.1f|%.1f|%.0f|%.3f|%s|%.0f|%d|%d", [
+            (point["profile"], point["clients"], point["requests_per_s"], point["tasks_per_s"], name, *times_ms,
+             point["cpu_s_per_1000_requests"], "%.3f" % point["cpu_s_per_1000_tasks"] if point["tasks_per_s"] else "-",
+             point["peak_mib"], point["twice"], point["never"])
+            for point in points for name, times_ms in point["ms"].items()])
 
 
-BATCHES = (100, 1000, 5000, MOST_TASKS)
+BATCHES = (100, 1000, 5000, MAX_BATCH)
 
 
 def bench_batch(folder: str, server: BenchServer, seconds: float, processes: int,
-                progress: "Progress") -> Dict[str, Any]:
-    """Claims and results in batches: tasks a second in the store alone and over HTTP; what others wait meanwhile.
+                progress: Progress) -> Dict[str, Any]:
+    """Claims and results in batches: tasks a second in the store alone and over HTTP, and what others wait meanwhile.
 
     Results that are alike can be written with a few statements. Those of real workers differ.
     """
     result: Dict[str, Any] = {"profile": "batch", "batches": {batch: {} for batch in BATCHES}}
-    pairs = [(batch, reports) for batch in BATCHES for reports in REPORTS]
+    kinds = [(batch, reports) for batch in BATCHES for reports in REPORTS]
     progress.what = "batch"
     with contextlib.closing(Store(os.path.join(folder, "batch.sqlite"))) as store:
         run = store.call(create_run(uuid.uuid4().hex, MAX_TASKS)).uuid
         store.call(register_worker("w0", "bench", 0))
-        in_store = {pair: store_batches(store, run, *pair, seconds / 2) for pair in pairs}
-    for number, (batch, reports) in enumerate(pairs):
-        progress.show(number, len(pairs))
-        other = server.new_run(workers=processes + 1)
-        lean = functools.partial(bench_worker_steps, server, "lean", other, processes, 1, 1, "alike")
-        _, others = forked(functools.partial(bench_load, server.port, 1, lean, seconds))
+        in_store = {kind: store_batches(store, run, *kind, seconds / 2) for kind in kinds}
+    for number, (batch, reports) in enumerate(kinds):
+        progress.show(number, len(kinds))
+        other_run = server.new_run(workers=processes + 1)
+        lean = bench_steps("lean", other_run, "w%d" % processes, server.token)
+        _, others = fork_call(bench_load, server.port, [lean], seconds)
         point = bench_point(server, "batch", processes, seconds, processes, batch, reports)
-        waits = others().took
+        others_s = others().times_s
         result["batches"][batch][reports] = {
             "store_tasks_per_s": in_store[batch, reports], "http_tasks_per_s": point["tasks_per_s"],
-            "ms": point["ms"], "others_ms": quantiles(waits["claim"] + waits["done"]),
-            "cpu_s_per_1000_tasks": point["cpu_s_per_1000_tasks"],
-            "clients_cpu_s_per_s": point["clients_cpu_s_per_s"], "twice": point["twice"], "never": point["never"]}
+            "others_ms": quantiles_ms(others_s["claim"] + others_s["done"]),
+            **{name: point[name] for name in ("ms", "cpu_s_per_1000_tasks", "clients_cpu_s_per_s", "twice", "never")}}
     return result
 
 
 def store_batches(store: Store, run: str, batch: int, reports: str, seconds: float) -> float:
     """Tasks a second that are claimed and done in batches, each in a durable transaction of its own."""
     times = itertools.cycle([None] if reports == "alike" else [round(1000 * float(text)) for text in elapsed_times()])
-    began, spent, tasks = time.perf_counter(), 0.0, 0
+    began, spent_s, tasks = time.perf_counter(), 0.0, 0
     while time.perf_counter() < began + seconds:
         called = time.perf_counter()
-        given = store.call(claim_many(run, "w0", batch))
-        spent += time.perf_counter() - called
+        claims = store.call(claim_many(run, "w0", batch))
+        spent_s += time.perf_counter() - called
         done = report_many(run, "w0", [Report(number, attempt, DONE, elapsed_ms=elapsed)
-                                       for (number, attempt, _), elapsed in zip(given, times)])
+                                       for (number, attempt, _), elapsed in zip(claims, times)])
         called = time.perf_counter()
         store.call(done)
-        spent += time.perf_counter() - called
-        tasks += len(given)
-    return tasks / spent
+        spent_s += time.perf_counter() - called
+        tasks += len(claims)
+    return tasks / spent_s
 
 
 def batch_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `batch` as a person reads it."""
-    lines = ["batch, claimed and done  tasks/s   tasks/s   latency in ms       server CPU  clients'  others wait (ms)",
-             "tasks, results       in the store  over HTTP claim p50 done p50    s/1000t  CPU share    p50   p99   max"]
-    for batch, by_reports in result["batches"].items():
-        for reports, point in by_reports.items():
-            lines.append("%-20s %12.0f %10.0f %9.1f %8.1f %10.4f %8.0f %% %6.1f %5.1f %5.0f" % (
-                "%d %s" % (batch, reports), point["store_tasks_per_s"], point["http_tasks_per_s"],
-                point["ms"]["claim many"][0], point["ms"]["done many"][0], point["cpu_s_per_1000_tasks"],
-                100 * point["clients_cpu_s_per_s"], *(point["others_ms"][at] for at in (0, 2, 3))))
-    return "\n".join(lines)
+    """The figures of profile `batch`. Of what others wait: median, 99th percentile and maximum."""
+    return figures_table(
+        "batch|<results|tasks/s in the store|over HTTP|claim p50 ms|done p50|CPU s/1000 tasks|clients' CPU %|"
+        "others wait ms|p99|max", "%s|%s|%.0f|%.0f|%.1f|%.1f|%.4f|%.0f|%.1f|%.1f|%.0f", [
+            (batch, reports, point["store_tasks_per_s"], point["http_tasks_per_s"], point["ms"]["claim many"][0],
+             point["ms"]["done many"][0], point["cpu_s_per_1000_tasks"], 100 * point["clients_cpu_s_per_s"],
+             *(point["others_ms"][at] for at in (0, 2, 3)))
+            for batch, by_reports in result["batches"].items() for reports, point in by_reports.items()])
 
 
 LIFE_CLIENTS, LIFE_BATCH = 3, 5000
@@ -8011,178 +8014,146 @@ def bench_life(folder: str, rows: int) -> Dict[str, Any]:
 
 
 def life_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `life` as a person reads it."""
-    return ("life of one run    seconds  tasks/s  server CPU s  clients' CPU share  file MB  peak MiB  twice  never\n"
-            "%-18s %7.1f %8.0f %13.1f %17.0f %% %8.0f %9.0f %6d %6d" % (
-                "%d tasks" % result["rows"], result["seconds"], result["tasks_per_s"], result["cpu_s"],
-                100 * result["clients_cpu_s_per_s"], result["file_bytes"] / 1e6, result["peak_mib"], result["twice"],
-                result["rows"] - result["num_done"]))
+    """The figures of profile `life`."""
+    return figures_table(
+        "life of one run: tasks|seconds|tasks/s|server CPU s|clients' CPU %|file MB|peak MiB|twice|never",
+        "%d|%.1f|%.0f|%.1f|%.0f|%.0f|%.0f|%d|%d", [
+            (result["rows"], result["seconds"], result["tasks_per_s"], result["cpu_s"],
+             100 * result["clients_cpu_s_per_s"], result["file_bytes"] / 1e6, result["peak_mib"], result["twice"],
+             result["rows"] - result["num_done"])])
 
 
 FLAT = ("1 000 tasks", "rows", "10 000 runs", "random")
 
 
-def fill(db: str, case: str, rows: int, progress: Callable[[float, float], None]) -> None:
+def fill_flat(db: str, case: str, rows: int, progress: Progress) -> None:
     """Make the file of one case of profile `flat`: rows in one run, many runs, or tasks done in random order."""
     with contextlib.closing(Store(db)) as store:
-        store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+        bench_token(store)
         store.call(register_worker("w0", "bench", 0))
         runs = store.call_all([create_run(uuid.uuid4().hex, MAX_TASKS) for _ in range(10000 if case == FLAT[2] else 1)])
         run = runs[-1].uuid
         count = rows if case == "rows" else min(rows, 10 ** 6) if case == "random" else 1000
         numbers = random.Random(1).sample(range(count), count) if case == "random" else range(count)
-        for first in range(0, count, MOST_TASKS):
-            store.call(report_many(run, None, [Report(number, status=DONE) for number in numbers[
-                first:first + MOST_TASKS]]))
-            progress(first, count)
+        for first in range(0, count, MAX_BATCH):
+            store.call(report_many(run, None, [Report(number, status=DONE)
+                                               for number in numbers[first:first + MAX_BATCH]]))
+            progress.show(first, count)
 
 
-def bench_flat(folder: str, rows: int, seconds: float, progress: "Progress") -> Dict[str, Any]:
+def bench_flat(folder: str, rows: int, seconds: float, progress: Progress) -> Dict[str, Any]:
     """What a claim, an update and a run info cost in files of different content: medians, and ratios to the smallest.
 
-    The four servers take turns, so that the machine's moods hit all alike.
+    The four servers take turns, so that whatever else the machine does slows all of them alike.
     """
     servers: Dict[str, BenchServer] = {}
-    runs: Dict[str, str] = {}
-    took: Dict[str, Dict[str, "array.array[float]"]] = {}
+    cycles: Dict[str, Steps] = {}
+    times_s: Dict[str, Dict[str, "array.array[float]"]] = {case: {} for case in FLAT}
     for case in FLAT:
         db = os.path.join(folder, "flat-%d.sqlite" % FLAT.index(case))
         progress.what = "filling: " + case
-        fill(db, case, rows, progress.show)
+        fill_flat(db, case, rows, progress)
         servers[case] = BenchServer(db)
-        runs[case] = servers[case].ask("GET", "/api/runs")["data"][-1]["uuid"]
-        took[case] = {}
+        run = servers[case].ask("GET", "/api/runs")["data"][-1]["uuid"]
+        cycles[case] = bench_steps("flat", run, "w0", servers[case].token)
     progress.what = "flat"
     for turn in range(20):
         for case, server in servers.items():
-            steps = functools.partial(bench_worker_steps, server, "flat", runs[case], 0, 1, 1, "alike")
-            for name, values in bench_load(server.port, 1, steps, seconds / 20).took.items():
-                took[case].setdefault(name, array.array("d")).extend(values)
+            for name, values in bench_load(server.port, [cycles[case]], seconds / 20).times_s.items():
+                times_s[case].setdefault(name, array.array("d")).extend(values)
         progress.show(turn + 1, 20)
     for server in servers.values():
         server.stop()
-    medians = {case: {name: quantiles(values)[0] for name, values in took[case].items()} for case in FLAT}
+    medians = {case: {name: quantiles_ms(values)[0] for name, values in times_s[case].items()} for case in FLAT}
     return {"profile": "flat", "rows": rows, "median_ms": medians, "ratio": {
         case: {name: medians[case][name] / medians[FLAT[0]][name] for name in medians[case]} for case in FLAT}}
 
 
 def flat_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `flat` as a person reads it."""
-    lines = ["flat, one client           claim            update           run info    (median ms, ratio to the first)"]
-    for case in FLAT:
-        shown = "%d touched tasks" % result["rows"] if case == "rows" else (
-            "done in random order" if case == "random" else case)
-        lines.append("%-22s" % shown + "".join("  %8.3f  %5.2f" % (
-            result["median_ms"][case][name], result["ratio"][case][name]) for name in ("claim", "update", "run info")))
-    return "\n".join(lines)
+    """The figures of profile `flat`: medians, and their ratios to those of the first case."""
+    shown = {"rows": "%d touched tasks" % result["rows"], "random": "done in random order"}
+    return figures_table(
+        "<flat, one client|claim ms|ratio|update ms|ratio|run info ms|ratio", "%s" + 3 * "|%.3f|%.2f", [
+            (shown.get(case, case), *(result[figure][case][name] for name in ("claim", "update", "run info")
+                                      for figure in ("median_ms", "ratio"))) for case in FLAT])
 
 
 # ---------------------------------------------------------------- FAIR
 # How long one client waits beside others that do their worst. A bystander, in a process of its own, asks for one run
-# again and again on one connection; meanwhile a case goes on. (Needs /proc, so Linux.)
+# again and again on one connection; meanwhile a case goes on. It reads /proc, so it wants Linux. It must not know how
+# the server keeps its promises: cases know the API alone, and what fills the file names operations.
 #
-# A new case is a function with @fair_case(). Its name is the case's, its first line says what happens. What it returns
-# is shown in the last column of the table.
+# A new case: a function with @fair_case(). Its name is the name of the case, its docstring says what happens, and what
+# it returns is shown in the last column of the table.
 
 FAIR_ROWS = 4 * 10 ** 6     # touched tasks
-PATIENCE = 12               # times --seconds an answer is waited for: by default longer than the server waits
+ANSWER_LIMIT = 12           # times --seconds an answer is waited for: by default longer than the server waits
 BYSTANDER_PAUSE_S = 0.001   # between two requests: the second core is for those who do their worst
-
-Fill = Callable[[Store, "FairSize"], None]
 
 
 class FairSize:
-    """How much of the crowd there is: all of it with FAIR_ROWS touched tasks, less with fewer."""
+    """How large the farm is: whole with FAIR_ROWS touched tasks, smaller with fewer."""
 
     def __init__(self, rows: int) -> None:
-        self.half = max(10, rows // 2)
-        self.share = min(1.0, rows / FAIR_ROWS)
+        self.half_the_rows = max(10, rows // 2)
+        self.scale = min(1.0, rows / FAIR_ROWS)
 
     def __call__(self, number: int) -> int:
         """So many of something, in proportion; two at least."""
-        return max(2, int(number * self.share))
+        return max(2, int(number * self.scale))
 
 
-def crowd(store: Store, size: FairSize) -> None:
+Fill = Callable[[Store, FairSize], None]
+
+
+def fill_crowded(store: Store, size: FairSize) -> None:
     """20 000 runs, 20 000 leased workers with 100 tasks, 2 000 000 tasks done, and as many held without a lease."""
-    store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
-    store.call(add_user("ada", hash_password("right")))
-    apply_all(store, [create_run("run%d" % number, 10) for number in range(size(20000))])
-    apply_all(store, [register_worker("leased%d" % number, "bench", 0, MOST_LEASE_S) for number in range(size(20000))])
-    apply_all(store, [create_run("leased", MAX_TASKS)])
-    apply_all(store, [claim_many("leased", "leased%d" % number, 100) for number in range(size(20000))])
-    apply_all(store, [register_worker("free%d" % number, "bench", 0) for number in range(6)])
-    apply_all(store, [create_run("lease", 1), create_run("hundred", 100), create_run("ten", 10)])
-    apply_all(store, [report_many("ten", None, [Report(number, status=DONE) for number in range(10)])])
-    hold_tasks(store, "held", "holder", size.half, None)
-    apply_all(store, [create_run("done", size.half)])
-    for first in range(0, size.half, MOST_TASKS):
-        apply_all(store, [report_many("done", None, [
-            Report(number, status=DONE) for number in range(first, min(size.half, first + MOST_TASKS))])])
-
-
-def apply_all(store: Store, operations: List[Operation]) -> None:
-    """Have many operations done. Raises what one of them raises."""
-    for outcome in store.call_all(operations):
-        if isinstance(outcome, BaseException):
-            raise outcome
-
-
-def hold_tasks(store: Store, run: str, worker: str, number: int, lease: Optional[int]) -> None:
-    """A run of so many tasks that one worker computes."""
-    apply_all(store, [create_run(run, number), register_worker(worker, "bench", 0, lease)])
-    if lease:
-        apply_all(store, [claim_many(run, worker, min(SMALL, number - first)) for first in range(0, number, SMALL)])
-    else:       # only one by one may a worker claim more than MOST_TASKS
-        for first in range(0, number, MOST_TASKS):
-            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MOST_TASKS))])
+    leased = ["leased%d" % number for number in range(size(20000))]
+    apply_all(store, [
+        add_user("ada", hash_password("right")), *(create_run("run%d" % number, 10) for number in range(size(20000))),
+        *(register_worker(name, "bench", 0, MAX_LEASE_S) for name in leased), create_run("leased", MAX_TASKS),
+        *(claim_many("leased", name, 100) for name in leased),
+        *(register_worker("free%d" % number, "bench", 0) for number in range(6)),
+        create_run("lease", 1), create_run("hundred", 100), create_run("ten", 10),
+        create_run("done", size.half_the_rows), report_many(
+            "ten", None, [Report(number, status=DONE) for number in range(10)])])
+    add_holder(store, "held", "holder", size.half_the_rows, None)
+    for first in range(0, size.half_the_rows, MAX_BATCH):
+        apply_all(store, [report_many("done", None, [Report(number, status=DONE) for number in range(
+            first, min(size.half_the_rows, first + MAX_BATCH))])])
 
 
 def fill_leaving(store: Store, size: FairSize) -> None:
     """100 workers with a lease and 10 000 tasks each."""
     for number in range(size(100)):
-        hold_tasks(store, "leaving%d" % number, "leaving%d" % number, size(10000), MOST_LEASE_S)
+        add_holder(store, "leaving%d" % number, "leaving%d" % number, size(10000), MAX_LEASE_S)
 
 
 def fill_silent(store: Store, size: FairSize) -> None:
-    """200 workers with 10 000 tasks each, whose leases are over as soon as a server has run for a second."""
+    """200 workers with 10 000 tasks each, whose leases run out when a server has run for a second."""
     for number in range(size(200)):
-        hold_tasks(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
+        add_holder(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
 
 
-class FairCase(NamedTuple):
-    """One thing that clients may do."""
-    name: str
-    sentence: str
-    load: "CaseLoad"                                # does it; returns a note
-    fill: Fill                                      # fills the file; by default crowd, to which others add
-    unread_log: bool                                # with an access log that nobody reads
+def apply_all(store: Store, operations: List[Operation]) -> None:
+    """Run many operations. Raises what one of them raises."""
+    for outcome in store.call_all(operations):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
-CaseLoad = Callable[["FairFarm"], Optional[str]]
-FAIR_CASES: Dict[str, FairCase] = {}
-
-
-def fair_case(fill: Fill = crowd, unread_log: bool = False) -> Callable[[CaseLoad], CaseLoad]:
-    """A decorator that adds a case to the table."""
-    def add(load: CaseLoad) -> CaseLoad:
-        name = load.__name__.partition("fair_")[2]
-        FAIR_CASES[name] = FairCase(name, load.__doc__ or "", load, fill, unread_log)
-        return load
-    return add
-
-
-def chosen_cases(names: str) -> List[FairCase]:
-    """The cases of these names, with commas between; all for "". Raises Refusal."""
-    chosen = names.split(",") if names else list(FAIR_CASES)
-    unknown = sorted(set(chosen) - set(FAIR_CASES))
-    if unknown:
-        raise Refusal("there is no case %s: %s are" % (", ".join(unknown), ", ".join(FAIR_CASES)))
-    return [FAIR_CASES[name] for name in chosen]
+def add_holder(store: Store, run: str, worker: str, number: int, lease: Optional[int]) -> None:
+    """A run of so many tasks that one worker computes."""
+    apply_all(store, [create_run(run, number), register_worker(worker, "bench", 0, lease)])
+    if lease:
+        apply_all(store, [claim_many(run, worker, min(SMALL, number - first)) for first in range(0, number, SMALL)])
+    else:       # only one by one may a worker claim more than MAX_BATCH
+        for first in range(0, number, MAX_BATCH):
+            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MAX_BATCH))])
 
 
 def let_lapse(db: str, token: str, size: FairSize) -> None:
-    """Serve a file until the leases of silent workers have run out."""
+    """Serve a file until the leases of the silent workers have run out."""
     server = BenchServer(db, token)
     try:
         for number in range(size(200)):
@@ -8192,8 +8163,33 @@ def let_lapse(db: str, token: str, size: FairSize) -> None:
         server.stop()
 
 
-class Talk:
-    """One connection of a case: what it has to send, and the answers as they come.
+class FairCase(NamedTuple):
+    """Something that clients may do."""
+    name: str
+    sentence: str
+    load: "CaseLoad"            # does it, and may return a note
+    fill: Fill                  # fills the file: fill_crowded, or what is added to that
+    unread_log: bool            # with an access log that nobody reads
+
+
+CaseLoad = Callable[["FairFarm"], Optional[str]]
+FAIR_CASES: Dict[str, FairCase] = {}
+
+
+def fair_case(fill: Fill = fill_crowded, unread_log: bool = False) -> Callable[[CaseLoad], CaseLoad]:
+    """A decorator that adds a case to the table."""
+    def add(load: CaseLoad) -> CaseLoad:
+        name = load.__name__.partition("fair_")[2]
+        FAIR_CASES[name] = FairCase(name, load.__doc__ or "", load, fill, unread_log)
+        return load
+    return add
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
+
+
+class Dialogue:
+    """One connection of a case: the messages it has to send, and the answers as they come.
 
     An answer counts when its status line is there. Its body is read while the next answer is waited for.
     """
@@ -8205,23 +8201,23 @@ class Talk:
         self.sock.connect(("127.0.0.1", port))
         self.sock.setblocking(False)
         self.messages = messages
-        self.at = 0                         # the message that is sent next
+        self.position = 0                   # of the message that is sent next
         self.unsent = memoryview(b"")
         self.awaited = 0                    # answers
-        self.seen = b""                     # of the last answer, where a status line may go on
+        self.tail = b""                     # of what was read: a status line may go on in what comes next
         self.statuses: List[int] = []
         self.began = self.ended = time.perf_counter()
 
-    def step(self, events: int, again: bool) -> int:
-        """Send and read what goes; what to watch for then, 0 at the end."""
+    def advance(self, events: int, repeat: bool) -> int:
+        """Send and read what is possible. Returns the events to wait for then, 0 at the end."""
         try:
             if events & selectors.EVENT_READ and not self._read():
                 return 0
             if not self.unsent and self.awaited <= 0:
-                if self.at == len(self.messages) and not again:
+                if self.position == len(self.messages) and not repeat:
                     return 0
-                message = self.messages[self.at % len(self.messages)]
-                self.at = self.at % len(self.messages) + 1
+                message = self.messages[self.position % len(self.messages)]
+                self.position = self.position % len(self.messages) + 1
                 self.awaited += message.count(b" HTTP/1.1\r\n")
                 self.unsent = memoryview(message)
             if self.unsent:
@@ -8234,18 +8230,21 @@ class Talk:
 
     def _read(self) -> int:
         data = self.sock.recv(1 << 20)
-        text = self.seen + data
-        at = -1
-        for found in STATUS_LINE.finditer(text):
-            self.statuses.append(int(found[1]))
+        text = self.tail + data
+        last = -1
+        for match in STATUS_LINE.finditer(text):
+            self.statuses.append(int(match[1]))
             self.ended = time.perf_counter()
             self.awaited -= 1
-            at = found.start()
-        self.seen = text[max(at + 1, len(text) - 12):]      # not the H of the last one, or it would count again
+            last = match.start()
+        self.tail = text[max(last + 1, len(text) - 12):]    # without the H of the last one, or it would count again
         return len(data)
 
-
-STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
+    def last_answer(self) -> str:
+        """Status of the last answer, and after how long it came."""
+        if not self.statuses:
+            return "no answer in %.0f s" % (time.perf_counter() - self.began)
+        return "%d after %.2f s" % (self.statuses[-1], self.ended - self.began)
 
 
 class FairFarm:
@@ -8253,49 +8252,57 @@ class FairFarm:
 
     def __init__(self, server: BenchServer, size: FairSize, seconds: float) -> None:
         self.server, self.size, self.seconds = server, size, seconds
-        self.patience_s = PATIENCE * seconds
+        self.limit_s = ANSWER_LIMIT * seconds
 
     def request(self, method: str, path: str, body: Any = None) -> bytes:
         """The bytes of a request with a login."""
-        content = b"" if body is None else body if isinstance(body, bytes) else encode_json(body).encode()
-        return bench_request(self.server.token, method, path, content)
+        return bench_request(self.server.token, method, path, body)
 
     def reports(self, first: int, count: int) -> bytes:
         """A request of the worker holder: so many of its tasks are done, each with an elapsed of its own."""
         return done_many(self.request("PUT", "runs/held/tasks"), "holder", "differing")([
             (b"%d" % task, b"1") for task in range(first, first + count)])
 
-    def talk(self, talks: Sequence[Sequence[bytes]], again: bool = False) -> List[Talk]:
-        """Hold talks at once, each on a connection of its own: it sends a message when the last one was answered.
+    def send(self, *messages_of_each: Sequence[bytes], repeat: bool = False) -> List[Dialogue]:
+        """Hold dialogues at once, each on a connection of its own. A message is sent when the last one was answered.
 
-        *again*: each begins anew at its end, for `seconds`; else all end, or are given up after `patience_s`.
+        *repeat*: each begins anew at its end, for `seconds`. Else all end, or are given up after `limit_s`.
         """
-        end = time.perf_counter() + (self.seconds if again else self.patience_s)
-        held = [Talk(self.server.port, messages) for messages in talks]
+        end = time.perf_counter() + (self.seconds if repeat else self.limit_s)
+        dialogues = [Dialogue(self.server.port, messages) for messages in messages_of_each]
         with selectors.DefaultSelector() as selector:
-            for talk in held:
-                talk.began = time.perf_counter()
-                selector.register(talk.sock, talk.step(0, again) or selectors.EVENT_READ, talk)
+            for dialogue in dialogues:
+                dialogue.began = time.perf_counter()
+                wanted = dialogue.advance(0, repeat)
+                if wanted:
+                    selector.register(dialogue.sock, wanted, dialogue)
             while selector.get_map() and time.perf_counter() < end:
                 for key, events in selector.select(0.1):
-                    watched = key.data.step(events, again)
-                    if not watched:
+                    wanted = key.data.advance(events, repeat)
+                    if not wanted:
                         selector.unregister(key.fileobj)
                         key.data.sock.close()
-                    elif watched != key.events:
-                        selector.modify(key.fileobj, watched, key.data)
-        for talk in held:
-            talk.sock.close()
-        return held
+                    elif wanted != key.events:
+                        selector.modify(key.fileobj, wanted, key.data)
+        for dialogue in dialogues:
+            dialogue.sock.close()
+        return dialogues
 
-    def connect(self, number: int, sent: bytes = b"", receive_buffer: int = 0) -> List[socket.socket]:
+    def send_each(self, requests: Iterable[bytes]) -> str:
+        """Send each request at once on its own connection: how many succeed, and after how long the last one."""
+        dialogues = self.send(*([request] for request in requests))
+        good = sum(dialogue.statuses[:1] in ([200], [204]) for dialogue in dialogues)
+        return "%d of %d done, the last after %.1f s" % (
+            good, len(dialogues), max(dialogue.ended - dialogue.began for dialogue in dialogues))
+
+    def connect(self, number: int, content: bytes, receive_buffer: int = 0) -> List[socket.socket]:
         """So many connections that have sent something, and read nothing."""
-        talks = [Talk(self.server.port, [], receive_buffer) for _ in range(number)]
-        for talk in talks:
-            talk.sock.settimeout(1.0)
+        socks = [Dialogue(self.server.port, [], receive_buffer).sock for _ in range(number)]
+        for sock in socks:
+            sock.settimeout(1.0)
             with contextlib.suppress(OSError):      # the server reads no more of it, or has closed it
-                talk.sock.sendall(sent)
-        return [talk.sock for talk in talks]
+                sock.sendall(content)
+        return socks
 
     def cpu_s(self) -> float:
         """What the server has used, also where it does not answer."""
@@ -8309,25 +8316,12 @@ class FairFarm:
             return int(file.read().split()[1]) * mmap.PAGESIZE / 1e6
 
 
-def answered(talk: Talk) -> str:
-    """Status of the last answer of a talk, and after how long it came."""
-    if not talk.statuses:
-        return "no answer in %.0f s" % (time.perf_counter() - talk.began)
-    return "%d after %.2f s" % (talk.statuses[-1], talk.ended - talk.began)
-
-
-def all_answered(talks: Sequence[Talk]) -> str:
-    """How many of talks of one request each were answered with success, and after how long the last one."""
-    good = sum(talk.statuses[:1] in ([200], [204]) for talk in talks)
-    return "%d of %d done, the last after %.1f s" % (good, len(talks), max(talk.ended - talk.began for talk in talks))
-
-
-def ask_bystander(farm: FairFarm, stop: int, held: int) -> Tuple["array.array[float]", bool]:
-    """Ask for one run until *stop* ends, a pipe: the seconds of each answer, and whether the last one came."""
-    os.close(held)          # its other end, which our parent holds
-    took = array.array("d")
+def run_bystander(farm: FairFarm, stop: int, held_by_parent: int) -> Tuple["array.array[float]", bool]:
+    """Ask for one run until the pipe *stop* ends: the seconds of each answer, and whether the last one came."""
+    os.close(held_by_parent)        # its other end: ours would keep it from ending
+    times_s = array.array("d")
     request = farm.request("GET", "runs/run0")
-    with socket.create_connection(("127.0.0.1", farm.server.port), timeout=farm.patience_s) as sock:
+    with socket.create_connection(("127.0.0.1", farm.server.port), timeout=farm.limit_s) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while not select.select([stop], [], [], BYSTANDER_PAUSE_S)[0]:
             began = time.perf_counter()
@@ -8336,13 +8330,13 @@ def ask_bystander(farm: FairFarm, stop: int, held: int) -> Tuple["array.array[fl
                 data = sock.recv(65536)
             except socket.timeout:
                 data = b""
-            took.append(time.perf_counter() - began)
+            times_s.append(time.perf_counter() - began)
             if not data.startswith(b"HTTP/1.1 200 "):
-                return took, False
-    return took, True
+                return times_s, False
+    return times_s, True
 
 
-def fair_try(case: FairCase, db: str, token: str, size: FairSize, seconds: float) -> Dict[str, Any]:
+def try_case(case: FairCase, db: str, token: str, size: FairSize, seconds: float) -> Dict[str, Any]:
     """One try of a case on a file, which is not used again after it."""
     unread, log_end = os.pipe()
     with open(unread), open(log_end, "w") as access_log:
@@ -8350,69 +8344,64 @@ def fair_try(case: FairCase, db: str, token: str, size: FairSize, seconds: float
         try:
             farm = FairFarm(server, size, seconds)
             stop, held = os.pipe()
-            _, result = forked(lambda: ask_bystander(farm, stop, held))
+            _, result = fork_call(run_bystander, farm, stop, held)
             os.close(stop)
-            time.sleep(0.2)         # a few answers in peace
+            time.sleep(min(0.2, seconds))       # some answers before the case begins
             note = case.load(farm) or ""
             os.close(held)
-            took, came = result()
+            times_s, last_came = result()
         finally:
             server.kill()
-    median, _, _, worst = quantiles(took)
-    return {"worst_ms": worst, "median_ms": median, "answers": len(took),
-            "note": note if came else "the bystander got no answer any more. " + note}
+    median, _, _, worst = quantiles_ms(times_s)
+    return {"worst_ms": worst, "median_ms": median, "answers": len(times_s),
+            "note": note if last_came else "the bystander got no answer any more. " + note}
 
 
 def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float, tries: int,
-               progress: "Progress") -> Dict[str, Any]:
-    """Each case so many times, on copies of one crowded farm; of the bystander's worst answers the median counts."""
+               progress: Progress) -> Dict[str, Any]:
+    """Each case so many times, on copies of a crowded farm. Of the bystander's worst answers the median counts."""
     size = FairSize(rows)
-    crowded = os.path.join(folder, "crowded.sqlite")
-    progress.what = "fair: filling"
-    progress.show(0, 1)
-    filled: Dict[Fill, Tuple[str, str]] = {crowd: (crowded, fill_crowd(crowded, crowd, size))}
     result: Dict[str, Any] = {"profile": "fair", "rows": rows, "cases": {}}
+
+    @functools.lru_cache(maxsize=None)
+    def filled(fill: Fill) -> Tuple[str, str]:
+        """The file that a case begins with, and a token for it."""
+        path = os.path.join(folder, fill.__name__ + ".sqlite")
+        if fill is not fill_crowded:
+            shutil.copyfile(filled(fill_crowded)[0], path)
+        progress.what = "fair: filling"
+        progress.show(0, 1)
+        with contextlib.closing(Store(path)) as store:
+            token = bench_token(store)
+            fill(store, size)
+        if fill is fill_silent:
+            let_lapse(path, token, size)
+        return path, token
+
     for number, case in enumerate(cases):
-        progress.what = "fair: " + case.name
+        tried = []
         for attempt in range(tries):
+            source, token = filled(case.fill)
+            progress.what = "fair: " + case.name
             progress.show(number * tries + attempt, len(cases) * tries)
-            if case.fill not in filled:
-                special = os.path.join(folder, case.name + ".sqlite")
-                shutil.copyfile(crowded, special)
-                filled[case.fill] = special, fill_crowd(special, case.fill, size)
             db = os.path.join(folder, "fair.sqlite")
             for name in glob.glob(glob.escape(db) + "*"):
                 os.remove(name)
-            source, token = filled[case.fill]
             shutil.copyfile(source, db)
-            tried = fair_try(case, db, token, size, seconds)
-            result["cases"].setdefault(case.name, {"sentence": case.sentence, "tries": []})["tries"].append(tried)
-        shown = result["cases"][case.name]
-        for figure in ("worst_ms", "median_ms", "answers"):
-            values = sorted(tried[figure] for tried in shown["tries"])
-            shown[figure] = values[len(values) // 2]
-        shown["note"] = next(tried["note"] for tried in shown["tries"] if tried["worst_ms"] == shown["worst_ms"])
+            tried.append(try_case(case, db, token, size, seconds))
+        middle = {figure: sorted(one[figure] for one in tried)[tries // 2]
+                  for figure in ("worst_ms", "median_ms", "answers")}
+        note = next(one["note"] for one in tried if one["worst_ms"] == middle["worst_ms"])
+        result["cases"][case.name] = {"sentence": case.sentence, "tries": tried, **middle, "note": note}
     return result
 
 
-def fill_crowd(db: str, fill: Fill, size: FairSize) -> str:
-    """Add to the file that a case begins with; a token for it."""
-    with contextlib.closing(Store(db)) as store:
-        fill(store, size)
-    token = bench_token(db)
-    if fill is fill_silent:
-        let_lapse(db, token, size)
-    return token
-
-
 def fair_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `fair` as a person reads it."""
-    width = max(map(len, result["cases"]))
-    lines = ["%-*s  worst ms  median ms  answers" % (width, "fair, one bystander")]
-    for name, case in result["cases"].items():
-        lines.append(("%-*s  %8.0f  %9.2f  %7d  %s" % (
-            width, name, case["worst_ms"], case["median_ms"], case["answers"], case["note"])).rstrip())
-    return "\n".join(lines)
+    """The figures of profile `fair`."""
+    return figures_table("<fair, one bystander|worst ms|median ms|answers|<what came of the others",
+                         "%s|%.0f|%.2f|%d|%s", [
+                             (name, case["worst_ms"], case["median_ms"], case["answers"], case["note"])
+                             for name, case in result["cases"].items()])
 
 
 def burst(method: str, path: str) -> bytes:
@@ -8430,98 +8419,96 @@ def fair_nobody(farm: FairFarm) -> None:
 @fair_case()
 def fair_pipelined(farm: FairFarm) -> None:
     """10 connections, each one burst of 95 kB of GET /livez"""
-    farm.talk([[burst("GET", "/livez")]] * 10)
+    farm.send(*[[burst("GET", "/livez")]] * 10)
 
 
 @fair_case()
 def fair_pipelined_heads(farm: FairFarm) -> None:
     """10 connections, each one burst of 95 kB of HEAD /"""
-    farm.talk([[burst("HEAD", "/")]] * 10)
+    farm.send(*[[burst("HEAD", "/")]] * 10)
 
 
 @fair_case()
 def fair_pipelined_on(farm: FairFarm) -> None:
     """32 connections, burst after burst of 95 kB of HEAD /"""
-    farm.talk([[burst("HEAD", "/")]] * 32, again=True)
+    farm.send(*[[burst("HEAD", "/")]] * 32, repeat=True)
 
 
 @fair_case(fill=fill_silent)
 def fair_beats(farm: FairFarm) -> str:
     """200 heartbeats at once after an outage, each taking back 10 000 lapsed tasks"""
-    return all_answered(farm.talk([[farm.request("PUT", "worker/silent%d" % number)]
-                                   for number in range(farm.size(200))]))
+    return farm.send_each(farm.request("PUT", "worker/silent%d" % number) for number in range(farm.size(200)))
 
 
 @fair_case(fill=fill_leaving)
 def fair_sign_offs(farm: FairFarm) -> str:
     """100 workers with 10 000 tasks each sign off at once"""
-    return all_answered(farm.talk([[farm.request("DELETE", "worker/leaving%d" % number)]
-                                   for number in range(farm.size(100))]))
+    return farm.send_each(farm.request("DELETE", "worker/leaving%d" % number) for number in range(farm.size(100)))
 
 
 @fair_case()
 def fair_differing_reports(farm: FairFarm) -> str:
     """400 reports at once of 500 tasks each, all with an elapsed of their own"""
     batch = farm.size(500)
-    return all_answered(farm.talk([[farm.reports(first * batch, batch)] for first in range(farm.size(400))]))
+    return farm.send_each(farm.reports(number * batch, batch) for number in range(farm.size(400)))
 
 
-def claims_in_vain(farm: FairFarm, claimers: int) -> List[Talk]:
+def claims_in_vain(farm: FairFarm, claimers: int) -> List[Dialogue]:
     """Claims, again and again, where many tasks compute without a lease and none waits."""
-    return farm.talk([[farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
-                      for number in range(claimers)], again=True)
+    return farm.send(*([farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
+                       for number in range(claimers)), repeat=True)
 
 
 @fair_case()
 def fair_claim_in_vain(farm: FairFarm) -> str:
     """claims in vain, one after the other, where 2 000 000 tasks compute without a lease; 20 000 leased workers"""
-    (talk,) = claims_in_vain(farm, 1)
-    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(talk.statuses)))
+    (dialogue,) = claims_in_vain(farm, 1)
+    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(dialogue.statuses)))
 
 
 @fair_case()
 def fair_kept_lease(farm: FairFarm) -> str:
     """six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its task waits again"""
-    farm.talk([[farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
-                farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})]])
+    farm.send([farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
+               farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})])
     began = time.perf_counter()
     longer = FairFarm(farm.server, farm.size, 4 * farm.seconds)
-    _, claimers = forked(lambda: len(claims_in_vain(longer, 6)))
-    ended = None
-    while ended is None and time.perf_counter() < began + longer.seconds:
+    _, claimers = fork_call(lambda: len(claims_in_vain(longer, 6)))
+    ended_s = None
+    while ended_s is None and time.perf_counter() < began + longer.seconds:
         time.sleep(0.05)
         if not farm.server.ask("GET", "/api/runs/lease")["numComputing"]:
-            ended = time.perf_counter() - began
+            ended_s = time.perf_counter() - began
     claimers()
-    return "it ended after %.1f s" % ended if ended else "it had not ended after %.0f s" % longer.seconds
+    return "it ended after %.1f s" % ended_s if ended_s else "it had not ended after %.0f s" % longer.seconds
 
 
 @fair_case()
 def fair_partial_restart(farm: FairFarm) -> None:
     """partial restarts of an untouched run of 100 tasks, one after the other; 20 000 leased workers"""
-    farm.talk([[farm.request("POST", "runs/hundred/restart")]], again=True)
+    farm.send([farm.request("POST", "runs/hundred/restart")], repeat=True)
 
 
 @fair_case()
 def fair_large_holder(farm: FairFarm) -> None:
     """about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one task, a page of workers"""
-    farm.talk([[farm.request("PUT", "worker/holder"),
-                farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
-                farm.request("GET", "worker/holder?limit=1"), farm.request("GET", "workers?limit=1000")]], again=True)
+    farm.send([farm.request("PUT", "worker/holder"),
+               farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
+               farm.request("GET", "worker/holder?limit=1"), farm.request("GET", "workers?limit=1000")], repeat=True)
 
 
 @fair_case()
 def fair_large_sign_off(farm: FairFarm) -> str:
     """a worker that holds 2 000 000 tasks without a lease signs off"""
-    (talk,) = farm.talk([[farm.request("DELETE", "worker/holder")]])
+    (dialogue,) = farm.send([farm.request("DELETE", "worker/holder")])
     time.sleep(farm.seconds)
-    return answered(talk)
+    return dialogue.last_answer()
 
 
 @fair_case()
 def fair_all_runs(farm: FairFarm) -> None:
     """GET /api/runs with 20 000 runs, again and again"""
-    farm.talk([[farm.request("GET", "runs")]], again=True)
+    farm.send([farm.request("GET", "runs")], repeat=True)
 
 
 JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
@@ -8530,24 +8517,24 @@ JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
 @fair_case()
 def fair_junk(farm: FairFarm) -> None:
     """4 MiB of JSON that is no batch, from somebody logged in"""
-    farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]])
+    farm.send([farm.request("PUT", "runs/done/tasks", JUNK)])
 
 
 @fair_case()
 def fair_junk_at_once(farm: FairFarm) -> None:
     """the same on eight connections at once"""
-    farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)
+    farm.send(*[[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)
 
 
 @fair_case()
 def fair_deleted_runs(farm: FairFarm) -> str:
     """two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of it, another's large page"""
-    farm.talk([[farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
-                farm.request("POST", "runs/ten/restart?all=True")]])
-    talks = farm.talk([[farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
-                       [farm.request("GET", "runs/ten/tasks?limit=1000")],
-                       [farm.request("GET", "runs/run1/tasks?limit=1000")]])
-    return "claim %s, its page %s, another's large page %s" % tuple(map(answered, talks))
+    farm.send([farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
+               farm.request("POST", "runs/ten/restart?all=True")])
+    dialogues = farm.send([farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
+                          [farm.request("GET", "runs/ten/tasks?limit=1000")],
+                          [farm.request("GET", "runs/run1/tasks?limit=1000")])
+    return "claim %s, its page %s, another's large page %s" % tuple(dialogue.last_answer() for dialogue in dialogues)
 
 
 @fair_case()
@@ -8555,10 +8542,10 @@ def fair_slow_readers(farm: FairFarm) -> str:
     """ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them"""
     slow = farm.connect(10, farm.request("GET", "runs"), receive_buffer=4096)
     time.sleep(farm.seconds)
-    (talk,) = farm.talk([[farm.request("GET", "runs")]])
+    (dialogue,) = farm.send([farm.request("GET", "runs")])
     for sock in slow:
         sock.close()
-    return "GET /api/runs " + answered(talk)
+    return "GET /api/runs " + dialogue.last_answer()
 
 
 def half_head(length: int) -> bytes:
@@ -8570,18 +8557,18 @@ def half_head(length: int) -> bytes:
 @fair_case()
 def fair_heads_by_byte(farm: FairFarm) -> str:
     """ten long heads that go on byte by byte, 6.5 kB/s in all, without a login"""
-    begun = farm.connect(10, half_head(28000))
+    socks = farm.connect(10, half_head(28000))
     time.sleep(0.2)
     cpu_s, began, sent = farm.cpu_s(), time.perf_counter(), 0
     while time.perf_counter() < began + farm.seconds:
         due = int(6500 * (time.perf_counter() - began))
         while sent < due:
             with contextlib.suppress(OSError):      # its 32 kB are full
-                begun[sent % len(begun)].send(b"x")
+                socks[sent % len(socks)].send(b"x")
             sent += 1
         time.sleep(0.001)
     share = (farm.cpu_s() - cpu_s) / (time.perf_counter() - began)
-    for sock in begun:
+    for sock in socks:
         sock.close()
     return "the server uses %.0f %% of a core" % (100 * share)
 
@@ -8591,27 +8578,27 @@ def fair_half_heads(farm: FairFarm) -> str:
     """2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; then as many again"""
     number = farm.size(2300)
 
-    def again() -> int:
+    def connect_more() -> int:
         time.sleep(farm.seconds / 3)
-        more = farm.connect(number, half_head(30000))
-        time.sleep(farm.patience_s)
-        return len(more)
-    half = farm.connect(number, half_head(30000))
-    _, others = forked(again)
-    (talk,) = farm.talk([[farm.reports(0, farm.size(10000))]])
+        socks = farm.connect(number, half_head(30000))
+        time.sleep(farm.limit_s)
+        return len(socks)
+    socks = farm.connect(number, half_head(30000))
+    _, others = fork_call(connect_more)
+    (dialogue,) = farm.send([farm.reports(0, farm.size(10000))])
     others()
-    for sock in half:
+    for sock in socks:
         sock.close()
-    return "the batch: " + answered(talk)
+    return "the batch: " + dialogue.last_answer()
 
 
 @fair_case(unread_log=True)
 def fair_unread_log(farm: FairFarm) -> None:
     """an access log on the standard output that nobody reads, and 2 000 requests"""
-    farm.talk([[b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000])
+    farm.send([b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000)
 
 
-def basic(name: str, password: str) -> bytes:
+def password_request(name: str, password: str) -> bytes:
     """A request with name and password."""
     return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
         ("%s:%s" % (name, password)).encode())
@@ -8622,35 +8609,38 @@ def fair_wrong_logins(farm: FairFarm) -> str:
     """400 wrong passwords on connections that are closed at once, then a right one"""
     cpu_s = farm.cpu_s()
     for number in range(farm.size(400)):
-        for sock in farm.connect(1, basic("ada", "wrong%d" % number)):
+        for sock in farm.connect(1, password_request("ada", "wrong%d" % number)):
             sock.close()
-    (talk,) = farm.talk([[basic("ada", "right")]])
-    return "the right one: %s, %.1f s of CPU" % (answered(talk), farm.cpu_s() - cpu_s)
+    (dialogue,) = farm.send([password_request("ada", "right")])
+    return "the right one: %s, %.1f s of CPU" % (dialogue.last_answer(), farm.cpu_s() - cpu_s)
 
 
 @fair_case()
 def fair_long_passwords(farm: FairFarm) -> None:
     """20 passwords of 12 kB of combining characters"""
-    farm.talk([[basic("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)]])
+    farm.send([password_request("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)])
+
+
+def memory_growth(farm: FairFarm, requests: Sequence[bytes]) -> str:
+    """What comes of requests on four connections, and how much the server's memory grows by them."""
+    before = farm.memory_mb()
+    dialogues = farm.send(*(requests[first::4] for first in range(4)))
+    return "%s, memory grows by %.0f MB" % (dialogues[0].last_answer(), farm.memory_mb() - before)
 
 
 @fair_case()
 def fair_long_paths(farm: FairFarm) -> str:
     """4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server keeps of it"""
-    before = farm.memory_mb()
-    requests = [b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
-                for number in range(farm.size(4200))]
-    farm.talk([requests[first::4] for first in range(4)])
-    return "memory grows by %.0f MB" % (farm.memory_mb() - before)
+    return memory_growth(farm, [
+        b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
+        for number in range(farm.size(4200))])
 
 
 @fair_case()
 def fair_token_passwords(farm: FairFarm) -> str:
     """20 000 requests with one token, each with another password of 12 kB beside it: what the server keeps of it"""
-    before = farm.memory_mb()
-    requests = [basic(farm.server.token, "x" * 11900 + str(number)) for number in range(farm.size(20000))]
-    talks = farm.talk([requests[first::4] for first in range(4)])
-    return "%s, memory grows by %.0f MB" % (answered(talks[0]), farm.memory_mb() - before)
+    return memory_growth(farm, [password_request(farm.server.token, "x" * 11900 + str(number))
+                                for number in range(farm.size(20000))])
 
 
 # ---------------------------------------------------------------- DOCTOR
@@ -8673,14 +8663,14 @@ class Finding(NamedTuple):
     says: str               # what was found, and what to do where it is not well
 
 
-def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
+def run_checks(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
             limit_s: float = DOCTOR_S) -> Iterator[Finding]:
     """What the checks find, in their order; they run at the same time, each in a thread that nobody waits for long."""
     until = time.monotonic() + limit_s
     begun = []
     for what, look in checks:
         found: "queue.SimpleQueue[Optional[Finding]]" = queue.SimpleQueue()
-        thread = threading.Thread(target=one_check, args=(what, look, found.put), daemon=True)
+        thread = threading.Thread(target=run_check, args=(what, look, found.put), daemon=True)
         try:
             thread.start()
         except RuntimeError:
@@ -8689,17 +8679,17 @@ def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
         begun.append((what, found))
     for what, found in begun:
         try:
-            yield from iter(functools.partial(take_until, found, until), None)
+            yield from iter(functools.partial(next_before, found, until), None)
         except queue.Empty:
-            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % span(limit_s))
+            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % duration_text(limit_s))
 
 
-def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
+def next_before(found: "queue.SimpleQueue[Any]", until: float) -> Any:
     """The next from a queue; waits until a tick at most. Raises queue.Empty."""
     return next_from(found, until - time.monotonic())
 
 
-def one_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
+def run_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
     """Hand out what one check finds, then None; also where it ends in an error that nobody thought of."""
     try:
         for finding in look():
@@ -8732,7 +8722,7 @@ def mount_of(folder: str, mountinfo: str) -> Tuple[str, str]:
     return best
 
 
-def kind_of(folder: str) -> str:
+def file_system_of(folder: str) -> str:
     """The kind of the file system of a folder, in words."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
@@ -8757,13 +8747,13 @@ def check_home() -> Iterator[Finding]:
         yield Finding(WARN, "home", "the system knows none for this user, so that verbs and workers find server and "
                       "login in this folder alone: set HOME")
         return
-    yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, kind_of(home)))
+    yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, file_system_of(home)))
 
 
 def check_folder(db: Optional[str]) -> Iterator[Finding]:
     """The file system of the farm's file, or of this folder: its locks and SQLite, tried on a file beside it."""
     folder = os.path.dirname(os.path.realpath(db)) if db else os.getcwd()
-    kind = kind_of(folder)
+    kind = file_system_of(folder)
     if kind in ("tmpfs", "ramfs"):
         yield Finding(WARN, "folder", "%s lies in memory (%s): a farm there is gone when the node starts again"
                       % (folder, kind))
@@ -8850,7 +8840,7 @@ def check_limits() -> Iterator[Finding]:
         yield Finding(WARN, "descriptors", "%d at most (ulimit -Hn): a server can hold nearly so many connections, "
                       "then closes the longest idle" % hard)
     else:
-        yield Finding(OK, "descriptors", "%s now; a server may raise it to %s" % (limit_words(soft), limit_words(hard)))
+        yield Finding(OK, "descriptors", "%s now; a server may raise it to %s" % (limit_text(soft), limit_text(hard)))
     most, used = process_limit()
     if most is not None and most - used < FEW_PROCESSES:
         yield Finding(WARN, "processes", "%d of %d are in use (ulimit -u): a server needs 6 threads, a worker 3 and "
@@ -8860,10 +8850,10 @@ def check_limits() -> Iterator[Finding]:
     cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0]
     if cpu_s != resource.RLIM_INFINITY:
         yield Finding(WARN, "CPU time", "a program is ended here after %s of it (ulimit -t), which a server uses up in "
-                      "some %s requests" % (span(cpu_s), grouped(int(cpu_s / 0.0001))))
+                      "some %s requests" % (duration_text(cpu_s), grouped(int(cpu_s / 0.0001))))
 
 
-def limit_words(limit: int) -> str:
+def limit_text(limit: int) -> str:
     """A limit of the system in words."""
     return "any number" if limit == resource.RLIM_INFINITY else str(limit)
 
@@ -8904,13 +8894,13 @@ def check_job() -> Iterator[Finding]:
             yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until")
         elif end < now:
             yield Finding(WARN, "job", "it should have ended %s ago, so that workers take no task: look at "
-                          "SLURM_JOB_END_TIME, or tell 'work' by --until" % span(now - end))
+                          "SLURM_JOB_END_TIME, or tell 'work' by --until" % duration_text(now - end))
         else:
-            yield Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
+            yield Finding(OK, "job", "ends in %s, and workers leave in time" % duration_text(end - now))
     left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "left-*.json"))
     if left:
         yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "
-                      "could not" % (counted(len(left), "file"), state_folder(os.environ)))
+                      "could not" % (count_text(len(left), "file"), state_folder(os.environ)))
 
 
 def check_server(url: str) -> Iterator[Finding]:
@@ -8977,7 +8967,7 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
         Finding(OK, "answers", says))
     if abs(client.ahead_s) > 5:
         yield Finding(WARN, "clock", "the server's is %s %s of this node's: times in logs will not fit" % (
-            span(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
+            duration_text(abs(client.ahead_s)), "ahead" if client.ahead_s > 0 else "behind"))
 
 
 def check_login(client: Client, access: Access) -> Iterator[Finding]:
@@ -9026,7 +9016,7 @@ def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[st
         query["after"] = answer["next"]
 
 
-class Look(NamedTuple):
+class RunStatus(NamedTuple):
     """What a person wants to know about a run at one moment."""
     run: Dict[str, Any]
     workers: List[Dict[str, Any]]       # those alive in the whole farm
@@ -9044,7 +9034,7 @@ class Look(NamedTuple):
         return not self.run["numWaiting"] + self.run["numComputing"]
 
 
-class Lookout:
+class RunMonitor:
     """Looks at a run again and again; each time it knows more of its pace.
 
     What costs the server more than a few rows is asked for only every RARE_S seconds.
@@ -9054,9 +9044,9 @@ class Lookout:
         self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
         self.asked = -math.inf                                  # tick of the last rare question
         self.workers: List[Dict[str, Any]] = []
-        self.ends = Ends([], [])                                # by the last rare question
+        self.ends = RecentEnds([], [])                                # by the last rare question
 
-    def look(self) -> Look:
+    def look(self) -> RunStatus:
         """Ask the server. Raises FarmError and Unreachable."""
         run = self.client.ask("GET", run_path(self.run_uuid))
         tick, utc = time.monotonic(), time.time() + self.client.ahead_s
@@ -9066,19 +9056,19 @@ class Lookout:
         longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
         failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
         self._remember(tick, run)
-        told, seen = rate_of(self.ends.points), rate_of(self.readings)
+        told, seen = estimate_rate(self.ends.points), estimate_rate(self.readings)
         rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
-        started = moment(longest[0]["started"]) if longest else None
-        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
-        return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
+        started = parse_time(longest[0]["started"]) if longest else None
+        least_s, most_s, why = estimate_time_left(run, rate, self.ends, None if started is None else utc - started)
+        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
 
     def _ask_rarely(self, utc: float) -> None:
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
                         for worker in rows]
         lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
         # Before the time at which one of the lists was cut off, the other alone would count.
-        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
-        ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        since = max([parse_time(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
+        ended = [task for tasks, _ in lists for task in tasks if (parse_time(task["finished"]) or 0.0) >= since]
         self.ends = recent_ends(ended, not since, utc)
 
     def _remember(self, tick: float, run: Mapping[str, Any]) -> None:
@@ -9086,7 +9076,7 @@ class Lookout:
         if self.readings and ended < self.readings[-1][1]:      # it was restarted
             self.readings.clear()
         self.readings.append((tick, ended))
-        while tick - self.readings[0][0] > window_of(self.ends.took_s):
+        while tick - self.readings[0][0] > rate_window_s(self.ends.took_s):
             self.readings.popleft()
 
     def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
@@ -9096,38 +9086,38 @@ class Lookout:
         return answer["data"], not answer["next"]
 
 
-def rate_words(look: Look) -> str:
+def recent_rate_text(look: RunStatus) -> str:
     """The recent rate in words, with its range."""
     rate = look.rate
     if rate is None:
         return "unknown: too few tasks have ended lately"
     return "%s over the last %s (%s)" % (
-        per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
+        rate_text(rate.per_s), duration_text(rate.window_s), rate_text(rate.per_s, rate.low, rate.high))
 
 
-def left_words(look: Look) -> str:
+def time_left_text(look: RunStatus) -> str:
     """The time left in words."""
     if look.least_s is None and look.why:
         return "unknown: " + look.why
-    return in_words(look.least_s, look.most_s)
+    return range_text(look.least_s, look.most_s)
 
 
-def worker_words(look: Look) -> str:
+def workers_text(look: RunStatus) -> str:
     """How many workers there are."""
     if not look.workers:
         return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % look.run["uuid"][:8]
     hosts = len({worker["hostname"] for worker in look.workers})
     return "%s alive on %s, they hold %s (of all runs)" % (
-        grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
+        grouped(len(look.workers)), count_text(hosts, "host"), count_text(sum(w["held"] for w in look.workers), "task"))
 
 
-def look_lines(look: Look, screen: Screen) -> List[str]:
+def status_lines(look: RunStatus, screen: Screen) -> List[str]:
     """A status as a person reads it; each line fits the terminal."""
     run, columns = look.run, screen.columns
-    named = harmless(run.get("name") or "run")
-    rest = "  %s   %s, made %s ago" % (run["uuid"], counted(run["numTasks"], "task"), age(run.get("created"), look.utc))
+    named = printable(run.get("name") or "run")
+    rest = "  %s   %s, made %s ago" % (run["uuid"], count_text(run["numTasks"], "task"), time_since(run.get("created"), look.utc))
     head = cut(named + rest, columns) if columns else named + rest
-    share = percent(run["percentDone"], 100)
+    share = percent_text(run["percentDone"], 100)
     lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
              "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
              *state_lines(run, screen)]
@@ -9135,7 +9125,7 @@ def look_lines(look: Look, screen: Screen) -> List[str]:
         facts = [("over", "all tasks are done" if not run["numFailed"] else
                   "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts = [("rate", rate_words(look)), ("time left", left_words(look)), ("workers", worker_words(look))]
+        facts = [("rate", recent_rate_text(look)), ("time left", time_left_text(look)), ("workers", workers_text(look))]
     for name, words in facts:
         line = "%-11s%s" % (name, words)
         lines.append(cut(line, columns) if columns else line)
@@ -9154,19 +9144,19 @@ FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
 TASKS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
 
 
-def took(task: Mapping[str, Any], now_utc: float) -> str:
+def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
     """How long the last attempt took, or takes so far; "" when that is not known."""
-    started, finished = moment(task["started"]), moment(task["finished"])
+    started, finished = parse_time(task["started"]), parse_time(task["finished"])
     if started is None or finished is None and task["status"] != "computing":
         return ""
-    return span(max((finished or now_utc) - started, 0.0))
+    return duration_text(max((finished or now_utc) - started, 0.0))
 
 
 def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
     """What stands in each column for a task."""
     return {"task": task["task"], "status": task["status"], "percent": "%.1f" % task["percentCompleted"],
             "attempt": task["attempt"], "failures": task["failures"], "losses": task["losses"],
-            "for": age(task["started"], now_utc), "ago": age(task["finished"], now_utc), "took": took(task, now_utc),
+            "for": time_since(task["started"], now_utc), "ago": time_since(task["finished"], now_utc), "took": attempt_duration(task, now_utc),
             "host": task["hostname"], "exit": task["exitCode"], "message": task["message"]}
 
 
@@ -9181,7 +9171,7 @@ def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc
     return [[row[title] for title in titles] for row in cells]
 
 
-def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: Look,
+def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: RunStatus,
                screen: Screen) -> List[str]:
     """A small table under a title; nothing when there are no tasks."""
     table = task_table(titles, max(screen.columns - 2, 1) if screen.columns else 0)
@@ -9189,7 +9179,7 @@ def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[
     return ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))] if tasks else []
 
 
-def look_json(look: Look) -> Dict[str, Any]:
+def status_json(look: RunStatus) -> Dict[str, Any]:
     """A status for programs."""
     rate = look.rate
     return {"run": look.run, "over": look.over,
@@ -9201,12 +9191,12 @@ def look_json(look: Look) -> Dict[str, Any]:
             "longest": look.longest, "failures": look.failures}
 
 
-def look_line(look: Look) -> str:
+def status_line(look: RunStatus) -> str:
     """A status in one line, for a log."""
     run = look.run
     pace = "over" if look.over else "%s, time left %s" % (
-        per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
-    return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
+        rate_text(look.rate.per_s) if look.rate else "rate unknown", time_left_text(look))
+    return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), pace)
 
 
 class Watch:
@@ -9214,11 +9204,11 @@ class Watch:
 
     *every_s*: between two pictures or lines; None for what is usual.
     """
-    def __init__(self, lookout: Lookout, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
+    def __init__(self, lookout: RunMonitor, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
         self.lookout, self.screen, self.as_json = lookout, screen, as_json
         self.redraws = screen.moves and not as_json
         self.every_s = every_s or (WATCH_S if self.redraws else WATCH_LINE_S)
-        self.last: Optional[Look] = None
+        self.last: Optional[RunStatus] = None
         self.shown: Optional[float] = None      # tick of the last line
         self.away: Optional[float] = None       # tick at which the server was found to be away
 
@@ -9251,24 +9241,24 @@ class Watch:
 
     def _back(self) -> None:
         if self.away is not None:
-            self._say("the server is back after %s" % span(time.monotonic() - self.away))
+            self._say("the server is back after %s" % duration_text(time.monotonic() - self.away))
             self.away = None
 
     def _show(self) -> None:
         assert self.last
         now = time.monotonic()
         if self.redraws:
-            lines = look_lines(self.last, self.screen)
+            lines = status_lines(self.last, self.screen)
             if self.away is not None:
-                said = "the server is away, for %s now: %s" % (span(now - self.away), self.trouble)
+                said = "the server is away, for %s now: %s" % (duration_text(now - self.away), self.trouble)
                 lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
             self.screen.redraw(lines)
         elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
             self.shown = now
             if self.as_json:
-                print(json.dumps(look_json(self.last)), flush=True)
+                print(json.dumps(status_json(self.last)), flush=True)
             else:
-                self._say(look_line(self.last))
+                self._say(status_line(self.last))
 
 
 # ---------------------------------------------------------------- VERBS
@@ -9284,14 +9274,14 @@ def raise_descriptor_limit() -> None:
                 return
 
 
-def starter() -> str:
+def default_user_name() -> str:
     """A user name after whoever started the server."""
     with contextlib.suppress(Exception):    # getpass asks the environment, then the password database; neither may know
         return check_name(re.sub(r"[:/]", "_", getpass.getuser()))
     return "farmer"
 
 
-def one_password(name: str) -> str:
+def read_password(name: str) -> str:
     """A password from the terminal, or one line of standard input; never an argument, where `ps` shows it."""
     if sys.stdin.isatty():
         return getpass.getpass("password for %s: " % name)
@@ -9378,7 +9368,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
         run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
         body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
     except (KeyError, ValueError):
-        tell("%g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" % args.percent)
+        print_notice("%g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" % args.percent)
         return 0
     environ = dict(os.environ)
     farm = environ.get("TASKFARM_FARM", "")
@@ -9391,7 +9381,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
         except (NotFound, Conflict):
             raise
         except (Unreachable, FarmError, Refusal) as error:
-            tell("%g percent are not reported: %s" % (args.percent, error))
+            print_notice("%g percent are not reported: %s" % (args.percent, error))
     return 0
 
 
@@ -9400,21 +9390,21 @@ TABLE_ROWS = 200                    # tasks on a terminal, unless told otherwise
 
 
 @contextlib.contextmanager
-def asking(args: argparse.Namespace) -> Iterator[Client]:
+def open_client(args: argparse.Namespace) -> Iterator[Client]:
     """The client of a verb. It has some patience: `new` may stand in a script right behind the start of a server.
 
     What workers have left, since they could not reach the farm, is sent first.
     """
     with contextlib.closing(Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)) as client:
-        client.say = tell
+        client.say = print_notice
         for sentence in send_leftovers(client):
-            tell(sentence)
+            print_notice(sentence)
         yield client
 
 
-def tell(sentence: str) -> None:
+def print_notice(sentence: str) -> None:
     """Tell a person something that is not what a verb prints."""
-    print("taskfarm: %s" % harmless(sentence), file=sys.stderr)
+    print("taskfarm: %s" % printable(sentence), file=sys.stderr)
 
 
 def wait_for_access(args: argparse.Namespace) -> None:
@@ -9426,7 +9416,7 @@ def wait_for_access(args: argparse.Namespace) -> None:
             return
         except Refusal:
             if not told and time.monotonic() > until - VERB_PATIENCE_S / 2:
-                tell("no farm is known here yet: waiting a moment for one that is being started")
+                print_notice("no farm is known here yet: waiting a moment for one that is being started")
                 told = True
         time.sleep(0.1)
 
@@ -9452,7 +9442,7 @@ def cmd_new(args: argparse.Namespace) -> int:
         raise Refusal("%s has no lines, and a run has one task at least" % args.lines)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
     wait_for_access(args)
-    with asking(args) as client:
+    with open_client(args) as client:
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
     print(run["uuid"])
     return 0
@@ -9477,7 +9467,7 @@ def cmd_list(args: argparse.Namespace) -> int:
       python3 taskfarm.py list
       python3 taskfarm.py list --json
     """
-    with asking(args) as client:
+    with open_client(args) as client:
         answer = client.ask("GET", "/api/runs")
     if args.json:
         print_json(answer)
@@ -9488,8 +9478,8 @@ def cmd_list(args: argparse.Namespace) -> int:
                    Column("computing", True, spare=True), Column("done", True, spare=True), Column("failed", True),
                    Column("age", True, spare=True), Column("name", gives=True)], screen.columns)
     print_table(screen, table, [
-        (short, run["numTasks"], percent(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
-         run["numComputing"], run["numDone"], run["numFailed"], age(run.get("created"), now), run.get("name"))
+        (short, run["numTasks"], percent_text(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
+         run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("name"))
         for run, short in zip(runs, short_uuids(runs, screen))])
     if not runs:
         print("no runs yet: 'taskfarm.py new 1000' makes one", file=sys.stderr)
@@ -9516,15 +9506,15 @@ def cmd_status(args: argparse.Namespace) -> int:
       python3 taskfarm.py status 3f2a --json
     """
     screen = Screen(sys.stdout, os.environ)
-    with asking(args) as client:
-        lookout = Lookout(client, find_run_uuid(client, args.run))
+    with open_client(args) as client:
+        lookout = RunMonitor(client, find_run_uuid(client, args.run))
         if args.watch:
             return Watch(lookout, screen, args.every, args.json).run()
         look = lookout.look()
     if args.json:
-        print_json(look_json(look))
+        print_json(status_json(look))
     else:
-        screen.print(look_lines(look, screen))
+        screen.print(status_lines(look, screen))
     return 0
 
 
@@ -9541,10 +9531,10 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     screen = Screen(sys.stdout, os.environ)
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
     query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
-    with asking(args) as client:
+    with open_client(args) as client:
         path = run_path(find_run_uuid(client, args.run), "/tasks")
         query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
-        rows = limited(every_page(client, path, **query), limit)
+        rows = limit_rows(every_page(client, path, **query), limit)
         if args.json:
             print_json_rows(rows)
             return 0
@@ -9556,7 +9546,7 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     return 0
 
 
-def limited(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple[List[Dict[str, Any]], bool]]:
+def limit_rows(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple[List[Dict[str, Any]], bool]]:
     """The pages with so many rows in all (0: all of them), and whether rows after them were left out."""
     shown = 0
     for rows in pages:
@@ -9587,8 +9577,8 @@ def cmd_workers(args: argparse.Namespace) -> int:
     """
     screen = Screen(sys.stdout, os.environ)
     query = {"all": True} if args.all else {}
-    with asking(args) as client:
-        pages = limited(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
+    with open_client(args) as client:
+        pages = limit_rows(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
         if args.json:
             print_json_rows(pages)
             return 0
@@ -9598,8 +9588,8 @@ def cmd_workers(args: argparse.Namespace) -> int:
         for workers, _ in pages:
             utc = time.time() + client.ahead_s
             print_table(screen, table, [
-                (worker["hostname"], worker["pid"], worker["state"], worker["held"], age(worker["heard"], utc),
-                 "" if worker["lease"] is None else span(worker["lease"]), worker["uuid"]) for worker in workers])
+                (worker["hostname"], worker["pid"], worker["state"], worker["held"], time_since(worker["heard"], utc),
+                 "" if worker["lease"] is None else duration_text(worker["lease"]), worker["uuid"]) for worker in workers])
     return 0
 
 
@@ -9615,7 +9605,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
       python3 taskfarm.py restart antarctica --all       from the beginning: every result counts as not there
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
-    with asking(args) as client:
+    with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
@@ -9633,18 +9623,18 @@ def cmd_delete(args: argparse.Namespace) -> int:
       python3 taskfarm.py delete antarctica
       python3 taskfarm.py delete 3f2a91c4 --yes       does not ask: for scripts
     """
-    with asking(args) as client:
+    with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
         run = client.ask("GET", run_path(run_uuid))
-        if not args.yes and not agreed("delete run %s%s: %s?" % (
-                run_uuid, " (%s)" % harmless(run["name"]) if run.get("name") else "", state_counts(run))):
+        if not args.yes and not confirm("delete run %s%s: %s?" % (
+                run_uuid, " (%s)" % printable(run["name"]) if run.get("name") else "", state_counts(run))):
             raise Refusal("nothing was deleted")
         client.ask("DELETE", run_path(run_uuid))
     print("run %s is deleted" % run_uuid)
     return 0
 
 
-def agreed(question: str) -> bool:
+def confirm(question: str) -> bool:
     """Ask on the terminal; only y or yes is a yes. Raises Refusal where nobody can be asked."""
     if not sys.stdin.isatty():
         raise Refusal("%s Nobody is here to say so: --yes does" % question)
@@ -9663,11 +9653,11 @@ def cmd_login(args: argparse.Namespace) -> int:
       python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
     """
     url = base_of(args.url if "://" in args.url else "http://" + args.url)
-    user = args.user or starter()
+    user = args.user or default_user_name()
     access = Access(url, "", "", "", "", "", "the argument")
     with contextlib.closing(Client(lambda: access)) as client:
         client.ask("GET", "/livez")         # before anybody types a password
-    access = access._replace(user=user, password=one_password(user))
+    access = access._replace(user=user, password=read_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
         answer = client.ask("GET", "/api/token?proof=True")
     path = login_path(os.environ, url)
@@ -9761,7 +9751,7 @@ def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
 
 def make_first_user(store: Store) -> User:
     """Make the first user, and show the password to a person, once. Raises Unavailable on a full disk."""
-    name, password = starter(), secrets.token_urlsafe(12)
+    name, password = default_user_name(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
         print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
@@ -9828,7 +9818,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
 def announce(service: Service, db: str) -> None:
     """Tell users, clients and systemd that the server is there; what a full disk does not take is told later."""
     users = service.store.users
-    user = users.get(starter()) or next(iter(users.values()), None) or make_first_user(service.store)
+    user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store)
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
@@ -9866,44 +9856,51 @@ def cmd_bench(args: argparse.Namespace) -> int:
       python3 taskfarm.py bench --profile flat,life --rows 10000000
       python3 taskfarm.py bench --profile fair --case pipelined,beats --tries 1
     """
-    profiles = args.profile.split(",")
-    unknown = set(profiles) - set(PROFILES)
-    if unknown:
-        raise Refusal("there is no profile %s: %s are" % (", ".join(sorted(unknown)), ", ".join(PROFILES)))
-    cases = chosen_cases(args.case)
+    profiles = chosen(args.profile, PROFILES, "profile")
+    cases = [FAIR_CASES[name] for name in chosen(args.case, FAIR_CASES, "case")]
     raise_descriptor_limit()
     return in_own_group(lambda folder: measure(args, profiles, cases, folder), args.dir)
 
 
-PROFILES = ("constant", "lean", "paper", "batch", "life", "flat", "fair")
+PROFILES = (*REQUEST_PROFILES, "batch", "life", "flat", "fair")
+
+
+def chosen(names: str, known: Iterable[str], kind: str) -> List[str]:
+    """Some names with commas between, each a known one; all that are known for "". Raises Refusal."""
+    words = names.split(",") if names else list(known)
+    unknown = sorted(set(words) - set(known))
+    if unknown:
+        raise Refusal("there is no %s %s: %s are" % (kind, ", ".join(unknown), ", ".join(known)))
+    return words
 
 
 def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[FairCase], folder: str) -> int:
-    """Measure profile after profile, and print what came of it."""
+    """Measure profile after profile, and print the figures."""
     points: List[Dict[str, Any]] = []
-    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in PROFILES[:3]]
-    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
+    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in REQUEST_PROFILES]
+    rows = args.rows or 10 ** 6
     with Progress("bench") as progress:
         if pairs or "batch" in profiles:
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):
-                progress.what = "%s, %d client%s" % (profile, clients, "s" * (clients > 1))
+                progress.what = "%s, %s" % (profile, count_text(clients, "client"))
                 progress.show(number, len(pairs))
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             if "batch" in profiles:
                 points.append(bench_batch(folder, server, args.seconds, args.processes, progress))
             server.stop()
         if "life" in profiles:
-            points.append(bench_life(folder, args.rows or 10 ** 6))
+            points.append(bench_life(folder, rows))
         if "flat" in profiles:
-            points.append(bench_flat(folder, args.rows or 10 ** 6, args.seconds, progress))
+            points.append(bench_flat(folder, rows, args.seconds, progress))
         if "fair" in profiles:
             points.append(bench_fair(folder, cases, args.rows or FAIR_ROWS, args.seconds, args.tries, progress))
     if args.json:
-        print(json.dumps(points))
+        print_json(points)
         return 0
     if pairs:
         print(bench_table(points[:len(pairs)]))
+    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
     for point in points[len(pairs):]:
         print(tables[point["profile"]](point))
     return 0
@@ -10068,7 +10065,7 @@ def cmd_backup(args: argparse.Namespace) -> int:
 
 def ask_new_password(name: str) -> str:
     """A password that is to be set; on the terminal it is typed twice."""
-    password = one_password(name)
+    password = read_password(name)
     if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
         raise Refusal("the two are not the same: nothing was changed")
     if not password:
@@ -10144,7 +10141,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         ("programs", check_programs), ("folder", lambda: check_folder(args.db)),
         ("port %d" % args.port, lambda: check_port(args.host, args.port)), ("limits", check_limits),
         ("job", check_job), ("home", check_home), ("server", lambda: check_server(args.url))]
-    for finding in examine(checks):
+    for finding in run_checks(checks):
         found.append(finding)
         if not args.json:
             screen.print(finding_lines(finding, screen))
@@ -10159,7 +10156,7 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
     """A finding as a line; on a terminal a long one goes on below its first words."""
     head = "%-4s  %-12s" % (finding.verdict, finding.what)
     colour = {OK: "green", WARN: "yellow", FAIL: "red"}[finding.verdict]
-    says = harmless(finding.says)
+    says = printable(finding.says)
     parts = textwrap.wrap(says, max(screen.columns - len(head) - 1, 20)) if screen.columns else [says]
     return [screen.paint(head[:4], colour) + head[4:] + parts[0]] + [" " * len(head) + part for part in parts[1:]]
 
@@ -10266,7 +10263,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
+def add_env_option(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
              kind: Callable[[str], Any] = str) -> None:
     """An option, as "--name VALUE", that falls back to an environment variable."""
     name, metavar = option.split()
@@ -10298,7 +10295,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
         name, help=first, description=first + "\n" + text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=command, needs_db=needs_db)
     if needs_db:
-        fallback(parser, "--db FILE", None, "the farm's file")
+        add_env_option(parser, "--db FILE", None, "the farm's file")
     return parser
 
 
@@ -10329,7 +10326,7 @@ def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], i
     parser = add_verb(verbs, name, command, needs_db=False)
     if run:
         parser.add_argument("run", metavar="RUN", help=READ_RUN if reads else CHANGED_RUN)
-    fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
+    add_env_option(parser, "--url URL", "", "the server, where it is not the one of the access file")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
     return parser
@@ -10363,9 +10360,9 @@ def add_client_verbs(verbs: Any) -> None:
     restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
     client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
     doctor = client_verb(verbs, "doctor", cmd_doctor, reads=True)
-    fallback(doctor, "--db FILE", None, "the farm's file, there or to be made; by default one in this folder")
-    fallback(doctor, "--host ADDRESS", "127.0.0.1", "the address a server would listen on")
-    fallback(doctor, "--port PORT", "5000", "the port it would listen on; by default 5000", port_number)
+    add_env_option(doctor, "--db FILE", None, "the farm's file, there or to be made; by default one in this folder")
+    add_env_option(doctor, "--host ADDRESS", "127.0.0.1", "the address a server would listen on")
+    add_env_option(doctor, "--port PORT", "5000", "the port it would listen on; by default 5000", port_number)
     login = add_verb(verbs, "login", cmd_login, needs_db=False)
     login.add_argument("url", metavar="URL", help="http://HOST:PORT")
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
@@ -10385,15 +10382,15 @@ and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells m
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
     add_client_verbs(verbs)
     serve = add_verb(verbs, "serve", cmd_serve)
-    fallback(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
+    add_env_option(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
              "127.0.0.1, this machine alone")
-    fallback(serve, "--port PORT", "5000", "the port to listen on; 0 picks one; by default 5000",
+    add_env_option(serve, "--port PORT", "5000", "the port to listen on; 0 picks one; by default 5000",
              port_number)
-    fallback(serve, "--advertise NAME", "", "the host name that clients are told, where it is not the "
+    add_env_option(serve, "--advertise NAME", "", "the host name that clients are told, where it is not the "
              "one to listen on")
-    fallback(serve, "--access-log FILE", "", "a file that gets a line for each request; - for the "
+    add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request; - for the "
              "standard output")
-    fallback(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
+    add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
              "password changes; by default 365", number_of_days)
     add_verb(verbs, "check", cmd_check)
     add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
@@ -10457,7 +10454,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return int(args.command(args))
     except (Refusal, FarmError, Unreachable) as error:
-        tell(str(error))
+        print_notice(str(error))
         return NO_SERVER if isinstance(error, Unreachable) else NO_LOGIN if isinstance(error, Unauthorized) else 1
     except KeyboardInterrupt:
         pass
