@@ -1101,7 +1101,7 @@ def sections() -> Dict[str, Tuple[int, int]]:
 
 
 def section_of(node: ast.AST) -> str:
-    return next((name for name, (first, last) in sections().items() if first <= node.lineno <= last),  # type: ignore
+    return next((name for name, (first, last) in sections().items() if first <= node.lineno <= last),
                 "CONTRACT")
 
 
@@ -1183,7 +1183,7 @@ def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
     nodes = [node for outer in [TREE, *(node for node in TREE.body if isinstance(node, ast.ClassDef))]
-             for node in outer.body  # type: ignore[attr-defined]
+             for node in outer.body
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert len(nodes) > 200
     assert [node.name for node in nodes if not node.name.startswith("_") and not ast.get_docstring(node)] == []
@@ -4225,8 +4225,8 @@ def test_a_bar_is_full_and_shows_whatever_there_is(parts: List[int], cells: int)
 @pytest.mark.parametrize("width", [0, 20, 33, 60, 200])
 def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
     rows = [(7, "node17.cluster.example.org", "out of memory: the tile is larger than\nexpected"), (123456, None, "x")]
-    table = taskfarm.Table([taskfarm.Column("task", True), taskfarm.Column("host", gives=True),
-                            taskfarm.Column("message", gives=True)], width)
+    table = taskfarm.Table([taskfarm.Column("task", True), taskfarm.Column("host", can_shrink=True),
+                            taskfarm.Column("message", can_shrink=True)], width)
     lines = table.lines(rows) + table.lines([(8, "a", "b")])
     assert len(lines) == 4 and "\t" not in "".join(lines)
     assert lines[0].split()[0] == "task" and [line[:6].strip() for line in lines[1:]] == ["7", "123456", "8"]
@@ -4238,15 +4238,15 @@ def test_tables_fit_the_terminal_and_are_whole_in_a_pipe(width: int) -> None:
 
 
 def test_where_a_table_is_too_wide_spare_columns_are_left_out_and_stay_so() -> None:
-    table = taskfarm.Table([taskfarm.Column("task"), taskfarm.Column("losses", spare=True),
-                            taskfarm.Column("took", spare=True), taskfarm.Column("host", gives=True)], 24)
+    table = taskfarm.Table([taskfarm.Column("task"), taskfarm.Column("losses", optional=True),
+                            taskfarm.Column("took", optional=True), taskfarm.Column("host", can_shrink=True)], 24)
     assert table.lines([(1, 2, 3, "n1")]) == ["task  losses  took  host", "1     2       3     n1"]
     assert table.lines([(1, 2, 3, "node1234")]) == ["1     2       node1234"]
     assert table.lines([(1, 2, 3, "n1")]) == ["1     2       n1"]
 
 
 def test_wide_and_combining_characters_are_counted_as_they_are_shown() -> None:
-    table = taskfarm.Table([taskfarm.Column("name", gives=True), taskfarm.Column("n", True)], 14)
+    table = taskfarm.Table([taskfarm.Column("name", can_shrink=True), taskfarm.Column("n", True)], 14)
     lines = table.lines([("\u6771\u4eac", 1), ("e\u0301e\u0301", 22), ("\u6771\u4eac\u6771\u4eac\u6771\u4eac", 333)])
     assert {taskfarm.display_width(line) for line in lines} == {14}, lines
     assert taskfarm.cut("\u6771\u4eac", 3) == "\u6771~" and taskfarm.cut("abc", 3) == "abc"
@@ -4259,14 +4259,14 @@ def test_what_others_wrote_cannot_steer_the_terminal() -> None:
     assert "\x1b" not in line and "\n" not in line
 
 
-@pytest.mark.parametrize("terminal, environ, colours, moves", [
+@pytest.mark.parametrize("terminal, environ, colours, can_redraw", [
     (True, {"TERM": "xterm"}, True, True), (False, {"TERM": "xterm"}, False, False),
     (True, {"TERM": "xterm", "NO_COLOR": "1"}, False, True), (True, {"TERM": "xterm", "NO_COLOR": ""}, True, True),
     (True, {"TERM": "dumb"}, False, False), (True, {}, False, False)])
 def test_colours_are_for_terminals_that_want_them(
-        terminal: bool, environ: Dict[str, str], colours: bool, moves: bool) -> None:
+        terminal: bool, environ: Dict[str, str], colours: bool, can_redraw: bool) -> None:
     screen = taskfarm.Screen(Stream(terminal), environ)
-    assert (screen.colours, screen.moves) == (colours, moves)
+    assert (screen.colours, screen.can_redraw) == (colours, can_redraw)
     assert (screen.paint("x", "red") == "x") is not colours
 
 
@@ -5247,7 +5247,8 @@ def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: P
     (tmp_path / "go").touch()
     hand.end(3)
     tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
-    times = [(taskfarm.parse_time(task["started"]) or 0.0, taskfarm.parse_time(task["finished"]) or 0.0) for task in tasks]
+    times = [(taskfarm.parse_time(task["started"]) or 0.0, taskfarm.parse_time(task["finished"]) or 0.0)
+             for task in tasks]
     assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
 
 
@@ -5786,7 +5787,7 @@ while step < 1000:
 
 
 def test_a_bench_that_is_ended_leaves_nothing_at_whatever_step(tmp_path: Path) -> None:
-    """SIGTERM at the first call of `in_own_group`, in another bench at its second, and so on until one ends by itself."""
+    """SIGTERM at the first call in `in_own_group`, in another bench at the second, and so on until one ends well."""
     done = subprocess.run([sys.executable, "-c", BENCH_ENDED_AT_EACH_STEP, str(tmp_path)], cwd=str(HERE),
                           capture_output=True, text=True, timeout=100)
     ends = [line.split(" ", 2) for line in done.stdout.splitlines() if not line.startswith("[{")]
@@ -6185,14 +6186,14 @@ def test_the_pace_of_a_watch_comes_from_its_own_readings_once_they_tell_more(far
         farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": [
             {"task": number, "status": "done"} for number in range(first, first + 1000)]})
     with contextlib.closing(taskfarm.Client(lambda: taskfarm.as_access(file_of(farm), "test"))) as client:
-        lookout = taskfarm.RunMonitor(client, run)
-        assert lookout.look().rate is None or lookout.ends.points, "a list that is cut off tells of its own time"
-        lookout.readings.appendleft((time.monotonic() - 100.0, 0))
-        seen = lookout.look().rate
-        assert seen and seen.ended == 2000 and seen.window_s > 99
+        monitor = taskfarm.RunMonitor(client, run)
+        assert monitor.update().rate is None or monitor.ends.points, "a list that is cut off tells of its own time"
+        monitor.readings.appendleft((time.monotonic() - 100.0, 0))
+        rate = monitor.update().rate
+        assert rate and rate.ended == 2000 and rate.window_s > 99
         assert farm.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
-        lookout.look()
-        assert len(lookout.readings) == 1, "what was before a restart says nothing"
+        monitor.update()
+        assert len(monitor.readings) == 1, "what was before a restart says nothing"
 
 
 def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.MonkeyPatch,
