@@ -9410,8 +9410,8 @@ def cmd_progress(args: argparse.Namespace) -> int:
         run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
         body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
     except (KeyError, ValueError):
-        print_notice("%g percent are not reported: this is not a command of 'taskfarm.py work' (TASKFARM_TASK and others "
-                     "are not set)" % args.percent)
+        print_notice("%g percent are not reported: this is not a command of 'taskfarm.py work' (TASKFARM_TASK and "
+                     "others are not set)" % args.percent)
         return 0
     environ = dict(os.environ)
     farm = environ.get("TASKFARM_FARM", "")
@@ -10291,8 +10291,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
                         help="connections at a time; by default 1,16,64,256")
     parser.add_argument("--seconds", type=some_seconds, default=3.0, help="for each line; by default 3")
     parser.add_argument("--processes", type=positive_number, default=2, help="that send requests; by default 2")
-    parser.add_argument("--rows", type=positive_number, help="touched tasks of the profiles flat, life and fair; by default "
-                        "1000000, of fair %d. With fewer the whole farm of fair is smaller" % FAIR_ROWS)
+    parser.add_argument("--rows", type=positive_number, help="touched tasks of the profiles flat, life and fair; by "
+                        "default 1000000, of fair %d. With fewer the whole farm of fair is smaller" % FAIR_ROWS)
     parser.add_argument("--case", default="", help="cases of profile fair, with commas between; by default all")
     parser.add_argument("--tries", type=positive_number, default=3, help="of each case of profile fair; by default 3")
     parser.add_argument("--dir", help="the folder for the temporary file")
