@@ -8110,8 +8110,8 @@ def flat_table(result: Dict[str, Any]) -> str:
 # again and again on one connection; meanwhile a case goes on. It reads /proc, so it wants Linux. It must not know how
 # the server keeps its promises: cases know the API alone, and what fills the file names operations.
 #
-# A new case: a function with @fair_case(). Its name is the name of the case, its docstring says what happens, and what
-# it returns is shown in the last column of the table.
+# A new case: an entry of FAIR_CASES, and a function where one expression is not enough. A sentence that it returns is
+# shown in the last column of the table.
 
 FAIR_ROWS = 4 * 10 ** 6     # touched tasks
 ANSWER_LIMIT = 12           # times --seconds an answer is waited for: by default longer than the server waits
@@ -8188,28 +8188,6 @@ def let_lapse(db: str, token: str, size: FairSize) -> None:
                 time.sleep(0.1)
     finally:
         server.stop()
-
-
-class FairCase(NamedTuple):
-    """Something that clients may do."""
-    name: str
-    sentence: str
-    load: "CaseLoad"            # does it, and may return a note
-    fill: Fill                  # fills the file: fill_crowded, or what is added to that
-    unread_log: bool            # with an access log that nobody reads
-
-
-CaseLoad = Callable[["FairFarm"], Optional[str]]
-FAIR_CASES: Dict[str, FairCase] = {}
-
-
-def fair_case(fill: Fill = fill_crowded, unread_log: bool = False) -> Callable[[CaseLoad], CaseLoad]:
-    """A decorator that adds a case to the table."""
-    def add(load: CaseLoad) -> CaseLoad:
-        name = load.__name__.partition("fair_")[2]
-        FAIR_CASES[name] = FairCase(name, load.__doc__ or "", load, fill, unread_log)
-        return load
-    return add
 
 
 STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
@@ -8343,6 +8321,213 @@ class FairFarm:
             return int(file.read().split()[1]) * mmap.PAGESIZE / 1e6
 
 
+def burst(method: str, path: str) -> bytes:
+    """95 kB of one request without a login, again and again."""
+    request = b"%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method.encode(), path.encode())
+    return request * (95000 // len(request))
+
+
+JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
+
+
+def claims_in_vain(farm: FairFarm, claimers: int) -> List[Dialogue]:
+    """Claims, again and again, where many tasks compute without a lease and none waits."""
+    return farm.send(*([farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
+                       for number in range(claimers)), repeat=True)
+
+
+def claim_in_vain(farm: FairFarm) -> str:
+    """Claims in vain, one after the other."""
+    (dialogue,) = claims_in_vain(farm, 1)
+    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(dialogue.statuses)))
+
+
+def kept_lease(farm: FairFarm) -> str:
+    """Whether claims in vain keep the lease of a silent worker from ending."""
+    farm.send([farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
+               farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})])
+    began = time.perf_counter()
+    longer = FairFarm(farm.server, farm.size, 4 * farm.seconds)
+    _, claimers = fork_call(lambda: len(claims_in_vain(longer, 6)))
+    ended_s = None
+    while ended_s is None and time.perf_counter() < began + longer.seconds:
+        time.sleep(0.05)
+        if not farm.server.ask("GET", "/api/runs/lease")["numComputing"]:
+            ended_s = time.perf_counter() - began
+    claimers()
+    return "it ended after %.1f s" % ended_s if ended_s else "it had not ended after %.0f s" % longer.seconds
+
+
+def large_sign_off(farm: FairFarm) -> str:
+    """The sign-off of a worker with many tasks."""
+    (dialogue,) = farm.send([farm.request("DELETE", "worker/holder")])
+    time.sleep(farm.seconds)
+    return dialogue.last_answer()
+
+
+def deleted_runs(farm: FairFarm) -> str:
+    """A small run and its pages, after the deletion of large ones."""
+    farm.send([farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
+               farm.request("POST", "runs/ten/restart?all=True")])
+    dialogues = farm.send([farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
+                          [farm.request("GET", "runs/ten/tasks?limit=1000")],
+                          [farm.request("GET", "runs/run1/tasks?limit=1000")])
+    return "claim %s, its page %s, another's large page %s" % tuple(dialogue.last_answer() for dialogue in dialogues)
+
+
+def slow_readers(farm: FairFarm) -> str:
+    """A large answer, beside clients that read none."""
+    slow = farm.connect(10, farm.request("GET", "runs"), receive_buffer=4096)
+    time.sleep(farm.seconds)
+    (dialogue,) = farm.send([farm.request("GET", "runs")])
+    for sock in slow:
+        sock.close()
+    return "GET /api/runs " + dialogue.last_answer()
+
+
+def half_head(length: int) -> bytes:
+    """The beginning of a head, in fewer lines than are too many."""
+    line = b"X: " + b"x" * 345 + b"\r\n"
+    return (b"GET /livez HTTP/1.1\r\n" + line * (length // len(line) + 1))[:length]
+
+
+def heads_by_byte(farm: FairFarm) -> str:
+    """Heads that go on byte by byte."""
+    socks = farm.connect(10, half_head(28000))
+    time.sleep(0.2)
+    cpu_s, began, sent = farm.cpu_s(), time.perf_counter(), 0
+    while time.perf_counter() < began + farm.seconds:
+        due = int(6500 * (time.perf_counter() - began))
+        while sent < due:
+            with contextlib.suppress(OSError):      # its 32 kB are full
+                socks[sent % len(socks)].send(b"x")
+            sent += 1
+        time.sleep(0.001)
+    share = (farm.cpu_s() - cpu_s) / (time.perf_counter() - began)
+    for sock in socks:
+        sock.close()
+    return "the server uses %.0f %% of a core" % (100 * share)
+
+
+def half_heads(farm: FairFarm) -> str:
+    """A batch, beside half heads that fill the buffers."""
+    number = farm.size(2300)
+
+    def connect_more() -> int:
+        time.sleep(farm.seconds / 3)
+        socks = farm.connect(number, half_head(30000))
+        time.sleep(farm.limit_s)
+        return len(socks)
+    socks = farm.connect(number, half_head(30000))
+    _, others = fork_call(connect_more)
+    (dialogue,) = farm.send([farm.reports(0, farm.size(10000))])
+    others()
+    for sock in socks:
+        sock.close()
+    return "the batch: " + dialogue.last_answer()
+
+
+def password_request(name: str, password: str) -> bytes:
+    """A request with name and password."""
+    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
+        ("%s:%s" % (name, password)).encode())
+
+
+def wrong_logins(farm: FairFarm) -> str:
+    """A right password after many wrong ones."""
+    cpu_s = farm.cpu_s()
+    for number in range(farm.size(400)):
+        for sock in farm.connect(1, password_request("ada", "wrong%d" % number)):
+            sock.close()
+    (dialogue,) = farm.send([password_request("ada", "right")])
+    return "the right one: %s, %.1f s of CPU" % (dialogue.last_answer(), farm.cpu_s() - cpu_s)
+
+
+def memory_growth(farm: FairFarm, requests: Sequence[bytes]) -> str:
+    """What comes of requests on four connections, and how much the server's memory grows by them."""
+    before = farm.memory_mb()
+    dialogues = farm.send(*(requests[first::4] for first in range(4)))
+    return "%s, memory grows by %.0f MB" % (dialogues[0].last_answer(), farm.memory_mb() - before)
+
+
+class FairCase(NamedTuple):
+    """Something that clients may do."""
+    name: str
+    sentence: str
+    load: Callable[[FairFarm], object]      # does it; a sentence that it returns is shown
+    fill: Fill = fill_crowded               # fills the file: fill_crowded, or what is added to that
+    unread_log: bool = False                # with an access log that nobody reads
+
+
+FAIR_CASES = {case.name: case for case in (
+    FairCase("nobody", "nobody but the bystander: what this machine does by itself",
+             lambda farm: time.sleep(farm.seconds)),
+    FairCase("pipelined", "10 connections, each one burst of 95 kB of GET /livez",
+             lambda farm: farm.send(*[[burst("GET", "/livez")]] * 10)),
+    FairCase("pipelined_heads", "10 connections, each one burst of 95 kB of HEAD /",
+             lambda farm: farm.send(*[[burst("HEAD", "/")]] * 10)),
+    FairCase("pipelined_on", "32 connections, burst after burst of 95 kB of HEAD /",
+             lambda farm: farm.send(*[[burst("HEAD", "/")]] * 32, repeat=True)),
+    FairCase("beats", "200 heartbeats at once after an outage, each taking back 10 000 lapsed tasks",
+             lambda farm: farm.send_each(
+                 farm.request("PUT", "worker/silent%d" % number) for number in range(farm.size(200))),
+             fill=fill_silent),
+    FairCase("sign_offs", "100 workers with 10 000 tasks each sign off at once",
+             lambda farm: farm.send_each(
+                 farm.request("DELETE", "worker/leaving%d" % number) for number in range(farm.size(100))),
+             fill=fill_leaving),
+    FairCase("differing_reports", "400 reports at once of 500 tasks each, all with an elapsed of their own",
+             lambda farm: farm.send_each(
+                 farm.reports(number * farm.size(500), farm.size(500)) for number in range(farm.size(400)))),
+    FairCase("claim_in_vain", "claims in vain, one after the other, where 2 000 000 tasks compute without a lease; "
+             "20 000 leased workers", claim_in_vain),
+    FairCase("kept_lease", "six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its "
+             "task waits again", kept_lease),
+    FairCase("partial_restart", "partial restarts of an untouched run of 100 tasks, one after the other; 20 000 "
+             "leased workers",
+             lambda farm: farm.send([farm.request("POST", "runs/hundred/restart")], repeat=True)),
+    FairCase("large_holder", "about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one "
+             "task, a page of workers",
+             lambda farm: farm.send([
+                 farm.request("PUT", "worker/holder"),
+                 farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
+                 farm.request("GET", "worker/holder?limit=1"),
+                 farm.request("GET", "workers?limit=1000")], repeat=True)),
+    FairCase("large_sign_off", "a worker that holds 2 000 000 tasks without a lease signs off", large_sign_off),
+    FairCase("all_runs", "GET /api/runs with 20 000 runs, again and again",
+             lambda farm: farm.send([farm.request("GET", "runs")], repeat=True)),
+    FairCase("junk", "4 MiB of JSON that is no batch, from somebody logged in",
+             lambda farm: farm.send([farm.request("PUT", "runs/done/tasks", JUNK)])),
+    FairCase("junk_at_once", "the same on eight connections at once",
+             lambda farm: farm.send(*[[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)),
+    FairCase("deleted_runs", "two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of "
+             "it, another's large page", deleted_runs),
+    FairCase("slow_readers", "ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them",
+             slow_readers),
+    FairCase("heads_by_byte", "ten long heads that go on byte by byte, 6.5 kB/s in all, without a login",
+             heads_by_byte),
+    FairCase("half_heads", "2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; "
+             "then as many again", half_heads),
+    FairCase("unread_log", "an access log on the standard output that nobody reads, and 2 000 requests",
+             lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000), unread_log=True),
+    FairCase("wrong_logins", "400 wrong passwords on connections that are closed at once, then a right one",
+             wrong_logins),
+    FairCase("long_passwords", "20 passwords of 12 kB of combining characters",
+             lambda farm: farm.send(
+                 [password_request("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)])),
+    FairCase("long_paths", "4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server "
+             "keeps of it",
+             lambda farm: memory_growth(farm, [
+                 b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
+                 for number in range(farm.size(4200))])),
+    FairCase("token_passwords", "20 000 requests with one token, each with another password of 12 kB beside it: what "
+             "the server keeps of it",
+             lambda farm: memory_growth(farm, [
+                 password_request(farm.server.token, "x" * 11900 + str(number))
+                 for number in range(farm.size(20000))])),
+)}
+
+
 def run_bystander(farm: FairFarm, stop: int, held_by_parent: int) -> Tuple["array.array[float]", bool]:
     """Ask for one run until the pipe *stop* ends: the seconds of each answer, and whether the last one came."""
     os.close(held_by_parent)        # its other end: ours would keep it from ending
@@ -8374,12 +8559,13 @@ def try_case(case: FairCase, db: str, token: str, size: FairSize, seconds: float
             _, result = fork_call(run_bystander, farm, stop, held)
             os.close(stop)
             time.sleep(min(0.2, seconds))       # some answers before the case begins
-            note = case.load(farm) or ""
+            outcome = case.load(farm)
             os.close(held)
             times_s, last_came = result()
         finally:
             server.kill()
     median, _, _, worst = quantiles_ms(times_s)
+    note = outcome if isinstance(outcome, str) else ""
     return {"worst_ms": worst, "median_ms": median, "answers": len(times_s),
             "note": note if last_came else "the bystander got no answer any more. " + note}
 
@@ -8429,245 +8615,6 @@ def fair_table(result: Dict[str, Any]) -> str:
                          "%s|%.0f|%.2f|%d|%s", [
                              (name, case["worst_ms"], case["median_ms"], case["answers"], case["note"])
                              for name, case in result["cases"].items()])
-
-
-def burst(method: str, path: str) -> bytes:
-    """95 kB of one request without a login, again and again."""
-    request = b"%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method.encode(), path.encode())
-    return request * (95000 // len(request))
-
-
-@fair_case()
-def fair_nobody(farm: FairFarm) -> None:
-    """nobody but the bystander: what this machine does by itself"""
-    time.sleep(farm.seconds)
-
-
-@fair_case()
-def fair_pipelined(farm: FairFarm) -> None:
-    """10 connections, each one burst of 95 kB of GET /livez"""
-    farm.send(*[[burst("GET", "/livez")]] * 10)
-
-
-@fair_case()
-def fair_pipelined_heads(farm: FairFarm) -> None:
-    """10 connections, each one burst of 95 kB of HEAD /"""
-    farm.send(*[[burst("HEAD", "/")]] * 10)
-
-
-@fair_case()
-def fair_pipelined_on(farm: FairFarm) -> None:
-    """32 connections, burst after burst of 95 kB of HEAD /"""
-    farm.send(*[[burst("HEAD", "/")]] * 32, repeat=True)
-
-
-@fair_case(fill=fill_silent)
-def fair_beats(farm: FairFarm) -> str:
-    """200 heartbeats at once after an outage, each taking back 10 000 lapsed tasks"""
-    return farm.send_each(farm.request("PUT", "worker/silent%d" % number) for number in range(farm.size(200)))
-
-
-@fair_case(fill=fill_leaving)
-def fair_sign_offs(farm: FairFarm) -> str:
-    """100 workers with 10 000 tasks each sign off at once"""
-    return farm.send_each(farm.request("DELETE", "worker/leaving%d" % number) for number in range(farm.size(100)))
-
-
-@fair_case()
-def fair_differing_reports(farm: FairFarm) -> str:
-    """400 reports at once of 500 tasks each, all with an elapsed of their own"""
-    batch = farm.size(500)
-    return farm.send_each(farm.reports(number * batch, batch) for number in range(farm.size(400)))
-
-
-def claims_in_vain(farm: FairFarm, claimers: int) -> List[Dialogue]:
-    """Claims, again and again, where many tasks compute without a lease and none waits."""
-    return farm.send(*([farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
-                       for number in range(claimers)), repeat=True)
-
-
-@fair_case()
-def fair_claim_in_vain(farm: FairFarm) -> str:
-    """claims in vain, one after the other, where 2 000 000 tasks compute without a lease; 20 000 leased workers"""
-    (dialogue,) = claims_in_vain(farm, 1)
-    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(dialogue.statuses)))
-
-
-@fair_case()
-def fair_kept_lease(farm: FairFarm) -> str:
-    """six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its task waits again"""
-    farm.send([farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
-               farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})])
-    began = time.perf_counter()
-    longer = FairFarm(farm.server, farm.size, 4 * farm.seconds)
-    _, claimers = fork_call(lambda: len(claims_in_vain(longer, 6)))
-    ended_s = None
-    while ended_s is None and time.perf_counter() < began + longer.seconds:
-        time.sleep(0.05)
-        if not farm.server.ask("GET", "/api/runs/lease")["numComputing"]:
-            ended_s = time.perf_counter() - began
-    claimers()
-    return "it ended after %.1f s" % ended_s if ended_s else "it had not ended after %.0f s" % longer.seconds
-
-
-@fair_case()
-def fair_partial_restart(farm: FairFarm) -> None:
-    """partial restarts of an untouched run of 100 tasks, one after the other; 20 000 leased workers"""
-    farm.send([farm.request("POST", "runs/hundred/restart")], repeat=True)
-
-
-@fair_case()
-def fair_large_holder(farm: FairFarm) -> None:
-    """about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one task, a page of workers"""
-    farm.send([farm.request("PUT", "worker/holder"),
-               farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
-               farm.request("GET", "worker/holder?limit=1"), farm.request("GET", "workers?limit=1000")], repeat=True)
-
-
-@fair_case()
-def fair_large_sign_off(farm: FairFarm) -> str:
-    """a worker that holds 2 000 000 tasks without a lease signs off"""
-    (dialogue,) = farm.send([farm.request("DELETE", "worker/holder")])
-    time.sleep(farm.seconds)
-    return dialogue.last_answer()
-
-
-@fair_case()
-def fair_all_runs(farm: FairFarm) -> None:
-    """GET /api/runs with 20 000 runs, again and again"""
-    farm.send([farm.request("GET", "runs")], repeat=True)
-
-
-JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
-
-
-@fair_case()
-def fair_junk(farm: FairFarm) -> None:
-    """4 MiB of JSON that is no batch, from somebody logged in"""
-    farm.send([farm.request("PUT", "runs/done/tasks", JUNK)])
-
-
-@fair_case()
-def fair_junk_at_once(farm: FairFarm) -> None:
-    """the same on eight connections at once"""
-    farm.send(*[[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)
-
-
-@fair_case()
-def fair_deleted_runs(farm: FairFarm) -> str:
-    """two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of it, another's large page"""
-    farm.send([farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
-               farm.request("POST", "runs/ten/restart?all=True")])
-    dialogues = farm.send([farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
-                          [farm.request("GET", "runs/ten/tasks?limit=1000")],
-                          [farm.request("GET", "runs/run1/tasks?limit=1000")])
-    return "claim %s, its page %s, another's large page %s" % tuple(dialogue.last_answer() for dialogue in dialogues)
-
-
-@fair_case()
-def fair_slow_readers(farm: FairFarm) -> str:
-    """ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them"""
-    slow = farm.connect(10, farm.request("GET", "runs"), receive_buffer=4096)
-    time.sleep(farm.seconds)
-    (dialogue,) = farm.send([farm.request("GET", "runs")])
-    for sock in slow:
-        sock.close()
-    return "GET /api/runs " + dialogue.last_answer()
-
-
-def half_head(length: int) -> bytes:
-    """The beginning of a head, in fewer lines than are too many."""
-    line = b"X: " + b"x" * 345 + b"\r\n"
-    return (b"GET /livez HTTP/1.1\r\n" + line * (length // len(line) + 1))[:length]
-
-
-@fair_case()
-def fair_heads_by_byte(farm: FairFarm) -> str:
-    """ten long heads that go on byte by byte, 6.5 kB/s in all, without a login"""
-    socks = farm.connect(10, half_head(28000))
-    time.sleep(0.2)
-    cpu_s, began, sent = farm.cpu_s(), time.perf_counter(), 0
-    while time.perf_counter() < began + farm.seconds:
-        due = int(6500 * (time.perf_counter() - began))
-        while sent < due:
-            with contextlib.suppress(OSError):      # its 32 kB are full
-                socks[sent % len(socks)].send(b"x")
-            sent += 1
-        time.sleep(0.001)
-    share = (farm.cpu_s() - cpu_s) / (time.perf_counter() - began)
-    for sock in socks:
-        sock.close()
-    return "the server uses %.0f %% of a core" % (100 * share)
-
-
-@fair_case()
-def fair_half_heads(farm: FairFarm) -> str:
-    """2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; then as many again"""
-    number = farm.size(2300)
-
-    def connect_more() -> int:
-        time.sleep(farm.seconds / 3)
-        socks = farm.connect(number, half_head(30000))
-        time.sleep(farm.limit_s)
-        return len(socks)
-    socks = farm.connect(number, half_head(30000))
-    _, others = fork_call(connect_more)
-    (dialogue,) = farm.send([farm.reports(0, farm.size(10000))])
-    others()
-    for sock in socks:
-        sock.close()
-    return "the batch: " + dialogue.last_answer()
-
-
-@fair_case(unread_log=True)
-def fair_unread_log(farm: FairFarm) -> None:
-    """an access log on the standard output that nobody reads, and 2 000 requests"""
-    farm.send([b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000)
-
-
-def password_request(name: str, password: str) -> bytes:
-    """A request with name and password."""
-    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
-        ("%s:%s" % (name, password)).encode())
-
-
-@fair_case()
-def fair_wrong_logins(farm: FairFarm) -> str:
-    """400 wrong passwords on connections that are closed at once, then a right one"""
-    cpu_s = farm.cpu_s()
-    for number in range(farm.size(400)):
-        for sock in farm.connect(1, password_request("ada", "wrong%d" % number)):
-            sock.close()
-    (dialogue,) = farm.send([password_request("ada", "right")])
-    return "the right one: %s, %.1f s of CPU" % (dialogue.last_answer(), farm.cpu_s() - cpu_s)
-
-
-@fair_case()
-def fair_long_passwords(farm: FairFarm) -> None:
-    """20 passwords of 12 kB of combining characters"""
-    farm.send([password_request("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)])
-
-
-def memory_growth(farm: FairFarm, requests: Sequence[bytes]) -> str:
-    """What comes of requests on four connections, and how much the server's memory grows by them."""
-    before = farm.memory_mb()
-    dialogues = farm.send(*(requests[first::4] for first in range(4)))
-    return "%s, memory grows by %.0f MB" % (dialogues[0].last_answer(), farm.memory_mb() - before)
-
-
-@fair_case()
-def fair_long_paths(farm: FairFarm) -> str:
-    """4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server keeps of it"""
-    return memory_growth(farm, [
-        b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
-        for number in range(farm.size(4200))])
-
-
-@fair_case()
-def fair_token_passwords(farm: FairFarm) -> str:
-    """20 000 requests with one token, each with another password of 12 kB beside it: what the server keeps of it"""
-    return memory_growth(farm, [password_request(farm.server.token, "x" * 11900 + str(number))
-                                for number in range(farm.size(20000))])
 
 
 # ---------------------------------------------------------------- DOCTOR

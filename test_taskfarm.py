@@ -1102,14 +1102,17 @@ def sections() -> Dict[str, Tuple[int, int]]:
     return {name: (start, end) for (name, start), end in zip(starts, ends)}
 
 
+SECTIONS = sections()
+
+
 def section_of(node: ast.AST) -> str:
-    return next((name for name, (first, last) in sections().items() if first <= node.lineno <= last),
+    return next((name for name, (first, last) in SECTIONS.items() if first <= node.lineno <= last),
                 "CONTRACT")
 
 
 def test_sections_stand_in_the_order_of_the_contents() -> None:
     contents = (taskfarm.__doc__ or "").partition("\nContents\n")[2]
-    assert re.findall(r"^    ([A-Z][A-Z ]+[A-Z]) {2,}", contents, re.M) == list(sections())
+    assert re.findall(r"^    ([A-Z][A-Z ]+[A-Z]) {2,}", contents, re.M) == list(SECTIONS)
 
 
 def test_the_docstring_names_every_endpoint_and_no_other() -> None:
@@ -1163,7 +1166,7 @@ def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
 
 
 def test_a_section_uses_those_above_it_and_none_below() -> None:
-    order = ["CONTRACT", *sections()]
+    order = ["CONTRACT", *SECTIONS]
     defined = {node.name: section_of(node) for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert len(defined) > 150
     below = set()
