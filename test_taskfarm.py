@@ -304,7 +304,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests write to a home directory goes to a temporary one."""
     folder = str(tmp_path_factory.mktemp("home"))
     kept = {name: os.environ.pop(name, None) for name in list(os.environ)
-            if name.startswith(("TASKFARM_", "XDG_"))}
+            if name.startswith(("TASKFARM_", "XDG_")) or name in ("COLUMNS", "LINES")}      # pytest -n sets these
     kept["HOME"] = os.environ.get("HOME")
     os.environ["HOME"] = folder
     yield
