@@ -194,6 +194,9 @@ log = logging.getLogger("taskfarm")
 
 # ---------------------------------------------------------------- LIMITS AND ERRORS
 # Constants with their units, and what can go wrong. Knows nothing of what stands below.
+#
+# A new limit: a line here with its unit, and one in README's table of limits when users can meet it. A new error: a
+# class with its status, and the sentence about it under "Errors common to all" in the head.
 
 MAX_TASKS = 2 ** 31 - 1             # tasks in a run
 MAX_PID = 2 ** 31 - 1
@@ -203,40 +206,40 @@ LINE_LIMIT = 16 * 1024              # bytes of a request line or header line
 HEAD_LIMIT = 32 * 1024              # bytes of a request before its body
 FIELD_LIMIT = 100                   # header fields
 BODY_LIMIT = 64 * 1024              # bytes of a body
-BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in the buffers of all who have logged in, beyond which reading pauses
-REQUEST_S = 30.0                    # from first byte to whole request; to a first byte; for a reader to take something
-ACCEPT_S = 0.25                     # a new connection is left alone so long, also at the descriptor limit
-DRAIN_S = 8.0                       # a stopping server waits so long for answers in hand
 BATCH_BODY_LIMIT = 4 * 1024 * 1024  # bytes of a body that holds a batch
-MOST_TASKS = 10000                  # of one batch, and held by one worker with a lease
-RETRY_S = 1.0                       # after a write that met a full disk, the next one is tried so much later
-LOGIN_MEMORY_S = 300.0              # a verified login is remembered so long
-REFUSAL_MEMORY_S = 10.0             # and a refused one
-TOKEN_DAYS = 365.0                  # the published client fetches one token and lives with it
-MOST_LEASE_S = 86400                # seconds
-LOOK_S = 5.0                        # with leases running, the writer looks at the clock at least this often
-STOPPED_S = 1.0                     # it woke so much later than it asked to: the process was stopped
-MOST_ELAPSED_S = 10 ** 9            # seconds that a task may have taken
-PAUSE_S = 60                        # the most that Retry-After says
-MOST_TRIES = 1000                   # the largest maxFailures and maxLosses
-PAGE_TASKS, MOST_PAGE = 100, 1000   # entries of a page, unless told otherwise and at most
-PAGE_ROWS = 10000                   # rows looked at for a page: what is rare makes short pages, not slow ones
+BUFFER_LIMIT = 64 * 1024 * 1024     # bytes in the buffers of all who have logged in; beyond that, reading pauses
+REQUEST_S = 30.0                    # for a request to begin, for it to be whole, for a reader to take some bytes
+ACCEPT_S = 0.25                     # for this long a new connection is not closed at the descriptor limit
+DRAIN_S = 8.0                       # a server that stops waits this long for the requests it has begun
+MAX_BATCH = 10000                   # tasks of one batch, and held by one worker with a lease
+RETRY_S = 1.0                       # between a write that met a full disk and the next one
+LOGIN_MEMORY_S = 300.0              # a login that was verified is remembered this long
+REFUSAL_MEMORY_S = 10.0             # a login that was refused is remembered this long
+TOKEN_DAYS = 365.0                  # the published client fetches one token and keeps it
+MAX_LEASE_S = 86400
+CLOCK_CHECK_S = 5.0                 # with leases running, the writer reads the clock at least this often
+STOPPED_S = 1.0                     # the writer woke this much too late: the process was stopped
+MAX_ELAPSED_S = 10 ** 9             # seconds that a task may have taken
+MAX_RETRY_AFTER_S = 60
+MAX_TRIES = 1000                    # the largest maxFailures and maxLosses
+DEFAULT_PAGE, MAX_PAGE = 100, 1000  # entries of a page
+PAGE_ROWS = 10000                   # rows read for a page: a rare status makes short pages, not slow ones
 MESSAGE_LIMIT = 2000                # characters of a failure's message
 KEY_LIMIT = 128                     # characters of an Idempotency-Key
-KEY_MEMORY_S = 86400.0              # an answer is remembered so long,
-KEYS_REMEMBERED = 100000            # if no more than so many came since
+KEY_MEMORY_S = 86400.0              # an answer is remembered this long,
+KEYS_REMEMBERED = 100000            # but no more than so many of them
 REPORTS_REMEMBERED = 8              # attempts of a task whose last report is known when it comes again
-WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten so long after it was heard last
-CHORE_S = 3600.0                    # between two looks for workers to forget
+WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten this long after its last request
+FORGET_CHECK_S = 3600.0             # between two searches for workers to forget
 DAY_S = 86400.0
 
 PROOF_LABEL = "taskfarm proof: "    # stands before a nonce that is signed; no key is made with it
 
 
 class FarmError(RuntimeError):
-    """What a client is told: a status and a sentence that says what was asked and what would do.
+    """An error that a client is told: a status, and a sentence that says what was asked and what would do.
 
-    A RuntimeError, which is what scripts for the published client look out for.
+    It is a RuntimeError because scripts for the published client catch that.
     """
     status = 500
     headers: Tuple[Tuple[str, str], ...] = ()
@@ -248,7 +251,7 @@ class BadRequest(FarmError):
 
 
 class Unauthorized(FarmError):
-    """401: no login, or none that holds; never says which half was wrong."""
+    """401: no login, or a wrong one. It never says whether user or password was wrong."""
     status = 401
     headers = (("WWW-Authenticate", 'Basic realm="taskfarm", charset="UTF-8"'),)
 
@@ -257,7 +260,7 @@ class Unauthorized(FarmError):
 
 
 class Forbidden(FarmError):
-    """403: logged in, but this is not for users."""
+    """403: the login is good, but this is for admin."""
     status = 403
 
 
@@ -267,7 +270,7 @@ class NotFound(FarmError):
 
 
 class MethodNotAllowed(FarmError):
-    """405: the path is there, the method is not; Allow names those that are."""
+    """405: the path exists, the method does not. Allow names those that do."""
     status = 405
 
     def __init__(self, method: str, allowed: Sequence[str]) -> None:
@@ -276,32 +279,32 @@ class MethodNotAllowed(FarmError):
 
 
 class RequestTimeout(FarmError):
-    """408: the request was not whole in time."""
+    """408: the request took too long to arrive."""
     status = 408
 
 
 class Conflict(FarmError):
-    """409: true of something else already."""
+    """409: the request contradicts what the farm knows."""
     status = 409
 
 
 class LengthRequired(FarmError):
-    """411: a chunked body."""
+    """411: the body is chunked."""
     status = 411
 
 
 class TooLarge(FarmError):
-    """413: the body."""
+    """413: the body is too large."""
     status = 413
 
 
 class UriTooLong(FarmError):
-    """414: the request line."""
+    """414: the request line is too long."""
     status = 414
 
 
 class UnsupportedMediaType(FarmError):
-    """415: a body that is not declared application/json."""
+    """415: the body is not declared application/json."""
     status = 415
 
 
@@ -311,47 +314,47 @@ class ExpectationFailed(FarmError):
 
 
 class Unprocessable(FarmError):
-    """422: an Idempotency-Key that came with another request before."""
+    """422: the Idempotency-Key came with another request before."""
     status = 422
 
 
 class HeadTooLarge(FarmError):
-    """431: a header line, all of them, or their number."""
+    """431: a header line is too long, or all of them are, or there are too many."""
     status = 431
 
 
 class Unavailable(FarmError):
-    """503: not now, through no fault of the client; nothing was changed."""
+    """503: the server cannot do it now. Nothing was changed."""
     status = 503
 
 
 class VersionNotSupported(FarmError):
-    """505: another HTTP than 1.x."""
+    """505: the HTTP version is not 1.x."""
     status = 505
 
 
 class Refusal(Exception):
-    """A start that is refused, or a verb that cannot do its work: one sentence for a person, exit status 1."""
+    """A server cannot start, or a verb cannot do its work: one sentence for a person, exit status 1."""
 
 
 class Now(NamedTuple):
-    """The time, as it is handed to whoever needs it."""
+    """The time, of both clocks."""
     utc: float      # seconds since 1970, for what is stored and shown
     tick: float     # seconds of a monotonic clock, for what runs out
 
 
 def system_clock() -> Now:
-    """The real time. Tests hand in clocks of their own."""
+    """The real time. Tests pass clocks of their own."""
     return Now(time.time(), time.monotonic())
 
 
 def next_from(waiting: "queue.SimpleQueue[Any]", patience_s: Optional[float]) -> Any:
     """The next entry of a queue that one thread reads. Waits *patience_s* at most, for ever if None.
 
-    Raises queue.Empty. `get(timeout=...)` alone may wait for ever on Python 3.9 and 3.10: after an entry
-    has been taken it begins with the queue's lock free, takes it, and goes on with what is left of the
-    timeout. Less than nothing means for ever there. It hung within some 100 000 calls at a timeout of
-    0 and within 10 000 at 10 microseconds. `get_nowait` has no timeout, and leaves the lock taken.
+    Raises queue.Empty. `get(timeout=...)` alone may wait for ever on Python 3.9 and 3.10. After an entry has been
+    taken, the queue's lock is free. Then `get` takes the lock and waits again, for what remains of the timeout,
+    and a negative timeout means for ever there. It hung within some 100 000 calls at a timeout of 0, and within
+    10 000 at 10 microseconds. `get_nowait` has no timeout, and leaves the lock taken.
     """
     try:
         return waiting.get_nowait()
@@ -1836,10 +1839,10 @@ def claimant(sql: Transaction, now: Now, worker_uuid: str) -> Worker:
 
 def room_for(sql: Transaction, worker: Worker) -> int:
     """How many tasks the worker may still claim. Raises Conflict when none."""
-    room = MOST_TASKS - sql.holds.number(worker.id)
+    room = MAX_BATCH - sql.holds.number(worker.id)
     if room <= 0:
         raise Conflict("worker %s holds %d tasks, and no worker more: report some first, or let some go"
-                       % (worker.uuid, MOST_TASKS))
+                       % (worker.uuid, MAX_BATCH))
     return room
 
 
@@ -2835,7 +2838,7 @@ class Store:
                 FROM worker INDEXED BY worker_living
                 WHERE state = 0 AND lease IS NOT NULL"""):
             self.sql.leases.begin(worker_id, lease, now.tick)
-        self.chore_at = now.tick + CHORE_S      # who is still there has been heard by then, whatever the clock says
+        self.chore_at = now.tick + FORGET_CHECK_S  # who is still there has been heard by then, whatever the clock says
 
     @property
     def users(self) -> Dict[str, User]:
@@ -2922,7 +2925,7 @@ class Store:
         """
         woken = self.stopwatch()
         late_s = 0.0 if patience_s is None else woken - began - patience_s
-        if max(late_s, began - self.awake - self.disk_s) > STOPPED_S or self.disk_s > LOOK_S:
+        if max(late_s, began - self.awake - self.disk_s) > STOPPED_S or self.disk_s > CLOCK_CHECK_S:
             self.sql.leases.renew_all(self.clock().tick)
         self.awake, self.disk_s = woken, 0.0
 
@@ -2932,7 +2935,7 @@ class Store:
         if self.sweeps:     # the mark of a sweep is on the disk: go on at once
             wait = 0.0
         elif self.sql.leases.next_end() < math.inf:
-            wait = min(LOOK_S, max(0.0, self.sql.leases.next_end() - now))
+            wait = min(CLOCK_CHECK_S, max(0.0, self.sql.leases.next_end() - now))
         return None if wait == math.inf else max(wait, self.try_again - now, 0.0)
 
     def copy(self, copy: Copy, between: Callable[[], None]) -> None:
@@ -3186,7 +3189,7 @@ class Store:
         """Forget some workers; True when there may be more."""
         more = forget_workers(sql, now)
         if not more:
-            self.chore_at = now.tick + CHORE_S
+            self.chore_at = now.tick + FORGET_CHECK_S
         return more
 
     def _save_starts(self, sql: Transaction, now: Now) -> bool:
@@ -5257,8 +5260,8 @@ def show_nothing_waiting(given: NothingWaiting) -> Reply:
     """None waits; when some may come back, the clients are spread over the time after."""
     if given.retry_s is None:
         return Reply(204)
-    wait_s = min(max(given.retry_s, 1.0), PAUSE_S * 0.75) * random.uniform(1.0, 4 / 3)
-    return Reply(204, headers=(("Retry-After", "%d" % min(math.ceil(wait_s), PAUSE_S)),))
+    wait_s = min(max(given.retry_s, 1.0), MAX_RETRY_AFTER_S * 0.75) * random.uniform(1.0, 4 / 3)
+    return Reply(204, headers=(("Retry-After", "%d" % min(math.ceil(wait_s), MAX_RETRY_AFTER_S)),))
 
 
 def show_page(page: Page, shown: Callable[[Any], Dict[str, Any]], head: Optional[Dict[str, Any]] = None) -> Reply:
@@ -5280,7 +5283,7 @@ def task_number(text: str) -> int:
     return int(text) if len(text) < 20 else 10 ** 20
 
 
-PAGE: Dict[str, Field] = {"limit": Count(1, MOST_PAGE, required=False), "after": Count(0, 2 ** 62, required=False)}
+PAGE: Dict[str, Field] = {"limit": Count(1, MAX_PAGE, required=False), "after": Count(0, 2 ** 62, required=False)}
 LONG_PAGE = 100         # entries: the answers with more are shown one in each turn of the I/O thread
 
 
@@ -5336,7 +5339,7 @@ def give_token(req: Request) -> Reply:
 
 @route("POST", "/api/run", body={
     "numTasks": Integer(1, MAX_TASKS), "name": Text(128, required=False),
-    "maxFailures": Integer(0, MOST_TRIES, required=False), "maxLosses": Integer(0, MOST_TRIES, required=False)})
+    "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False)})
 def new_run(req: Request) -> Operation:
     """Make a run.
 
@@ -5425,7 +5428,7 @@ def claim_task(req: Request, run: str) -> Operation:
     return claim(run, req.fields["worker_uuid"], idempotency_key(req)).shown_as(show_claimed)
 
 
-@route("POST", "/api/runs/<run>/tasks", body={"worker_uuid": UUID, "count": Integer(1, MOST_TASKS)})
+@route("POST", "/api/runs/<run>/tasks", body={"worker_uuid": UUID, "count": Integer(1, MAX_BATCH)})
 def claim_tasks(req: Request, run: str) -> Operation:
     """Hand out up to count of the lowest waiting tasks; one is started when its worker reports `computing` or progress.
 
@@ -5446,7 +5449,7 @@ REPORT = {
     "percentCompleted": Percent(required=False),
     "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
     "message": Message(MESSAGE_LIMIT, required=False),
-    "elapsed": Seconds(MOST_ELAPSED_S, required=False)}
+    "elapsed": Seconds(MAX_ELAPSED_S, required=False)}
 
 
 def will_not_do(said: Report) -> Optional[str]:
@@ -5471,14 +5474,14 @@ def tasks_page(req: Request, run: str) -> Operation:
     errors: 404 no such run
     """
     query = req.query
-    limit = query.get("limit", PAGE_TASKS)
+    limit = query.get("limit", DEFAULT_PAGE)
     return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", "")).shown_as(
         show_page, task_json, long=limit > LONG_PAGE)
 
 
 @route("PUT", "/api/runs/<run>/tasks", body={
     "worker_uuid": Text(64, UUID_PATTERN, required=False),
-    "data": Entries(MOST_TASKS, dict({"task": Integer(0, MAX_TASKS - 1)}, **REPORT), Report, will_not_do)})
+    "data": Entries(MAX_BATCH, dict({"task": Integer(0, MAX_TASKS - 1)}, **REPORT), Report, will_not_do)})
 def report_tasks(req: Request, run: str) -> Operation:
     """Report the states of many tasks, each judged by itself.
 
@@ -5521,7 +5524,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
 
 
 @route("POST", "/api/worker", body={"uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID),
-                                    "lease": Integer(1, MOST_LEASE_S, required=False)})
+                                    "lease": Integer(1, MAX_LEASE_S, required=False)})
 def new_worker(req: Request) -> Operation:
     """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
 
@@ -5541,7 +5544,7 @@ def worker_info(req: Request, worker: str) -> Operation:
     200: the worker, "revision", "data": [{"run", task fields but worker and hostname}, ...], "next"
     errors: 404 no such worker
     """
-    limit = req.query.get("limit", PAGE_TASKS)
+    limit = req.query.get("limit", DEFAULT_PAGE)
     return read_worker(worker, limit, req.query.get("after", 0)).shown_as(show_worker, long=limit > LONG_PAGE)
 
 
@@ -5580,7 +5583,7 @@ def workers_page(req: Request) -> Operation:
 
     200: {"data": [{"uuid", "id", "hostname", "pid", "lease", "state", "heard", "held"}, ...], "next"}
     """
-    limit = req.query.get("limit", PAGE_TASKS)
+    limit = req.query.get("limit", DEFAULT_PAGE)
     return list_workers(req.query.get("all", False), limit, req.query.get("after", 0)).shown_as(
         show_page, worker_json, long=limit > LONG_PAGE)
 
@@ -5849,30 +5852,43 @@ def address_refused(host: str, port: int, error: OSError) -> str:
 
 
 # ---------------------------------------------------------------- TERMINAL
-# What a person sees on a terminal: tables, bars, rates. Plain values in, text out; knows no server.
+# What a person sees on a terminal: tables, bars, rates. Plain values in, text out. It knows no server and no verb.
+#
+# A new figure of status: what can be computed from plain values stands here, beside `estimate_rate`; RunMonitor in
+# STATUS asks for the values. A new way to write a value: a function whose name ends in _text.
 
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
-NARROWEST = 8                       # columns that a cell which may be cut keeps
+MIN_COLUMN = 8                      # a cell that may be cut keeps so many columns
 
-# The four states in the order of a bar: name, field of a run, colour, mark in any encoding, mark where UTF-8 is shown.
-# They differ in shape, so that the bar can be read without colours.
-STATES = (("done", "numDone", "green", "#", "\u2588"), ("failed", "numFailed", "red", "x", "\u2573"),
-          ("computing", "numComputing", "yellow", "+", "\u2592"), ("waiting", "numWaiting", "dim", ".", "\u00b7"))
+
+class State(NamedTuple):
+    """How a status of tasks is shown."""
+    name: str
+    field: str          # of a run: how many tasks have it
+    colour: str
+    ascii: str          # a cell of the bar
+    unicode: str        # the same where the encoding has it
+
+
+# In the order of the bar. The cells differ in shape, so that the bar can be read without colours.
+STATES = (State("done", "numDone", "green", "#", "\u2588"), State("failed", "numFailed", "red", "x", "\u2573"),
+          State("computing", "numComputing", "yellow", "+", "\u2592"),
+          State("waiting", "numWaiting", "dim", ".", "\u00b7"))
 
 
 class Screen:
-    """A stream as a person sees it: how wide it is, whether it shows colours and more than ASCII, and can be redrawn.
+    """An output stream: its width, and whether it shows colours and more than ASCII and can be redrawn.
 
-    A pipe or a file has no limit of width, no colours, and only grows.
+    A pipe or a file has no limit of width and no colours, and cannot be redrawn.
     """
     def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
         self.stream = stream
         self.terminal = stream.isatty()
-        self.moves = self.terminal and environ.get("TERM", "") not in ("", "dumb")
-        self.colours = self.moves and not environ.get("NO_COLOR")
-        self.drawn = 0                  # lines that `redraw` would replace
+        self.can_redraw = self.terminal and environ.get("TERM", "") not in ("", "dumb")
+        self.colours = self.can_redraw and not environ.get("NO_COLOR")
+        self.redrawn_lines = 0          # that the next `redraw` replaces
         try:
-            "".join(mark for *_, mark in STATES).encode(getattr(stream, "encoding", None) or "ascii")
+            "".join(state.unicode for state in STATES).encode(getattr(stream, "encoding", None) or "ascii")
             self.unicode = True
         except (UnicodeError, LookupError):
             self.unicode = False
@@ -5892,49 +5908,55 @@ class Screen:
         self.stream.flush()
 
     def redraw(self, lines: Sequence[str]) -> None:
-        """Write lines in the place of those drawn last; what is too much for the height is left out."""
+        """Write lines in the place of those redrawn last. Lines that are too many for the height are left out."""
         lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
-        up = "\x1b[%dA\r\x1b[J" % self.drawn if self.drawn else ""
-        self.stream.write(up + "".join(line + "\n" for line in lines))
-        self.stream.flush()
-        self.drawn = len(lines)
+        if self.redrawn_lines:
+            self.stream.write("\x1b[%dA\r\x1b[J" % self.redrawn_lines)
+        self.print(lines)
+        self.redrawn_lines = len(lines)
+
+    def cell(self, state: State) -> str:
+        """A cell of the bar, without its colour."""
+        return state.unicode if self.unicode else state.ascii
 
 
-def harmless(text: Any) -> str:
-    """Text of others in one line, fit for a terminal: no escape sequences, no invisible or turning characters."""
-    spaced = " ".join(str(text).split())
-    return "".join(mark if unicodedata.category(mark) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else "?"
-                   for mark in spaced)
+def printable(text: Any) -> str:
+    """Text that others wrote, in one line: ? for control, invisible and direction characters.
+
+    So nobody's message can send escape sequences to the terminal.
+    """
+    one_line = " ".join(str(text).split())
+    return "".join("?" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else character
+                   for character in one_line)
 
 
-def width_of(text: str) -> int:
-    """The columns that a text takes: two for a wide character, none for a combining one."""
+def display_width(text: str) -> int:
+    """How many columns a text takes: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
-    return sum(0 if unicodedata.category(mark) in ("Mn", "Me") else
-               2 if unicodedata.east_asian_width(mark) in "WF" else 1 for mark in text)
+    return sum(0 if unicodedata.category(character) in ("Mn", "Me") else
+               2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def cut(text: str, width: int) -> str:
-    """The text in at most *width* columns, with ~ at its end when something is missing."""
-    if width_of(text) <= width:
+    """The text in at most *width* columns. One that is too long ends with ~."""
+    if display_width(text) <= width:
         return text
     kept = ""
-    for mark in text:
-        if width_of(kept + mark) > width - 1:
+    for character in text:
+        if display_width(kept + character) > width - 1:
             break
-        kept += mark
+        kept += character
     return kept + "~" if width > 0 else ""
 
 
-def span(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Seconds as a person says them: 0.12 s, 3 min 20 s, 4 h 10 min, 3 d 2 h."""
     if seconds < 100:
         return "%.*f s" % (2 if seconds < 10 else 0, seconds)
-    for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return "%d %s %d %s" % (seconds // size, name, seconds % size // below, small)
-    raise AssertionError(seconds)
+    large_s, large, small_s, small = (60, "min", 1, "s") if seconds < 3600 else (
+        (3600, "h", 60, "min") if seconds < 86400 else (86400, "d", 3600, "h"))
+    return "%d %s %d %s" % (seconds // large_s, large, seconds % large_s // small_s, small)
 
 
 def grouped(number: int) -> str:
@@ -5942,20 +5964,23 @@ def grouped(number: int) -> str:
     return "{:,}".format(number).replace(",", " ")
 
 
-def counted(number: int, thing: str) -> str:
-    """So many things: 1 task, 200 000 tasks."""
+def count_text(number: int, thing: str) -> str:
+    """A number with its noun: 1 task, 200 000 tasks."""
     return "%s %s%s" % (grouped(number), thing, "" if number == 1 else "s")
 
 
-def per_time(*per_s: float) -> str:
-    """A rate of tasks, or the last two of several, in the unit that the first wants: 4.0 tasks/min, 3 to 5 tasks/s."""
-    unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if per_s[0] * pair[1] >= 1), ("h", 3600))
-    return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * seconds >= 100 else 1, rate * seconds)
+def rate_text(*per_s: float) -> str:
+    """A rate of tasks: 4.0 tasks/min. Of a rate, a low and a high one: the range of these two, 3 to 5 tasks/s.
+
+    The first rate decides the unit.
+    """
+    unit, unit_s = ("s", 1) if per_s[0] >= 1 else ("min", 60) if per_s[0] * 60 >= 1 else ("h", 3600)
+    return "%s tasks/%s" % (" to ".join("%.*f" % (0 if rate * unit_s >= 100 else 1, rate * unit_s)
                                         for rate in per_s[-2:]), unit)
 
 
-def percent(part: float, whole: float) -> str:
-    """A share that is 100 % only when it is all, and 0 % only when it is nothing."""
+def percent_text(part: float, whole: float) -> str:
+    """A share. It is 100 % only for the whole, and 0 % only for nothing."""
     share = 100.0 * part / whole if whole else 0.0
     if 0 < part < whole:
         share = min(max(share, 0.1), 99.9)
@@ -5965,123 +5990,125 @@ def percent(part: float, whole: float) -> str:
 class Column(NamedTuple):
     """A column of a table."""
     title: str
-    right: bool = False     # numbers stand under each other
-    gives: bool = False     # may be cut where the terminal is too narrow
-    spare: bool = False     # is left out where that does not help
+    right: bool = False         # flush right, as numbers stand
+    can_shrink: bool = False    # may be cut where the terminal is too narrow
+    optional: bool = False      # is left out where cutting is not enough
 
 
 class Table:
-    """Rows under headings in plain columns, as wide as they need to be; on a terminal they fit it.
+    """Rows under headings, in columns as wide as they need to be. On a terminal the lines fit its width.
 
-    *columns*: how wide the terminal is, 0 for any width. Rows may come in several calls of `lines`;
-    a column never becomes narrower then, and the headings come once.
+    *width*: columns of the terminal, 0 for any number. Rows may come in several calls of `lines`. A column never
+    becomes narrower then, and the headings come once.
     """
-    def __init__(self, heads: Sequence[Column], columns: int = 0) -> None:
-        self.heads, self.columns = heads, columns
-        self.widths = [width_of(head.title) for head in heads]
-        self.shown = list(range(len(heads)))
-        self.begun = False
+    def __init__(self, columns: Sequence[Column], width: int = 0) -> None:
+        self.columns, self.width = columns, width
+        self.widths = [display_width(column.title) for column in columns]
+        self.shown = list(range(len(columns)))
+        self.has_headings = False
 
     def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
-        """The lines of some rows, before the first of them the headings; an empty cell is shown as -."""
-        shown = [[harmless("" if cell is None else cell) or "-" for cell in row] for row in rows]
-        if not self.begun:
-            self.begun = True
-            shown.insert(0, [head.title for head in self.heads])
-        for row in shown:
-            self.widths = [max(width, width_of(cell)) for width, cell in zip(self.widths, row)]
-        self._leave_out()
-        widths = self._fitting()
-        return [self._line(row, widths) for row in shown]
+        """The lines of some rows, with the headings before the first of all. An empty cell is shown as -."""
+        texts = [[printable("" if cell is None else cell) or "-" for cell in row] for row in rows]
+        if not self.has_headings:
+            self.has_headings = True
+            texts.insert(0, [column.title for column in self.columns])
+        for row in texts:
+            self.widths = [max(width, display_width(cell)) for width, cell in zip(self.widths, row)]
+        self._leave_out_columns()
+        widths = self._fitting_widths()
+        return [self._line(row, widths) for row in texts]
 
-    def _too_much(self, widths: Sequence[int]) -> int:
-        """By how many columns the shown ones are wider than the terminal."""
-        return sum(widths[number] + 2 for number in self.shown) - 2 - self.columns if self.columns else 0
+    def _excess(self, widths: Sequence[int]) -> int:
+        """By how much the shown columns are wider than the terminal."""
+        return sum(widths[number] + 2 for number in self.shown) - 2 - self.width if self.width else 0
 
-    def _leave_out(self) -> None:
-        """Leave out columns until the rest can be made to fit, the last first; they stay out."""
-        least = [min(width, NARROWEST) if head.gives else width for head, width in zip(self.heads, self.widths)]
-        for number in reversed(range(len(self.heads))):
-            if self.heads[number].spare and self._too_much(least) > 0:
+    def _leave_out_columns(self) -> None:
+        """Leave out optional columns, the last first, until the others can be made to fit. They stay out."""
+        least = [min(width, MIN_COLUMN) if column.can_shrink else width
+                 for column, width in zip(self.columns, self.widths)]
+        for number in reversed(range(len(self.columns))):
+            if self.columns[number].optional and self._excess(least) > 0:
                 self.shown = [other for other in self.shown if other != number]
 
-    def _fitting(self) -> List[int]:
+    def _fitting_widths(self) -> List[int]:
         widths = list(self.widths)
-        while self._too_much(widths) > 0:
-            able = [number for number in self.shown if self.heads[number].gives and widths[number] > NARROWEST]
-            if not able:
+        while self._excess(widths) > 0:
+            shrinkable = [number for number in self.shown
+                          if self.columns[number].can_shrink and widths[number] > MIN_COLUMN]
+            if not shrinkable:
                 break
-            widths[max(able, key=lambda number: widths[number])] -= 1
+            widths[max(shrinkable, key=lambda number: widths[number])] -= 1
         return widths
 
     def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
         cells = []
         for number in self.shown:
-            head, width = self.heads[number], widths[number]
-            text = cut(row[number], width) if self.columns else row[number]
-            space = " " * (width - width_of(text))
-            cells.append(space + text if head.right else text + space)
+            text = cut(row[number], widths[number])
+            space = " " * (widths[number] - display_width(text))
+            cells.append(space + text if self.columns[number].right else text + space)
         line = "  ".join(cells).rstrip()
-        return cut(line, self.columns) if self.columns else line
+        return cut(line, self.width) if self.width else line
 
 
-def shares(parts: Sequence[int], cells: int) -> List[int]:
-    """How many of so many cells each part gets: in proportion, and one at least where there is anything at all."""
+def allocate_cells(parts: Sequence[int], cells: int) -> List[int]:
+    """How many of so many cells each part gets: in proportion, and at least one where the part is not 0."""
     whole = sum(parts)
     if not whole:
         return [0] * len(parts)
-    given = [max(part * cells // whole, 1 if part else 0) for part in parts]
-    while sum(given) != cells:
-        step = 1 if sum(given) < cells else -1
-        # The part that is furthest from its due; one that has a single cell keeps it.
-        able = [number for number, part in enumerate(parts) if part and (step > 0 or given[number] > 1)]
-        if not able:
+    allocated = [max(part * cells // whole, 1 if part else 0) for part in parts]
+    while sum(allocated) != cells:
+        step = 1 if sum(allocated) < cells else -1
+        # The part that is furthest from its exact share changes. One that has a single cell keeps it.
+        candidates = [number for number, part in enumerate(parts) if part and (step > 0 or allocated[number] > 1)]
+        if not candidates:
             break
-        given[max(able, key=lambda number: step * (parts[number] * cells / whole - given[number]))] += step
-    return given
+        furthest = max(candidates, key=lambda number: step * (parts[number] * cells / whole - allocated[number]))
+        allocated[furthest] += step
+    return allocated
 
 
 def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
     """The states of a run's tasks as a bar."""
-    given = shares([run[field] for _, field, *_ in STATES], cells)
-    return "[" + "".join(screen.paint((rich if screen.unicode else plain) * number, colour)
-                         for (_, _, colour, plain, rich), number in zip(STATES, given)) + "]"
+    allocated = allocate_cells([run[state.field] for state in STATES], cells)
+    return "[" + "".join(screen.paint(screen.cell(state) * number, state.colour)
+                         for state, number in zip(STATES, allocated)) + "]"
 
 
 def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
-    """What the marks of the bar mean, with the numbers; on a narrow terminal in several lines."""
+    """The number of tasks in each state, with the cell that stands for it. A narrow terminal gets several lines."""
     lines, used = [""], 0
-    for name, field, colour, plain, rich in STATES:
-        words = " %s %s" % (grouped(run[field]), name)
+    for state in STATES:
+        words = " %s %s" % (grouped(run[state.field]), state.name)
         if used and screen.columns and used + 4 + len(words) > screen.columns:
             lines, used = lines + [""], 0
-        lines[-1] += "   " * (used > 0) + screen.paint(rich if screen.unicode else plain, colour) + words
+        lines[-1] += "   " * (used > 0) + screen.paint(screen.cell(state), state.colour) + words
         used += 3 * (used > 0) + 1 + len(words)
     return lines
 
 
 def state_counts(run: Mapping[str, Any]) -> str:
-    """The tasks of a run by state, in words."""
-    return ", ".join("%d %s" % (run[field], name) for name, field, *_ in STATES)
+    """The number of tasks in each state, in words."""
+    return ", ".join("%d %s" % (run[state.field], state.name) for state in STATES)
 
 
 class Rate(NamedTuple):
-    """How fast tasks end, with what the true rate may well be."""
+    """How fast tasks end, in tasks per second."""
     per_s: float
-    low: float              # tasks per second
+    low: float              # the range in which the true rate probably is
     high: float
-    ended: int              # so many tasks were seen to end
-    window_s: float         # in so long a time
+    ended: int              # tasks that ended in the window
+    window_s: float
 
 
-RATE_SLICES = 10
+RATE_SLICES = 10        # of the window: how much they differ tells the error of a rate
 
 
-def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
-    """The rate that readings (seconds, tasks ended so far), oldest first, tell; None when nothing ended.
+def estimate_rate(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
+    """The rate of readings (seconds, tasks ended so far), oldest first. None when nothing ended.
 
     The range is two standard errors wide on either side. The error comes from how much equal slices of the
-    time differ, so that tasks that end in waves make it wide, and is never less than chance alone makes it.
+    time differ: tasks that end in waves make it wide. It is at least that of tasks that end by chance.
     """
     if len(points) < 2 or points[-1][1] <= points[0][1] or points[-1][0] <= points[0][0]:
         return None
@@ -6095,21 +6122,21 @@ def rate_of(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
 
 
 def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
-    """How much the second figure of the readings grew in each of so many equal slices of their time."""
+    """How many tasks ended in each of so many equal slices of the time of some readings."""
     begin, end = points[0][0], points[-1][0]
-    at, seen = [], 0
+    counts, index = [], 0       # at the border of each slice, between two readings by interpolation
     for border in range(number + 1):
-        moment = begin + (end - begin) * border / number
-        while seen < len(points) - 2 and points[seen + 1][0] < moment:
-            seen += 1
-        (before, low), (after, high) = points[seen], points[seen + 1]
-        part = (moment - before) / (after - before) if after > before else 1.0
-        at.append(low + (high - low) * min(max(part, 0.0), 1.0))
-    return [later - earlier for earlier, later in zip(at, at[1:])]
+        border_s = begin + (end - begin) * border / number
+        while index < len(points) - 2 and points[index + 1][0] < border_s:
+            index += 1
+        (before_s, low), (after_s, high) = points[index], points[index + 1]
+        part = (border_s - before_s) / (after_s - before_s) if after_s > before_s else 1.0
+        counts.append(low + (high - low) * min(max(part, 0.0), 1.0))
+    return [later - earlier for earlier, later in zip(counts, counts[1:])]
 
 
-def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
-    """The seconds that so many tasks will take, least and most; None where nothing can be said."""
+def time_for_tasks(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Optional[float]]:
+    """The least and the most seconds that so many tasks will take. None where it is not known."""
     if not remaining:
         return 0.0, 0.0
     if rate is None:
@@ -6117,74 +6144,74 @@ def time_left(remaining: int, rate: Optional[Rate]) -> Tuple[Optional[float], Op
     return remaining / rate.high, remaining / rate.low if rate.low > 0 else None
 
 
-def in_words(least: Optional[float], most: Optional[float]) -> str:
-    """A range of time: 2 h 01 min to 2 h 10 min, more than 3 h 00 min, unknown."""
+def range_text(least: Optional[float], most: Optional[float]) -> str:
+    """A range of time: 2 h 1 min to 2 h 10 min, more than 3 h 0 min, about 2 min 0 s, unknown."""
     if least is None:
         return "unknown"
     if most is None:
-        return "more than " + span(least)
-    low, high = span(least), span(most)
+        return "more than " + duration_text(least)
+    low, high = duration_text(least), duration_text(most)
     return "about " + low if low == high else "%s to %s" % (low, high)
 
 
-def moment(text: Optional[str]) -> Optional[float]:
-    """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC); None for none."""
+def parse_time(text: Optional[str]) -> Optional[float]:
+    """Seconds since 1970 of a time as the API shows it (RFC 3339, UTC). None for None."""
     return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
 
 
-def age(text: Optional[str], now_utc: float) -> str:
-    """How long ago a time of the API was; "" for none."""
-    then = moment(text)
-    return "" if then is None else span(max(now_utc - then, 0.0))
+def time_since(text: Optional[str], now_utc: float) -> str:
+    """How long ago a time of the API was. "" for None."""
+    utc = parse_time(text)
+    return "" if utc is None else duration_text(max(now_utc - utc, 0.0))
 
 
-class Ends(NamedTuple):
-    """What the tasks that ended last tell of a run's pace."""
-    points: List[Tuple[float, int]]     # (seconds, tasks ended so far), for `rate_of`
-    took_s: List[float]                 # how long they took, ascending; of those of which it is known
+class RecentEnds(NamedTuple):
+    """The tasks of a run that ended last."""
+    points: List[Tuple[float, int]]     # readings for `estimate_rate`
+    took_s: List[float]                 # how long the tasks took, ascending; without those where it is not known
 
 
-RECENT_S = 600.0        # a rate is taken over so long, and over several times what a task takes
-RECENT_TASKS = 4
+RECENT_S = 600.0        # a rate is taken over at least so long,
+RECENT_TASKS = 4        # and over as long as so many median tasks take
 
 
-def recent_ends(tasks: Sequence[Mapping[str, Any]], whole: bool, now_utc: float) -> Ends:
-    """The pace that tasks which have ended show, with their times `started` and `finished`.
+def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, now_utc: float) -> RecentEnds:
+    """Readings from the times `started` and `finished` of tasks that have ended.
 
-    *whole*: there are no earlier ones that were left out. The window begins when the first of its tasks
-    was started, not when it ended: the first wave of long tasks ends all at once, after a long time.
+    *complete*: no earlier tasks were left out. The window begins when the first of its tasks was started, not
+    when it ended: the first wave of long tasks ends all at once, after a long time.
     """
-    spans = sorted((moment(task["finished"]) or now_utc, moment(task["started"])) for task in tasks)
-    took_s = sorted(max(end - start, 0.0) for end, start in spans if start is not None)
-    window_s = window_of(took_s)
-    recent = [(end, start) for end, start in spans if end > now_utc - window_s]
+    times = sorted((parse_time(task["finished"]) or now_utc, parse_time(task["started"])) for task in tasks)
+    took_s = sorted(max(end - start, 0.0) for end, start in times if start is not None)
+    window_s = rate_window_s(took_s)
+    recent = [(end, start) for end, start in times if end > now_utc - window_s]
     if not recent:
-        return Ends([], took_s)
+        return RecentEnds([], took_s)
     starts = [start for _, start in recent if start is not None]
-    if starts and (whole or len(recent) < len(spans)):
+    if starts and (complete or len(recent) < len(times)):
         begin = min(max(min(starts), now_utc - window_s), recent[0][0])
     else:
         begin = recent.pop(0)[0]
     points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
-    return Ends(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+    return RecentEnds(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
 
 
-def window_of(took_s: Sequence[float]) -> float:
-    """The seconds over which a rate is taken, where tasks take so long (ascending)."""
+def rate_window_s(took_s: Sequence[float]) -> float:
+    """The seconds over which a rate is taken, for tasks that take so long (ascending)."""
     return max(RECENT_S, RECENT_TASKS * quantile(took_s, 0.5)) if took_s else RECENT_S
 
 
 def quantile(ordered: Sequence[float], part: float) -> float:
-    """The value below which that part of ascending values lies."""
+    """The quantile of ascending values: so large a part of them lies below."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
 
 
-def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
+def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: RecentEnds,
             longest_s: Optional[float]) -> Tuple[Optional[float], Optional[float], str]:
-    """The seconds a run still takes, least and most, and why nothing can be said where that is so.
+    """The least and the most seconds a run still takes. Where they are not known: None, None and the reason.
 
-    *longest_s*: how long the task that computes longest has done so. When nothing waits any more the rate
-    says little, since workers run out of work; what the tasks before took says more.
+    *longest_s*: how long the task that computes longest has done so. When no task waits any more, workers run out
+    of work and the rate says little. Then the estimate comes from how long the tasks before took.
     """
     waiting, computing = run["numWaiting"], run["numComputing"]
     if not waiting + computing:
@@ -6192,36 +6219,36 @@ def outlook(run: Mapping[str, Any], rate: Optional[Rate], ends: Ends,
     if not computing and rate is None:
         return None, None, "nothing is computing"
     if waiting or not ends.took_s or longest_s is None:
-        least, most = time_left(waiting + computing, rate)
+        least, most = time_for_tasks(waiting + computing, rate)
         return least, most, "" if rate else "too few tasks have ended lately"
     most_s = quantile(ends.took_s, 0.9)
     if longest_s > most_s:
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
-            span(longest_s), span(most_s))
+            duration_text(longest_s), duration_text(most_s))
     return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
 
 
 class Progress:
-    """A bar on a terminal for work that takes longer than a moment; nothing where there is no terminal."""
+    """A bar on a terminal, for work that takes longer than 0.1 s. Without a terminal nothing is shown."""
     WIDTH = 30
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.shown = False
-        self.since = time.monotonic()
+        self.drawn_tick = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
 
     def show(self, done: float, total: float) -> None:
         """Draw the bar: so much of so much."""
-        if sys.stderr.isatty() and total and time.monotonic() - self.since > 0.1:
+        if sys.stderr.isatty() and total and time.monotonic() - self.drawn_tick > 0.1:
             filled = int(self.WIDTH * done / total)
             sys.stderr.write("\r%s [%s%s] %3d %%\x1b[K" % (
                 self.what, "#" * filled, " " * (self.WIDTH - filled), 100 * done / total))
             sys.stderr.flush()
             self.shown = True
-            self.since = time.monotonic()
+            self.drawn_tick = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
         if self.shown:
@@ -6432,7 +6459,7 @@ class Client:
                 raise failure
             failures += 1
             if failures == 3:
-                self.say("%s; tried again for %s" % (failure, span(began + retry_s - time.monotonic())))
+                self.say("%s; tried again for %s" % (failure, duration_text(began + retry_s - time.monotonic())))
             self.give_up.wait(wait_s)
 
     def _find_again(self) -> bool:
@@ -7520,7 +7547,7 @@ class Display:
     def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
         self.quiet = quiet
         self.screen, self.bar_screen = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
-        self.has_bar = self.bar_screen.moves
+        self.has_bar = self.bar_screen.can_redraw
         self.in_hurry: Callable[[], bool] = lambda: False       # whether there is no time to wait for a reader
         self.lines: List[str] = []              # not written yet
         self.write_at = math.inf                # tick at which they are to be written
@@ -7537,11 +7564,11 @@ class Display:
         if failure:
             self._add(self.screen.paint("task %d failed: %s" % (task, failure), "red"))
         elif not self.quiet:
-            self._add("task %d done in %s" % (task, span(elapsed_s)))
+            self._add("task %d done in %s" % (task, duration_text(elapsed_s)))
 
     def say(self, sentence: str) -> None:
         """Show a line about the work as a whole."""
-        self._add(harmless(sentence))
+        self._add(printable(sentence))
         self._write()
 
     def say_once(self, sentence: str) -> None:
@@ -7614,9 +7641,9 @@ class Display:
         if run["numFailed"]:
             text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
-        rate = rate_of(list(self.readings))
+        rate = estimate_rate(list(self.readings))
         if rate:
-            text += ", %s, %s left" % (per_time(rate.per_s), in_words(*time_left(total - ended, rate)))
+            text += ", %s, %s left" % (rate_text(rate.per_s), range_text(*time_for_tasks(total - ended, rate)))
         line = "\r" + state_bar(run, cells, self.bar_screen) + cut(text, room - cells - 2) + "\x1b[K"
         write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.in_hurry)
         self.bar_drawn = True
@@ -8134,7 +8161,7 @@ class TaskRunner:
         self.stop_reason = reason
         count = len(self.running)
         self.display.say("stopping: %s%s" % (reason, "" if not count else "; %s %s" % (
-            counted(count, "command"), "may finish" if drain else "are ended" if count > 1 else "is ended")))
+            count_text(count, "command"), "may finish" if drain else "are ended" if count > 1 else "is ended")))
         self._give_back_ready()
         if not drain:
             self._terminate_all()
@@ -8180,9 +8207,9 @@ class TaskRunner:
         try:
             path = save_unsent(self.client.access, self.run["uuid"], self.uuid, results)
             self.display.say("%s; %s saved in %s, and the next worker sends them" % (
-                error, counted(len(results), "report"), path))
+                error, count_text(len(results), "report"), path))
         except OSError as trouble:
-            self.display.say("%s; %s lost: %s" % (error, counted(len(results), "report"), trouble))
+            self.display.say("%s; %s lost: %s" % (error, count_text(len(results), "report"), trouble))
 
 
 # ---------------------------------------------------------------- BATCH SYSTEMS
@@ -8256,33 +8283,43 @@ def moment_of(text: str, now: float) -> float:
 
 
 # ---------------------------------------------------------------- BENCH
-# How many workers this machine can feed: a server in a process of its own, cheap clients in others.
+# How many workers this machine can feed: a server in a process of its own, cheap clients in others. It uses the API and
+# the operations as they are, and must not know how the store or HTTP work inside.
+#
+# A new profile of single requests: its steps in `bench_steps`, its name in REQUEST_PROFILES. A profile of another kind:
+# a function that returns figures, one that makes a table of them, and an entry of `measure` in UPKEEP.
+
+class Step(NamedTuple):
+    """One request of a cycle."""
+    name: str
+    request: Callable[[Any], bytes]     # from what was claimed last to the bytes to send
+
+
+Steps = Sequence[Step]
+
 
 class BenchClient:
-    """One connection that works through a profile's requests, as cheaply as Python can.
+    """One connection that sends the requests of a cycle in turn, as cheaply as Python can."""
 
-    *steps*: for each request of a cycle its name and a function from the task number that was claimed
-    last, or of a batch the list of number and attempt, to bytes.
-    """
-    def __init__(self, port: int, steps: "Steps") -> None:
+    def __init__(self, port: int, steps: Steps) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.steps = steps
-        self.at = 0
-        self.task: Any = -1
-        self.sent = 0.0
+        self.position = 0               # of the next request in the cycle
+        self.last_claim: Any = -1       # number of a task; of a batch a list of number and attempt
+        self.sent_tick = 0.0
         self.claimed = array.array("q")
         self.nothing_waits = False
 
     def send(self) -> None:
         """Send the next request of the cycle."""
-        self.sent = time.perf_counter()
-        self.sock.sendall(self.steps[self.at][1](self.task))
+        self.sent_tick = time.perf_counter()
+        self.sock.sendall(self.steps[self.position].request(self.last_claim))
 
     def receive(self) -> float:
-        """Take the answer; the seconds it took. Raises OSError for one that the profile does not expect."""
+        """Read the answer, and return the seconds it took. Raises OSError for one that the profile does not expect."""
         data = self.sock.recv(65536)
-        took = time.perf_counter() - self.sent
+        took_s = time.perf_counter() - self.sent_tick
         length = re.search(rb"Content-Length: ([0-9]+)", data)
         whole = data.find(b"\r\n\r\n") + 4 + int(length[1] if length else 0)
         while len(data) < whole or not data:
@@ -8292,26 +8329,24 @@ class BenchClient:
             data += more
         if data[9:10] != b"2":
             raise OSError("the server answered %s" % ascii(data[:300]))
-        name = self.steps[self.at][0]
+        name = self.steps[self.position].name
         if name.startswith("claim") and data[9:12] == b"204":
             self.nothing_waits = True
         elif name == "claim":
-            self.task = int(data[data.rindex(b'"task":') + 7:].partition(b",")[0])
-            self.claimed.append(self.task)
+            self.last_claim = int(data[data.rindex(b'"task":') + 7:].partition(b",")[0])
+            self.claimed.append(self.last_claim)
         elif name == "claim many":
-            self.task = re.findall(rb'"task":([0-9]+),"attempt":([0-9]+)', data)
-            self.claimed.extend([int(number) for number, _ in self.task])
+            self.last_claim = re.findall(rb'"task":([0-9]+),"attempt":([0-9]+)', data)
+            self.claimed.extend([int(number) for number, _ in self.last_claim])
         elif name == "done many" and data[data.index(b"\r\n\r\n"):].count(b'"refused":[]') != 1:
             raise OSError("the server refused results: %s" % ascii(data[:300]))
-        self.at = (self.at + 1) % len(self.steps)
-        return took
+        self.position = (self.position + 1) % len(self.steps)
+        return took_s
 
 
-Steps = Sequence[Tuple[str, Callable[[Any], bytes]]]
-
-
-def bench_request(token: str, method: str, path: str, content: bytes = b"") -> bytes:
-    """The bytes of one request below /api."""
+def bench_request(token: str, method: str, path: str, body: Any = None) -> bytes:
+    """The bytes of one request below /api. *body*: bytes, or a value to be sent as JSON; None for no body."""
+    content = b"" if body is None else body if isinstance(body, bytes) else encode_json(body).encode()
     head = ("%s /api/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: taskfarm-bench\r\nAccept: */*\r\n"
             "Authorization: Bearer %s\r\n" % (method, path, token))
     if content:
@@ -8324,13 +8359,13 @@ REPORTS = ("alike", "differing")        # results of a batch: all the same, or e
 
 @functools.lru_cache(maxsize=1)
 def elapsed_times() -> List[bytes]:
-    """Seconds from 0.001 to 100, as JSON; drawn once, since drawing costs the client as much as sending."""
-    draw = random.Random(1)
-    return [b"%d.%03d" % divmod(draw.randint(1, 100000), 1000) for _ in range(99991)]   # a prime: no batch fits in
+    """Seconds from 0.001 to 100, as JSON. They are made once: making them costs a client as much as sending them."""
+    dice = random.Random(1)
+    return [b"%d.%03d" % divmod(dice.randint(1, 100000), 1000) for _ in range(99991)]   # a prime: no batch divides it
 
 
 def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[bytes, bytes]]], bytes]:
-    """A function from a batch of claims, as number and attempt, to the request that reports all of them done."""
+    """A function from a batch of claims (number and attempt) to the request that reports all of them done."""
     times = itertools.cycle(elapsed_times() if reports == "differing" else ())
 
     def request(tasks: List[Tuple[bytes, bytes]]) -> bytes:
@@ -8345,71 +8380,71 @@ def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[by
     return request
 
 
+REQUEST_PROFILES = ("constant", "lean", "paper")
+
+
 def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 1000, reports: str = "alike") -> Steps:
-    """The requests of a cycle: `lean` claims and is done; `paper` is what the published client's stress test does."""
-    def request(method: str, path: str, body: Any = None) -> bytes:
-        return bench_request(token, method, path, b"" if body is None else encode_json(body).encode())
+    """The cycle of requests of a profile. `paper` is what the published client's stress test does."""
+    def fixed(name: str, method: str, path: str, body: Any = None) -> Step:
+        content = bench_request(token, method, path, body)
+        return Step(name, lambda _: content)
 
-    def on_task(method: str, tail: str = "", body: Any = None) -> Callable[[int], bytes]:
-        before, after = request(method, "runs/%s/tasks/@%s" % (run, tail), body).split(b"@")
-        return lambda task: b"%s%d%s" % (before, task, after)
+    def on_task(name: str, method: str, tail: str = "", body: Any = None) -> Step:
+        before, after = bench_request(token, method, "runs/%s/tasks/@%s" % (run, tail), body).split(b"@")
+        return Step(name, lambda task: b"%s%d%s" % (before, task, after))
 
-    claim_one = request("POST", "runs/%s/task" % run, {"worker_uuid": worker})
-    constant = request("POST", "constant", {"worker_uuid": worker})
-    info = request("GET", "runs/%s" % run)
-    claim_many = request("POST", "runs/%s/tasks" % run, {"worker_uuid": worker, "count": batch})
-    steps: Dict[str, Steps] = {
-        "constant": [("constant", lambda _: constant)],
-        "lean": [("claim", lambda _: claim_one), ("done", on_task("PUT", "", {"status": "done"}))],
-        "flat": [("claim", lambda _: claim_one), ("update", on_task("PUT", "", {"percentCompleted": 50})),
-                 ("run info", lambda _: info)],
-        "batch": [("claim many", lambda _: claim_many),
-                  ("done many", done_many(request("PUT", "runs/%s/tasks" % run), worker, reports))],
+    claim_one = fixed("claim", "POST", "runs/%s/task" % run, {"worker_uuid": worker})
+    done = on_task("done", "PUT", "", {"status": "done"})
+    cycles: Dict[str, Steps] = {
+        "constant": [fixed("constant", "POST", "constant", {"worker_uuid": worker})],
+        "lean": [claim_one, done],
+        "paper": [claim_one, on_task("read", "GET", "?info=percentCompleted"),
+                  *(on_task("update", "PUT", "", {"percentCompleted": 10 * (n + 1)}) for n in range(10)), done],
+        "flat": [claim_one, on_task("update", "PUT", "", {"percentCompleted": 50}),
+                 fixed("run info", "GET", "runs/%s" % run)],
+        "batch": [fixed("claim many", "POST", "runs/%s/tasks" % run, {"worker_uuid": worker, "count": batch}),
+                  Step("done many", done_many(bench_request(token, "PUT", "runs/%s/tasks" % run), worker, reports))],
     }
-    steps["paper"] = [*steps["lean"][:1], ("read", on_task("GET", "?info=percentCompleted"))] + [
-        ("update", on_task("PUT", "", {"percentCompleted": 10 * (n + 1)})) for n in range(10)] + [steps["lean"][1]]
-    return steps[profile]
+    return cycles[profile]
 
 
 class Load(NamedTuple):
-    """What came of driving some connections."""
-    took: Dict[str, "array.array[float]"]       # seconds, by request
+    """What some clients measured."""
+    times_s: Dict[str, "array.array[float]"]    # of the answers, by request
     claimed: "array.array[int]"                 # tasks, in the order of their claims
     cpu_s: float                                # that the clients used themselves
 
 
-def bench_load(port: int, clients: int, steps: Callable[[int], Steps], seconds: float) -> Load:
-    """Drive so many connections for so long, or with infinite seconds until no task waits."""
-    everyone = [BenchClient(port, steps(index)) for index in range(clients)]
-    took: Dict[str, "array.array[float]"] = {name: array.array("d") for name, _ in everyone[0].steps}
+def bench_load(port: int, cycles: Sequence[Steps], seconds: float) -> Load:
+    """Drive one connection for each cycle, for so many seconds; if these are infinite, until no task waits."""
+    clients = [BenchClient(port, steps) for steps in cycles]
+    times_s = {step.name: array.array("d") for step in cycles[0]}
     cpu_s = time.process_time()
     end = time.perf_counter() + seconds
-    busy = len(everyone)
     with selectors.DefaultSelector() as selector:
-        for client in everyone:
+        for client in clients:
             selector.register(client.sock, selectors.EVENT_READ, client)
             client.send()
-        while busy:
+        while selector.get_map():
             for key, _ in selector.select():
                 client = key.data
-                name = client.steps[client.at][0]
-                took[name].append(client.receive())
+                name = client.steps[client.position].name
+                times_s[name].append(client.receive())
                 if client.nothing_waits and seconds < math.inf:
                     raise OSError("the run has too few tasks for so long a time")
-                if not client.nothing_waits and (client.at or time.perf_counter() < end):
+                if not client.nothing_waits and (client.position or time.perf_counter() < end):
                     client.send()
                 else:
                     selector.unregister(client.sock)
                     client.sock.close()
-                    busy -= 1
     claimed = array.array("q")
-    for client in everyone:
+    for client in clients:
         claimed.extend(client.claimed)
-    return Load(took, claimed, time.process_time() - cpu_s)
+    return Load(times_s, claimed, time.process_time() - cpu_s)
 
 
-def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
-    """Start *work* in a process of its own: its pid, and what to call for its result, which raises Refusal."""
+def fork_call(function: Callable[..., Any], *arguments: Any) -> Tuple[int, Callable[[], Any]]:
+    """Call a function in a process of its own. Returns its pid, and what gives its result or raises Refusal."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -8417,7 +8452,7 @@ def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
         try:
             os.close(reader)
             with os.fdopen(writer, "wb") as file:
-                pickle.dump(work(), file)
+                pickle.dump(function(*arguments), file)
             status = 0
         except Exception as error:
             print("taskfarm: %s" % error, file=sys.stderr)
@@ -8437,15 +8472,15 @@ def forked(work: Callable[[], Any]) -> Tuple[int, Callable[[], Any]]:
 def in_own_group(work: Callable[[str], int], parent: Optional[str]) -> int:
     """Run *work* on a temporary folder, in a process of its own, and return its exit status.
 
-    However that process ends, and whatever signal this one gets: all that it has started is ended, and the
-    folder is removed. Raises Refusal when *parent*, or the system's folder for such, takes none.
+    However that process ends, and whatever signal this one gets: all processes that it started are ended, and the
+    folder is removed. Raises Refusal when no folder can be made in *parent*, by default the system's for such.
 
-    Signals are blocked and waited for. (Previously a handler raised SystemExit wherever it was: before it was set
-    the folder was left behind, and the exception was lost in a destructor, or cut short the removal of the folder.)
+    Signals are blocked and waited for. (Previously a handler raised SystemExit wherever it was. Before it was set
+    the folder was left behind. Later the exception was lost in a destructor, or cut short the removal of the folder.)
     """
     ending = {number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
               if signal.getsignal(number) is not signal.SIG_IGN}        # nohup ignores one of them
-    signal.signal(signal.SIGCHLD, lambda *_: None)      # or, where it is ignored, it is not waited for either
+    signal.signal(signal.SIGCHLD, lambda *_: None)      # sigwait does not see a signal that is ignored
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, ending | {signal.SIGCHLD})
     try:
         folder = tempfile.mkdtemp(prefix="taskfarm-bench-", dir=parent)
@@ -8471,7 +8506,7 @@ def in_own_group(work: Callable[[str], int], parent: Optional[str]) -> int:
         finally:
             os._exit(status)
     os.close(held_by_all)
-    os.setpgid(pid, pid)        # by both, or it could be too late for killpg, or for the child's own children
+    os.setpgid(pid, pid)        # by both: one alone could be too late for killpg, or for the child's own children
     received = signal.sigwait(ending | {signal.SIGCHLD})
     os.killpg(pid, signal.SIGKILL)          # before waitpid, so that the number is still the group's
     status = os.waitpid(pid, 0)[1]
@@ -8488,26 +8523,33 @@ class BenchServer:
 
     def __init__(self, db: str, token: str = "", access_log: Any = None) -> None:
         """*token*: a login of the file, where it is known; to look for one reads the whole file."""
-        self.token = token or bench_token(db)
+        if not token:
+            with contextlib.closing(Store(db)) as store:
+                token = bench_token(store)
+        self.token = token
         reader, writer = os.pipe()
-        leash, self.leash = os.pipe()       # its other end closes with this process, however that ends
-        self.pid, self.result = forked(lambda: self._serve(db, writer, leash, access_log))
+        parent_end, self.open_while_alive = os.pipe()       # this end closes with this process, however that ends
+        self.pid, self.result = fork_call(self._serve, db, writer, parent_end, access_log)
         os.close(writer)
-        os.close(leash)
+        os.close(parent_end)
         with os.fdopen(reader, "rb") as file:
             self.port = int(file.read() or 0)
         self.url = url_of("127.0.0.1", self.port)
 
-    def _serve(self, db: str, ready: int, leash: int, access_log: Any) -> None:
-        os.close(self.leash)
+    def _serve(self, db: str, ready: int, parent_end: int, access_log: Any) -> None:
+        os.close(self.open_while_alive)
         routes = ROUTES.copy()
         constant = {"id": 12345, "task": 12344, "status": "computing", "percentCompleted": 0.0}
         routes.route("POST", "/api/constant", body={"worker_uuid": UUID})(lambda _: json_reply(201, constant))
         routes.route("GET", "/api/used")(lambda _: json_reply(200, {
             "cpu_s": time.process_time(), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
         service = Service(db, "127.0.0.1", 0, access_log=access_log, routes=routes)
+
+        def stop_with_parent() -> None:
+            os.read(parent_end, 1)
+            service.stop()
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
-        threading.Thread(target=lambda: os.read(leash, 1) or service.stop(), daemon=True).start()  # type: ignore
+        threading.Thread(target=stop_with_parent, daemon=True).start()
         os.write(ready, str(service.server.server_port).encode())
         os.close(ready)
         service.serve()
@@ -8519,157 +8561,145 @@ class BenchServer:
             return client.ask(method, path, body)
 
     def new_run(self, num_tasks: int = MAX_TASKS, workers: int = 0) -> str:
-        """A run, and so many registered workers w0, w1, ..."""
+        """Make a run, and register so many workers w0, w1, ..."""
         for index in range(workers):
             self.ask("POST", "/api/worker", {"uuid": "w%d" % index, "hostname": "bench", "pid": index})
         return str(self.ask("POST", "/api/run", {"numTasks": num_tasks})["uuid"])
 
     def stop(self) -> None:
         """End it."""
-        os.kill(self.pid, signal.SIGTERM)       # servers that were forked later hold its leash too
+        os.kill(self.pid, signal.SIGTERM)   # closing our end is not enough: servers that were forked later hold it too
         self.result()
-        os.close(self.leash)
+        os.close(self.open_while_alive)
 
     def kill(self) -> None:
         """End it at once, also where it hangs."""
         os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(Refusal):      # which says that it was killed
+        with contextlib.suppress(Refusal):      # it says that the process was killed
             self.result()
-        os.close(self.leash)
+        os.close(self.open_while_alive)
 
 
-def bench_token(db: str) -> str:
-    """A token of the user bench, who is made when the file has no users."""
-    with contextlib.closing(Store(db)) as store:
-        user = store.users.get("bench") or store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
-        return make_token(store.signing_key, user, 0)
+def bench_token(store: Store) -> str:
+    """A token of the user bench. The user is made where there is none, with a password that nobody knows."""
+    user = store.users.get("bench") or store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+    return make_token(store.signing_key, user, 0)
 
 
-def quantiles(values: "array.array[float]") -> List[float]:
-    """Median, 95th and 99th percentile and maximum, in milliseconds."""
-    ordered = sorted(values)
-    return [1000 * ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in (0.5, 0.95, 0.99, 1.0)]
-
-
-def bench_worker_steps(server: BenchServer, profile: str, run: str, first: int, step: int, batch: int, reports: str,
-                       index: int) -> Steps:
-    """The steps of connection *index* in a process that has every *step*th worker from *first* on."""
-    return bench_steps(profile, run, "w%d" % (first + index * step), server.token, batch, reports)
+def quantiles_ms(times_s: Iterable[float]) -> List[float]:
+    """Median, 95th and 99th percentile and maximum of some times, in milliseconds."""
+    ordered = sorted(times_s)
+    return [1000 * quantile(ordered, part) for part in (0.5, 0.95, 0.99, 1.0)]
 
 
 def bench_point(server: BenchServer, profile: str, clients: int, seconds: float, processes: int, batch: int = 1,
                 reports: str = "alike", num_tasks: int = MAX_TASKS) -> Dict[str, Any]:
-    """Measure one profile with so many clients; a line of the table for each request."""
+    """Measure a profile with so many clients, in so many processes."""
     run = server.new_run(num_tasks, clients)
-    elapsed_times()     # before the clients are forked: they are to have it made already
+    elapsed_times()     # before the clients are forked: so each has them already
+    cycles = [bench_steps(profile, run, "w%d" % number, server.token, batch, reports) for number in range(clients)]
     before = server.ask("GET", "/api/used")
     began = time.perf_counter()
-    loads = []
-    for number in range(min(clients, processes)):
-        steps = functools.partial(bench_worker_steps, server, profile, run, number, processes, batch, reports)
-        share = len(range(number, clients, processes))
-        loads.append(forked(functools.partial(bench_load, server.port, share, steps, seconds)))
-    results = [load() for _, load in loads]
-    elapsed = time.perf_counter() - began
+    results = [fork_call(bench_load, server.port, cycles[number::processes], seconds)[1]
+               for number in range(min(clients, processes))]
+    loads: List[Load] = [result() for result in results]
+    elapsed_s = time.perf_counter() - began
     used = server.ask("GET", "/api/used")
-    took: Dict[str, "array.array[float]"] = {}
+    times_s: Dict[str, "array.array[float]"] = {}
     claimed = array.array("q")
-    for load in results:
+    for load in loads:
         claimed.extend(load.claimed)
-        for name, values in load.took.items():
-            took.setdefault(name, array.array("d")).extend(values)
-    requests = sum(map(len, took.values()))
+        for name, values in load.times_s.items():
+            times_s.setdefault(name, array.array("d")).extend(values)
+    requests = sum(map(len, times_s.values()))
     cpu_s = used["cpu_s"] - before["cpu_s"]
-    marks = bytearray(max(claimed) + 1 if claimed else 0)       # a set of ten million numbers takes half a gigabyte
+    seen = bytearray(max(claimed) + 1 if claimed else 0)        # a set of ten million numbers takes half a gigabyte
     for number in claimed:
-        marks[number] = 1
+        seen[number] = 1
     num_done = server.ask("GET", "/api/runs/" + run)["numDone"]
     server.ask("DELETE", "/api/runs/" + run)
-    return {"profile": profile, "clients": clients, "seconds": elapsed, "requests_per_s": requests / elapsed,
-            "tasks_per_s": len(claimed) / elapsed, "num_done": num_done, "cpu_s": cpu_s,
+    return {"profile": profile, "clients": clients, "seconds": elapsed_s, "requests_per_s": requests / elapsed_s,
+            "tasks_per_s": len(claimed) / elapsed_s, "num_done": num_done, "cpu_s": cpu_s,
             "cpu_s_per_1000_requests": 1000 * cpu_s / requests,
             "cpu_s_per_1000_tasks": 1000 * cpu_s / len(claimed) if claimed else None,
-            "clients_cpu_s_per_s": sum(load.cpu_s for load in results) / elapsed,
-            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - sum(marks), "never": len(marks) - sum(marks),
-            "ms": {name: quantiles(values) for name, values in took.items()}}
+            "clients_cpu_s_per_s": sum(load.cpu_s for load in loads) / elapsed_s,
+            "peak_mib": used["peak_kib"] / 1024, "twice": len(claimed) - sum(seen), "never": len(seen) - sum(seen),
+            "ms": {name: quantiles_ms(values) for name, values in times_s.items()}}
+
+
+def figures_table(heads: str, cells: str, rows: Iterable[Tuple[Any, ...]]) -> str:
+    """Rows in cells of such a format under headings, both with | between. A heading with < stands over words."""
+    columns = [Column(head.lstrip("<"), not head.startswith("<")) for head in heads.split("|")]
+    return "\n".join(Table(columns).lines([(cells % row).split("|") for row in rows]))
 
 
 def bench_table(points: List[Dict[str, Any]]) -> str:
-    """The measurements as a person reads them."""
-    lines = ["                                             latency in ms           server CPU      peak",
-             "profile  clients requests/s tasks/s request    p50   p95   p99   max  ms/req s/1000t  MiB twice never"]
-    for point in points:
-        first = "%-8s %7d %10.0f %7.0f" % (point["profile"], point["clients"], point["requests_per_s"],
-                                           point["tasks_per_s"])
-        per_task = point["cpu_s_per_1000_tasks"]
-        last = "%7.3f %7s %4.0f %5d %5d" % (
-            point["cpu_s_per_1000_requests"], "%.3f" % per_task if per_task else "-", point["peak_mib"],
-            point["twice"], point["never"])
-        for name, (p50, p95, p99, most) in point["ms"].items():
-            lines.append("%-35s %-8s %5.1f %5.1f %5.1f %5.0f %s" % (first, name, p50, p95, p99, most, last))
-            first = last = ""
-    return "\n".join(line.rstrip() for line in lines)
+    """The figures of REQUEST_PROFILES, a line for each request."""
+    return figures_table(
+        "<profile|clients|requests/s|tasks/s|<request|p50 ms|p95|p99|max|CPU ms/request|s/1000 tasks|MiB|twice|never",
+        "%s|%d|%.0f|%.0f|%s|%.1f|%.1f|%.1f|%.0f|%.3f|%s|%.0f|%d|%d", [
+            (point["profile"], point["clients"], point["requests_per_s"], point["tasks_per_s"], name, *times_ms,
+             point["cpu_s_per_1000_requests"], "%.3f" % point["cpu_s_per_1000_tasks"] if point["tasks_per_s"] else "-",
+             point["peak_mib"], point["twice"], point["never"])
+            for point in points for name, times_ms in point["ms"].items()])
 
 
-BATCHES = (100, 1000, 5000, MOST_TASKS)
+BATCHES = (100, 1000, 5000, MAX_BATCH)
 
 
 def bench_batch(folder: str, server: BenchServer, seconds: float, processes: int,
-                progress: "Progress") -> Dict[str, Any]:
-    """Claims and results in batches: tasks a second in the store alone and over HTTP; what others wait meanwhile.
+                progress: Progress) -> Dict[str, Any]:
+    """Claims and results in batches: tasks a second in the store alone and over HTTP, and what others wait meanwhile.
 
     Results that are alike can be written with a few statements. Those of real workers differ.
     """
     result: Dict[str, Any] = {"profile": "batch", "batches": {batch: {} for batch in BATCHES}}
-    pairs = [(batch, reports) for batch in BATCHES for reports in REPORTS]
+    kinds = [(batch, reports) for batch in BATCHES for reports in REPORTS]
     progress.what = "batch"
     with contextlib.closing(Store(os.path.join(folder, "batch.sqlite"))) as store:
         run = store.call(create_run(uuid.uuid4().hex, MAX_TASKS)).uuid
         store.call(register_worker("w0", "bench", 0))
-        in_store = {pair: store_batches(store, run, *pair, seconds / 2) for pair in pairs}
-    for number, (batch, reports) in enumerate(pairs):
-        progress.show(number, len(pairs))
-        other = server.new_run(workers=processes + 1)
-        lean = functools.partial(bench_worker_steps, server, "lean", other, processes, 1, 1, "alike")
-        _, others = forked(functools.partial(bench_load, server.port, 1, lean, seconds))
+        in_store = {kind: store_batches(store, run, *kind, seconds / 2) for kind in kinds}
+    for number, (batch, reports) in enumerate(kinds):
+        progress.show(number, len(kinds))
+        other_run = server.new_run(workers=processes + 1)
+        lean = bench_steps("lean", other_run, "w%d" % processes, server.token)
+        _, others = fork_call(bench_load, server.port, [lean], seconds)
         point = bench_point(server, "batch", processes, seconds, processes, batch, reports)
-        waits = others().took
+        others_s = others().times_s
         result["batches"][batch][reports] = {
             "store_tasks_per_s": in_store[batch, reports], "http_tasks_per_s": point["tasks_per_s"],
-            "ms": point["ms"], "others_ms": quantiles(waits["claim"] + waits["done"]),
-            "cpu_s_per_1000_tasks": point["cpu_s_per_1000_tasks"],
-            "clients_cpu_s_per_s": point["clients_cpu_s_per_s"], "twice": point["twice"], "never": point["never"]}
+            "others_ms": quantiles_ms(others_s["claim"] + others_s["done"]),
+            **{name: point[name] for name in ("ms", "cpu_s_per_1000_tasks", "clients_cpu_s_per_s", "twice", "never")}}
     return result
 
 
 def store_batches(store: Store, run: str, batch: int, reports: str, seconds: float) -> float:
     """Tasks a second that are claimed and done in batches, each in a durable transaction of its own."""
     times = itertools.cycle([None] if reports == "alike" else [round(1000 * float(text)) for text in elapsed_times()])
-    began, spent, tasks = time.perf_counter(), 0.0, 0
+    began, spent_s, tasks = time.perf_counter(), 0.0, 0
     while time.perf_counter() < began + seconds:
         called = time.perf_counter()
-        given = store.call(claim_many(run, "w0", batch))
-        spent += time.perf_counter() - called
+        claims = store.call(claim_many(run, "w0", batch))
+        spent_s += time.perf_counter() - called
         done = report_many(run, "w0", [Report(number, attempt, DONE, elapsed_ms=elapsed)
-                                       for (number, attempt, _), elapsed in zip(given, times)])
+                                       for (number, attempt, _), elapsed in zip(claims, times)])
         called = time.perf_counter()
         store.call(done)
-        spent += time.perf_counter() - called
-        tasks += len(given)
-    return tasks / spent
+        spent_s += time.perf_counter() - called
+        tasks += len(claims)
+    return tasks / spent_s
 
 
 def batch_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `batch` as a person reads it."""
-    lines = ["batch, claimed and done  tasks/s   tasks/s   latency in ms       server CPU  clients'  others wait (ms)",
-             "tasks, results       in the store  over HTTP claim p50 done p50    s/1000t  CPU share    p50   p99   max"]
-    for batch, by_reports in result["batches"].items():
-        for reports, point in by_reports.items():
-            lines.append("%-20s %12.0f %10.0f %9.1f %8.1f %10.4f %8.0f %% %6.1f %5.1f %5.0f" % (
-                "%d %s" % (batch, reports), point["store_tasks_per_s"], point["http_tasks_per_s"],
-                point["ms"]["claim many"][0], point["ms"]["done many"][0], point["cpu_s_per_1000_tasks"],
-                100 * point["clients_cpu_s_per_s"], *(point["others_ms"][at] for at in (0, 2, 3))))
-    return "\n".join(lines)
+    """The figures of profile `batch`. Of what others wait: median, 99th percentile and maximum."""
+    return figures_table(
+        "batch|<results|tasks/s in the store|over HTTP|claim p50 ms|done p50|CPU s/1000 tasks|clients' CPU %|"
+        "others wait ms|p99|max", "%s|%s|%.0f|%.0f|%.1f|%.1f|%.4f|%.0f|%.1f|%.1f|%.0f", [
+            (batch, reports, point["store_tasks_per_s"], point["http_tasks_per_s"], point["ms"]["claim many"][0],
+             point["ms"]["done many"][0], point["cpu_s_per_1000_tasks"], 100 * point["clients_cpu_s_per_s"],
+             *(point["others_ms"][at] for at in (0, 2, 3)))
+            for batch, by_reports in result["batches"].items() for reports, point in by_reports.items()])
 
 
 LIFE_CLIENTS, LIFE_BATCH = 3, 5000
@@ -8685,178 +8715,146 @@ def bench_life(folder: str, rows: int) -> Dict[str, Any]:
 
 
 def life_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `life` as a person reads it."""
-    return ("life of one run    seconds  tasks/s  server CPU s  clients' CPU share  file MB  peak MiB  twice  never\n"
-            "%-18s %7.1f %8.0f %13.1f %17.0f %% %8.0f %9.0f %6d %6d" % (
-                "%d tasks" % result["rows"], result["seconds"], result["tasks_per_s"], result["cpu_s"],
-                100 * result["clients_cpu_s_per_s"], result["file_bytes"] / 1e6, result["peak_mib"], result["twice"],
-                result["rows"] - result["num_done"]))
+    """The figures of profile `life`."""
+    return figures_table(
+        "life of one run: tasks|seconds|tasks/s|server CPU s|clients' CPU %|file MB|peak MiB|twice|never",
+        "%d|%.1f|%.0f|%.1f|%.0f|%.0f|%.0f|%d|%d", [
+            (result["rows"], result["seconds"], result["tasks_per_s"], result["cpu_s"],
+             100 * result["clients_cpu_s_per_s"], result["file_bytes"] / 1e6, result["peak_mib"], result["twice"],
+             result["rows"] - result["num_done"])])
 
 
 FLAT = ("1 000 tasks", "rows", "10 000 runs", "random")
 
 
-def fill(db: str, case: str, rows: int, progress: Callable[[float, float], None]) -> None:
+def fill_flat(db: str, case: str, rows: int, progress: Progress) -> None:
     """Make the file of one case of profile `flat`: rows in one run, many runs, or tasks done in random order."""
     with contextlib.closing(Store(db)) as store:
-        store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
+        bench_token(store)
         store.call(register_worker("w0", "bench", 0))
         runs = store.call_all([create_run(uuid.uuid4().hex, MAX_TASKS) for _ in range(10000 if case == FLAT[2] else 1)])
         run = runs[-1].uuid
         count = rows if case == "rows" else min(rows, 10 ** 6) if case == "random" else 1000
         numbers = random.Random(1).sample(range(count), count) if case == "random" else range(count)
-        for first in range(0, count, MOST_TASKS):
-            store.call(report_many(run, None, [Report(number, status=DONE) for number in numbers[
-                first:first + MOST_TASKS]]))
-            progress(first, count)
+        for first in range(0, count, MAX_BATCH):
+            store.call(report_many(run, None, [Report(number, status=DONE)
+                                               for number in numbers[first:first + MAX_BATCH]]))
+            progress.show(first, count)
 
 
-def bench_flat(folder: str, rows: int, seconds: float, progress: "Progress") -> Dict[str, Any]:
+def bench_flat(folder: str, rows: int, seconds: float, progress: Progress) -> Dict[str, Any]:
     """What a claim, an update and a run info cost in files of different content: medians, and ratios to the smallest.
 
-    The four servers take turns, so that the machine's moods hit all alike.
+    The four servers take turns, so that whatever else the machine does slows all of them alike.
     """
     servers: Dict[str, BenchServer] = {}
-    runs: Dict[str, str] = {}
-    took: Dict[str, Dict[str, "array.array[float]"]] = {}
+    cycles: Dict[str, Steps] = {}
+    times_s: Dict[str, Dict[str, "array.array[float]"]] = {case: {} for case in FLAT}
     for case in FLAT:
         db = os.path.join(folder, "flat-%d.sqlite" % FLAT.index(case))
         progress.what = "filling: " + case
-        fill(db, case, rows, progress.show)
+        fill_flat(db, case, rows, progress)
         servers[case] = BenchServer(db)
-        runs[case] = servers[case].ask("GET", "/api/runs")["data"][-1]["uuid"]
-        took[case] = {}
+        run = servers[case].ask("GET", "/api/runs")["data"][-1]["uuid"]
+        cycles[case] = bench_steps("flat", run, "w0", servers[case].token)
     progress.what = "flat"
     for turn in range(20):
         for case, server in servers.items():
-            steps = functools.partial(bench_worker_steps, server, "flat", runs[case], 0, 1, 1, "alike")
-            for name, values in bench_load(server.port, 1, steps, seconds / 20).took.items():
-                took[case].setdefault(name, array.array("d")).extend(values)
+            for name, values in bench_load(server.port, [cycles[case]], seconds / 20).times_s.items():
+                times_s[case].setdefault(name, array.array("d")).extend(values)
         progress.show(turn + 1, 20)
     for server in servers.values():
         server.stop()
-    medians = {case: {name: quantiles(values)[0] for name, values in took[case].items()} for case in FLAT}
+    medians = {case: {name: quantiles_ms(values)[0] for name, values in times_s[case].items()} for case in FLAT}
     return {"profile": "flat", "rows": rows, "median_ms": medians, "ratio": {
         case: {name: medians[case][name] / medians[FLAT[0]][name] for name in medians[case]} for case in FLAT}}
 
 
 def flat_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `flat` as a person reads it."""
-    lines = ["flat, one client           claim            update           run info    (median ms, ratio to the first)"]
-    for case in FLAT:
-        shown = "%d touched tasks" % result["rows"] if case == "rows" else (
-            "done in random order" if case == "random" else case)
-        lines.append("%-22s" % shown + "".join("  %8.3f  %5.2f" % (
-            result["median_ms"][case][name], result["ratio"][case][name]) for name in ("claim", "update", "run info")))
-    return "\n".join(lines)
+    """The figures of profile `flat`: medians, and their ratios to those of the first case."""
+    shown = {"rows": "%d touched tasks" % result["rows"], "random": "done in random order"}
+    return figures_table(
+        "<flat, one client|claim ms|ratio|update ms|ratio|run info ms|ratio", "%s" + 3 * "|%.3f|%.2f", [
+            (shown.get(case, case), *(result[figure][case][name] for name in ("claim", "update", "run info")
+                                      for figure in ("median_ms", "ratio"))) for case in FLAT])
 
 
 # ---------------------------------------------------------------- FAIR
 # How long one client waits beside others that do their worst. A bystander, in a process of its own, asks for one run
-# again and again on one connection; meanwhile a case goes on. (Needs /proc, so Linux.)
+# again and again on one connection; meanwhile a case goes on. It reads /proc, so it wants Linux. It must not know how
+# the server keeps its promises: cases know the API alone, and what fills the file names operations.
 #
-# A new case is a function with @fair_case(). Its name is the case's, its first line says what happens. What it returns
-# is shown in the last column of the table.
+# A new case: an entry of FAIR_CASES, and a function where one expression is not enough. A sentence that it returns is
+# shown in the last column of the table.
 
 FAIR_ROWS = 4 * 10 ** 6     # touched tasks
-PATIENCE = 12               # times --seconds an answer is waited for: by default longer than the server waits
+ANSWER_LIMIT = 12           # times --seconds an answer is waited for: by default longer than the server waits
 BYSTANDER_PAUSE_S = 0.001   # between two requests: the second core is for those who do their worst
-
-Fill = Callable[[Store, "FairSize"], None]
 
 
 class FairSize:
-    """How much of the crowd there is: all of it with FAIR_ROWS touched tasks, less with fewer."""
+    """How large the farm is: whole with FAIR_ROWS touched tasks, smaller with fewer."""
 
     def __init__(self, rows: int) -> None:
-        self.half = max(10, rows // 2)
-        self.share = min(1.0, rows / FAIR_ROWS)
+        self.half_the_rows = max(10, rows // 2)
+        self.scale = min(1.0, rows / FAIR_ROWS)
 
     def __call__(self, number: int) -> int:
         """So many of something, in proportion; two at least."""
-        return max(2, int(number * self.share))
+        return max(2, int(number * self.scale))
 
 
-def crowd(store: Store, size: FairSize) -> None:
+Fill = Callable[[Store, FairSize], None]
+
+
+def fill_crowded(store: Store, size: FairSize) -> None:
     """20 000 runs, 20 000 leased workers with 100 tasks, 2 000 000 tasks done, and as many held without a lease."""
-    store.call(add_user("bench", "pbkdf2$1$00$" + "0" * 64))
-    store.call(add_user("ada", hash_password("right")))
-    apply_all(store, [create_run("run%d" % number, 10) for number in range(size(20000))])
-    apply_all(store, [register_worker("leased%d" % number, "bench", 0, MOST_LEASE_S) for number in range(size(20000))])
-    apply_all(store, [create_run("leased", MAX_TASKS)])
-    apply_all(store, [claim_many("leased", "leased%d" % number, 100) for number in range(size(20000))])
-    apply_all(store, [register_worker("free%d" % number, "bench", 0) for number in range(6)])
-    apply_all(store, [create_run("lease", 1), create_run("hundred", 100), create_run("ten", 10)])
-    apply_all(store, [report_many("ten", None, [Report(number, status=DONE) for number in range(10)])])
-    hold_tasks(store, "held", "holder", size.half, None)
-    apply_all(store, [create_run("done", size.half)])
-    for first in range(0, size.half, MOST_TASKS):
-        apply_all(store, [report_many("done", None, [
-            Report(number, status=DONE) for number in range(first, min(size.half, first + MOST_TASKS))])])
-
-
-def apply_all(store: Store, operations: List[Operation]) -> None:
-    """Have many operations done. Raises what one of them raises."""
-    for outcome in store.call_all(operations):
-        if isinstance(outcome, BaseException):
-            raise outcome
-
-
-def hold_tasks(store: Store, run: str, worker: str, number: int, lease: Optional[int]) -> None:
-    """A run of so many tasks that one worker computes."""
-    apply_all(store, [create_run(run, number), register_worker(worker, "bench", 0, lease)])
-    if lease:
-        apply_all(store, [claim_many(run, worker, min(SMALL, number - first)) for first in range(0, number, SMALL)])
-    else:       # only one by one may a worker claim more than MOST_TASKS
-        for first in range(0, number, MOST_TASKS):
-            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MOST_TASKS))])
+    leased = ["leased%d" % number for number in range(size(20000))]
+    apply_all(store, [
+        add_user("ada", hash_password("right")), *(create_run("run%d" % number, 10) for number in range(size(20000))),
+        *(register_worker(name, "bench", 0, MAX_LEASE_S) for name in leased), create_run("leased", MAX_TASKS),
+        *(claim_many("leased", name, 100) for name in leased),
+        *(register_worker("free%d" % number, "bench", 0) for number in range(6)),
+        create_run("lease", 1), create_run("hundred", 100), create_run("ten", 10),
+        create_run("done", size.half_the_rows), report_many(
+            "ten", None, [Report(number, status=DONE) for number in range(10)])])
+    add_holder(store, "held", "holder", size.half_the_rows, None)
+    for first in range(0, size.half_the_rows, MAX_BATCH):
+        apply_all(store, [report_many("done", None, [Report(number, status=DONE) for number in range(
+            first, min(size.half_the_rows, first + MAX_BATCH))])])
 
 
 def fill_leaving(store: Store, size: FairSize) -> None:
     """100 workers with a lease and 10 000 tasks each."""
     for number in range(size(100)):
-        hold_tasks(store, "leaving%d" % number, "leaving%d" % number, size(10000), MOST_LEASE_S)
+        add_holder(store, "leaving%d" % number, "leaving%d" % number, size(10000), MAX_LEASE_S)
 
 
 def fill_silent(store: Store, size: FairSize) -> None:
-    """200 workers with 10 000 tasks each, whose leases are over as soon as a server has run for a second."""
+    """200 workers with 10 000 tasks each, whose leases run out when a server has run for a second."""
     for number in range(size(200)):
-        hold_tasks(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
+        add_holder(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
 
 
-class FairCase(NamedTuple):
-    """One thing that clients may do."""
-    name: str
-    sentence: str
-    load: "CaseLoad"                                # does it; returns a note
-    fill: Fill                                      # fills the file; by default crowd, to which others add
-    unread_log: bool                                # with an access log that nobody reads
+def apply_all(store: Store, operations: List[Operation]) -> None:
+    """Run many operations. Raises what one of them raises."""
+    for outcome in store.call_all(operations):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
-CaseLoad = Callable[["FairFarm"], Optional[str]]
-FAIR_CASES: Dict[str, FairCase] = {}
-
-
-def fair_case(fill: Fill = crowd, unread_log: bool = False) -> Callable[[CaseLoad], CaseLoad]:
-    """A decorator that adds a case to the table."""
-    def add(load: CaseLoad) -> CaseLoad:
-        name = load.__name__.partition("fair_")[2]
-        FAIR_CASES[name] = FairCase(name, load.__doc__ or "", load, fill, unread_log)
-        return load
-    return add
-
-
-def chosen_cases(names: str) -> List[FairCase]:
-    """The cases of these names, with commas between; all for "". Raises Refusal."""
-    chosen = names.split(",") if names else list(FAIR_CASES)
-    unknown = sorted(set(chosen) - set(FAIR_CASES))
-    if unknown:
-        raise Refusal("there is no case %s: %s are" % (", ".join(unknown), ", ".join(FAIR_CASES)))
-    return [FAIR_CASES[name] for name in chosen]
+def add_holder(store: Store, run: str, worker: str, number: int, lease: Optional[int]) -> None:
+    """A run of so many tasks that one worker computes."""
+    apply_all(store, [create_run(run, number), register_worker(worker, "bench", 0, lease)])
+    if lease:
+        apply_all(store, [claim_many(run, worker, min(SMALL, number - first)) for first in range(0, number, SMALL)])
+    else:       # only one by one may a worker claim more than MAX_BATCH
+        for first in range(0, number, MAX_BATCH):
+            apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MAX_BATCH))])
 
 
 def let_lapse(db: str, token: str, size: FairSize) -> None:
-    """Serve a file until the leases of silent workers have run out."""
+    """Serve a file until the leases of the silent workers have run out."""
     server = BenchServer(db, token)
     try:
         for number in range(size(200)):
@@ -8866,8 +8864,11 @@ def let_lapse(db: str, token: str, size: FairSize) -> None:
         server.stop()
 
 
-class Talk:
-    """One connection of a case: what it has to send, and the answers as they come.
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
+
+
+class Dialogue:
+    """One connection of a case: the messages it has to send, and the answers as they come.
 
     An answer counts when its status line is there. Its body is read while the next answer is waited for.
     """
@@ -8879,23 +8880,23 @@ class Talk:
         self.sock.connect(("127.0.0.1", port))
         self.sock.setblocking(False)
         self.messages = messages
-        self.at = 0                         # the message that is sent next
+        self.position = 0                   # of the message that is sent next
         self.unsent = memoryview(b"")
         self.awaited = 0                    # answers
-        self.seen = b""                     # of the last answer, where a status line may go on
+        self.tail = b""                     # of what was read: a status line may go on in what comes next
         self.statuses: List[int] = []
         self.began = self.ended = time.perf_counter()
 
-    def step(self, events: int, again: bool) -> int:
-        """Send and read what goes; what to watch for then, 0 at the end."""
+    def advance(self, events: int, repeat: bool) -> int:
+        """Send and read what is possible. Returns the events to wait for then, 0 at the end."""
         try:
             if events & selectors.EVENT_READ and not self._read():
                 return 0
             if not self.unsent and self.awaited <= 0:
-                if self.at == len(self.messages) and not again:
+                if self.position == len(self.messages) and not repeat:
                     return 0
-                message = self.messages[self.at % len(self.messages)]
-                self.at = self.at % len(self.messages) + 1
+                message = self.messages[self.position % len(self.messages)]
+                self.position = self.position % len(self.messages) + 1
                 self.awaited += message.count(b" HTTP/1.1\r\n")
                 self.unsent = memoryview(message)
             if self.unsent:
@@ -8908,18 +8909,21 @@ class Talk:
 
     def _read(self) -> int:
         data = self.sock.recv(1 << 20)
-        text = self.seen + data
-        at = -1
-        for found in STATUS_LINE.finditer(text):
-            self.statuses.append(int(found[1]))
+        text = self.tail + data
+        last = -1
+        for match in STATUS_LINE.finditer(text):
+            self.statuses.append(int(match[1]))
             self.ended = time.perf_counter()
             self.awaited -= 1
-            at = found.start()
-        self.seen = text[max(at + 1, len(text) - 12):]      # not the H of the last one, or it would count again
+            last = match.start()
+        self.tail = text[max(last + 1, len(text) - 12):]    # without the H of the last one, or it would count again
         return len(data)
 
-
-STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
+    def last_answer(self) -> str:
+        """Status of the last answer, and after how long it came."""
+        if not self.statuses:
+            return "no answer in %.0f s" % (time.perf_counter() - self.began)
+        return "%d after %.2f s" % (self.statuses[-1], self.ended - self.began)
 
 
 class FairFarm:
@@ -8927,49 +8931,57 @@ class FairFarm:
 
     def __init__(self, server: BenchServer, size: FairSize, seconds: float) -> None:
         self.server, self.size, self.seconds = server, size, seconds
-        self.patience_s = PATIENCE * seconds
+        self.limit_s = ANSWER_LIMIT * seconds
 
     def request(self, method: str, path: str, body: Any = None) -> bytes:
         """The bytes of a request with a login."""
-        content = b"" if body is None else body if isinstance(body, bytes) else encode_json(body).encode()
-        return bench_request(self.server.token, method, path, content)
+        return bench_request(self.server.token, method, path, body)
 
     def reports(self, first: int, count: int) -> bytes:
         """A request of the worker holder: so many of its tasks are done, each with an elapsed of its own."""
         return done_many(self.request("PUT", "runs/held/tasks"), "holder", "differing")([
             (b"%d" % task, b"1") for task in range(first, first + count)])
 
-    def talk(self, talks: Sequence[Sequence[bytes]], again: bool = False) -> List[Talk]:
-        """Hold talks at once, each on a connection of its own: it sends a message when the last one was answered.
+    def send(self, *messages_of_each: Sequence[bytes], repeat: bool = False) -> List[Dialogue]:
+        """Hold dialogues at once, each on a connection of its own. A message is sent when the last one was answered.
 
-        *again*: each begins anew at its end, for `seconds`; else all end, or are given up after `patience_s`.
+        *repeat*: each begins anew at its end, for `seconds`. Else all end, or are given up after `limit_s`.
         """
-        end = time.perf_counter() + (self.seconds if again else self.patience_s)
-        held = [Talk(self.server.port, messages) for messages in talks]
+        end = time.perf_counter() + (self.seconds if repeat else self.limit_s)
+        dialogues = [Dialogue(self.server.port, messages) for messages in messages_of_each]
         with selectors.DefaultSelector() as selector:
-            for talk in held:
-                talk.began = time.perf_counter()
-                selector.register(talk.sock, talk.step(0, again) or selectors.EVENT_READ, talk)
+            for dialogue in dialogues:
+                dialogue.began = time.perf_counter()
+                wanted = dialogue.advance(0, repeat)
+                if wanted:
+                    selector.register(dialogue.sock, wanted, dialogue)
             while selector.get_map() and time.perf_counter() < end:
                 for key, events in selector.select(0.1):
-                    watched = key.data.step(events, again)
-                    if not watched:
+                    wanted = key.data.advance(events, repeat)
+                    if not wanted:
                         selector.unregister(key.fileobj)
                         key.data.sock.close()
-                    elif watched != key.events:
-                        selector.modify(key.fileobj, watched, key.data)
-        for talk in held:
-            talk.sock.close()
-        return held
+                    elif wanted != key.events:
+                        selector.modify(key.fileobj, wanted, key.data)
+        for dialogue in dialogues:
+            dialogue.sock.close()
+        return dialogues
 
-    def connect(self, number: int, sent: bytes = b"", receive_buffer: int = 0) -> List[socket.socket]:
+    def send_each(self, requests: Iterable[bytes]) -> str:
+        """Send each request at once on its own connection: how many succeed, and after how long the last one."""
+        dialogues = self.send(*([request] for request in requests))
+        good = sum(dialogue.statuses[:1] in ([200], [204]) for dialogue in dialogues)
+        return "%d of %d done, the last after %.1f s" % (
+            good, len(dialogues), max(dialogue.ended - dialogue.began for dialogue in dialogues))
+
+    def connect(self, number: int, content: bytes, receive_buffer: int = 0) -> List[socket.socket]:
         """So many connections that have sent something, and read nothing."""
-        talks = [Talk(self.server.port, [], receive_buffer) for _ in range(number)]
-        for talk in talks:
-            talk.sock.settimeout(1.0)
+        socks = [Dialogue(self.server.port, [], receive_buffer).sock for _ in range(number)]
+        for sock in socks:
+            sock.settimeout(1.0)
             with contextlib.suppress(OSError):      # the server reads no more of it, or has closed it
-                talk.sock.sendall(sent)
-        return [talk.sock for talk in talks]
+                sock.sendall(content)
+        return socks
 
     def cpu_s(self) -> float:
         """What the server has used, also where it does not answer."""
@@ -8983,256 +8995,68 @@ class FairFarm:
             return int(file.read().split()[1]) * mmap.PAGESIZE / 1e6
 
 
-def answered(talk: Talk) -> str:
-    """Status of the last answer of a talk, and after how long it came."""
-    if not talk.statuses:
-        return "no answer in %.0f s" % (time.perf_counter() - talk.began)
-    return "%d after %.2f s" % (talk.statuses[-1], talk.ended - talk.began)
-
-
-def all_answered(talks: Sequence[Talk]) -> str:
-    """How many of talks of one request each were answered with success, and after how long the last one."""
-    good = sum(talk.statuses[:1] in ([200], [204]) for talk in talks)
-    return "%d of %d done, the last after %.1f s" % (good, len(talks), max(talk.ended - talk.began for talk in talks))
-
-
-def ask_bystander(farm: FairFarm, stop: int, held: int) -> Tuple["array.array[float]", bool]:
-    """Ask for one run until *stop* ends, a pipe: the seconds of each answer, and whether the last one came."""
-    os.close(held)          # its other end, which our parent holds
-    took = array.array("d")
-    request = farm.request("GET", "runs/run0")
-    with socket.create_connection(("127.0.0.1", farm.server.port), timeout=farm.patience_s) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while not select.select([stop], [], [], BYSTANDER_PAUSE_S)[0]:
-            began = time.perf_counter()
-            sock.sendall(request)
-            try:
-                data = sock.recv(65536)
-            except socket.timeout:
-                data = b""
-            took.append(time.perf_counter() - began)
-            if not data.startswith(b"HTTP/1.1 200 "):
-                return took, False
-    return took, True
-
-
-def fair_try(case: FairCase, db: str, token: str, size: FairSize, seconds: float) -> Dict[str, Any]:
-    """One try of a case on a file, which is not used again after it."""
-    unread, log_end = os.pipe()
-    with open(unread), open(log_end, "w") as access_log:
-        server = BenchServer(db, token, access_log if case.unread_log else None)
-        try:
-            farm = FairFarm(server, size, seconds)
-            stop, held = os.pipe()
-            _, result = forked(lambda: ask_bystander(farm, stop, held))
-            os.close(stop)
-            time.sleep(0.2)         # a few answers in peace
-            note = case.load(farm) or ""
-            os.close(held)
-            took, came = result()
-        finally:
-            server.kill()
-    median, _, _, worst = quantiles(took)
-    return {"worst_ms": worst, "median_ms": median, "answers": len(took),
-            "note": note if came else "the bystander got no answer any more. " + note}
-
-
-def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float, tries: int,
-               progress: "Progress") -> Dict[str, Any]:
-    """Each case so many times, on copies of one crowded farm; of the bystander's worst answers the median counts."""
-    size = FairSize(rows)
-    crowded = os.path.join(folder, "crowded.sqlite")
-    progress.what = "fair: filling"
-    progress.show(0, 1)
-    filled: Dict[Fill, Tuple[str, str]] = {crowd: (crowded, fill_crowd(crowded, crowd, size))}
-    result: Dict[str, Any] = {"profile": "fair", "rows": rows, "cases": {}}
-    for number, case in enumerate(cases):
-        progress.what = "fair: " + case.name
-        for attempt in range(tries):
-            progress.show(number * tries + attempt, len(cases) * tries)
-            if case.fill not in filled:
-                special = os.path.join(folder, case.name + ".sqlite")
-                shutil.copyfile(crowded, special)
-                filled[case.fill] = special, fill_crowd(special, case.fill, size)
-            db = os.path.join(folder, "fair.sqlite")
-            for name in glob.glob(glob.escape(db) + "*"):
-                os.remove(name)
-            source, token = filled[case.fill]
-            shutil.copyfile(source, db)
-            tried = fair_try(case, db, token, size, seconds)
-            result["cases"].setdefault(case.name, {"sentence": case.sentence, "tries": []})["tries"].append(tried)
-        shown = result["cases"][case.name]
-        for figure in ("worst_ms", "median_ms", "answers"):
-            values = sorted(tried[figure] for tried in shown["tries"])
-            shown[figure] = values[len(values) // 2]
-        shown["note"] = next(tried["note"] for tried in shown["tries"] if tried["worst_ms"] == shown["worst_ms"])
-    return result
-
-
-def fill_crowd(db: str, fill: Fill, size: FairSize) -> str:
-    """Add to the file that a case begins with; a token for it."""
-    with contextlib.closing(Store(db)) as store:
-        fill(store, size)
-    token = bench_token(db)
-    if fill is fill_silent:
-        let_lapse(db, token, size)
-    return token
-
-
-def fair_table(result: Dict[str, Any]) -> str:
-    """The measurement of profile `fair` as a person reads it."""
-    width = max(map(len, result["cases"]))
-    lines = ["%-*s  worst ms  median ms  answers" % (width, "fair, one bystander")]
-    for name, case in result["cases"].items():
-        lines.append(("%-*s  %8.0f  %9.2f  %7d  %s" % (
-            width, name, case["worst_ms"], case["median_ms"], case["answers"], case["note"])).rstrip())
-    return "\n".join(lines)
-
-
 def burst(method: str, path: str) -> bytes:
     """95 kB of one request without a login, again and again."""
     request = b"%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method.encode(), path.encode())
     return request * (95000 // len(request))
 
 
-@fair_case()
-def fair_nobody(farm: FairFarm) -> None:
-    """nobody but the bystander: what this machine does by itself"""
-    time.sleep(farm.seconds)
-
-
-@fair_case()
-def fair_pipelined(farm: FairFarm) -> None:
-    """10 connections, each one burst of 95 kB of GET /livez"""
-    farm.talk([[burst("GET", "/livez")]] * 10)
-
-
-@fair_case()
-def fair_pipelined_heads(farm: FairFarm) -> None:
-    """10 connections, each one burst of 95 kB of HEAD /"""
-    farm.talk([[burst("HEAD", "/")]] * 10)
-
-
-@fair_case()
-def fair_pipelined_on(farm: FairFarm) -> None:
-    """32 connections, burst after burst of 95 kB of HEAD /"""
-    farm.talk([[burst("HEAD", "/")]] * 32, again=True)
-
-
-@fair_case(fill=fill_silent)
-def fair_beats(farm: FairFarm) -> str:
-    """200 heartbeats at once after an outage, each taking back 10 000 lapsed tasks"""
-    return all_answered(farm.talk([[farm.request("PUT", "worker/silent%d" % number)]
-                                   for number in range(farm.size(200))]))
-
-
-@fair_case(fill=fill_leaving)
-def fair_sign_offs(farm: FairFarm) -> str:
-    """100 workers with 10 000 tasks each sign off at once"""
-    return all_answered(farm.talk([[farm.request("DELETE", "worker/leaving%d" % number)]
-                                   for number in range(farm.size(100))]))
-
-
-@fair_case()
-def fair_differing_reports(farm: FairFarm) -> str:
-    """400 reports at once of 500 tasks each, all with an elapsed of their own"""
-    batch = farm.size(500)
-    return all_answered(farm.talk([[farm.reports(first * batch, batch)] for first in range(farm.size(400))]))
-
-
-def claims_in_vain(farm: FairFarm, claimers: int) -> List[Talk]:
-    """Claims, again and again, where many tasks compute without a lease and none waits."""
-    return farm.talk([[farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
-                      for number in range(claimers)], again=True)
-
-
-@fair_case()
-def fair_claim_in_vain(farm: FairFarm) -> str:
-    """claims in vain, one after the other, where 2 000 000 tasks compute without a lease; 20 000 leased workers"""
-    (talk,) = claims_in_vain(farm, 1)
-    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(talk.statuses)))
-
-
-@fair_case()
-def fair_kept_lease(farm: FairFarm) -> str:
-    """six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its task waits again"""
-    farm.talk([[farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
-                farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})]])
-    began = time.perf_counter()
-    longer = FairFarm(farm.server, farm.size, 4 * farm.seconds)
-    _, claimers = forked(lambda: len(claims_in_vain(longer, 6)))
-    ended = None
-    while ended is None and time.perf_counter() < began + longer.seconds:
-        time.sleep(0.05)
-        if not farm.server.ask("GET", "/api/runs/lease")["numComputing"]:
-            ended = time.perf_counter() - began
-    claimers()
-    return "it ended after %.1f s" % ended if ended else "it had not ended after %.0f s" % longer.seconds
-
-
-@fair_case()
-def fair_partial_restart(farm: FairFarm) -> None:
-    """partial restarts of an untouched run of 100 tasks, one after the other; 20 000 leased workers"""
-    farm.talk([[farm.request("POST", "runs/hundred/restart")]], again=True)
-
-
-@fair_case()
-def fair_large_holder(farm: FairFarm) -> None:
-    """about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one task, a page of workers"""
-    farm.talk([[farm.request("PUT", "worker/holder"),
-                farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
-                farm.request("GET", "worker/holder?limit=1"), farm.request("GET", "workers?limit=1000")]], again=True)
-
-
-@fair_case()
-def fair_large_sign_off(farm: FairFarm) -> str:
-    """a worker that holds 2 000 000 tasks without a lease signs off"""
-    (talk,) = farm.talk([[farm.request("DELETE", "worker/holder")]])
-    time.sleep(farm.seconds)
-    return answered(talk)
-
-
-@fair_case()
-def fair_all_runs(farm: FairFarm) -> None:
-    """GET /api/runs with 20 000 runs, again and again"""
-    farm.talk([[farm.request("GET", "runs")]], again=True)
-
-
 JUNK = b'{"data":[' + b"{}," * ((BATCH_BODY_LIMIT - 20) // 3) + b"{}]}"
 
 
-@fair_case()
-def fair_junk(farm: FairFarm) -> None:
-    """4 MiB of JSON that is no batch, from somebody logged in"""
-    farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]])
+def claims_in_vain(farm: FairFarm, claimers: int) -> List[Dialogue]:
+    """Claims, again and again, where many tasks compute without a lease and none waits."""
+    return farm.send(*([farm.request("POST", "runs/held/task", {"worker_uuid": "free%d" % number})]
+                       for number in range(claimers)), repeat=True)
 
 
-@fair_case()
-def fair_junk_at_once(farm: FairFarm) -> None:
-    """the same on eight connections at once"""
-    farm.talk([[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)
+def claim_in_vain(farm: FairFarm) -> str:
+    """Claims in vain, one after the other."""
+    (dialogue,) = claims_in_vain(farm, 1)
+    return "%.0f ms a claim" % (1000 * farm.seconds / max(1, len(dialogue.statuses)))
 
 
-@fair_case()
-def fair_deleted_runs(farm: FairFarm) -> str:
-    """two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of it, another's large page"""
-    farm.talk([[farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
-                farm.request("POST", "runs/ten/restart?all=True")]])
-    talks = farm.talk([[farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
-                       [farm.request("GET", "runs/ten/tasks?limit=1000")],
-                       [farm.request("GET", "runs/run1/tasks?limit=1000")]])
-    return "claim %s, its page %s, another's large page %s" % tuple(map(answered, talks))
+def kept_lease(farm: FairFarm) -> str:
+    """Whether claims in vain keep the lease of a silent worker from ending."""
+    farm.send([farm.request("POST", "worker", {"uuid": "silent", "hostname": "bench", "pid": 0, "lease": 3}),
+               farm.request("POST", "runs/lease/task", {"worker_uuid": "silent"})])
+    began = time.perf_counter()
+    longer = FairFarm(farm.server, farm.size, 4 * farm.seconds)
+    _, claimers = fork_call(lambda: len(claims_in_vain(longer, 6)))
+    ended_s = None
+    while ended_s is None and time.perf_counter() < began + longer.seconds:
+        time.sleep(0.05)
+        if not farm.server.ask("GET", "/api/runs/lease")["numComputing"]:
+            ended_s = time.perf_counter() - began
+    claimers()
+    return "it ended after %.1f s" % ended_s if ended_s else "it had not ended after %.0f s" % longer.seconds
 
 
-@fair_case()
-def fair_slow_readers(farm: FairFarm) -> str:
-    """ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them"""
+def large_sign_off(farm: FairFarm) -> str:
+    """The sign-off of a worker with many tasks."""
+    (dialogue,) = farm.send([farm.request("DELETE", "worker/holder")])
+    time.sleep(farm.seconds)
+    return dialogue.last_answer()
+
+
+def deleted_runs(farm: FairFarm) -> str:
+    """A small run and its pages, after the deletion of large ones."""
+    farm.send([farm.request("DELETE", "runs/done"), farm.request("DELETE", "runs/held"),
+               farm.request("POST", "runs/ten/restart?all=True")])
+    dialogues = farm.send([farm.request("POST", "runs/ten/task", {"worker_uuid": "free0"})],
+                          [farm.request("GET", "runs/ten/tasks?limit=1000")],
+                          [farm.request("GET", "runs/run1/tasks?limit=1000")])
+    return "claim %s, its page %s, another's large page %s" % tuple(dialogue.last_answer() for dialogue in dialogues)
+
+
+def slow_readers(farm: FairFarm) -> str:
+    """A large answer, beside clients that read none."""
     slow = farm.connect(10, farm.request("GET", "runs"), receive_buffer=4096)
     time.sleep(farm.seconds)
-    (talk,) = farm.talk([[farm.request("GET", "runs")]])
+    (dialogue,) = farm.send([farm.request("GET", "runs")])
     for sock in slow:
         sock.close()
-    return "GET /api/runs " + answered(talk)
+    return "GET /api/runs " + dialogue.last_answer()
 
 
 def half_head(length: int) -> bytes:
@@ -9241,98 +9065,242 @@ def half_head(length: int) -> bytes:
     return (b"GET /livez HTTP/1.1\r\n" + line * (length // len(line) + 1))[:length]
 
 
-@fair_case()
-def fair_heads_by_byte(farm: FairFarm) -> str:
-    """ten long heads that go on byte by byte, 6.5 kB/s in all, without a login"""
-    begun = farm.connect(10, half_head(28000))
+def heads_by_byte(farm: FairFarm) -> str:
+    """Heads that go on byte by byte."""
+    socks = farm.connect(10, half_head(28000))
     time.sleep(0.2)
     cpu_s, began, sent = farm.cpu_s(), time.perf_counter(), 0
     while time.perf_counter() < began + farm.seconds:
         due = int(6500 * (time.perf_counter() - began))
         while sent < due:
             with contextlib.suppress(OSError):      # its 32 kB are full
-                begun[sent % len(begun)].send(b"x")
+                socks[sent % len(socks)].send(b"x")
             sent += 1
         time.sleep(0.001)
     share = (farm.cpu_s() - cpu_s) / (time.perf_counter() - began)
-    for sock in begun:
+    for sock in socks:
         sock.close()
     return "the server uses %.0f %% of a core" % (100 * share)
 
 
-@fair_case()
-def fair_half_heads(farm: FairFarm) -> str:
-    """2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; then as many again"""
+def half_heads(farm: FairFarm) -> str:
+    """A batch, beside half heads that fill the buffers."""
     number = farm.size(2300)
 
-    def again() -> int:
+    def connect_more() -> int:
         time.sleep(farm.seconds / 3)
-        more = farm.connect(number, half_head(30000))
-        time.sleep(farm.patience_s)
-        return len(more)
-    half = farm.connect(number, half_head(30000))
-    _, others = forked(again)
-    (talk,) = farm.talk([[farm.reports(0, farm.size(10000))]])
+        socks = farm.connect(number, half_head(30000))
+        time.sleep(farm.limit_s)
+        return len(socks)
+    socks = farm.connect(number, half_head(30000))
+    _, others = fork_call(connect_more)
+    (dialogue,) = farm.send([farm.reports(0, farm.size(10000))])
     others()
-    for sock in half:
+    for sock in socks:
         sock.close()
-    return "the batch: " + answered(talk)
+    return "the batch: " + dialogue.last_answer()
 
 
-@fair_case(unread_log=True)
-def fair_unread_log(farm: FairFarm) -> None:
-    """an access log on the standard output that nobody reads, and 2 000 requests"""
-    farm.talk([[b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000])
-
-
-def basic(name: str, password: str) -> bytes:
+def password_request(name: str, password: str) -> bytes:
     """A request with name and password."""
     return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
         ("%s:%s" % (name, password)).encode())
 
 
-@fair_case()
-def fair_wrong_logins(farm: FairFarm) -> str:
-    """400 wrong passwords on connections that are closed at once, then a right one"""
+def wrong_logins(farm: FairFarm) -> str:
+    """A right password after many wrong ones."""
     cpu_s = farm.cpu_s()
     for number in range(farm.size(400)):
-        for sock in farm.connect(1, basic("ada", "wrong%d" % number)):
+        for sock in farm.connect(1, password_request("ada", "wrong%d" % number)):
             sock.close()
-    (talk,) = farm.talk([[basic("ada", "right")]])
-    return "the right one: %s, %.1f s of CPU" % (answered(talk), farm.cpu_s() - cpu_s)
+    (dialogue,) = farm.send([password_request("ada", "right")])
+    return "the right one: %s, %.1f s of CPU" % (dialogue.last_answer(), farm.cpu_s() - cpu_s)
 
 
-@fair_case()
-def fair_long_passwords(farm: FairFarm) -> None:
-    """20 passwords of 12 kB of combining characters"""
-    farm.talk([[basic("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)]])
-
-
-@fair_case()
-def fair_long_paths(farm: FairFarm) -> str:
-    """4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server keeps of it"""
+def memory_growth(farm: FairFarm, requests: Sequence[bytes]) -> str:
+    """What comes of requests on four connections, and how much the server's memory grows by them."""
     before = farm.memory_mb()
-    requests = [b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
-                for number in range(farm.size(4200))]
-    farm.talk([requests[first::4] for first in range(4)])
-    return "memory grows by %.0f MB" % (farm.memory_mb() - before)
+    dialogues = farm.send(*(requests[first::4] for first in range(4)))
+    return "%s, memory grows by %.0f MB" % (dialogues[0].last_answer(), farm.memory_mb() - before)
 
 
-@fair_case()
-def fair_token_passwords(farm: FairFarm) -> str:
-    """20 000 requests with one token, each with another password of 12 kB beside it: what the server keeps of it"""
-    before = farm.memory_mb()
-    requests = [basic(farm.server.token, "x" * 11900 + str(number)) for number in range(farm.size(20000))]
-    talks = farm.talk([requests[first::4] for first in range(4)])
-    return "%s, memory grows by %.0f MB" % (answered(talks[0]), farm.memory_mb() - before)
+class FairCase(NamedTuple):
+    """Something that clients may do."""
+    name: str
+    sentence: str
+    load: Callable[[FairFarm], object]      # does it; a sentence that it returns is shown
+    fill: Fill = fill_crowded               # fills the file: fill_crowded, or what is added to that
+    unread_log: bool = False                # with an access log that nobody reads
+
+
+FAIR_CASES = {case.name: case for case in (
+    FairCase("nobody", "nobody but the bystander: what this machine does by itself",
+             lambda farm: time.sleep(farm.seconds)),
+    FairCase("pipelined", "10 connections, each one burst of 95 kB of GET /livez",
+             lambda farm: farm.send(*[[burst("GET", "/livez")]] * 10)),
+    FairCase("pipelined_heads", "10 connections, each one burst of 95 kB of HEAD /",
+             lambda farm: farm.send(*[[burst("HEAD", "/")]] * 10)),
+    FairCase("pipelined_on", "32 connections, burst after burst of 95 kB of HEAD /",
+             lambda farm: farm.send(*[[burst("HEAD", "/")]] * 32, repeat=True)),
+    FairCase("beats", "200 heartbeats at once after an outage, each taking back 10 000 lapsed tasks",
+             lambda farm: farm.send_each(
+                 farm.request("PUT", "worker/silent%d" % number) for number in range(farm.size(200))),
+             fill=fill_silent),
+    FairCase("sign_offs", "100 workers with 10 000 tasks each sign off at once",
+             lambda farm: farm.send_each(
+                 farm.request("DELETE", "worker/leaving%d" % number) for number in range(farm.size(100))),
+             fill=fill_leaving),
+    FairCase("differing_reports", "400 reports at once of 500 tasks each, all with an elapsed of their own",
+             lambda farm: farm.send_each(
+                 farm.reports(number * farm.size(500), farm.size(500)) for number in range(farm.size(400)))),
+    FairCase("claim_in_vain", "claims in vain, one after the other, where 2 000 000 tasks compute without a lease; "
+             "20 000 leased workers", claim_in_vain),
+    FairCase("kept_lease", "six claimers in vain, beside a worker that falls silent with a lease of 3 s: when its "
+             "task waits again", kept_lease),
+    FairCase("partial_restart", "partial restarts of an untouched run of 100 tasks, one after the other; 20 000 "
+             "leased workers",
+             lambda farm: farm.send([farm.request("POST", "runs/hundred/restart")], repeat=True)),
+    FairCase("large_holder", "about a worker that holds 2 000 000 tasks without a lease: a heartbeat, a claim, one "
+             "task, a page of workers",
+             lambda farm: farm.send([
+                 farm.request("PUT", "worker/holder"),
+                 farm.request("POST", "runs/held/tasks", {"worker_uuid": "holder", "count": 10}),
+                 farm.request("GET", "worker/holder?limit=1"),
+                 farm.request("GET", "workers?limit=1000")], repeat=True)),
+    FairCase("large_sign_off", "a worker that holds 2 000 000 tasks without a lease signs off", large_sign_off),
+    FairCase("all_runs", "GET /api/runs with 20 000 runs, again and again",
+             lambda farm: farm.send([farm.request("GET", "runs")], repeat=True)),
+    FairCase("junk", "4 MiB of JSON that is no batch, from somebody logged in",
+             lambda farm: farm.send([farm.request("PUT", "runs/done/tasks", JUNK)])),
+    FairCase("junk_at_once", "the same on eight connections at once",
+             lambda farm: farm.send(*[[farm.request("PUT", "runs/done/tasks", JUNK)]] * 8)),
+    FairCase("deleted_runs", "two runs of 2 000 000 tasks deleted, a run of 10 restarted: its next claim, a page of "
+             "it, another's large page", deleted_runs),
+    FairCase("slow_readers", "ten clients ask for all runs, 6 MB, and read nothing; then another one asks for them",
+             slow_readers),
+    FairCase("heads_by_byte", "ten long heads that go on byte by byte, 6.5 kB/s in all, without a login",
+             heads_by_byte),
+    FairCase("half_heads", "2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; "
+             "then as many again", half_heads),
+    FairCase("unread_log", "an access log on the standard output that nobody reads, and 2 000 requests",
+             lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000), unread_log=True),
+    FairCase("wrong_logins", "400 wrong passwords on connections that are closed at once, then a right one",
+             wrong_logins),
+    FairCase("long_passwords", "20 passwords of 12 kB of combining characters",
+             lambda farm: farm.send(
+                 [password_request("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)])),
+    FairCase("long_paths", "4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server "
+             "keeps of it",
+             lambda farm: memory_growth(farm, [
+                 b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
+                 for number in range(farm.size(4200))])),
+    FairCase("token_passwords", "20 000 requests with one token, each with another password of 12 kB beside it: what "
+             "the server keeps of it",
+             lambda farm: memory_growth(farm, [
+                 password_request(farm.server.token, "x" * 11900 + str(number))
+                 for number in range(farm.size(20000))])),
+)}
+
+
+def run_bystander(farm: FairFarm, stop: int, held_by_parent: int) -> Tuple["array.array[float]", bool]:
+    """Ask for one run until the pipe *stop* ends: the seconds of each answer, and whether the last one came."""
+    os.close(held_by_parent)        # its other end: ours would keep it from ending
+    times_s = array.array("d")
+    request = farm.request("GET", "runs/run0")
+    with socket.create_connection(("127.0.0.1", farm.server.port), timeout=farm.limit_s) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while not select.select([stop], [], [], BYSTANDER_PAUSE_S)[0]:
+            began = time.perf_counter()
+            sock.sendall(request)
+            try:
+                data = sock.recv(65536)
+            except socket.timeout:
+                data = b""
+            times_s.append(time.perf_counter() - began)
+            if not data.startswith(b"HTTP/1.1 200 "):
+                return times_s, False
+    return times_s, True
+
+
+def try_case(case: FairCase, db: str, token: str, size: FairSize, seconds: float) -> Dict[str, Any]:
+    """One try of a case on a file, which is not used again after it."""
+    unread, log_end = os.pipe()
+    with open(unread), open(log_end, "w") as access_log:
+        server = BenchServer(db, token, access_log if case.unread_log else None)
+        try:
+            farm = FairFarm(server, size, seconds)
+            stop, held = os.pipe()
+            _, result = fork_call(run_bystander, farm, stop, held)
+            os.close(stop)
+            time.sleep(min(0.2, seconds))       # some answers before the case begins
+            outcome = case.load(farm)
+            os.close(held)
+            times_s, last_came = result()
+        finally:
+            server.kill()
+    median, _, _, worst = quantiles_ms(times_s)
+    note = outcome if isinstance(outcome, str) else ""
+    return {"worst_ms": worst, "median_ms": median, "answers": len(times_s),
+            "note": note if last_came else "the bystander got no answer any more. " + note}
+
+
+def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float, tries: int,
+               progress: Progress) -> Dict[str, Any]:
+    """Each case so many times, on copies of a crowded farm. Of the bystander's worst answers the median counts."""
+    size = FairSize(rows)
+    result: Dict[str, Any] = {"profile": "fair", "rows": rows, "cases": {}}
+
+    @functools.lru_cache(maxsize=None)
+    def filled(fill: Fill) -> Tuple[str, str]:
+        """The file that a case begins with, and a token for it."""
+        path = os.path.join(folder, fill.__name__ + ".sqlite")
+        if fill is not fill_crowded:
+            shutil.copyfile(filled(fill_crowded)[0], path)
+        progress.what = "fair: filling"
+        progress.show(0, 1)
+        with contextlib.closing(Store(path)) as store:
+            token = bench_token(store)
+            fill(store, size)
+        if fill is fill_silent:
+            let_lapse(path, token, size)
+        return path, token
+
+    for number, case in enumerate(cases):
+        tried = []
+        for attempt in range(tries):
+            source, token = filled(case.fill)
+            progress.what = "fair: " + case.name
+            progress.show(number * tries + attempt, len(cases) * tries)
+            db = os.path.join(folder, "fair.sqlite")
+            for name in glob.glob(glob.escape(db) + "*"):
+                os.remove(name)
+            shutil.copyfile(source, db)
+            tried.append(try_case(case, db, token, size, seconds))
+        middle = {figure: sorted(one[figure] for one in tried)[tries // 2]
+                  for figure in ("worst_ms", "median_ms", "answers")}
+        note = next(one["note"] for one in tried if one["worst_ms"] == middle["worst_ms"])
+        result["cases"][case.name] = {"sentence": case.sentence, "tries": tried, **middle, "note": note}
+    return result
+
+
+def fair_table(result: Dict[str, Any]) -> str:
+    """The figures of profile `fair`."""
+    return figures_table("<fair, one bystander|worst ms|median ms|answers|<what came of the others",
+                         "%s|%.0f|%.2f|%d|%s", [
+                             (name, case["worst_ms"], case["median_ms"], case["answers"], case["note"])
+                             for name, case in result["cases"].items()])
 
 
 # ---------------------------------------------------------------- DOCTOR
-# Whether this node is fit to serve and to work: really tried, and over in seconds also where something hangs.
+# Whether this node is fit to serve and to work. What is needed is tried, not guessed, and all ends within seconds, also
+# where something hangs. It uses the sections above as a server and a worker do, and changes nothing.
+#
+# A new check: a function that yields a Finding for each thing it looks at, and its line in `cmd_doctor` in UPKEEP. What
+# it says where a thing is not well is what to do, with the command or option to type.
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-DOCTOR_S = 4.0                      # what has not answered until then does not answer
-DOCTOR_CONNECT_S = 1.0              # a host that takes longer to answer is of no use to workers; some tries are two
+DOCTOR_S = 4.0                      # a check that takes longer hangs
+DOCTOR_CONNECT_S = 1.0              # a host that takes longer to answer is of no use to workers
 SLOW_WRITE_S, SLOW_ANSWER_S = 0.05, 0.1
 OLDEST_SQLITE = (3, 26, 0)
 FEW_DESCRIPTORS, FEW_PROCESSES = 4096, 32
@@ -9341,50 +9309,51 @@ NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """What a check found about one thing."""
     verdict: str            # OK, WARN or FAIL
-    what: str               # a word or two
+    what: str               # the thing, in a word or two
     says: str               # what was found, and what to do where it is not well
 
 
-def examine(checks: Sequence[Tuple[str, Callable[[], Iterator[Finding]]]],
-            limit_s: float = DOCTOR_S) -> Iterator[Finding]:
-    """What the checks find, in their order; they run at the same time, each in a thread that nobody waits for long."""
-    until = time.monotonic() + limit_s
-    begun = []
-    for what, look in checks:
-        found: "queue.SimpleQueue[Optional[Finding]]" = queue.SimpleQueue()
-        thread = threading.Thread(target=one_check, args=(what, look, found.put), daemon=True)
+Check = Callable[[], Iterator[Finding]]
+
+
+def run_checks(checks: Sequence[Tuple[str, Check]], limit_s: float = DOCTOR_S) -> Iterator[Finding]:
+    """The findings of some checks, in their order. The checks run at the same time, in threads that may hang."""
+    deadline = time.monotonic() + limit_s
+    started: List[Tuple[str, "queue.SimpleQueue[Optional[Finding]]"]] = []
+    for what, find in checks:
+        findings: "queue.SimpleQueue[Optional[Finding]]" = queue.SimpleQueue()
+        thread = threading.Thread(target=run_check, args=(what, find, findings.put), daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            found.put(Finding(FAIL, what, "the system gives this user no more threads (ulimit -u): end some processes"))
-            found.put(None)
-        begun.append((what, found))
-    for what, found in begun:
+            findings.put(Finding(
+                FAIL, what, "the system gives this user no more threads (ulimit -u): end some processes"))
+            findings.put(None)
+        started.append((what, findings))
+    for what, findings in started:
         try:
-            yield from iter(functools.partial(take_until, found, until), None)
+            finding = next_from(findings, deadline - time.monotonic())
+            while finding:
+                yield finding
+                finding = next_from(findings, deadline - time.monotonic())
         except queue.Empty:
-            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % span(limit_s))
+            yield Finding(FAIL, what, "no answer within %s: what it asks hangs" % duration_text(limit_s))
 
 
-def take_until(found: "queue.SimpleQueue[Any]", until: float) -> Any:
-    """The next from a queue; waits until a tick at most. Raises queue.Empty."""
-    return next_from(found, until - time.monotonic())
-
-
-def one_check(what: str, look: Callable[[], Iterator[Finding]], found: Callable[[Optional[Finding]], None]) -> None:
-    """Hand out what one check finds, then None; also where it ends in an error that nobody thought of."""
+def run_check(what: str, find: Check, report: Callable[[Optional[Finding]], None]) -> None:
+    """Report what a check finds, then None. An error that it did not expect is a finding too."""
     try:
-        for finding in look():
-            found(finding)
+        for finding in find():
+            report(finding)
     except Exception as error:
-        found(Finding(FAIL, what, "%s: %s" % (type(error).__name__, error)))
-    found(None)
+        report(Finding(FAIL, what, "%s: %s" % (type(error).__name__, error)))
+    report(None)
 
 
 def check_programs() -> Iterator[Finding]:
-    """Python and SQLite."""
+    """The versions of Python and SQLite."""
     yield Finding(OK, "Python", "%d.%d.%d (%s)" % (*sys.version_info[:3], sys.executable))
     version = ".".join(map(str, SQLITE_VERSION))
     if SQLITE_VERSION < OLDEST_SQLITE:
@@ -9395,52 +9364,49 @@ def check_programs() -> Iterator[Finding]:
 
 
 def mount_of(folder: str, mountinfo: str) -> Tuple[str, str]:
-    """Mount point and kind of the file system of a folder, by /proc/self/mountinfo (proc(5)); "" when not known."""
-    best = ("", "")
+    """Mount point and type of the file system of a folder, by /proc/self/mountinfo (proc(5)). "" when not known."""
+    innermost = ("", "")
     for line in mountinfo.splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split(" ")[4])
         inside = folder == point or folder.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best[0]):       # of two on one point the later one is seen
-            best = (point, rest.split(" ")[0])
-    return best
+        if inside and len(point) >= len(innermost[0]):      # of two on one point the later one is seen
+            innermost = (point, after.split(" ")[0])
+    return innermost
 
 
-def kind_of(folder: str) -> str:
-    """The kind of the file system of a folder, in words."""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            kind = mount_of(os.path.realpath(folder), file.read())[1]
-    except OSError:
-        kind = ""
+def file_system_of(folder: str) -> str:
+    """The type of the file system of a folder, in words."""
+    kind = ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        kind = mount_of(os.path.realpath(folder), file.read())[1]
     return (kind or "of unknown kind") + ", over the network" * (kind in NETWORK_FILE_SYSTEMS)
 
 
 def check_home() -> Iterator[Finding]:
-    """Whether a server could write the access file, and workers what they could not send."""
-    for path in (os.path.dirname(access_path(os.environ)) or ".", state_folder(os.environ)):
-        there = path
-        while not os.path.exists(there):
-            there = os.path.dirname(there) or "."
-        if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+    """Whether a server could write the access file, and workers the reports that they could not send."""
+    for folder in (os.path.dirname(access_path(os.environ)) or ".", state_folder(os.environ)):
+        while not os.path.exists(folder):       # the folder that exists, in which the others would be made
+            folder = os.path.dirname(folder) or "."
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
             yield Finding(WARN, "home", "%s cannot be written: set HOME, or XDG_CONFIG_HOME and XDG_STATE_HOME, to "
-                          "folders that can" % there)
+                          "folders that can" % folder)
             return
     home = home_folder()
     if home == ".":
-        yield Finding(WARN, "home", "the system knows none for this user, so that verbs and workers find server and "
-                      "login in this folder alone: set HOME")
+        yield Finding(WARN, "home", "this user has no home directory, so verbs and workers find server and login in "
+                      "this folder alone: set HOME")
         return
-    yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, kind_of(home)))
+    yield Finding(OK, "home", "%s (%s): nodes that share it find server and login there" % (home, file_system_of(home)))
 
 
 def check_folder(db: Optional[str]) -> Iterator[Finding]:
-    """The file system of the farm's file, or of this folder: its locks and SQLite, tried on a file beside it."""
+    """The file system of the farm's file, or of this folder. Locks and SQLite are tried on a file beside it."""
     folder = os.path.dirname(os.path.realpath(db)) if db else os.getcwd()
-    kind = kind_of(folder)
+    kind = file_system_of(folder)
     if kind in ("tmpfs", "ramfs"):
-        yield Finding(WARN, "folder", "%s lies in memory (%s): a farm there is gone when the node starts again"
-                      % (folder, kind))
+        yield Finding(WARN, "folder", "%s is in memory (%s): a farm there is gone when the node starts again: "
+                      "--db names a file on a disk" % (folder, kind))
     else:
         yield Finding(OK, "folder", "%s (%s)" % (folder, kind))
     try:
@@ -9455,13 +9421,13 @@ def check_folder(db: Optional[str]) -> Iterator[Finding]:
 
 
 def try_locks(path: str, kind: str) -> Iterator[Finding]:
-    """Whether a lock that one holds keeps another out."""
+    """Whether a file that is locked cannot be locked again."""
     try:
         with contextlib.closing(Lock(path)):
             try:
                 Lock(path).close()
-                yield Finding(FAIL, "locks", "they keep nobody out on this file system (%s): two servers could ruin a "
-                              "file, put it on another (on Lustre, one mounted with -o flock)" % kind)
+                yield Finding(FAIL, "locks", "they do not work on this file system (%s), so two servers could ruin a "
+                              "file: put it on another (on Lustre, one mounted with -o flock)" % kind)
             except Refusal:
                 yield Finding(OK, "locks", "they work (flock)")
     except Refusal as error:
@@ -9469,7 +9435,7 @@ def try_locks(path: str, kind: str) -> Iterator[Finding]:
 
 
 def try_writing(path: str) -> Iterator[Finding]:
-    """Whether SQLite works as the server uses it, and how long it takes until something is on the disk."""
+    """Whether SQLite works as the server uses it, and how long a write takes until it is on the disk."""
     try:
         with contextlib.closing(Store(path)) as store:
             took_s = []
@@ -9497,8 +9463,8 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
             sock.bind((host, port))
         yield Finding(OK, what, "free on %s" % host if port else "the system picks one that is free")
     except OSError as error:
-        here = url_of(reachable_as(host, "")[1], port)
-        if farm_answers(parse_access(dict(read_access(access_path(os.environ)), url=here), "")):
+        url = url_of(reachable_as(host, "")[1], port)
+        if farm_answers(parse_access(dict(read_access(access_path(os.environ)), url=url), "")):
             yield Finding(OK, what, "in use by your own farm")
             return
         owner = port_owner(port) if error.errno == errno.EADDRINUSE else None
@@ -9507,7 +9473,7 @@ def check_port(host: str, port: int) -> Iterator[Finding]:
 
 
 def port_owner(port: int) -> Optional[str]:
-    """The user whose program listens on a port of this machine, by /proc/net/tcp (proc(5)); None when not known."""
+    """The user whose program listens on a port of this machine, by /proc/net/tcp (proc(5)). None when not known."""
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError, ValueError, IndexError), open(name, encoding="ascii") as file:
             for line in file.read().splitlines()[1:]:
@@ -9518,32 +9484,32 @@ def port_owner(port: int) -> Optional[str]:
 
 
 def check_limits() -> Iterator[Finding]:
-    """What this user may have: descriptors, processes and threads, CPU time."""
+    """The limits of this user: descriptors, processes and threads, CPU time."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < FEW_DESCRIPTORS:
-        yield Finding(WARN, "descriptors", "%d at most (ulimit -Hn): a server can hold nearly so many connections, "
-                      "then closes the longest idle" % hard)
+        yield Finding(WARN, "descriptors", "%d at most (ulimit -Hn): a server that has nearly so many connections "
+                      "closes the longest idle" % hard)
     else:
-        yield Finding(OK, "descriptors", "%s now; a server may raise it to %s" % (limit_words(soft), limit_words(hard)))
-    most, used = process_limit()
-    if most is not None and most - used < FEW_PROCESSES:
+        yield Finding(OK, "descriptors", "%s now; a server may raise it to %s" % (limit_text(soft), limit_text(hard)))
+    limit, used = process_limit()
+    if limit is not None and limit - used < FEW_PROCESSES:
         yield Finding(WARN, "processes", "%d of %d are in use (ulimit -u): a server needs 6 threads, a worker 3 and "
-                      "one for each command" % (used, most))
+                      "one for each command" % (used, limit))
     else:
-        yield Finding(OK, "processes", "%d in use, %s allowed" % (used, "any number" if most is None else most))
+        yield Finding(OK, "processes", "%d in use, %s allowed" % (used, "any number" if limit is None else limit))
     cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0]
     if cpu_s != resource.RLIM_INFINITY:
-        yield Finding(WARN, "CPU time", "a program is ended here after %s of it (ulimit -t), which a server uses up in "
-                      "some %s requests" % (span(cpu_s), grouped(int(cpu_s / 0.0001))))
+        yield Finding(WARN, "CPU time", "a program is ended here after %s of it (ulimit -t), and a server uses that up "
+                      "in some %s requests" % (duration_text(cpu_s), grouped(int(cpu_s / 0.0001))))
 
 
-def limit_words(limit: int) -> str:
+def limit_text(limit: int) -> str:
     """A limit of the system in words."""
     return "any number" if limit == resource.RLIM_INFINITY else str(limit)
 
 
 def process_limit() -> Tuple[Optional[int], int]:
-    """How many processes and threads this user may have, None for any number, and how many there are."""
+    """How many processes and threads this user may have (None for any number), and how many there are."""
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     limits = [(soft, own_threads())] if soft != resource.RLIM_INFINITY else []
     with contextlib.suppress(OSError, ValueError):      # a control group's own limit, as login nodes have
@@ -9570,27 +9536,27 @@ def own_threads() -> int:
 
 
 def check_job() -> Iterator[Finding]:
-    """Whether a worker would know when the batch job ends; and what workers have left that could not be sent."""
+    """Whether a worker knows when the batch job ends, and whether workers left reports that they could not send."""
     now = time.time()
     if os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"):
         end = job_end(os.environ, now)
         if end is None:
-            yield Finding(WARN, "job", "when it ends cannot be had from the batch system: tell 'work' by --until")
+            yield Finding(WARN, "job", "the batch system does not say when it ends: tell 'work' by --until")
         elif end < now:
             yield Finding(WARN, "job", "it should have ended %s ago, so that workers take no task: look at "
-                          "SLURM_JOB_END_TIME, or tell 'work' by --until" % span(now - end))
+                          "SLURM_JOB_END_TIME, or tell 'work' by --until" % duration_text(now - end))
         else:
-            yield Finding(OK, "job", "ends in %s, and workers leave in time" % span(end - now))
-    left = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "unsent-*.json"))
-    if left:
-        yield Finding(WARN, "leftovers", "%s in %s: the next worker or verb that reaches the farm sends what workers "
-                      "could not" % (counted(len(left), "file"), state_folder(os.environ)))
+            yield Finding(OK, "job", "ends in %s, and workers leave in time" % duration_text(end - now))
+    files = glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "unsent-*.json"))
+    if files:
+        yield Finding(WARN, "leftovers", "%s in %s with reports that workers could not send: the next worker or verb "
+                      "that reaches the farm sends them" % (count_text(len(files), "file"), state_folder(os.environ)))
 
 
 def check_server(url: str) -> Iterator[Finding]:
     """Whether this node reaches the server that verbs and workers use, and whether the login works.
 
-    *url*: of another than that of the access file; "" for that one.
+    *url*: of the server, "" for the one in the access file.
     """
     try:
         access = find_access(os.environ, url)
@@ -9611,7 +9577,7 @@ def check_server(url: str) -> Iterator[Finding]:
 
 
 def unreachable_advice(url: str) -> str:
-    """What to do about a server that does not answer, by what its address looks like."""
+    """What to do about a server that does not answer, as its address suggests."""
     try:
         host = urllib.parse.urlsplit(url).hostname or ""
         addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
@@ -9626,12 +9592,12 @@ def unreachable_advice(url: str) -> str:
 
 
 def url_host(url: str) -> str:
-    """The host of a URL, for sentences."""
+    """The host in a URL, or the URL where there is none."""
     return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
 
 
 def check_path(client: Client, access: Access) -> Iterator[Finding]:
-    """Name, address and time of an answer."""
+    """Where the server answers and how fast, and whether its clock agrees with ours."""
     took_s = []
     try:
         for _ in range(7):
@@ -9644,25 +9610,27 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
     median_s = sorted(took_s)[3]
     peer = client.peer
     alone = " (for this machine alone; --host 0.0.0.0 is for other nodes)" if peer.startswith("127.") else ""
-    proof = "" if access.proof else "; it cannot prove who it is, since the login does not say how"
+    proof = "" if access.proof else "; the access file says nothing by which it could prove that it is your farm"
     yield Finding(OK, "server", "%s answers at %s%s%s" % (access.url, peer, alone, proof))
     says = "after %.1f ms (median of 7)" % (1000 * median_s)
-    yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks") if median_s > SLOW_ANSWER_S else (
-        Finding(OK, "answers", says))
+    if median_s > SLOW_ANSWER_S:
+        yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks")
+    else:
+        yield Finding(OK, "answers", says)
     if abs(client.clock_ahead_s) > 5:
-        yield Finding(WARN, "clock", "the server's is %s %s of this node's: times in logs will not fit" % (
-            span(abs(client.clock_ahead_s)), "ahead" if client.clock_ahead_s > 0 else "behind"))
+        yield Finding(WARN, "clock", "the server's is %s %s this node's: times in logs do not agree" % (
+            duration_text(abs(client.clock_ahead_s)), "ahead of" if client.clock_ahead_s > 0 else "behind"))
 
 
 def check_login(client: Client, access: Access) -> Iterator[Finding]:
     """Whether the login works, whether others can read it, and whether the server takes work."""
-    who = access.user or "the token"
+    name = access.user or "the token"
     try:
         client.ask("GET", "/api/token")
-        yield Finding(OK, "login", "%s, by %s" % (who, access.source))
+        yield Finding(OK, "login", "%s, by %s" % (name, access.source))
     except (FarmError, Unreachable, Refusal) as error:
         yield Finding(FAIL, "login", "%s, by %s, does not work: %s; 'taskfarm.py login %s' makes another" % (
-            who, access.source, error, access.url))
+            name, access.source, error, access.url))
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
         if mode & 0o077:
@@ -9676,13 +9644,17 @@ def check_login(client: Client, access: Access) -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------- STATUS
-# How a run gets on, asked for once or until it is over: what a person looks at and a program reads.
+# How far a run is, asked for once or until it is over, for persons and for programs. It asks the server by a Client,
+# and must not know how the server finds the answers.
+#
+# A new figure of status: a field of RunStatus, which `RunMonitor.update` fills, a line in `status_lines` and a key in
+# `status_json`. What it costs the server decides whether `update` asks for it each time or `_ask_details` does.
 
-SHOWN_TASKS = 5                     # longest computing tasks and last failures
-ROWS_AT_ONCE = 1000                 # that are asked for
-RARE_S = 10.0                       # between two questions of a watch that cost the server some milliseconds
-WATCH_S = 2.0                       # between two looks at a run
-WATCH_LINE_S = 30.0                 # between two lines of a watch that cannot redraw
+SHOWN_TASKS = 5                     # longest computing tasks, and last failures
+ROWS_AT_ONCE = 1000                 # entries of a page that is asked for
+DETAILS_S = 10.0                    # between two requests for details, which cost the server some milliseconds
+WATCH_S = 2.0                       # between two updates of --watch
+WATCH_LINE_S = 30.0                 # between two lines of --watch where it cannot redraw
 
 
 def run_path(run_uuid: str, tail: str = "") -> str:
@@ -9700,16 +9672,16 @@ def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[st
         query["after"] = answer["next"]
 
 
-class Look(NamedTuple):
-    """What a person wants to know about a run at one moment."""
+class RunStatus(NamedTuple):
+    """How far a run is, at one moment."""
     run: Dict[str, Any]
-    workers: List[Dict[str, Any]]       # those alive in the whole farm
+    workers: List[Dict[str, Any]]       # those alive, in the whole farm
     longest: List[Dict[str, Any]]       # tasks, the one that computes longest first
     failures: List[Dict[str, Any]]      # tasks, the one that failed last first
     rate: Optional[Rate]
-    least_s: Optional[float]            # time left
+    least_s: Optional[float]            # until the run is over
     most_s: Optional[float]
-    why: str                            # there is no time left to tell
+    why: str                            # least_s and most_s are not known
     utc: float                          # seconds since 1970, by the server's clock
 
     @property
@@ -9717,256 +9689,263 @@ class Look(NamedTuple):
         """Whether nothing waits and nothing computes."""
         return not self.run["numWaiting"] + self.run["numComputing"]
 
+    @property
+    def hosts(self) -> int:
+        """How many hosts the workers run on."""
+        return len({worker["hostname"] for worker in self.workers})
 
-class Lookout:
-    """Looks at a run again and again; each time it knows more of its pace.
+    @property
+    def held(self) -> int:
+        """How many tasks the workers hold, of all runs."""
+        return sum(worker["held"] for worker in self.workers)
 
-    What costs the server more than a few rows is asked for only every RARE_S seconds.
+
+class RunMonitor:
+    """Asks for the status of a run again and again. The longer it does so, the better it knows the rate.
+
+    What costs the server more than a few rows is asked for only every DETAILS_S seconds.
     """
     def __init__(self, client: Client, run_uuid: str) -> None:
         self.client, self.run_uuid = client, run_uuid
         self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
-        self.asked = -math.inf                                  # tick of the last rare question
-        self.workers: List[Dict[str, Any]] = []
-        self.ends = Ends([], [])                                # by the last rare question
+        self.details_tick = -math.inf
+        self.workers: List[Dict[str, Any]] = []                 # as of details_tick
+        self.ends = RecentEnds([], [])                          # as of details_tick
 
-    def look(self) -> Look:
+    def update(self) -> RunStatus:
         """Ask the server. Raises FarmError and Unreachable."""
         run = self.client.ask("GET", run_path(self.run_uuid))
         tick, utc = time.monotonic(), time.time() + self.client.clock_ahead_s
-        if tick - self.asked >= RARE_S:
-            self._ask_rarely(utc)
-            self.asked = tick
+        if tick - self.details_tick >= DETAILS_S:
+            self._ask_details(utc)
+            self.details_tick = tick
         longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
         failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
-        self._remember(tick, run)
-        told, seen = rate_of(self.ends.points), rate_of(self.readings)
-        rate = seen if seen and (told is None or seen.window_s > told.window_s) else told
-        started = moment(longest[0]["started"]) if longest else None
-        least_s, most_s, why = outlook(run, rate, self.ends, None if started is None else utc - started)
-        return Look(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
+        self._add_reading(tick, run["numDone"] + run["numFailed"])
+        rate, watched = estimate_rate(self.ends.points), estimate_rate(self.readings)
+        if watched and (rate is None or watched.window_s > rate.window_s):
+            rate = watched
+        started = parse_time(longest[0]["started"]) if longest else None
+        least_s, most_s, why = estimate_time_left(run, rate, self.ends, None if started is None else utc - started)
+        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
 
-    def _ask_rarely(self, utc: float) -> None:
+    def _ask_details(self, utc: float) -> None:
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
                         for worker in rows]
         lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
-        # Before the time at which one of the lists was cut off, the other alone would count.
-        since = max([moment(tasks[-1]["finished"]) or 0.0 for tasks, whole in lists if tasks and not whole] or [0.0])
-        ended = [task for tasks, _ in lists for task in tasks if (moment(task["finished"]) or 0.0) >= since]
+        # A list that is not complete begins at some time. Before it only tasks of the other list would count.
+        since = max([parse_time(tasks[-1]["finished"]) or 0.0 for tasks, complete in lists if tasks and not complete],
+                    default=0.0)
+        ended = [task for tasks, _ in lists for task in tasks if (parse_time(task["finished"]) or 0.0) >= since]
         self.ends = recent_ends(ended, not since, utc)
 
-    def _remember(self, tick: float, run: Mapping[str, Any]) -> None:
-        ended = run["numDone"] + run["numFailed"]
-        if self.readings and ended < self.readings[-1][1]:      # it was restarted
+    def _add_reading(self, tick: float, ended: int) -> None:
+        if self.readings and ended < self.readings[-1][1]:      # the run was restarted
             self.readings.clear()
         self.readings.append((tick, ended))
-        while tick - self.readings[0][0] > window_of(self.ends.took_s):
+        while tick - self.readings[0][0] > rate_window_s(self.ends.took_s):
             self.readings.popleft()
 
     def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
-        """The first tasks of a status in an order, and whether there are no more."""
+        """The first tasks of a status in an order, and whether these are all."""
         answer = self.client.ask("GET", run_path(self.run_uuid, "/tasks?" + urllib.parse.urlencode(
             {"status": status, "order": order, "limit": limit})))
         return answer["data"], not answer["next"]
 
 
-def rate_words(look: Look) -> str:
-    """The recent rate in words, with its range."""
-    rate = look.rate
+def recent_rate_text(rate: Optional[Rate]) -> str:
+    """A rate with its range and its window."""
     if rate is None:
         return "unknown: too few tasks have ended lately"
     return "%s over the last %s (%s)" % (
-        per_time(rate.per_s), span(rate.window_s), per_time(rate.per_s, rate.low, rate.high))
+        rate_text(rate.per_s), duration_text(rate.window_s), rate_text(rate.per_s, rate.low, rate.high))
 
 
-def left_words(look: Look) -> str:
-    """The time left in words."""
-    if look.least_s is None and look.why:
-        return "unknown: " + look.why
-    return in_words(look.least_s, look.most_s)
+def time_left_text(status: RunStatus) -> str:
+    """The time left as a range, or why it is not known."""
+    if status.least_s is None and status.why:
+        return "unknown: " + status.why
+    return range_text(status.least_s, status.most_s)
 
 
-def worker_words(look: Look) -> str:
-    """How many workers there are."""
-    if not look.workers:
-        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % look.run["uuid"][:8]
-    hosts = len({worker["hostname"] for worker in look.workers})
+def workers_text(status: RunStatus) -> str:
+    """How many workers there are, and how many tasks they hold."""
+    if not status.workers:
+        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % status.run["uuid"][:8]
     return "%s alive on %s, they hold %s (of all runs)" % (
-        grouped(len(look.workers)), counted(hosts, "host"), counted(sum(w["held"] for w in look.workers), "task"))
+        grouped(len(status.workers)), count_text(status.hosts, "host"), count_text(status.held, "task"))
 
 
-def look_lines(look: Look, screen: Screen) -> List[str]:
-    """A status as a person reads it; each line fits the terminal."""
-    run, columns = look.run, screen.columns
-    named = harmless(run.get("name") or "run")
-    rest = "  %s   %s, made %s ago" % (run["uuid"], counted(run["numTasks"], "task"), age(run.get("created"), look.utc))
-    head = cut(named + rest, columns) if columns else named + rest
-    share = percent(run["percentDone"], 100)
-    lines = [screen.paint(head[:len(named)], "bold") + head[len(named):],
+def status_lines(status: RunStatus, screen: Screen) -> List[str]:
+    """A status for a person. Each line fits the terminal."""
+    run, columns = status.run, screen.columns
+
+    def fitting(line: str) -> str:
+        return cut(line, columns) if columns else line
+    name = printable(run.get("name") or "run")
+    first = fitting("%s  %s   %s, made %s ago" % (
+        name, run["uuid"], count_text(run["numTasks"], "task"), time_since(run.get("created"), status.utc)))
+    share = percent_text(run["percentDone"], 100)
+    lines = [screen.paint(first[:len(name)], "bold") + first[len(name):],
              "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
              *state_lines(run, screen)]
-    if look.over:
+    if status.over:
         facts = [("over", "all tasks are done" if not run["numFailed"] else
                   "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts = [("rate", rate_words(look)), ("time left", left_words(look)), ("workers", worker_words(look))]
-    for name, words in facts:
-        line = "%-11s%s" % (name, words)
-        lines.append(cut(line, columns) if columns else line)
-    return lines + task_lines("longest computing", look.longest, LONGEST, look, screen) + task_lines(
-        "last failures", look.failures, FAILURES, look, screen)
+        facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
+                 ("workers", workers_text(status))]
+    lines += [fitting("%-11s%s" % fact) for fact in facts]
+    for title, tasks, columns_shown in (("longest computing", status.longest, LONGEST_COLUMNS),
+                                        ("last failures", status.failures, FAILURE_COLUMNS)):
+        if tasks:
+            table = task_table(columns_shown, max(columns - 2, 1) if columns else 0)
+            rows = task_rows(tasks, columns_shown, status.utc)
+            lines += ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))]
+    return lines
 
 
-# The columns of tables of tasks by their titles, and which of them stand where.
-CELLS = {column.title: column for column in (
-    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, spare=True),
-    Column("failures", True, spare=True), Column("losses", True, spare=True), Column("for", True),
-    Column("ago", True), Column("took", True, spare=True), Column("host", gives=True),
-    Column("exit", True), Column("message", gives=True))}
-LONGEST = ("task", "for", "percent", "attempt", "host")
-FAILURES = ("task", "ago", "attempt", "exit", "host", "message")
-TASKS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
+# The columns of tables of tasks by title, and those of each table.
+TASK_TABLE = {column.title: column for column in (
+    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, optional=True),
+    Column("failures", True, optional=True), Column("losses", True, optional=True), Column("for", True),
+    Column("ago", True), Column("took", True, optional=True), Column("host", can_shrink=True),
+    Column("exit", True), Column("message", can_shrink=True))}
+LONGEST_COLUMNS = ("task", "for", "percent", "attempt", "host")
+FAILURE_COLUMNS = ("task", "ago", "attempt", "exit", "host", "message")
+LISTED_COLUMNS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
 
 
-def took(task: Mapping[str, Any], now_utc: float) -> str:
-    """How long the last attempt took, or takes so far; "" when that is not known."""
-    started, finished = moment(task["started"]), moment(task["finished"])
+def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
+    """How long the last attempt took, or takes so far. "" when that is not known."""
+    started, finished = parse_time(task["started"]), parse_time(task["finished"])
     if started is None or finished is None and task["status"] != "computing":
         return ""
-    return span(max((finished or now_utc) - started, 0.0))
-
-
-def task_cells(task: Mapping[str, Any], now_utc: float) -> Dict[str, Any]:
-    """What stands in each column for a task."""
-    return {"task": task["task"], "status": task["status"], "percent": "%.1f" % task["percentCompleted"],
-            "attempt": task["attempt"], "failures": task["failures"], "losses": task["losses"],
-            "for": age(task["started"], now_utc), "ago": age(task["finished"], now_utc), "took": took(task, now_utc),
-            "host": task["hostname"], "exit": task["exitCode"], "message": task["message"]}
+    return duration_text(max((finished or now_utc) - started, 0.0))
 
 
 def task_table(titles: Sequence[str], width: int) -> Table:
-    """A table for tasks."""
-    return Table([CELLS[title] for title in titles], width)
+    """A table of tasks, with some of TASK_TABLE."""
+    return Table([TASK_TABLE[title] for title in titles], width)
 
 
 def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
     """The rows of such a table."""
-    cells = [task_cells(task, now_utc) for task in tasks]
-    return [[row[title] for title in titles] for row in cells]
+    rows = []
+    for task in tasks:
+        cells = {"percent": "%.1f" % task["percentCompleted"], "for": time_since(task["started"], now_utc),
+                 "ago": time_since(task["finished"], now_utc), "took": attempt_duration(task, now_utc),
+                 "host": task["hostname"], "exit": task["exitCode"]}
+        rows.append([cells[title] if title in cells else task[title] for title in titles])
+    return rows
 
 
-def task_lines(title: str, tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], look: Look,
-               screen: Screen) -> List[str]:
-    """A small table under a title; nothing when there are no tasks."""
-    table = task_table(titles, max(screen.columns - 2, 1) if screen.columns else 0)
-    rows = task_rows(tasks, titles, look.utc)
-    return ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))] if tasks else []
-
-
-def look_json(look: Look) -> Dict[str, Any]:
+def status_json(status: RunStatus) -> Dict[str, Any]:
     """A status for programs."""
-    rate = look.rate
-    return {"run": look.run, "over": look.over,
+    rate = status.rate
+    return {"run": status.run, "over": status.over,
             "rate": rate and {"perSecond": rate.per_s, "low": rate.low, "high": rate.high, "ended": rate.ended,
                               "seconds": rate.window_s},
-            "secondsLeft": {"least": look.least_s, "most": look.most_s},
-            "workers": {"alive": len(look.workers), "hosts": len({worker["hostname"] for worker in look.workers}),
-                        "held": sum(worker["held"] for worker in look.workers)},
-            "longest": look.longest, "failures": look.failures}
+            "secondsLeft": {"least": status.least_s, "most": status.most_s},
+            "workers": {"alive": len(status.workers), "hosts": status.hosts, "held": status.held},
+            "longest": status.longest, "failures": status.failures}
 
 
-def look_line(look: Look) -> str:
+def status_line(status: RunStatus) -> str:
     """A status in one line, for a log."""
-    run = look.run
-    pace = "over" if look.over else "%s, time left %s" % (
-        per_time(look.rate.per_s) if look.rate else "rate unknown", left_words(look))
-    return "%s, %s, %s" % (percent(run["percentDone"], 100), state_counts(run), pace)
+    run = status.run
+    forecast = "over" if status.over else "%s, time left %s" % (
+        rate_text(status.rate.per_s) if status.rate else "rate unknown", time_left_text(status))
+    return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), forecast)
 
 
 class Watch:
-    """Shows a run until it is over: redrawn in place on a terminal, else as lines. A server that is away is waited for.
+    """Shows a run until it is over: redrawn in place on a terminal, else as lines. It waits for a server that is away.
 
-    *every_s*: between two pictures or lines; None for what is usual.
+    *interval_s*: between two updates or lines; None for WATCH_S or WATCH_LINE_S.
     """
-    def __init__(self, lookout: Lookout, screen: Screen, every_s: Optional[float], as_json: bool) -> None:
-        self.lookout, self.screen, self.as_json = lookout, screen, as_json
-        self.redraws = screen.moves and not as_json
-        self.every_s = every_s or (WATCH_S if self.redraws else WATCH_LINE_S)
-        self.last: Optional[Look] = None
-        self.shown: Optional[float] = None      # tick of the last line
-        self.away: Optional[float] = None       # tick at which the server was found to be away
+    def __init__(self, monitor: RunMonitor, screen: Screen, interval_s: Optional[float], as_json: bool) -> None:
+        self.monitor, self.screen, self.as_json = monitor, screen, as_json
+        self.redraws = screen.can_redraw and not as_json
+        self.interval_s = interval_s or (WATCH_S if self.redraws else WATCH_LINE_S)
+        self.status: Optional[RunStatus] = None
+        self.line_tick = -math.inf                      # of the last line
+        self.away_since: Optional[float] = None         # tick at which the server did not answer first
+        self.trouble = ""                               # why it does not
 
     def run(self) -> int:
         """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
         while True:
             try:
-                self.last = self.lookout.look()
-                self._back()
+                self.status = self.monitor.update()
+                self._server_answered()
             except (Unreachable, FarmError) as error:
-                if self.last is None or isinstance(error, FarmError) and error.status < 500:
+                if self.status is None or isinstance(error, FarmError) and error.status < 500:
                     raise
-                self._gone(error)
-            self._show()
-            if self.last.over and self.away is None:
+                self._server_away(error)
+            self._show(self.status)
+            if self.status.over and self.away_since is None:
                 return 0
-            self.lookout.client.retry_s = 0.0        # from here on it is this loop that is patient
-            time.sleep(min(self.every_s, WATCH_S))
+            self.monitor.client.retry_s = 0.0        # after the first answer, this loop is what tries again
+            time.sleep(min(self.interval_s, WATCH_S))
 
-    def _say(self, sentence: str) -> None:
+    def _log(self, sentence: str) -> None:
         if not self.redraws:
             print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
                 sys.stderr if self.as_json else sys.stdout))
 
-    def _gone(self, error: Exception) -> None:
+    def _server_away(self, error: Exception) -> None:
         self.trouble = str(error)
-        if self.away is None:
-            self.away = time.monotonic()
-            self._say("the server is away: %s" % error)
+        if self.away_since is None:
+            self.away_since = time.monotonic()
+            self._log("the server is away: %s" % error)
 
-    def _back(self) -> None:
-        if self.away is not None:
-            self._say("the server is back after %s" % span(time.monotonic() - self.away))
-            self.away = None
+    def _server_answered(self) -> None:
+        if self.away_since is not None:
+            self._log("the server is back after %s" % duration_text(time.monotonic() - self.away_since))
+            self.away_since = None
 
-    def _show(self) -> None:
-        assert self.last
-        now = time.monotonic()
+    def _show(self, status: RunStatus) -> None:
+        tick = time.monotonic()
         if self.redraws:
-            lines = look_lines(self.last, self.screen)
-            if self.away is not None:
-                said = "the server is away, for %s now: %s" % (span(now - self.away), self.trouble)
-                lines.insert(0, self.screen.paint(cut(said, self.screen.columns), "red"))
+            lines = status_lines(status, self.screen)
+            if self.away_since is not None:
+                sentence = "the server is away, for %s now: %s" % (duration_text(tick - self.away_since), self.trouble)
+                lines.insert(0, self.screen.paint(cut(sentence, self.screen.columns), "red"))
             self.screen.redraw(lines)
-        elif self.away is None and (self.last.over or self.shown is None or now - self.shown >= self.every_s):
-            self.shown = now
+        elif self.away_since is None and (status.over or tick - self.line_tick >= self.interval_s):
+            self.line_tick = tick
             if self.as_json:
-                print(json.dumps(look_json(self.last)), flush=True)
+                print(json.dumps(status_json(status)), flush=True)
             else:
-                self._say(look_line(self.last))
+                self._log(status_line(status))
 
 
 # ---------------------------------------------------------------- VERBS
-# What a user types: runs, tasks, workers, and work itself.
+# What a user types: runs, tasks, workers, and work itself. A verb asks a server by a Client; it must not open the file.
+#
+# A new verb: `cmd_x(args)` here, which returns the exit status and whose docstring is its help; a line for it in
+# `add_client_verbs` in COMMAND LINE, its name in VERB_GROUPS there, in VERBS of the tests, and in README.
 
 def raise_descriptor_limit() -> None:
-    """Allow as many connections as the system lets us have: login nodes give 1024 unless asked."""
+    """Raise the limit of descriptors as far as the system allows: login nodes begin with 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (hard, 65536, 10240):     # macOS says "unlimited" and takes 10240
+    for wanted in (hard, 65536, 10240):     # macOS says "unlimited" and accepts 10240
         if wanted == hard or wanted > soft:
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 return
 
 
-def starter() -> str:
-    """A user name after whoever started the server."""
-    with contextlib.suppress(Exception):    # getpass asks the environment, then the password database; neither may know
+def default_user_name() -> str:
+    """The name of the user who runs this, or "farmer" where that is not known."""
+    with contextlib.suppress(Exception):    # getpass raises several where neither environment nor passwd knows it
         return check_name(re.sub(r"[:/]", "_", getpass.getuser()))
     return "farmer"
 
 
-def one_password(name: str) -> str:
-    """A password from the terminal, or one line of standard input; never an argument, where `ps` shows it."""
+def read_password(name: str) -> str:
+    """A password from the terminal, or one line of standard input. Not from an argument: `ps` shows those."""
     if sys.stdin.isatty():
         return getpass.getpass("password for %s: " % name)
     line = sys.stdin.buffer.readline().rstrip(b"\r\n")
@@ -9981,21 +9960,21 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
-    In the arguments {task}, {run}, {attempt} and {line} are replaced (what is put in stays one
-    argument); TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER are in the environment. A command that exits
-    with 0 has done its task; another status, a signal or --timeout is a failure, with the last line of
-    its error output as message. {line} is line number {task}, from 0, of the file of --lines; a command
-    that is {line} alone runs each line with sh.
+    {task}, {run}, {attempt} and {line} are replaced in the arguments of the command; the result stays
+    one argument. The command also finds TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER in its environment.
+    Exit status 0 means that the task is done. Another status, a signal or --timeout is a failure, and
+    the last line of the error output is its message. With --lines FILE, {line} is line number {task}
+    of the file, from 0. A command that is {line} alone runs each line with sh.
 
     Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
-    access file. SIGTERM, SIGINT, SIGHUP and SIGUSR1, and the coming end of the batch job, end the
-    commands and give their tasks back; a second signal does it at once. Slurm signals the worker only
-    when it is started by exec or srun, as below.
+    access file. On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends
+    its commands and gives their tasks back. After a second signal it does so at once. Slurm signals
+    the worker only when it is started by exec or srun, as below.
 
-    exit status: 0 nothing is left to do, 3 the same with failed tasks, 4 there is no such run (any
-    more), 5 the server cannot be reached, 6 the login is refused, 7 stopped before the end, 8 the first
-    ten commands all ended with 126 or 127 (no such program on this node; no task has failed for it),
-    1 refused, 2 usage
+    exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
+    4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
+    before the end, 8 the first ten commands all ended with 126 or 127 (the program is missing on this
+    node; no task has failed for that)
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
@@ -10041,9 +10020,9 @@ def cmd_work(args: argparse.Namespace) -> int:
 def cmd_progress(args: argparse.Namespace) -> int:
     """report from inside a task's command how far it is
 
-    For commands that `work` runs, which tells them by the environment which task they are at. Where
-    it cannot be reported the command is not disturbed: that is said, and the exit status is 0. It is 1
-    when the task is not this command's any more.
+    For commands that `work` runs: their environment says which task they work on. A report that cannot
+    be sent does not disturb the command: there is a message, and the exit status is 0. The exit status
+    is 1 when the task is not this command's any more.
 
     example:
       python3 taskfarm.py progress 50
@@ -10052,12 +10031,13 @@ def cmd_progress(args: argparse.Namespace) -> int:
         run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
         body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
     except (KeyError, ValueError):
-        tell("%g percent are not reported: no worker runs this (TASKFARM_TASK and others are not set)" % args.percent)
+        print_notice("%g percent are not reported: this is not a command of 'taskfarm.py work' (TASKFARM_TASK and "
+                     "others are not set)" % args.percent)
         return 0
     environ = dict(os.environ)
     farm = environ.get("TASKFARM_FARM", "")
     if farm:
-        environ.pop("TASKFARM_URL", None)       # the access file knows better where that farm is by now
+        environ.pop("TASKFARM_URL", None)       # the farm may have moved since, and the access file knows
     find = functools.partial(find_access, environ, farm=farm)
     with contextlib.closing(Client(find, 2.0, timeout_s=3.0)) as client:
         try:
@@ -10065,43 +10045,43 @@ def cmd_progress(args: argparse.Namespace) -> int:
         except (NotFound, Conflict):
             raise
         except (Unreachable, FarmError, Refusal) as error:
-            tell("%g percent are not reported: %s" % (args.percent, error))
+            print_notice("%g percent are not reported: %s" % (args.percent, error))
     return 0
 
 
-VERB_PATIENCE_S = 5.0               # a verb waits so long for a server that is being started or restarted
-TABLE_ROWS = 200                    # tasks on a terminal, unless told otherwise
+VERB_PATIENCE_S = 5.0               # a verb waits this long for a server that is being started or restarted
+TABLE_ROWS = 200                    # of 'tasks' on a terminal, without --limit
 
 
 @contextlib.contextmanager
-def asking(args: argparse.Namespace) -> Iterator[Client]:
-    """The client of a verb. It has some patience: `new` may stand in a script right behind the start of a server.
+def open_client(args: argparse.Namespace) -> Iterator[Client]:
+    """A client for a verb. It waits a little for a server: `new` may follow the start of one in a script.
 
-    What workers have left, since they could not reach the farm, is sent first.
+    Reports that workers could not send are sent first.
     """
     with contextlib.closing(Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)) as client:
-        client.say = tell
+        client.say = print_notice
         for sentence in send_all_unsent(client):
-            tell(sentence)
+            print_notice(sentence)
         yield client
 
 
-def tell(sentence: str) -> None:
-    """Tell a person something that is not what a verb prints."""
-    print("taskfarm: %s" % harmless(sentence), file=sys.stderr)
+def print_notice(sentence: str) -> None:
+    """Print a sentence for a person on the error output: the standard output is for what a verb prints."""
+    print("taskfarm: %s" % printable(sentence), file=sys.stderr)
 
 
 def wait_for_access(args: argparse.Namespace) -> None:
-    """Wait for the access file of a server that is being started for the first time, but not for ever."""
-    until, told = time.monotonic() + VERB_PATIENCE_S, False
-    while time.monotonic() < until:
+    """Wait up to VERB_PATIENCE_S for the access file of a server that is being started for the first time."""
+    deadline, noticed = time.monotonic() + VERB_PATIENCE_S, False
+    while time.monotonic() < deadline:
         try:
             find_access(os.environ, args.url)
             return
         except Refusal:
-            if not told and time.monotonic() > until - VERB_PATIENCE_S / 2:
-                tell("no farm is known here yet: waiting a moment for one that is being started")
-                told = True
+            if not noticed and time.monotonic() > deadline - VERB_PATIENCE_S / 2:
+                print_notice("no farm is known here yet: waiting for one that is being started")
+                noticed = True
         time.sleep(0.1)
 
 
@@ -10113,8 +10093,8 @@ def print_json(value: Any) -> None:
 def cmd_new(args: argparse.Namespace) -> int:
     """make a run of N tasks, and print its uuid
 
-    Workers are given the numbers 0 to N-1. With --lines, a run has a task for each line of a file:
-    a list of parameters, or of whole commands.
+    The tasks have the numbers 0 to N-1. With --lines, the run has a task for each line of a file: a
+    list of parameters, or of whole commands.
 
     examples:
       run=$(python3 taskfarm.py new 200000 --name antarctica)
@@ -10123,47 +10103,49 @@ def cmd_new(args: argparse.Namespace) -> int:
     """
     number = args.tasks if args.lines is None else len(Lines(args.lines))
     if args.lines is not None and not number:
-        raise Refusal("%s has no lines, and a run has one task at least" % args.lines)
+        raise Refusal("%s has no lines, and a run needs one task at least" % args.lines)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
     wait_for_access(args)
-    with asking(args) as client:
+    with open_client(args) as client:
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
     print(run["uuid"])
     return 0
 
 
 def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
-    """The uuids of runs; on a terminal their beginnings, as long as it takes to tell them apart."""
-    whole = [run["uuid"] for run in runs]
+    """The uuids of runs. On a terminal their first digits: 8, or as many as tell them apart."""
+    uuids = [run["uuid"] for run in runs]
     for length in range(8, 32) if screen.terminal else ():
-        if len({one[:length] for one in whole}) == len(whole):
-            return [one[:length] for one in whole]
-    return whole
+        short = [uuid_[:length] for uuid_ in uuids]
+        if len(set(short)) == len(uuids):
+            return short
+    return uuids
 
 
 def cmd_list(args: argparse.Namespace) -> int:
     """list the runs, the newest last
 
-    Verbs take a run by its uuid or its whole name, or by 8 or more digits that its uuid begins with.
-    Those that only read take any beginning of a uuid or name that no other run has.
+    Every verb takes a run by its uuid, its whole name, or 8 or more digits that its uuid begins with.
+    A verb that only reads also takes any beginning of a uuid or name that no other run has.
 
     examples:
       python3 taskfarm.py list
       python3 taskfarm.py list --json
     """
-    with asking(args) as client:
+    with open_client(args) as client:
         answer = client.ask("GET", "/api/runs")
     if args.json:
         print_json(answer)
         return 0
     screen, now = Screen(sys.stdout, os.environ), time.time() + client.clock_ahead_s
     runs = answer["data"]
-    table = Table([Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, spare=True),
-                   Column("computing", True, spare=True), Column("done", True, spare=True), Column("failed", True),
-                   Column("age", True, spare=True), Column("name", gives=True)], screen.columns)
+    table = Table([
+        Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, optional=True),
+        Column("computing", True, optional=True), Column("done", True, optional=True), Column("failed", True),
+        Column("age", True, optional=True), Column("name", can_shrink=True)], screen.columns)
     print_table(screen, table, [
-        (short, run["numTasks"], percent(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
-         run["numComputing"], run["numDone"], run["numFailed"], age(run.get("created"), now), run.get("name"))
+        (short, run["numTasks"], percent_text(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
+         run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("name"))
         for run, short in zip(runs, short_uuids(runs, screen))])
     if not runs:
         print("no runs yet: 'taskfarm.py new 1000' makes one", file=sys.stderr)
@@ -10171,18 +10153,20 @@ def cmd_list(args: argparse.Namespace) -> int:
 
 
 def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows, the headings in bold."""
-    first = not table.begun
+    """Print rows, with the headings in bold."""
+    with_headings = not table.has_headings
     lines = table.lines(rows)
-    screen.print([screen.paint(line, "bold") if first and not number else line for number, line in enumerate(lines)])
+    if with_headings:
+        lines[0] = screen.paint(lines[0], "bold")
+    screen.print(lines)
 
 
 def cmd_status(args: argparse.Namespace) -> int:
     """show how far a run is: its tasks by state, rate, time left, workers, failures
 
-    The rate is taken over a recent window, and the time left is a range: what chance and the ups and
-    downs of that window make likely. With --watch it is shown again and again until the run is over;
-    into a file or a pipe as a line every now and then.
+    The rate is that of a recent window, and the time left is a probable range: it is wide where the
+    rate changed much in that window. With --watch the status is shown again and again until the run is
+    over: in place on a terminal, as a line every 30 s in a file or a pipe (see --every).
 
     examples:
       python3 taskfarm.py status antarctica
@@ -10190,22 +10174,22 @@ def cmd_status(args: argparse.Namespace) -> int:
       python3 taskfarm.py status 3f2a --json
     """
     screen = Screen(sys.stdout, os.environ)
-    with asking(args) as client:
-        lookout = Lookout(client, find_run_uuid(client, args.run))
+    with open_client(args) as client:
+        monitor = RunMonitor(client, find_run_uuid(client, args.run))
         if args.watch:
-            return Watch(lookout, screen, args.every, args.json).run()
-        look = lookout.look()
+            return Watch(monitor, screen, args.every, args.json).run()
+        status = monitor.update()
     if args.json:
-        print_json(look_json(look))
+        print_json(status_json(status))
     else:
-        screen.print(look_lines(look, screen))
+        screen.print(status_lines(status, screen))
     return 0
 
 
 def cmd_tasks(args: argparse.Namespace) -> int:
     """list the tasks of a run, with host, exit code and message
 
-    On a terminal the first 200, unless --limit says otherwise (0: all); into a pipe all of them.
+    On a terminal the first 200, in a file or a pipe all of them, unless --limit says otherwise.
 
     examples:
       python3 taskfarm.py tasks antarctica --status failed
@@ -10215,34 +10199,34 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     screen = Screen(sys.stdout, os.environ)
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
     query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
-    with asking(args) as client:
+    with open_client(args) as client:
         path = run_path(find_run_uuid(client, args.run), "/tasks")
         query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
-        rows = limited(every_page(client, path, **query), limit)
+        rows = limit_rows(every_page(client, path, **query), limit)
         if args.json:
             print_json_rows(rows)
             return 0
-        table = task_table(TASKS, screen.columns)
+        table = task_table(LISTED_COLUMNS, screen.columns)
         for tasks, more in rows:
-            print_table(screen, table, task_rows(tasks, TASKS, time.time() + client.clock_ahead_s))
+            print_table(screen, table, task_rows(tasks, LISTED_COLUMNS, time.time() + client.clock_ahead_s))
             if more:
                 print("... and more: --limit 0 shows all", file=sys.stderr)
     return 0
 
 
-def limited(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple[List[Dict[str, Any]], bool]]:
-    """The pages with so many rows in all (0: all of them), and whether rows after them were left out."""
-    shown = 0
+def limit_rows(pages: Iterator[List[Dict[str, Any]]], limit: int) -> Iterator[Tuple[List[Dict[str, Any]], bool]]:
+    """Pages with at most *limit* rows in all (0: any number), and of each whether rows after it were left out."""
+    count = 0
     for rows in pages:
-        if limit and shown + len(rows) > limit:
-            yield rows[:limit - shown], True
+        if limit and count + len(rows) > limit:
+            yield rows[:limit - count], True
             return
-        shown += len(rows)
+        count += len(rows)
         yield rows, False
 
 
 def print_json_rows(pages: Iterator[Tuple[List[Dict[str, Any]], bool]]) -> None:
-    """Print pages of rows as one JSON object {"data": [...]}, a row a line, in bounded memory."""
+    """Print pages of rows as one JSON object {"data": [...]}, a line for each row, without all of them in memory."""
     lines = (json.dumps(row) for rows, _ in pages for row in rows)
     sys.stdout.write('{"data": [' + next(lines, ""))
     for line in lines:
@@ -10253,7 +10237,8 @@ def print_json_rows(pages: Iterator[Tuple[List[Dict[str, Any]], bool]]) -> None:
 def cmd_workers(args: argparse.Namespace) -> int:
     """list the workers that are alive, and how many tasks they hold
 
-    "heard" is how long ago a worker last spoke; after "lease" without a word its tasks wait again.
+    "heard" is how long ago the last request of a worker came. After "lease" without a request its tasks
+    wait again.
 
     examples:
       python3 taskfarm.py workers
@@ -10261,35 +10246,35 @@ def cmd_workers(args: argparse.Namespace) -> int:
     """
     screen = Screen(sys.stdout, os.environ)
     query = {"all": True} if args.all else {}
-    with asking(args) as client:
-        pages = limited(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
+    with open_client(args) as client:
+        pages = limit_rows(every_page(client, "/api/workers", limit=ROWS_AT_ONCE, **query), 0)
         if args.json:
             print_json_rows(pages)
             return 0
-        table = Table([Column("host", gives=True), Column("pid", True), Column("state"), Column("holds", True),
-                       Column("heard", True), Column("lease", True, spare=True),
-                       Column("worker", gives=True, spare=True)], screen.columns)
+        table = Table([Column("host", can_shrink=True), Column("pid", True), Column("state"), Column("holds", True),
+                       Column("heard", True), Column("lease", True, optional=True),
+                       Column("worker", can_shrink=True, optional=True)], screen.columns)
         for workers, _ in pages:
             utc = time.time() + client.clock_ahead_s
             print_table(screen, table, [
-                (worker["hostname"], worker["pid"], worker["state"], worker["held"], age(worker["heard"], utc),
-                 "" if worker["lease"] is None else span(worker["lease"]), worker["uuid"]) for worker in workers])
+                (worker["hostname"], worker["pid"], worker["state"], worker["held"], time_since(worker["heard"], utc),
+                 worker["lease"] and duration_text(worker["lease"]), worker["uuid"]) for worker in workers])
     return 0
 
 
 def cmd_restart(args: argparse.Namespace) -> int:
     """let tasks of a run wait again: those that are not done, the failed ones, or all
 
-    Without an option, tasks that are done stay so, and so do those that a living worker computes.
+    Without an option, tasks stay as they are that are done, or that a worker alive computes.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
-      python3 taskfarm.py restart antarctica             what dead workers left, and what failed
+      python3 taskfarm.py restart antarctica             what failed, and what workers without a lease left
       python3 taskfarm.py restart antarctica --failed
-      python3 taskfarm.py restart antarctica --all       from the beginning: every result counts as not there
+      python3 taskfarm.py restart antarctica --all       from the beginning: no task counts as done any more
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
-    with asking(args) as client:
+    with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
@@ -10300,28 +10285,28 @@ def cmd_restart(args: argparse.Namespace) -> int:
 def cmd_delete(args: argparse.Namespace) -> int:
     """delete a run with its tasks; asks first
 
-    Workers that compute for it end their commands. Nothing brings it back but a copy of the file ('backup').
+    Workers that compute for it end their commands. Only a copy of the file ('backup') brings it back.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
       python3 taskfarm.py delete antarctica
       python3 taskfarm.py delete 3f2a91c4 --yes       does not ask: for scripts
     """
-    with asking(args) as client:
+    with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
         run = client.ask("GET", run_path(run_uuid))
-        if not args.yes and not agreed("delete run %s%s: %s?" % (
-                run_uuid, " (%s)" % harmless(run["name"]) if run.get("name") else "", state_counts(run))):
+        if not args.yes and not confirm("delete run %s%s: %s?" % (
+                run_uuid, " (%s)" % printable(run["name"]) if run.get("name") else "", state_counts(run))):
             raise Refusal("nothing was deleted")
         client.ask("DELETE", run_path(run_uuid))
     print("run %s is deleted" % run_uuid)
     return 0
 
 
-def agreed(question: str) -> bool:
-    """Ask on the terminal; only y or yes is a yes. Raises Refusal where nobody can be asked."""
+def confirm(question: str) -> bool:
+    """Ask on the terminal: whether the answer is y or yes. Raises Refusal without a terminal."""
     if not sys.stdin.isatty():
-        raise Refusal("%s Nobody is here to say so: --yes does" % question)
+        raise Refusal("%s This is no terminal to answer on: --yes answers yes" % question)
     print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -10329,19 +10314,19 @@ def agreed(question: str) -> bool:
 def cmd_login(args: argparse.Namespace) -> int:
     """make an access file for a server elsewhere, so that verbs and workers here find it
 
-    On the cluster of the server itself this is not needed: its start writes the access file, and the
-    home directory is shared. The password comes from the terminal, or as one line of standard input.
+    It is not needed where the home directory of the server's user is: the start of the server writes the
+    access file there. The password comes from the terminal, or as one line of standard input.
 
     examples:
       python3 taskfarm.py login http://login1.cluster:5000
       python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
     """
     url = base_url(args.url if "://" in args.url else "http://" + args.url)
-    user = args.user or starter()
+    user = args.user or default_user_name()
     access = Access(url, "", "", "", "", "", "the argument")
     with contextlib.closing(Client(lambda: access)) as client:
-        client.ask("GET", "/livez")         # before anybody types a password
-    access = access._replace(user=user, password=one_password(user))
+        client.ask("GET", "/livez")         # nobody types a password where no farm answers
+    access = access._replace(user=user, password=read_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
         answer = client.ask("GET", "/api/token?proof=True")
     path = login_path(os.environ, url)
@@ -10349,34 +10334,36 @@ def cmd_login(args: argparse.Namespace) -> int:
         write_access(path, dict(answer, url=url, user=user))
     except OSError as error:
         raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
-    print("%s has address and login of %s for %s" % (path, url, user))
+    print("%s now holds address and login of %s, for user %s" % (path, url, user))
     if path != access_path(os.environ):
-        print("another farm answers at the address in %s: choose this one with export TASKFARM_ACCESS=%s" % (
-            access_path(os.environ), path))
+        print("%s stays as it is, since another farm answers at its address: export TASKFARM_ACCESS=%s chooses this one"
+              % (access_path(os.environ), path))
     return 0
 
 
 def login_path(environ: Mapping[str, str], url: str) -> str:
-    """Where `login` writes: the access file, or beside that of another farm that still answers."""
+    """Where `login` writes: the access file, or a file beside it when that is of another farm that answers."""
     path = access_path(environ)
-    known = parse_access(read_access(path), path)
-    if environ.get("TASKFARM_ACCESS") or known.url == url or not farm_answers(known):
+    present = parse_access(read_access(path), path)
+    if environ.get("TASKFARM_ACCESS") or present.url == url or not farm_answers(present):
         return path
     return os.path.join(os.path.dirname(path), "access-%s.json" % re.sub(r"[^A-Za-z0-9.-]+", "-", url.split("://")[1]))
 
 
 # ---------------------------------------------------------------- UPKEEP
-# What the keeper of a farm types: start and end of the server, users, copies, checks, measurements. It must not speak
-# SQL nor read the file: it names operations. To add a verb, write `cmd_x(args)` here (its docstring is its help) and
-# give it its options in COMMAND LINE; on a file that may be served it goes through `LocalFarm`.
+# What the keeper of a farm types: the server, users, copies, checks, measurements. It must not use SQL: it names
+# operations, and `LocalFarm` sends them to the server where one has the file.
+#
+# A new verb: `cmd_x(args)` here, which returns the exit status and whose docstring is its help; its options in
+# `make_parser` in COMMAND LINE, its name in VERB_GROUPS there, in VERBS of the tests, and in README.
 
 def take_lock(db: str) -> Lock:
-    """The lock of a file, for a server or a verb. Raises Refusal, InUse when a server has the file.
+    """The lock of a file, for a server or a verb. Raises Refusal, and InUse when a server has the file.
 
-    The locks of some file systems keep out only processes of the same machine (NFS mounted with nolock or
-    local_lock). So where a server of another machine has not ended cleanly, its address is asked. No answer: it is
-    taken for ended, as after a crash of its machine, and the farm must be able to go on. An address within that
-    machine cannot be asked from here: then a person has to look.
+    The locks of some file systems work within one machine only (NFS mounted with nolock or local_lock). So a server
+    of another machine that did not end cleanly is asked at its address. If it does not answer, it has ended, as after
+    a crash of its machine, and the farm must be able to go on. A loopback address cannot be asked from here. Then a
+    person has to look.
     """
     lock = Lock(db)
     last = lock.left
@@ -10385,30 +10372,30 @@ def take_lock(db: str) -> Lock:
     try:
         elsewhere = last.get("host") != socket.gethostname()    # else our machine has been started again since
         if elsewhere and is_loopback(str(last.get("url"))):
-            raise Refusal("process %s on %s served %s last, did not end cleanly and cannot be asked from here. Go on "
-                          "at %s, or look there that it has ended and remove %s" % (
+            raise Refusal("process %s on %s served %s last, did not end cleanly and cannot be asked from here. Start "
+                          "the server on %s, or see there that the process has ended and remove %s" % (
                               last.get("pid"), last.get("host"), db, last.get("host"), lock.path))
         if farm_answers(parse_access(last, lock.path)):
-            raise InUse("%s is in use: %s, and the locks of this file system do not work between machines; if that is "
-                        "a copy of its file, remove %s" % (db, described(last), lock.path))
+            raise InUse("%s is in use: %s, and the locks of this file system do not work between machines. If this is "
+                        "a copy of that server's file, remove %s" % (db, described(last), lock.path))
     except BaseException:
         lock.close()
         raise
     if elsewhere:
-        log.warning("process %s on %s served %s last, did not end cleanly and does not answer at %s: it is taken for "
-                    "ended. If it does run, end it at once: two servers ruin the file",
+        log.warning("process %s on %s served %s last, did not end cleanly and does not answer at %s: it has probably "
+                    "ended. If it runs, end it at once: two servers ruin the file",
                     last.get("pid"), last.get("host"), db, last.get("url"))
     return lock
 
 
 def is_loopback(url: str) -> bool:
-    """Whether only programs on the machine of the server can reach it there."""
+    """Whether only programs on the machine of the server can reach this URL."""
     host = urllib.parse.urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
-    """Where this farm writes its access file: beside that of another farm that still answers, at another address."""
+    """Where this farm writes: the access file, or a file beside it when that is of another farm that answers."""
     path = access_path(environ)
     access = parse_access(read_access(path), path)
     if access.farm in ("", identity) or access.url == url or not farm_answers(access):
@@ -10426,16 +10413,16 @@ def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
     try:
         write_access(path, access)
     except OSError:
-        if read_access(path) != access:     # else the last start has written the same, and it is as good
+        if read_access(path) != access:     # else the last start wrote the same
             raise
     if path != access_path(environ):
         log.warning("another farm answers at the address in %s, so this one's access file is %s: "
-                    "choose it with export TASKFARM_ACCESS=%s", access_path(environ), path, path)
+                    "export TASKFARM_ACCESS=%s chooses it", access_path(environ), path, path)
 
 
 def make_first_user(store: Store) -> User:
-    """Make the first user, and show the password to a person, once. Raises Unavailable on a full disk."""
-    name, password = starter(), secrets.token_urlsafe(12)
+    """Make the first user, and show the password once if there is a terminal. Raises Unavailable on a full disk."""
+    name, password = default_user_name(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
         print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
@@ -10443,7 +10430,7 @@ def make_first_user(store: Store) -> User:
 
 
 def notify_systemd(state: str) -> None:
-    """Tell systemd our state: one datagram to $NOTIFY_SOCKET (sd_notify(3)), where there is one."""
+    """Tell systemd our state: one datagram to $NOTIFY_SOCKET (sd_notify(3)), if that is set."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with contextlib.suppress(OSError), contextlib.closing(
@@ -10454,25 +10441,25 @@ def notify_systemd(state: str) -> None:
 def warn_if_open(path: str) -> None:
     """Warn of files that others may read or own: they hold password hashes, signing keys and secrets.
 
-    A database of another owner is served all the same: somebody has given us the right to write it, as groups do in a
-    folder that they share.
+    A database of another owner is served. Its owner has given us the right to write it, as in a folder that a group
+    shares.
     """
     for name in (path, path + "-wal", lock_path(path)):
         with contextlib.suppress(OSError):
-            about = os.stat(name)
-            mode = stat.S_IMODE(about.st_mode)
+            status = os.stat(name)
+            mode = stat.S_IMODE(status.st_mode)
             if mode & 0o077:
                 log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
-            if name == path and about.st_uid != os.geteuid():
+            if name == path and status.st_uid != os.geteuid():
                 log.warning("%s belongs to user %s, who can make logins of every user of this farm", name,
-                            user_name(about.st_uid))
+                            user_name(status.st_uid))
 
 
 def cmd_serve(args: argparse.Namespace) -> int:
-    """serve a farm from one file (what happens when no verb is given)
+    """serve a farm from one file (the verb that runs when none is given)
 
-    The file is made when it is not there, and the first user with it. Every start writes the access
-    file (~/.config/taskfarm/access.json), which tells clients and workers address and login.
+    A file that does not exist is made, with a first user. Every start writes the access file
+    (~/.config/taskfarm/access.json): there clients and workers find address and login.
 
     examples:
       python3 taskfarm.py --db runs.sqlite                   for programs on this machine
@@ -10500,9 +10487,9 @@ def cmd_serve(args: argparse.Namespace) -> int:
 
 
 def announce(service: Service, db: str) -> None:
-    """Tell users, clients and systemd that the server is there; what a full disk does not take is told later."""
+    """Tell users, clients and systemd where the server is. On a full disk the access file is written later."""
     users = service.store.users
-    user = users.get(starter()) or next(iter(users.values()), None) or make_first_user(service.store)
+    user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store)
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
@@ -10516,7 +10503,7 @@ def announce(service: Service, db: str) -> None:
 
 
 def print_started(sentence: str) -> None:
-    """Print the line that tells where the server is; a file on a full disk that does not take it ends no server."""
+    """Print the line that tells where the server is. An error of that, as on a full disk, does not end the server."""
     try:
         print(sentence, flush=True)
     except OSError as error:
@@ -10526,13 +10513,16 @@ def print_started(sentence: str) -> None:
 def cmd_bench(args: argparse.Namespace) -> int:
     """measure how many workers this machine can feed
 
-    Starts a server of its own on a temporary file (in --dir, for the disk that matters) and drives
-    it from other processes. Profiles: lean (claim, done), paper (what the published client's stress
-    test does: claim, read, ten updates, done), constant (the same parser and login, a fixed answer:
-    what the others are compared with), batch (claims and results of up to 10 000 tasks, in the store
-    alone and over HTTP), life (one run from its first task to its last, in batches), flat (whether
-    costs stay the same with many tasks and runs), fair (how long one client waits beside others that
-    do their worst, case by case). Tasks given twice or never are counted; both must be 0.
+    Starts a server of its own on a temporary file (with --dir on the disk that matters) and sends it
+    requests from other processes. Tasks given twice or never are counted; both must be 0. Profiles:
+
+      constant  the same parser and login, a fixed answer: what the others are compared with
+      lean      claim, done
+      paper     what the published client's stress test does: claim, read, ten updates, done
+      batch     claims and results of up to 10 000 tasks, in the store alone and over HTTP
+      life      one run from its first task to its last, in batches
+      flat      whether costs stay the same with many tasks and runs
+      fair      how long one client waits beside others that do their worst, case by case
 
     examples:
       python3 taskfarm.py bench
@@ -10540,51 +10530,58 @@ def cmd_bench(args: argparse.Namespace) -> int:
       python3 taskfarm.py bench --profile flat,life --rows 10000000
       python3 taskfarm.py bench --profile fair --case pipelined,beats --tries 1
     """
-    profiles = args.profile.split(",")
-    unknown = set(profiles) - set(PROFILES)
-    if unknown:
-        raise Refusal("there is no profile %s: %s are" % (", ".join(sorted(unknown)), ", ".join(PROFILES)))
-    cases = chosen_cases(args.case)
+    profiles = chosen(args.profile, PROFILES, "profile")
+    cases = [FAIR_CASES[name] for name in chosen(args.case, FAIR_CASES, "case")]
     raise_descriptor_limit()
     return in_own_group(lambda folder: measure(args, profiles, cases, folder), args.dir)
 
 
-PROFILES = ("constant", "lean", "paper", "batch", "life", "flat", "fair")
+PROFILES = (*REQUEST_PROFILES, "batch", "life", "flat", "fair")
+
+
+def chosen(names: str, known: Iterable[str], kind: str) -> List[str]:
+    """Some names with commas between, each a known one; all that are known for "". Raises Refusal."""
+    words = names.split(",") if names else list(known)
+    unknown = sorted(set(words) - set(known))
+    if unknown:
+        raise Refusal("there is no %s %s: %s are" % (kind, ", ".join(unknown), ", ".join(known)))
+    return words
 
 
 def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[FairCase], folder: str) -> int:
-    """Measure profile after profile, and print what came of it."""
+    """Measure profile after profile, and print the figures."""
     points: List[Dict[str, Any]] = []
-    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in PROFILES[:3]]
-    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
+    pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in REQUEST_PROFILES]
+    rows = args.rows or 10 ** 6
     with Progress("bench") as progress:
         if pairs or "batch" in profiles:
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):
-                progress.what = "%s, %d client%s" % (profile, clients, "s" * (clients > 1))
+                progress.what = "%s, %s" % (profile, count_text(clients, "client"))
                 progress.show(number, len(pairs))
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             if "batch" in profiles:
                 points.append(bench_batch(folder, server, args.seconds, args.processes, progress))
             server.stop()
         if "life" in profiles:
-            points.append(bench_life(folder, args.rows or 10 ** 6))
+            points.append(bench_life(folder, rows))
         if "flat" in profiles:
-            points.append(bench_flat(folder, args.rows or 10 ** 6, args.seconds, progress))
+            points.append(bench_flat(folder, rows, args.seconds, progress))
         if "fair" in profiles:
             points.append(bench_fair(folder, cases, args.rows or FAIR_ROWS, args.seconds, args.tries, progress))
     if args.json:
-        print(json.dumps(points))
+        print_json(points)
         return 0
     if pairs:
         print(bench_table(points[:len(pairs)]))
+    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
     for point in points[len(pairs):]:
         print(tables[point["profile"]](point))
     return 0
 
 
 def open_access_log(name: str) -> Any:
-    """The access log: a file that is appended to, - for the standard output, nothing for none. Raises Refusal."""
+    """The access log: a file to append to, or the standard output for "-", or None for "". Raises Refusal."""
     if name in ("", "-"):
         return sys.stdout if name else None
     try:
@@ -10594,7 +10591,7 @@ def open_access_log(name: str) -> Any:
 
 
 class LocalFarm:
-    """The farm in a file, for the verbs beside it: through the server that has the file, or directly when none has."""
+    """The farm in a file, for verbs on its machine: through the server that has the file, or directly if none has."""
 
     def __init__(self, db: str) -> None:
         try:
@@ -10607,7 +10604,7 @@ class LocalFarm:
 
     @contextlib.contextmanager
     def store(self) -> Iterator[Optional[Store]]:
-        """The open store, or None when a server has it, which then answers to `ask_server`."""
+        """The open store, or None when a server has the file: then `ask_server` asks that."""
         try:
             lock = take_lock(self.db)
         except InUse as in_use:
@@ -10624,25 +10621,25 @@ class LocalFarm:
             lock.close()
 
     def ask_server(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Any:
-        """Have the server answer. Raises Refusal when it does not, FarmError with its own sentence."""
+        """Ask the server that has the file. Raises FarmError, and Refusal when it does not answer."""
         access = parse_access(dict(self.holder, url=self.holder["admin_url"], token=self.holder["secret"]), self.db)
         with contextlib.closing(Client(lambda: access)) as client:
             try:
                 return client.ask(method, path, body)
             except Unreachable:
-                here = self.holder.get("host") == socket.gethostname()
+                host = self.holder.get("host")
                 raise Refusal("%s, but it does not answer here: %s" % (self.in_use, (
-                    "it may be starting or stopping, try again" if here
-                    else "run this on %s" % self.holder.get("host"))))
+                    "it may be starting or stopping, try again" if host == socket.gethostname()
+                    else "run this on %s" % host)))
 
     def ask(self, method: str, path: str, named: Operation, body: Optional[Dict[str, Any]] = None) -> Any:
-        """Have a request answered, or an operation run."""
+        """Send a request to the server that has the file, or run the operation here if none has."""
         with self.store() as store:
             return store.call(named) if store else self.ask_server(method, path, body)
 
     @contextlib.contextmanager
     def copy(self) -> Iterator[str]:
-        """Make a consistent copy beside the file, with a progress bar; it is gone again at the end. Raises Refusal."""
+        """Make a consistent copy beside the file, with a progress bar. It is removed at the end. Raises Refusal."""
         with self.store() as store, Progress("copying") as progress:
             if store:
                 copy = store.call(begin_copy(secrets.token_hex(8)))
@@ -10674,9 +10671,9 @@ class LocalFarm:
 
 
 def place_copy(path: str, target: str) -> None:
-    """Give a copy the name *target*, also in another file system: 0600, never over a file that is there, and durable.
+    """Give a copy the name *target*, also on another file system. It is durable, and its mode is 0600.
 
-    Raises Refusal, and then *target* is as it was.
+    Raises Refusal, also when there is a file of that name. Then *target* is as it was.
     """
     made = False
     try:
@@ -10702,10 +10699,10 @@ def place_copy(path: str, target: str) -> None:
 
 
 def cmd_check(args: argparse.Namespace) -> int:
-    """recount every promise of the file: counters, intervals, ranges, and SQLite's own integrity
+    """check that the file keeps its promises: counters, intervals, ranges, and SQLite's own integrity
 
-    Says what is wrong, a line each, and exits with 1 when something is. Of a farm that is being
-    served it checks a copy, which the server makes beside the file, and removes it.
+    Prints a line for each thing that is wrong, and exits with 1 if there is any. While the farm is
+    served, the server makes a copy beside the file; the copy is checked and removed.
 
     example:
       python3 taskfarm.py check --db runs.sqlite
@@ -10724,10 +10721,10 @@ def cmd_check(args: argparse.Namespace) -> int:
 
 
 def cmd_backup(args: argparse.Namespace) -> int:
-    """make a consistent copy of the file, while the farm is served or not
+    """make a consistent copy of the file, also while the farm is served
 
-    The copy is the file as it is when the copying ends; it holds the users and their tokens too. It
-    is made beside the file, where there must be room for it, and then moved.
+    The copy is the file as it is when the copying ends. It holds the users and the key of their tokens
+    too. It is made beside the file, where there must be room for it, and then moved.
 
     example:
       python3 taskfarm.py backup --db runs.sqlite runs-monday.sqlite
@@ -10741,12 +10738,12 @@ def cmd_backup(args: argparse.Namespace) -> int:
 
 
 def ask_new_password(name: str) -> str:
-    """A password that is to be set; on the terminal it is typed twice."""
-    password = one_password(name)
+    """A new password. On the terminal it is typed twice. Raises Refusal."""
+    password = read_password(name)
     if sys.stdin.isatty() and getpass.getpass("once more: ") != password:
-        raise Refusal("the two are not the same: nothing was changed")
+        raise Refusal("the two passwords differ: nothing was changed")
     if not password:
-        raise Refusal("an empty password will not do: nothing was changed")
+        raise Refusal("the password is empty: nothing was changed")
     return password
 
 
@@ -10764,7 +10761,7 @@ def cmd_user_add(args: argparse.Namespace) -> int:
 
 
 def cmd_user_list(args: argparse.Namespace) -> int:
-    """list the users, a line each
+    """list the users
 
     example:
       python3 taskfarm.py user list --db runs.sqlite
@@ -10776,7 +10773,7 @@ def cmd_user_list(args: argparse.Namespace) -> int:
 
 
 def cmd_user_passwd(args: argparse.Namespace) -> int:
-    """set another password; every token the user had is void
+    """set another password; every token of the user becomes invalid
 
     example:
       python3 taskfarm.py user passwd alice --db runs.sqlite
@@ -10790,7 +10787,7 @@ def cmd_user_passwd(args: argparse.Namespace) -> int:
 
 
 def cmd_user_remove(args: argparse.Namespace) -> int:
-    """remove a user; every token the user had is void
+    """remove a user; every token of the user becomes invalid
 
     example:
       python3 taskfarm.py user remove alice --db runs.sqlite
@@ -10805,44 +10802,49 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     """say whether this node is fit to serve and to work, and what to do where it is not
 
     Tries Python, SQLite, the folder of --db (or this one), its locks, the port and the limits of this
-    user; then whether this node reaches the server that verbs and workers use, and whether the login
-    works. A line for each, with ok, warn or FAIL; exit status 1 when something fails.
+    user. Then it tries whether this node reaches the server that verbs and workers use, and whether the
+    login works. It prints a line for each, with ok, warn or FAIL. Exit status 1 when something fails.
 
     examples:
       python3 taskfarm.py doctor --db runs.sqlite               on a login node, before the server is started
-      srun python3 taskfarm.py doctor                           on a compute node, before 10 000 tasks are
+      srun python3 taskfarm.py doctor                           on a compute node, before workers are
     """
     screen = Screen(sys.stdout, os.environ)
-    found = []
-    checks: List[Tuple[str, Callable[[], Iterator[Finding]]]] = [
+    findings = []
+    checks: List[Tuple[str, Check]] = [
         ("programs", check_programs), ("folder", lambda: check_folder(args.db)),
         ("port %d" % args.port, lambda: check_port(args.host, args.port)), ("limits", check_limits),
         ("job", check_job), ("home", check_home), ("server", lambda: check_server(args.url))]
-    for finding in examine(checks):
-        found.append(finding)
+    for finding in run_checks(checks):
+        findings.append(finding)
         if not args.json:
             screen.print(finding_lines(finding, screen))
-    failed = any(finding.verdict == FAIL for finding in found)
+    failed = any(finding.verdict == FAIL for finding in findings)
     if args.json:
-        print_json({"fit": not failed, "data": [finding._asdict() for finding in found]})
+        print_json({"fit": not failed, "data": [finding._asdict() for finding in findings]})
     sys.stdout.flush()
     return 1 if failed else 0
 
 
 def finding_lines(finding: Finding, screen: Screen) -> List[str]:
-    """A finding as a line; on a terminal a long one goes on below its first words."""
+    """A finding as a line. On a terminal a long sentence is wrapped, and goes on below its first words."""
     head = "%-4s  %-12s" % (finding.verdict, finding.what)
     colour = {OK: "green", WARN: "yellow", FAIL: "red"}[finding.verdict]
-    says = harmless(finding.says)
-    parts = textwrap.wrap(says, max(screen.columns - len(head) - 1, 20)) if screen.columns else [says]
-    return [screen.paint(head[:4], colour) + head[4:] + parts[0]] + [" " * len(head) + part for part in parts[1:]]
+    says = printable(finding.says)
+    first, *others = textwrap.wrap(says, max(screen.columns - len(head) - 1, 20)) if screen.columns else [says]
+    return [screen.paint(head[:4], colour) + head[4:] + first] + [" " * len(head) + line for line in others]
 
 
 # ---------------------------------------------------------------- COMMAND LINE
-# Options and the parser, and `main`.
+# Options and the parser, and `main`. It must not know what a verb does.
+#
+# A new option: a line with the others of its verb here, `args.x` in its `cmd_x`; its help says the default. A new verb:
+# see the head of VERBS or of UPKEEP.
 
-def parse_moment(text: str) -> float:
-    """An argparse type: a moment, as UTC seconds. Raises ArgumentTypeError."""
+# The types of arguments. Each raises ArgumentTypeError, whose sentence argparse prints.
+
+def time_argument(text: str) -> float:
+    """A time, as UTC seconds."""
     try:
         return moment_of(text, time.time())
     except (ValueError, OverflowError, OSError):
@@ -10850,133 +10852,97 @@ def parse_moment(text: str) -> float:
                                          "not like %r" % text)
 
 
-READ_RUN = "its uuid or name, or the beginning of one"
-CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of that" % MIN_UUID_DIGITS
-
-
-def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """How to run the commands."""
-    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
-    parser.add_argument("run", metavar="RUN", help=CHANGED_RUN)
-    parser.add_argument("-j", "--jobs", type=number_of_jobs, default=1, metavar="N",
-                        help="so many commands at a time; by default 1")
-    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task}, from 0, of it")
-    parser.add_argument("--timeout", type=positive(float), metavar="SECONDS", help="a command that runs longer is "
-                        "ended, and has failed")
-    parser.add_argument("--grace", type=positive(float), default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
-                        "SIGKILL to a command; by default 5, and less than the batch system gives")
-    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
-    parser.add_argument("--log-failed", action="store_true", help="of failed tasks alone")
-    parser.add_argument("--until", type=parse_moment, metavar="TIME", help="leave before 17:30, "
-                        "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
-    parser.add_argument("--task-time", type=positive(float), metavar="SECONDS", help="what a task takes: none is begun "
-                        "that would not fit; by default judged by those before")
-    parser.add_argument("--drain", action="store_true", help="on a signal let the running commands finish")
-    parser.add_argument("--no-wait", action="store_true", help="do not stay for tasks that other workers may lose")
-    parser.add_argument("--quiet", action="store_true", help="no line for a task that is done")
-    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
-
-
-def percent_number(text: str) -> float:
-    """An argparse type: 0 to 100. Raises ArgumentTypeError."""
-    try:
-        percent = float(text.rstrip("%"))
-    except ValueError:
-        percent = -1.0
-    if not 0 <= percent <= 100:
-        raise argparse.ArgumentTypeError("a percentage is a number from 0 to 100, not %r" % text)
-    return percent
-
-
-def number_list(text: str) -> List[int]:
-    """Numbers from 1 on, with commas between. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", text):
-        raise argparse.ArgumentTypeError("numbers of clients look like 1,16,64, not like %r" % text)
-    return [int(number) for number in text.split(",")]
-
-
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type: a number of a kind, above 0 and finite."""
-    def read(text: str) -> float:
+def number_type(kind: Callable[[str], float], least: float, most: float, wanted: str) -> Callable[[str], Any]:
+    """The type of numbers in a range. *wanted*: what they are, in words."""
+    def parse(text: str) -> float:
         try:
             number = kind(text)
         except ValueError:
-            number = 0
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError("a number above 0 is wanted, not %r" % text)
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError("%s is wanted, not %r" % (wanted, text))
         return number
-    return read
+    return parse
 
 
-def number_of_jobs(text: str) -> int:
-    """An argparse type: 1 to MAX_JOBS. Raises ArgumentTypeError."""
-    number = int(positive(int)(text))
-    if number > MAX_JOBS:
-        raise argparse.ArgumentTypeError("one worker runs %d commands at a time at most, not %d: start more of them" % (
-            MAX_JOBS, number))
-    return number
+some_seconds = number_type(float, 1e-6, 1e12, "a number of seconds above 0")
+positive_number = number_type(int, 1, 1e18, "a whole number from 1 on")
+whole_number = number_type(int, 0, 1e18, "a whole number from 0 on")        # the server refuses what is too large
+port_number = number_type(int, 0, 65535, "a port from 0 to 65535")
+
+
+def numbers_of_clients(text: str) -> List[int]:
+    """Whole numbers from 1 on, with commas between."""
+    return [positive_number(word) for word in text.split(",")]
+
+
+READ_RUN = "its uuid or name, or the beginning of one"
+CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of its uuid" % MIN_UUID_DIGITS
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `work`."""
+    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
+    parser.add_argument("run", metavar="RUN", help=CHANGED_RUN)
+    parser.add_argument("-j", "--jobs", type=number_type(int, 1, MAX_JOBS, (
+        "a number from 1 to %d (for more commands at a time, start more workers)" % MAX_JOBS)), default=1, metavar="N",
+                        help="how many commands run at a time; by default 1")
+    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task} of this file, from 0")
+    parser.add_argument("--timeout", type=some_seconds, metavar="SECONDS", help="a command that runs longer is ended, "
+                        "and has failed")
+    parser.add_argument("--grace", type=some_seconds, default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
+                        "SIGKILL to a command; by default 5. Choose less than the batch system gives")
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
+    parser.add_argument("--log-failed", action="store_true", help="keep the output of failed tasks alone")
+    parser.add_argument("--until", type=time_argument, metavar="TIME", help="leave before 17:30, "
+                        "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
+    parser.add_argument("--task-time", type=some_seconds, metavar="SECONDS", help="how long a task takes: the worker "
+                        "begins none that would not end in time; by default it learns that from earlier tasks")
+    parser.add_argument("--drain", action="store_true", help="on a signal, let the running commands finish")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for tasks that other workers may lose")
+    parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
+    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """What to measure, and how long."""
-    parser.add_argument("--profile", default="constant,lean,paper", help="which, with commas between; by default "
-                        "constant,lean,paper")
-    parser.add_argument("--clients", type=number_list, default=[1, 16, 64, 256], metavar="N,...",
-                        help="connections at once; by default 1,16,64,256")
-    parser.add_argument("--seconds", type=positive(float), default=3.0, help="for each line; by default 3")
-    parser.add_argument("--processes", type=positive(int), default=2, help="that drive the server; by default 2")
-    parser.add_argument("--rows", type=positive(int), default=None, help="touched tasks of the profiles flat, life and "
-                        "fair; by default 1000000, of fair %d. Fewer make the whole farm of fair smaller" % FAIR_ROWS)
+    """The options of `bench`."""
+    parser.add_argument("--profile", default=",".join(REQUEST_PROFILES), help="profiles, with commas between; by "
+                        "default constant,lean,paper")
+    parser.add_argument("--clients", type=numbers_of_clients, default=[1, 16, 64, 256], metavar="N,...",
+                        help="connections at a time; by default 1,16,64,256")
+    parser.add_argument("--seconds", type=some_seconds, default=3.0, help="for each line; by default 3")
+    parser.add_argument("--processes", type=positive_number, default=2, help="that send requests; by default 2")
+    parser.add_argument("--rows", type=positive_number, help="touched tasks of the profiles flat, life and fair; by "
+                        "default 1000000, of fair %d. With fewer the whole farm of fair is smaller" % FAIR_ROWS)
     parser.add_argument("--case", default="", help="cases of profile fair, with commas between; by default all")
-    parser.add_argument("--tries", type=positive(int), default=3, help="of each case of profile fair; by default 3")
-    parser.add_argument("--dir", default=None, help="where the temporary file lies")
+    parser.add_argument("--tries", type=positive_number, default=3, help="of each case of profile fair; by default 3")
+    parser.add_argument("--dir", help="the folder for the temporary file")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def whole_number(text: str) -> int:
-    """An argparse type: a whole number from 0 on. Its upper limit is the server's to say."""
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError("a whole number is wanted, not %r" % text)
-    return int(text)
-
-
-def fallback(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
+def add_env_option(parser: argparse.ArgumentParser, option: str, default: Any, text: str,
              kind: Callable[[str], Any] = str) -> None:
-    """An option, as "--name VALUE", that falls back to an environment variable."""
+    """An option, as "--name VALUE", whose default an environment variable may set."""
     name, metavar = option.split()
     variable = "TASKFARM_" + name.strip("-").upper().replace("-", "_")
     parser.add_argument(name, type=kind, default=os.environ.get(variable, default), metavar=metavar,
                         help="%s (%s)" % (text, variable))
 
 
-def port_number(text: str) -> int:
-    """A port, 0 to 65535. Raises ArgumentTypeError."""
-    if not text.isdigit() or not 0 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535, not %r" % text)
-    return int(text)
-
-
-def number_of_days(text: str) -> float:
-    """Days, 0 to 36500. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or float(text) > 36500:
-        raise argparse.ArgumentTypeError("days are a number from 0 to 36500, not %r" % text)
-    return float(text)
-
-
 def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int],
              needs_db: bool = True) -> argparse.ArgumentParser:
-    """A verb; the docstring of its command is its help."""
-    first, _, rest = (command.__doc__ or "").partition("\n")
-    text = "\n".join(line[4:] if line.startswith("    ") else line for line in rest.splitlines())
+    """Add a verb. The docstring of its command is its help."""
+    first, _, others = (command.__doc__ or "").partition("\n")
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=first, description=first + "\n" + text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        name, help=first, description=first + "\n" + textwrap.dedent(others),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=command, needs_db=needs_db)
     if needs_db:
-        fallback(parser, "--db FILE", None, "the farm's file")
+        add_env_option(parser, "--db FILE", None, "the farm's file")
     return parser
 
 
-# In this order 'taskfarm.py --help' shows them; a verb that no group names comes last.
+# 'taskfarm.py --help' shows the verbs in this order, and those without a group at the end.
 VERB_GROUPS = (
     ("work on tasks", ("new", "work", "status")),
     ("look and keep", ("list", "tasks", "workers", "restart", "delete", "progress")),
@@ -10985,68 +10951,67 @@ VERB_GROUPS = (
 
 
 def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
-    """The verbs in their groups, a line each."""
-    rest = tuple(name for name in verbs if not any(name in names for _, names in VERB_GROUPS))
+    """The verbs in their groups, each with the first line of its help."""
+    others = tuple(name for name in verbs if not any(name in names for _, names in VERB_GROUPS))
     lines = []
-    for title, names in (*VERB_GROUPS, ("also", rest)):
-        known = [name for name in names if name in verbs]
-        lines += ["", title + ":"] if known else []
-        for name in known:
-            text = textwrap.wrap((verbs[name].description or "").partition("\n")[0], 104)
-            lines += ["  %-9s %s" % (name, text[0]), *(" " * 12 + line for line in text[1:])]
+    for title, names in (*VERB_GROUPS, ("also", others)):
+        lines += ["", title + ":"] if names else []
+        for name in names:
+            first = (verbs[name].description or "").partition("\n")[0]
+            lines += textwrap.wrap("  %-9s %s" % (name, first), 116, subsequent_indent=" " * 12)
     return "\n".join(lines)
 
 
-def client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int], run: bool = False,
+def add_client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int], run: bool = False,
                 reads: bool = False) -> argparse.ArgumentParser:
-    """A verb that asks a server: of a run, when it takes one; with --json when it reads."""
+    """Add a verb that asks a server. *run*: it takes a run; *reads*: it changes nothing, and can print JSON."""
     parser = add_verb(verbs, name, command, needs_db=False)
     if run:
         parser.add_argument("run", metavar="RUN", help=READ_RUN if reads else CHANGED_RUN)
-    fallback(parser, "--url URL", "", "the server, where it is not the one of the access file")
+    add_env_option(parser, "--url URL", "", "the server, where it is not the one of the access file")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
     return parser
 
 
 def add_client_verbs(verbs: Any) -> None:
-    """The verbs that make, show and keep runs."""
-    new = client_verb(verbs, "new", cmd_new)
+    """Add the verbs that ask a server, but for `work`."""
+    new = add_client_verb(verbs, "new", cmd_new)
     size = new.add_mutually_exclusive_group(required=True)
     size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
     size.add_argument("--lines", metavar="FILE", help="as many tasks as this file has lines")
-    new.add_argument("--name", help="a name that says more than the uuid")
+    new.add_argument("--name", help="a name for people")
     new.add_argument("--max-failures", type=whole_number, metavar="M",
-                     help="a task that has failed so often is not tried again; by default 1, 0 for never")
+                     help="a task that has failed M times is not tried again; by default 1, 0 for no limit")
     new.add_argument("--max-losses", type=whole_number, metavar="M",
-                     help="nor one that has taken down so many workers; by default 5, 0 for never")
-    client_verb(verbs, "list", cmd_list, reads=True)
-    status = client_verb(verbs, "status", cmd_status, run=True, reads=True)
+                     help="nor a task that M workers were lost with; by default 5, 0 for no limit")
+    add_client_verb(verbs, "list", cmd_list, reads=True)
+    status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
-    status.add_argument("--every", type=positive(float), metavar="S", help="seconds between two looks of --watch; "
-                        "by default 2, and 30 where it prints lines")
-    tasks = client_verb(verbs, "tasks", cmd_tasks, run=True, reads=True)
-    tasks.add_argument("--status", choices=STATUS, help="only those")
+    status.add_argument("--every", type=some_seconds, metavar="S", help="seconds between two updates "
+                        "of --watch; by default 2, and 30 where it prints lines")
+    tasks = add_client_verb(verbs, "tasks", cmd_tasks, run=True, reads=True)
+    tasks.add_argument("--status", choices=STATUS, help="only tasks of this status")
     tasks.add_argument("--order", choices=("task", "started", "finished"),
-                       help="by number; or computing ones by age, done or failed ones the last first")
-    tasks.add_argument("--limit", type=whole_number, metavar="N", help="so many at most; 0 for all")
-    client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
-        "--all", action="store_true", help="also those that have signed off or are not heard any more")
-    restart = client_verb(verbs, "restart", cmd_restart, run=True).add_mutually_exclusive_group()
-    restart.add_argument("--all", action="store_true", help="every task, also those that are done")
+                       help="by number; or the longest computing first; or the last to end first")
+    tasks.add_argument("--limit", type=whole_number, metavar="N", help="at most so many; 0 for all")
+    add_client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
+        "--all", action="store_true", help="also those that have signed off or whose lease has run out")
+    restart = add_client_verb(verbs, "restart", cmd_restart, run=True).add_mutually_exclusive_group()
+    restart.add_argument("--all", action="store_true", help="all tasks, also those that are done")
     restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
-    client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
-    doctor = client_verb(verbs, "doctor", cmd_doctor, reads=True)
-    fallback(doctor, "--db FILE", None, "the farm's file, there or to be made; by default one in this folder")
-    fallback(doctor, "--host ADDRESS", "127.0.0.1", "the address a server would listen on")
-    fallback(doctor, "--port PORT", "5000", "the port it would listen on; by default 5000", port_number)
+    add_client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
+    doctor = add_client_verb(verbs, "doctor", cmd_doctor, reads=True)
+    add_env_option(doctor, "--db FILE", None, "the farm's file, which need not exist; by default one in this folder")
+    add_env_option(doctor, "--host ADDRESS", "127.0.0.1", "the address that a server would listen on")
+    add_env_option(doctor, "--port PORT", "5000", "the port that it would listen on; by default 5000", port_number)
     login = add_verb(verbs, "login", cmd_login, needs_db=False)
     login.add_argument("url", metavar="URL", help="http://HOST:PORT")
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
@@ -11054,57 +11019,59 @@ def make_parser() -> argparse.ArgumentParser:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
   run=$(python3 taskfarm.py new 1000 --name first)
   python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
-and 'status $run --watch' shows how far it is. 'taskfarm.py VERB --help' tells more of each verb, with examples.""")
+and 'taskfarm.py status $run --watch' shows how far it is. 'taskfarm.py VERB --help' says more, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
     add_client_verbs(verbs)
     serve = add_verb(verbs, "serve", cmd_serve)
-    fallback(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on; 0.0.0.0 for all; by default "
-             "127.0.0.1, this machine alone")
-    fallback(serve, "--port PORT", "5000", "the port to listen on; 0 picks one; by default 5000",
-             port_number)
-    fallback(serve, "--advertise NAME", "", "the host name that clients are told, where it is not the "
-             "one to listen on")
-    fallback(serve, "--access-log FILE", "", "a file that gets a line for each request; - for the "
-             "standard output")
-    fallback(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token lasts; 0 until the "
-             "password changes; by default 365", number_of_days)
+    add_env_option(serve, "--host ADDRESS", "127.0.0.1", "the address to listen on, 0.0.0.0 for all of them; by "
+                   "default 127.0.0.1, for this machine alone")
+    add_env_option(serve, "--port PORT", "5000", "the port to listen on, 0 for any free one; by default 5000",
+                   port_number)
+    add_env_option(serve, "--advertise NAME", "", "the host name for clients, where it is not the address to listen on")
+    add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
+    add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
+                   "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))
     add_verb(verbs, "check", cmd_check)
     add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(
-        "percent", type=percent_number, metavar="PERCENT", help="0 to 100")
+        "percent", metavar="PERCENT", help="0 to 100",
+        type=number_type(lambda text: float(text.rstrip("%")), 0, 100, "a percentage from 0 to 100"))
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
-    user = verbs.add_parser("user", help="add, list, change and remove users", description="add, list, change and "
-                            "remove users; 'user VERB --help' tells more, with an example")
+    user = verbs.add_parser("user", description="add, list, change and remove users; 'user VERB --help' says more, "
+                            "with an example")
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
-        add_verb(users, name, command).add_argument("name", metavar="NAME", help="the user")
+        add_verb(users, name, command).add_argument("name", metavar="NAME", help="of the user")
     parser.description = ("Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.\n" +
                           verb_summary(verbs.choices))
     return parser
 
 
 def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
-    """The words of a command line parsed, with what follows the first -- of `work` left as it is.
+    """Parse the words of a command line. What follows the first -- of `work` is the command, and is not parsed.
 
-    argparse would take a second -- out of the command, in some versions of Python.
+    argparse of some versions of Python would remove a second -- from the command.
     """
     at = words.index("--") if words[0] == "work" and "--" in words else len(words)
     args = parser.parse_args(words[:at])
     if words[0] == "work":
         args.words += words[at + 1:]
         if not args.words:
-            parser.error("which command? work RUN -- COMMAND ...")
+            parser.error("which command? taskfarm.py work RUN -- COMMAND ...")
     return args
 
 
 def open_standard_streams() -> None:
-    """Have 0, 1 and 2 open, if only on /dev/null: else a file or a connection gets the number, and what is said."""
+    """Open those of the descriptors 0, 1 and 2 that are closed, on /dev/null.
+
+    Otherwise the database or a connection could get such a number, and messages would be written into it.
+    """
     descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor < 3:       # the lowest that is free
+    while descriptor < 3:       # the system gives the lowest that is free
         os.set_inheritable(descriptor, True)
         descriptor = os.dup(descriptor)
     os.close(descriptor)
@@ -11114,12 +11081,9 @@ def open_standard_streams() -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a verb and return the exit status: 0, 1 refused with a sentence, 2 wrong usage, 5 no server, 6 no login.
-
-    `work` has some more.
-    """
+    """Run a verb and return the exit status: 0, 1 refused, 2 wrong usage, 5 no server, 6 no login. `work` has more."""
     open_standard_streams()
-    with contextlib.suppress(AttributeError):       # a name or message that the terminal's encoding does not have
+    with contextlib.suppress(AttributeError):       # for names and messages that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
@@ -11127,11 +11091,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = make_parser()
     args = parse_words(parser, words)
     if args.needs_db and not args.db:
-        parser.error("which file? --db runs.sqlite (or TASKFARM_DB) names it")
+        parser.error("which file? name it by --db runs.sqlite (or TASKFARM_DB)")
     try:
         return int(args.command(args))
     except (Refusal, FarmError, Unreachable) as error:
-        tell(str(error))
+        print_notice(str(error))
         return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
             EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:
