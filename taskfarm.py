@@ -8788,7 +8788,7 @@ def flat_table(result: Dict[str, Any]) -> str:
 # shown in the last column of the table.
 
 FAIR_ROWS = 4 * 10 ** 6     # touched tasks
-ANSWER_LIMIT = 12           # times --seconds an answer is waited for: by default longer than the server waits
+ANSWER_PERIODS = 12           # times --seconds an answer is waited for: by default longer than the server waits
 BYSTANDER_PAUSE_S = 0.001   # between two requests: the second core is for those who do their worst
 
 
@@ -8931,7 +8931,7 @@ class FairFarm:
 
     def __init__(self, server: BenchServer, size: FairSize, seconds: float) -> None:
         self.server, self.size, self.seconds = server, size, seconds
-        self.limit_s = ANSWER_LIMIT * seconds
+        self.limit_s = ANSWER_PERIODS * seconds
 
     def request(self, method: str, path: str, body: Any = None) -> bytes:
         """The bytes of a request with a login."""

@@ -1239,9 +1239,8 @@ def test_no_name_of_the_module_is_given_twice() -> None:
     """The second LARGE_S once made the writer's slices ten times as long as the first said."""
     names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for outer in TREE.body:
-        if isinstance(outer, (ast.Assign, ast.AnnAssign)):
-            names += [node.id for node in ast.walk(outer) if isinstance(node, ast.Name)
-                      and isinstance(node.ctx, ast.Store)]
+        targets = outer.targets if isinstance(outer, ast.Assign) else []
+        names += [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
     assert sorted(names) == sorted(set(names))
 
 
