@@ -6564,7 +6564,8 @@ def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: P
     (tmp_path / "go").touch()
     work.end(3)
     tasks = server.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
-    times = [(taskfarm.parse_time(task["started"]) or 0.0, taskfarm.parse_time(task["finished"]) or 0.0) for task in tasks]
+    times = [(taskfarm.parse_time(task["started"]) or 0.0, taskfarm.parse_time(task["finished"]) or 0.0)
+             for task in tasks]
     assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
 
 
