@@ -5427,7 +5427,7 @@ def test_no_thread_is_wanted_after_the_start(farm: Live, monkeypatch: pytest.Mon
         Service(farm.path + "2", "127.0.0.1", 0)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(3))
 def test_a_start_that_gets_too_few_threads_leaves_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     start = threading.Thread.start
