@@ -770,13 +770,6 @@ class ShownWorker(NamedTuple):
     revision: int                   # rises whenever a task is taken from it
 
 
-class Given(NamedTuple):
-    """A task that a batch was given."""
-    number: int
-    attempt: int
-    millionths: int
-
-
 class NothingWaiting(NamedTuple):
     """*retry_s*: seconds until the first lease could end under which a task is held; None if there is none."""
     retry_s: Optional[float]
@@ -794,7 +787,9 @@ class Page(NamedTuple):
 #
 # Something new to remember between transactions: a field of Transaction, and what becomes of it in roll_back().
 
-SMALL = 200             # tasks that an operation may change at once; with more it is one that takes long
+# Tasks that a short operation may change or show; with more it is one that takes long. A request may have to wait for
+# some hundred short ones that came before it, but for no more than a slice of one that takes long.
+SMALL = 20
 
 
 class Leases:
@@ -874,8 +869,9 @@ class Leases:
         return None
 
     def postpone(self, worker_id: int, tick: float) -> None:
-        """Let the lease of a worker that has run out end at that tick instead."""
-        self.ends[worker_id] = tick
+        """Let run_out give a worker whose lease has ended again at that tick."""
+        self.entries[worker_id] = tick
+        heapq.heappush(self.due, (tick, worker_id))
 
     def renew_all(self, tick: float) -> None:
         """One whole lease for everybody, since nobody could be heard."""
@@ -985,7 +981,8 @@ class Operation:
     *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
     the writer after COMMIT with the result, or with the exception that the operation ended in.
     """
-    __slots__ = ("function", "args", "reads", "show", "extra", "long", "large", "begun", "came", "done")
+    __slots__ = ("function", "args", "reads", "show", "extra", "long", "large", "begun", "came", "worker", "unwanted",
+                 "done")
 
     def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
         self.function = function
@@ -996,7 +993,9 @@ class Operation:
         self.long = False
         self.large = False              # it takes long, and is run a slice at a time
         self.begun = False              # a slice of its work is on the disk
-        self.came = 0.0                 # the tick at which it was handed to the writer
+        self.came = 0.0                 # the tick at which the request came; 0 before that
+        self.worker: Optional[int] = None       # the id of the worker that the request has named
+        self.unwanted = False           # its client has gone
         self.done: Optional[Callable[["Operation", Any], None]] = None
 
     def shown_as(self, show: Callable[..., Any], *extra: Any, long: bool = False) -> "Operation":
@@ -1040,15 +1039,18 @@ class Transaction:
         self.leases = Leases(0)
         self.holds = Holds()
         self.opened = Now(0.0, 0.0)
-        self.claim_keys: Optional[Dict[bytes, int]] = None      # of the last claims, to worker ids; None: to be read
+        self.claim_keys: Dict[bytes, int] = {}  # of the last claims, to worker ids
+        self.old_claim_keys: List[Tuple[bytes, Optional[int]]] = []     # what the open transaction has changed of them
+        self.first_ends: Dict[int, Tuple[float, Optional[float]]] = {}  # of leases, by run: see nothing_waiting
         self.changed: Dict[int, Run] = {}
         self.begun: List[Run] = []              # restarts and deletions of this transaction
-        self.effects: List[Callable[[], None]] = []
+        self.effects: List[Callable[[], Any]] = []
         self.trouble: Optional[str] = None      # why the last write failed; None when it did not
         self.copy: Optional[Copy] = None        # the newest one
         self.users: Dict[str, User] = {}        # replaced, never changed, so that any thread may read it
         self.slice_end = 0.0                    # the tick at which the present slice of work is to end
         self.large = False                      # the operation that is running is one that takes long
+        self.heard_worker: Optional[int] = None         # whose lease the operation that is running has renewed
 
     def steady_utc(self, tick: float) -> float:
         """UTC seconds that go on evenly from the start, for what is kept some days: no step of the clock ends it."""
@@ -1085,7 +1087,7 @@ class Transaction:
         if tasks > SMALL and not self.large:
             raise TakesLong()
 
-    def after_commit(self, effect: Callable[[], None]) -> None:
+    def after_commit(self, effect: Callable[[], Any]) -> None:
         """Have something changed in memory once the transaction is on the disk, and not otherwise."""
         self.effects.append(effect)
 
@@ -1096,6 +1098,12 @@ class Transaction:
         self.changed[run.id] = run
         self.begun.append(run)
         self.flush()
+
+    def set_claim_key(self, key: bytes, worker_id: Optional[int]) -> None:
+        """Remember whose last claim came with a key; with None, that it is nobody's any more."""
+        self.old_claim_keys.append((key, self.claim_keys.pop(key, None)))
+        if worker_id is not None:
+            self.claim_keys[key] = worker_id
 
     def keep_run(self, run: Run) -> Run:
         """Remember a run."""
@@ -1122,7 +1130,9 @@ class Transaction:
     def roll_back(self) -> None:
         """The transaction was rolled back: drop the memory of rows, and undo the rest."""
         self.forget_rows()
-        self.claim_keys = None
+        for key, worker_id in self.old_claim_keys[::-1]:
+            self.set_claim_key(key, worker_id)
+        self.old_claim_keys.clear()
         self.changed.clear()
         self.begun.clear()
         self.effects.clear()
@@ -1131,6 +1141,7 @@ class Transaction:
     def settle(self) -> None:
         """The transaction is on the disk: let its effects take place."""
         self.begun.clear()
+        self.old_claim_keys.clear()
         self.holds.settle()
         for effect in self.effects:
             effect()
@@ -1140,7 +1151,7 @@ class Transaction:
 
     def forget_rows(self) -> None:
         """Have runs, workers and tasks looked up again; not within a transaction, which may have changed some."""
-        for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id, self.held):
+        for memory in (self.runs, self.runs_by_id, self.workers, self.workers_by_id, self.held, self.first_ends):
             memory.clear()
 
 
@@ -1245,6 +1256,7 @@ def renew_lease(sql: Transaction, now: Now, worker: Worker) -> None:
     """Renew the worker's lease. An expired worker is alive again; one that has signed off stays so."""
     if worker.state == SIGNED_OFF:
         return
+    sql.heard_worker = worker.id
     if not sql.leases.hear(worker, now):
         sql.after_commit(functools.partial(sql.leases.begin, worker.id, worker.lease, now.tick))
     heard = sql.opened.utc + now.tick - sql.opened.tick         # steady_utc, which each claim would have to call
@@ -1450,6 +1462,7 @@ def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTa
 @read_operation
 def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: int) -> Page:
     """A page of workers by id: ShownWorker of each. *everyone*: also those that have expired or signed off."""
+    sql.takes_long(limit)
     workers = [Worker(row) for row in sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
         "WHERE id > ? ORDER BY id LIMIT ?" if everyone else
         "INDEXED BY worker_living WHERE state = 0 AND id > ? ORDER BY id LIMIT ?"), after, limit)]
@@ -1464,6 +1477,7 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
     What a restart or a deletion takes from it is not shown, also while rows of that follow: the page may be short.
     """
     worker = find_worker(sql, worker_uuid)
+    sql.takes_long(limit)
     tasks: List[Task] = []
     for hold in (HELD, STARTED):    # IS: with = newer planners (3.40) walk over all that is held, and sort it
         tasks += sql.tasks("SELECT " + TASK_COLUMNS + """
@@ -1490,6 +1504,7 @@ def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int],
     NotFound, and BadRequest for another *after*, or for "started" with another status than COMPUTING.
     """
     run = find_run(sql, run_uuid)
+    sql.takes_long(limit)
     if order == "task":
         if after and not (after.isascii() and after.isdigit()) or len(after) > 18:
             raise BadRequest("after must be what the page before gave as next")
@@ -1674,7 +1689,8 @@ def recount(sql: Transaction, run: Run) -> Iterator[str]:
 # Another operation: a function here, in the order of the contract, and a handler in API that names it. What may
 # change more than SMALL tasks says so by `takes_long`, looks at `over` between slices, and gives Continue.
 
-SLICE = 200             # tasks between two looks at the clock
+SLICE = 200                     # tasks between two looks at the clock
+Place = Tuple[int, int]         # hold and id: how far a walk over what a worker holds, or held, has come
 
 
 @operation
@@ -1707,7 +1723,11 @@ def restart_run(sql: Transaction, now: Now, run_uuid: str, which: str) -> None:
     *which*: RESTART, RESTART_ALL or RESTART_FAILED, see `restarted` in RULES. The run's figures change at once and
     its rows follow in slices; what changes the run waits meanwhile.
     """
-    run = find_run(sql, run_uuid)
+    run = find_run(sql, run_uuid, reading=True)
+    if run.sweep == which:
+        return      # nobody has changed the run since
+    if run.sweep:
+        raise RunBusy(run_uuid)
     if which == RESTART_ALL:
         run.counts = [run.num_tasks, 0, 0, 0]
         run.num_complete = run.millionths = 0
@@ -1778,7 +1798,7 @@ def claim_many(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, coun
                key: "Optional[IdempotencyKey]" = None) -> Union[List[Tuple[int, int, int]], NothingWaiting]:
     """Give up to *count* of the lowest waiting tasks: number, attempt and millionths of each. Raises as claim.
 
-    More than SMALL are given only while there is time: fewer than were asked for keep nobody waiting.
+    More than SLICE are given only while there is time: fewer than were asked for keep nobody waiting.
     """
     worker, run = claimant(sql, now, worker_uuid), find_run(sql, run_uuid)
     sql.takes_long(count)
@@ -1789,7 +1809,7 @@ def claim_many(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, coun
         return nothing_waiting(sql, now, run)
     count = min(count, room_for(sql, worker), run.counts[WAITING])
     taken: List[Tuple[int, int, int]] = []
-    while len(taken) < count and not (taken and sql.over()):
+    while len(taken) < count and not (len(taken) >= SLICE and sql.over()):
         part = take_touched(sql, run, worker, min(count - len(taken), SLICE))
         if len(part) < SLICE:       # all that wait below the untouched ones are taken
             part += take_untouched(sql, run, worker, min(count - len(taken) - len(part), 10 * SLICE))
@@ -1849,13 +1869,18 @@ def room_for(sql: Transaction, worker: Worker) -> int:
 def nothing_waiting(sql: Transaction, now: Now, run: Run) -> NothingWaiting:
     """Nothing waits: whether leased tasks compute that may come back, and when a lease of theirs may end.
 
-    The leases of some of the workers tell that well enough, so that 20 000 workers are not asked at each claim in vain.
+    The leases of some of the workers tell that well enough. Where those have none, all workers are asked, but only
+    once a second: 20 000 of them took 0.5 ms at each claim in vain.
     """
     workers, ends = sql.holds.workers_of(run.id), sql.leases.ends
     found = [ends[worker_id] for worker_id in itertools.islice(workers, 64) if worker_id in ends]
+    end = min(found) if found else None
     if not found and len(workers) > 64:
-        found = [ends[worker_id] for worker_id in workers if worker_id in ends]
-    return NothingWaiting(max(0.0, min(found) - now.tick) if found else None)
+        asked, end = sql.first_ends.get(run.id, (-math.inf, None))
+        if now.tick >= asked + 1.0:
+            end = min((ends[worker_id] for worker_id in workers if worker_id in ends), default=None)
+            sql.first_ends[run.id] = now.tick, end
+    return NothingWaiting(None if end is None else max(0.0, end - now.tick))
 
 
 def remember_ends(sql: Transaction, tasks: Sequence[Task]) -> None:
@@ -1892,12 +1917,10 @@ def earlier_claim(sql: Transaction, now: Now, worker: Worker, key: IdempotencyKe
         return []
     request, given = before
     key.compare(request)
-    tasks: List[Task] = []
-    for span in given.split(","):
-        first, last, attempt = map(int, span.split(":"))
-        tasks += [task._replace(status=COMPUTING, worker=worker.id, attempt=attempt) for task in sql.tasks(
-            "SELECT " + TASK_COLUMNS + " FROM task WHERE id BETWEEN ? AND ?", first, last)]
-    return tasks
+    spans = [tuple(map(int, span.split(":"))) for span in given.split(",")]
+    attempts = {task_id: attempt for first, last, attempt in spans for task_id in range(first, last + 1)}
+    return [task._replace(status=COMPUTING, worker=worker.id, attempt=attempts[task.id])
+            for task in tasks_by_id(sql, list(attempts))]
 
 
 ANSWER = "SELECT request, status, body FROM answer WHERE key = ? AND at > ?"
@@ -1908,8 +1931,6 @@ def claim_with(sql: Transaction, key: bytes) -> Optional[Tuple[bytes, str]]:
 
     Memory knows which worker's: an index would have another page written with every claim.
     """
-    if sql.claim_keys is None:
-        sql.claim_keys = dict(sql.all("SELECT key, worker FROM last_claim"))
     if key not in sql.claim_keys:
         return None
     found: Tuple[bytes, str] = sql.one("SELECT request, given FROM last_claim WHERE worker = ?", sql.claim_keys[key])
@@ -1921,8 +1942,7 @@ def forget_claim(sql: Transaction, worker_id: int) -> None:
     key = sql.value("SELECT key FROM last_claim WHERE worker = ?", worker_id)
     if key is not None:
         sql.execute("DELETE FROM last_claim WHERE worker = ?", (worker_id,))
-        if sql.claim_keys is not None:
-            sql.claim_keys.pop(key, None)
+        sql.set_claim_key(key, None)
 
 
 def remember_claim(sql: Transaction, worker: Worker, key: IdempotencyKey, given: Sequence[Tuple[int, int]]) -> None:
@@ -1936,8 +1956,7 @@ def remember_claim(sql: Transaction, worker: Worker, key: IdempotencyKey, given:
     forget_claim(sql, worker.id)
     sql.execute("INSERT INTO last_claim (worker, key, request, given) VALUES (?, ?, ?, ?)",
                 (worker.id, key.key, key.request, ",".join("%d:%d:%d" % tuple(span) for span in spans)))
-    if sql.claim_keys is not None:
-        sql.claim_keys[key.key] = worker.id
+    sql.set_claim_key(key.key, worker.id)
 
 
 @operation
@@ -2026,7 +2045,7 @@ def report_slice(sql: Transaction, now: Now, run: Run, worker_uuid: Optional[str
         others.sort()
     refusals: List[Tuple[int, str]] = []
     changes: List[Tuple[Task, Task]] = []
-    for task, said in zip(find_tasks(sql, run, others), others):
+    for task, said in zip(tasks_by_id(sql, [run.first_id + said.number for said in others]), others):
         try:
             after = after_report(sql, now, run, worker_uuid, worker, task, said)
             if after is not None:
@@ -2053,25 +2072,24 @@ def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
         yield span
 
 
-def find_tasks(sql: Transaction, run: Run, reports: List[Report]) -> List[Task]:
-    """The tasks that reports in order of number are about."""
-    if not reports:
+def tasks_by_id(sql: Transaction, task_ids: Sequence[int]) -> List[Task]:
+    """The tasks with these ids, which rise; Task(id) for one that has no row."""
+    if not task_ids:
         return []
-    first, last = reports[0].number, reports[-1].number
-    if last - first < 4 * len(reports):
-        found = sql.tasks("SELECT " + TASK_COLUMNS + " FROM task WHERE id BETWEEN ? AND ? ORDER BY id",
-                          run.first_id + first, run.first_id + last)
-        if len(found) == len(reports) == last + 1 - first:
-            return found
-        tasks = {task.id: task for task in found}
-        ids = [run.first_id + said.number for said in reports]
-        return [tasks.get(task_id) or Task(task_id) for task_id in ids]
-    return [find_task(sql, run, said.number) for said in reports]
+    if task_ids[-1] - task_ids[0] >= 4 * len(task_ids):
+        rows = [sql.one(TASK_BY_ID, task_id) for task_id in task_ids]
+        return [Task(task_id) if row is None else Task._make(row) for task_id, row in zip(task_ids, rows)]
+    found = sql.tasks("SELECT " + TASK_COLUMNS + " FROM task WHERE id BETWEEN ? AND ? ORDER BY id",
+                      task_ids[0], task_ids[-1])
+    if len(found) == len(task_ids) == task_ids[-1] + 1 - task_ids[0]:
+        return found
+    tasks = {task.id: task for task in found}
+    return [tasks.get(task_id) or Task(task_id) for task_id in task_ids]
 
 
 def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, first: Report, last: Report) -> bool:
     """Take `done` for consecutive tasks that the worker holds: `reported`, by one statement. False if it cannot be."""
-    if first.status != DONE or first.elapsed_ms is not None or worker.state == SIGNED_OFF:
+    if first.status != DONE:
         return False
     millionths = FULL if first.millionths is None else first.millionths
     span = run.first_id + first.number, run.first_id + last.number
@@ -2167,12 +2185,11 @@ def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str,
 
 
 @read_operation
-def beat(sql: Transaction, now: Now, worker_uuid: str, hold: int = LAPSED,
-         last_id: int = 0) -> Union[Continue, ShownWorker]:
+def beat(sql: Transaction, now: Now, worker_uuid: str, place: Place = (LAPSED, 0)) -> Union[Continue, ShownWorker]:
     """The worker lives: renew its lease, and give it back what has lapsed and nobody claimed since.
 
     Writes only if something has, and nothing while the disk takes no writes: the lease is renewed
-    all the same. Raises NotFound, and Conflict when it has signed off. *hold* and *last_id*: how far the slices
+    all the same. Raises NotFound, and Conflict when it has signed off. *place*: how far the slices
     before have come.
     """
     worker = find_worker(sql, worker_uuid)
@@ -2186,31 +2203,37 @@ def beat(sql: Transaction, now: Now, worker_uuid: str, hold: int = LAPSED,
         WHERE worker = ? AND hold >= 3 AND hold <= 4
         LIMIT ?""", worker.id, SMALL + 1)
     sql.takes_long(len(lapsed_ids))
-    reached = take_back(sql, worker, hold, last_id) if lapsed_ids else None
-    return shown_worker(sql, now, worker) if reached is None else Continue((worker_uuid, *reached))
+    reached = take_back(sql, worker, place) if lapsed_ids else None
+    return shown_worker(sql, now, worker) if reached is None else Continue((worker_uuid, reached))
 
 
-def take_back(sql: Transaction, worker: Worker, hold: int, last_id: int) -> Optional[Tuple[int, int]]:
-    """Let a worker hold again what lapsed, while there is time, by hold and id; how far that came, None if to the end.
+def take_back(sql: Transaction, worker: Worker, place: Place) -> Optional[Place]:
+    """Let a worker hold again what lapsed, from *place* on, while there is time; how far that came, None if to the end.
 
     Tasks of a run that is being restarted are passed over.
     """
-    while hold <= LOST:
-        while True:
-            tasks = sql.tasks("SELECT " + TASK_COLUMNS + """
-                FROM task INDEXED BY task_held
-                WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
-                ORDER BY id
-                LIMIT ?""", worker.id, hold, last_id, SLICE)
-            for run, part in by_run(sql, tasks):
-                if not run.sweep:
-                    change_many(sql, run, [(task, taken_back(task)) for task in part])
-            if len(tasks) < SLICE:
-                break
-            last_id = tasks[-1].id
-            if sql.over():
-                return hold, last_id
-        hold, last_id = hold + 1, 0
+    return walk_holds(sql, worker.id, place, LOST, lambda _, task: taken_back(task))
+
+
+def walk_holds(sql: Transaction, worker_id: int, place: Place, last_hold: int,
+               rule: Callable[[Run, Task], Task]) -> Optional[Place]:
+    """Change the tasks that a worker holds, or held, from *place* to those of *last_hold*, while there is time.
+
+    How far that came, None if to the end. Tasks of a run that is being restarted are passed over.
+    """
+    hold, last_id = place
+    while hold <= last_hold:
+        tasks = sql.tasks("SELECT " + TASK_COLUMNS + """
+            FROM task INDEXED BY task_held
+            WHERE worker = ? AND hold IS ? AND hold <= 4 AND id > ?
+            ORDER BY id
+            LIMIT ?""", worker_id, hold, last_id, SLICE)
+        for run, part in by_run(sql, tasks):
+            if not run.sweep:
+                change_many(sql, run, [(task, rule(run, task)) for task in part])
+        hold, last_id = (hold, tasks[-1].id) if len(tasks) == SLICE else (hold + 1, 0)
+        if hold <= last_hold and sql.over():
+            return hold, last_id
     return None
 
 
@@ -2223,14 +2246,15 @@ def by_run(sql: Transaction, tasks: Sequence[Task]) -> List[Tuple[Run, List[Task
 
 
 @operation
-def sign_off(sql: Transaction, now: Now, worker_uuid: str) -> Optional[Continue]:
-    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound."""
+def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD, 0)) -> Optional[Continue]:
+    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound. *place*: see `release`."""
     worker = find_worker(sql, worker_uuid)
     if worker.state == SIGNED_OFF:
         return None
     sql.takes_long(sql.holds.number(worker.id))
-    if not release(sql, worker.id, lambda _, task: given_up(task)):
-        return Continue((worker_uuid,))
+    reached = release(sql, worker.id, lambda _, task: given_up(task), place)
+    if reached is not None:
+        return Continue((worker_uuid, reached))
     worker.state, worker.heard = SIGNED_OFF, sql.steady_utc(now.tick)
     save_worker(sql, worker)
     forget_claim(sql, worker.id)
@@ -2238,45 +2262,32 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str) -> Optional[Continue]
     return None
 
 
-def release(sql: Transaction, worker_id: int, rule: Callable[[Run, Task], Task]) -> bool:
-    """Take from a worker what it holds, while there is time; True when it holds no more.
+def release(sql: Transaction, worker_id: int, rule: Callable[[Run, Task], Task], place: Place) -> Optional[Place]:
+    """Take from a worker what it holds from *place* on, while there is time; how far that came, None if to the end.
 
-    Raises RunBusy, having changed nothing, when one of the tasks is of a run that is being restarted.
+    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left.
     """
-    changed = False
-    while True:
-        tasks = sql.tasks("SELECT " + TASK_COLUMNS + """
-            FROM task INDEXED BY task_held
-            WHERE worker = ? AND hold <= 2 AND hold <= 4
-            LIMIT ?""", worker_id, SLICE)
-        parts = by_run(sql, tasks)
-        for run, _ in parts:
-            if run.sweep and not changed:
-                raise RunBusy(run.uuid)
-            if run.sweep:
-                return False
-        for run, part in parts:
-            change_many(sql, run, [(task, rule(run, task)) for task in part])
-        changed = True
-        if len(tasks) < SLICE:
-            return True
-        if sql.over():
-            return False
+    reached = walk_holds(sql, worker_id, place, STARTED, rule)
+    if reached is not None:
+        return reached
+    busy = sql.value("SELECT run FROM task INDEXED BY task_held WHERE worker = ? AND hold <= 2 AND hold <= 4",
+                     worker_id)
+    if busy is not None:
+        raise RunBusy(run_of_task(sql, busy).uuid)
+    return None
 
 
-def expire(sql: Transaction, now: Now, worker_id: int) -> bool:
-    """The lease of a worker has run out: its tasks wait again, while there is time; True when all do.
-
-    Raises RunBusy when one is of a run that is being restarted.
-    """
-    if not release(sql, worker_id, lambda run, task: lapsed(task, run.limits, milliseconds(now.utc))):
-        return False
+def expire(sql: Transaction, now: Now, worker_id: int, place: Place) -> Optional[Place]:
+    """The lease of a worker has run out: its tasks wait again; as `release`, whose place and errors these are."""
+    reached = release(sql, worker_id, lambda run, task: lapsed(task, run.limits, milliseconds(now.utc)), place)
+    if reached is not None:
+        return reached
     worker = worker_of_task(sql, worker_id)
     if worker is not None and worker.state == ALIVE:
         heard = sql.leases.heard.get(worker_id)
         worker.state, worker.heard = EXPIRED, worker.heard if heard is None else sql.steady_utc(heard)
         save_worker(sql, worker)
-    return True
+    return None
 
 
 @operation
@@ -2771,6 +2782,12 @@ def disk_trouble(error: BaseException) -> Optional[str]:
 Outcomes = List[Tuple[Operation, Any]]      # operations that have ended, with their results or errors
 
 
+def not_taken(named: Operation, why: str) -> Tuple[Operation, Exception]:
+    """An operation that is refused, and what its client is told."""
+    return named, Unavailable("%s: %s" % ("only a part was done, so send it all again" if named.begun else
+                                          "nothing was changed", why))
+
+
 class Store:
     """The file, and the one connection to it.
 
@@ -2786,7 +2803,10 @@ class Store:
         self.stopwatch = stopwatch
         self.short: "deque[Operation]" = deque()        # wait for the next transaction
         self.large: "deque[Operation]" = deque()        # take long: each has a slice in its turn
-        self.parked: List[Tuple[str, Operation]] = []   # wait for the sweep of a run
+        self.parked: Dict[str, List[Operation]] = {}    # wait for the sweep of a run, by its uuid
+        self.parking = True                             # else nothing is to wait: the server stops
+        self.expired_to: Dict[int, Tuple[float, Place]] = {}    # of workers: an end of their lease, and how far they
+                                                                # have lost their tasks since
         self.refused: Outcomes = []                     # waited in vain
         self.try_again = 0.0                            # the tick of the next write, after one that failed
         self.chore_at = 0.0                             # the tick of the next look for workers to forget
@@ -2812,6 +2832,7 @@ class Store:
             self.sql.settle()
             self._begin_leases()
             self.sql.holds = count_holds(self.sql)
+            self.sql.claim_keys = dict(self.sql.all("SELECT key, worker FROM last_claim"))
             self.sweeps = deque(Sweep(Run(row)) for row in self.sql.all(
                 "SELECT " + Run.COLUMNS + " FROM run WHERE sweep IS NOT NULL ORDER BY id"))
         except (sqlite3.Error, Refusal) as error:
@@ -2849,8 +2870,13 @@ class Store:
         """Hand operations to the writer; the `done` of each is called after COMMIT. For any thread."""
         tick = self.clock().tick
         for named in batch:
-            named.came = tick
+            named.came = named.came or tick
         self.queue.put(batch)
+
+    def refuse_parked(self) -> None:
+        """Answer what waits for a restart, now and from here on: the server stops. For any thread."""
+        self.parking = False
+        self.queue.put([])
 
     def call(self, named: Operation) -> Any:
         """Have one operation run, wait for its result and return it. Raises what it raises."""
@@ -2883,7 +2909,7 @@ class Store:
         self.writer = writer
 
     def _write(self) -> None:
-        while not self.stopping or self.short or self.large:
+        while not self.stopping or self.short or self.large or self.refused:
             self._round(None)
             if self.sql.copy and not self.sql.copy.begun:
                 self.copy(self.sql.copy, lambda: self._round(0.0))
@@ -2987,6 +3013,8 @@ class Store:
         again one by one, so that only its cause suffers.
         """
         self.short += batch
+        if not self.parking:
+            self._unpark()
         refused, self.refused = self.refused, []
         if not (self.short or self.large):
             return refused
@@ -3014,16 +3042,22 @@ class Store:
         sql.begin_slice(BATCH_S, large=False)
         end = sql.slice_end
         while self.short:
-            taken.append(self.short.popleft())
-            yield taken[-1]
+            named = self.short.popleft()
+            if named.unwanted:
+                continue
+            taken.append(named)
+            yield named
             if len(taken) % 8 == 0 and sql.over():
                 break
         if self.large:
             sql.begin_slice(SLICE_S, large=True)
             sql.slice_end = max(sql.slice_end, end)
             for _ in range(len(self.large)):
-                taken.append(self.large.popleft())
-                yield taken[-1]
+                named = self.large.popleft()
+                if named.unwanted and not named.begun:
+                    continue
+                taken.append(named)
+                yield named
                 if sql.over():
                     break
 
@@ -3045,9 +3079,7 @@ class Store:
     def _only_read(self, batch: List[Operation], trouble: str) -> Outcomes:
         """Refuse what writes, and run the rest."""
         reads = [named for named in batch if named.reads]
-        refused: Outcomes = [(named, Unavailable("%s: %s" % (
-            "only a part was done, so send it all again" if named.begun else "nothing was changed", trouble)))
-            for named in batch if not named.reads]
+        refused = [not_taken(named, trouble) for named in batch if not named.reads]
         try:
             return refused + (self._transact(reads, "BEGIN") if reads else [])
         except Exception as error:      # a disk that cannot be read either
@@ -3065,6 +3097,7 @@ class Store:
         ended: Outcomes = []
         parked: List[Tuple[str, Operation]] = []
         large: List[Operation] = []
+        self.sql.heard_worker = None
         unfinished: List[Tuple[Operation, Continue]] = []
         with self._transaction(begin) as (sql, now):
             for named in batch:
@@ -3080,13 +3113,16 @@ class Store:
                     parked.append((busy.args[0], named))
                 except TakesLong:
                     large.append(named)
+                if sql.heard_worker is not None:
+                    named.worker, sql.heard_worker = sql.heard_worker, None
         for named, rest in unfinished:
             named.args, named.begun = rest.args, True
             large.append(named)
         for named in large:
             named.large = True
         self.large += large
-        self.parked += parked
+        for run_uuid, named in parked:
+            self.parked.setdefault(run_uuid, []).append(named)
         if self.parked:
             self._unpark()
         return ended
@@ -3114,6 +3150,7 @@ class Store:
         sql.settle()
         if sql.trouble and self.connection.total_changes != changes:
             sql.trouble = None
+            sql.leases.renew_all(self.clock().tick)     # requests that were refused have renewed none
             log.error("the disk takes writes again")
 
     def _copying(self) -> bool:
@@ -3174,16 +3211,27 @@ class Store:
         worker_id = leases.run_out(tick)
         if worker_id is None:
             return False
+        if worker_id in self._waiting_workers():
+            leases.begin(worker_id, leases.spans[worker_id], now.tick)
+            return True
         end = leases.ends[worker_id]
         leases.postpone(worker_id, now.tick + RETRY_S)      # and tried again then, if this transaction fails
+        begun, place = self.expired_to.get(worker_id, (end, (HELD, 0)))
         try:
-            if expire(sql, now, worker_id):
-                sql.after_commit(functools.partial(leases.drop, worker_id))
-            else:
-                leases.postpone(worker_id, end)
-        except RunBusy:     # what a restart that has begun does with the worker's tasks is decided already
-            pass
+            reached = expire(sql, now, worker_id, place if begun == end else (HELD, 0))
+        except RunBusy:     # what a restart that has begun does with the rest is decided already
+            return True
+        if reached is None:
+            sql.after_commit(functools.partial(leases.drop, worker_id))
+            sql.after_commit(functools.partial(self.expired_to.pop, worker_id, None))
+        else:
+            leases.postpone(worker_id, end)
+            sql.after_commit(functools.partial(self.expired_to.__setitem__, worker_id, (end, reached)))
         return True
+
+    def _waiting_workers(self) -> Set[Optional[int]]:
+        """The workers with a request that waits for its turn or for a restart: they cannot be silent."""
+        return {named.worker for waiting in (self.large, *self.parked.values()) for named in waiting}
 
     def _forget_workers(self, sql: Transaction, now: Now) -> bool:
         """Forget some workers; True when there may be more."""
@@ -3199,17 +3247,18 @@ class Store:
         return False
 
     def _unpark(self) -> None:
-        """Sort those that wait for a run: they run again when its sweep has ended, or cannot go on."""
+        """Run those again that wait for a run whose sweep has ended; refuse those whose sweep cannot go on."""
         swept = {sweep.run.uuid for sweep in self.sweeps}
-        waiting, self.parked = self.parked, []
-        for run_uuid, named in waiting:
-            if run_uuid not in swept:
-                (self.large if named.large else self.short).append(named)
-            elif self.clock().tick < self.try_again:
-                self.refused.append((named, Unavailable(self.sql.trouble or "this run is being restarted, and its "
-                                                        "tasks cannot be changed: the server's log says why")))
-            else:
-                self.parked.append((run_uuid, named))
+        stuck = self.clock().tick < self.try_again
+        for run_uuid in list(self.parked):
+            if not self.parking or run_uuid in swept and stuck:
+                why = "the server is stopping" if not self.parking else self.sql.trouble or (
+                    "this run is being restarted, and its tasks cannot be changed: the server's log says why")
+                self.refused += [not_taken(named, why) for named in self.parked.pop(run_uuid)]
+            elif run_uuid not in swept:
+                for named in self.parked.pop(run_uuid):
+                    (self.large if named.large else self.short).append(named)
+
 
 
 # ---------------------------------------------------------------- LOGIN

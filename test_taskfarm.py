@@ -2146,7 +2146,7 @@ def test_what_becomes_of_all_that_a_worker_holds_is_what_the_rule_makes_of_each(
         return is_held(task) and task.worker == 1
 
     for ending, becomes in [
-            (lambda trial: taskfarm.expire(trial.sql, trial.now, 1),
+            (lambda trial: taskfarm.expire(trial.sql, trial.now, 1, (taskfarm.HELD, 0)),
              lambda task: taskfarm.lapsed(task, limits, NOW_MS)),
             (lambda trial: trial.do(taskfarm.sign_off("a")), taskfarm.given_up)]:
         with trial_of(trials) as trial:
@@ -2268,7 +2268,7 @@ def memory_agrees_with_the_file(store: Store) -> None:
     assert set(sql.leases.ends) == set(sql.leases.entries) == set(leased)
     assert taskfarm.count_holds(sql).by_run == sql.holds.by_run
     assert sql.holds.totals == taskfarm.count_holds(sql).totals
-    assert sql.claim_keys in (None, dict(sql.all("SELECT key, worker FROM last_claim")))
+    assert sql.claim_keys == dict(sql.all("SELECT key, worker FROM last_claim"))
     assert list(sql.users.values()) == taskfarm.every_user(sql)
     assert sorted((sweep.run.id, sweep.kind) for sweep in store.sweeps) == sql.all(
         "SELECT id, sweep FROM run WHERE sweep IS NOT NULL ORDER BY id")
@@ -2349,7 +2349,7 @@ def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
         if dice.random() < 0.3:
             store.turn()
             memory_agrees_with_the_file(store)
-        assert pending == {*store.short, *store.large, *(named for _, named in store.parked),
+        assert pending == {*store.short, *store.large, *(named for waiting in store.parked.values() for named in waiting),
                            *(named for named, _ in store.refused)}, "each is answered, and once"
     clock.step_s = 0
     direct.settle()
@@ -2925,9 +2925,72 @@ def test_a_sweep_that_ended_in_a_transaction_that_was_rolled_back_spoils_no_figu
         with full_disk(1000):
             direct.store.turn()
         assert direct.store.sql.trouble
-    for _ in range(3):      # who had to wait for the restart is tried again after a second
-        direct.pass_time(20)
+    for _ in range(3):      # with the disk, everybody gets a whole lease again
+        direct.pass_time(60)
     assert figures(direct, run)[:3] == (9, 0, 0)
+    direct.close()
+
+
+def swept_run(direct: Direct) -> str:
+    """A run whose rows follow a restart, and go on following for many turns."""
+    run = make_run(direct, 3000)
+    while figures(direct, run)[0]:
+        take_batch(direct, run, "w", 3000)
+    assert direct.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204 and direct.store.sweeps
+    return run
+
+
+def test_what_waits_for_a_restart_is_dropped_with_its_client_and_refused_at_a_stop(tmp_path: Path) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
+    run, store = swept_run(direct), direct.store
+    claims = [taskfarm.claim(run, "w") for _ in range(3)]
+    assert store.apply(claims) == [] and len(store.parked[run]) == 3
+    claims[0].unwanted = True
+    direct.settle()
+    assert {named for named, _ in store.apply([])} == set(claims[1:]) and figures(direct, run)[1] == 2
+    run = swept_run(direct)
+    claims = [taskfarm.claim(run, "w") for _ in range(2)]
+    claims[1].begun = True
+    assert store.apply(claims) == []
+    store.refuse_parked()
+    refused = dict(store.apply([]))
+    assert [str(refused[named]).partition(":")[0] for named in claims] == [
+        "nothing was changed", "only a part was done, so send it all again"]
+    direct.settle()
+    direct.close()
+
+
+def test_the_same_restart_again_while_its_rows_follow_waits_for_nothing(tmp_path: Path) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock(step_s=1.0))
+    run = swept_run(direct)
+    assert [outcome for _, outcome in direct.store.apply([taskfarm.restart_run(run, taskfarm.RESTART_ALL)])] == [None]
+    assert direct.store.apply([taskfarm.restart_run(run, taskfarm.RESTART)]) == [] and direct.store.parked
+    direct.settle()
+    direct.close()
+
+
+def test_a_worker_whose_request_waits_is_not_silent_and_one_in_a_swept_run_loses_the_rest(tmp_path: Path) -> None:
+    direct = Direct(str(tmp_path / "f"), FakeClock())
+    run = a_run(direct, 5)
+    other, store, clock = make_run(direct, 3000), direct.store, direct.clock
+    assert isinstance(clock, FakeClock)
+    for worker in ("c", "d"):
+        enlist(direct, worker, lease=10)
+        take(direct, run, worker)
+        take(direct, other, worker)
+    assert direct.ask("POST", "/api/runs/%s/restart?all=True" % other)[0] == 204
+    assert store.apply([taskfarm.claim(other, "c")]) == [] and store.parked
+    clock.pass_time(10.5)
+    clock.step_s = 1.0          # so that the rows of the restart do not follow in one turn
+    sweeps, store.sweeps = store.sweeps, type(store.sweeps)()
+    for _ in range(4):
+        store.turn()
+    store.sweeps = sweeps
+    clock.step_s = 0.0
+    assert look(direct, run, 0) == ("computing", 1), "the request of c waits in the server"
+    assert look(direct, run, 1) == ("waiting", 1), "d is silent; what it holds of another run is not kept back"
+    direct.settle()
+    store.apply([])
     direct.close()
 
 
@@ -3028,6 +3091,8 @@ class Timed:
             self.clock.pass_time(self.commit_s)
 
     def round(self, *operations: Operation) -> None:
+        for named in operations:
+            named.came = 0.0        # it may be the same as in the round before
         self.store.submit(list(operations))
         self.store._round(0.0)
 
