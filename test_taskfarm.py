@@ -2349,8 +2349,9 @@ def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
         if dice.random() < 0.3:
             store.turn()
             memory_agrees_with_the_file(store)
-        assert pending == {*store.short, *store.large, *(named for waiting in store.parked.values() for named in waiting),
-                           *(named for named, _ in store.refused)}, "each is answered, and once"
+        parked = {named for waiting in store.parked.values() for named in waiting}
+        assert pending == {*store.short, *store.large, *parked, *(named for named, _ in store.refused)}, (
+            "each is answered, and once")
     clock.step_s = 0
     direct.settle()
     direct.close()
