@@ -1236,7 +1236,7 @@ def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
 
 
 def test_no_name_of_the_module_is_given_twice() -> None:
-    """The second LARGE_S once made the writer's slices ten times as long as the first said."""
+    """A second SLICE_S would make the writer's slices as long as nobody meant."""
     names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for outer in TREE.body:
         targets = outer.targets if isinstance(outer, ast.Assign) else []
@@ -4571,7 +4571,7 @@ def test_who_has_logged_in_is_served_before_a_crowd_that_has_not(stepped: Steppe
         raw.close()
 
 
-def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepped) -> None:
+def test_outcomes_are_shown_in_turns_and_one_big_answer_in_each(stepped: Stepped) -> None:
     raws = stepped.new(b"", 40)
     shown: List[int] = []
 
@@ -4579,7 +4579,7 @@ def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepp
         shown.append(number)
         return taskfarm.Reply(204)
     for number, raw in enumerate(raws):
-        raw.served.deliver(taskfarm.list_users().shown_as(show, long=number >= 30), number)
+        raw.served.deliver(taskfarm.list_users().shown_as(show, big_answer=number >= 30), number)
     stepped.turn()
     assert 0 < len(shown) <= 12 and shown == list(range(len(shown)))
     for _ in range(40):
@@ -4591,16 +4591,16 @@ def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepp
         raw.close()
 
 
-def test_a_large_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
+def test_a_big_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
     asked: List[Operation] = []
     stepped.service.farm.submit = asked.extend      # type: ignore[assignment]      # and nothing answers
     page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
-    raws = stepped.new(page, taskfarm.LARGE_AT_ONCE + 2)
-    stepped.turn_until(lambda: len(asked) == taskfarm.LARGE_AT_ONCE)
-    assert len(stepped.server.large) == 2, "few of them lie in memory"
-    stepped.clock.pass_time(taskfarm.LARGE_S)
+    raws = stepped.new(page, taskfarm.BIG_AT_ONCE + 2)
+    stepped.turn_until(lambda: len(asked) == taskfarm.BIG_AT_ONCE)
+    assert len(stepped.server.big_waiting) == 2, "few of them lie in memory"
+    stepped.clock.pass_time(taskfarm.BIG_S)
     stepped.turn(2)
-    assert len(asked) == len(raws) and not stepped.server.large
+    assert len(asked) == len(raws) and not stepped.server.big_waiting
     for raw in raws:
         raw.close()
 
@@ -4709,14 +4709,14 @@ def test_when_the_buffers_are_full_those_who_take_nothing_are_closed(
             assert raw.sock.recv(65536)
             stepped.turn()
     third = stepped.new(page)
-    stepped.turn_until(lambda: stepped.server.large)
+    stepped.turn_until(lambda: stepped.server.big_waiting)
     stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
     read_some(slow)
     assert deaf.served in stepped.server.connections
     stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
     stepped.turn(3)
     assert deaf.served not in stepped.server.connections and slow.served in stepped.server.connections
-    assert stepped.server.large, "there is no room yet"
+    assert stepped.server.big_waiting, "there is no room yet"
     while slow.served.outbox:
         read_some(slow)
     stepped.turn_until(lambda: third.served.outbox)
@@ -4828,16 +4828,16 @@ def test_keep_alive_is_said_to_a_client_of_http_1_0(shared_farm: Live) -> None:
     raw.close()
 
 
-def test_large_answers_that_nobody_reads_do_not_fill_the_memory(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_big_answers_that_nobody_reads_do_not_fill_the_memory(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 2 * 2 ** 20)
     monkeypatch.setattr(taskfarm, "show_page", lambda *_: taskfarm.Reply(200, b"x" * 2 ** 20))
     monkeypatch.setattr(taskfarm, "STILL_S", 60.0)
     page = request_bytes("GET", "/api/workers?limit=1000", Authorization=basic(farm.token, ""))
     deaf = [farm.raw(page) for _ in range(40)]
     server = farm.service.server
-    wait_until(lambda: server.users.total >= taskfarm.BUFFER_LIMIT // 2 or not server.large)
+    wait_until(lambda: server.users.total >= taskfarm.BUFFER_LIMIT // 2 or not server.big_waiting)
     assert farm.ask("GET", "/readyz")[0] == 200
-    assert server.users.total < (1 + taskfarm.LARGE_AT_ONCE) * 2 ** 20 + taskfarm.BUFFER_LIMIT // 2
+    assert server.users.total < (1 + taskfarm.BIG_AT_ONCE) * 2 ** 20 + taskfarm.BUFFER_LIMIT // 2
     assert [len(raw.answer()[2]) for raw in deaf] == [2 ** 20] * 40, "each gets its answer when there is room"
     for raw in deaf:
         raw.close()
