@@ -3724,6 +3724,7 @@ class EntriesRead:
             sentence = "%s is missing" % next(iter(slots)) if made[0] is None else judge(made)
             if sentence:
                 self._refuse(sentence)
+                continue
             entries.append(made)
 
     def _refuse(self, sentence: str) -> None:

@@ -4424,6 +4424,14 @@ def test_a_body_in_slices_is_read_like_one_at_once(entries: List[Any], marks: Tu
         taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW = window, loose
 
 
+def test_entries_that_are_wrong_are_named_by_their_place() -> None:
+    bad: List[Any] = [{"task": 0, "exitCode": 1}, {"status": "done"}, 7, {"task": 3}]
+    good = [{"task": number, "status": "done"} for number in range(4, 8)]
+    with pytest.raises(taskfarm.BadRequest) as refusal:
+        taskfarm.read_body(task_route(), json.dumps({"data": [*bad, *good, {}]}).encode())
+    assert re.findall(r"data\[(\d+)\]", str(refusal.value)) == ["0", "1", "2", "3", "8"]
+
+
 LARGE = taskfarm.BATCH_BODY_LIMIT
 
 
