@@ -4954,7 +4954,7 @@ class Server(ThreadingHTTPServer):
         if request.length:
             body = c.take(request.length)
             self.bodies.pop(c, None)
-        request.length = 0      # a body that was read need not be skipped when it is refused
+        request.length, request.expects = 0, False      # what was read need not be skipped when it is refused
         route = request.route
         assert route is not None
         if len(body) > BODY_LIMIT:

@@ -4511,6 +4511,11 @@ def test_expect_100_continue(farm: Live) -> None:
     raw.close()
 
 
+def test_what_follows_a_refused_body_that_was_not_waited_for_is_answered(farm: Live) -> None:
+    one = request_bytes("POST", "/api/run", b"{}", Authorization="{auth}", Expect="100-continue")
+    assert exchange(farm, one + CLOSE) == [400, 200]
+
+
 def test_a_client_of_http_1_0_is_not_told_to_go_on(farm: Live) -> None:
     one = request_bytes("POST", "/api/run", Authorization=basic(farm.token, ""), Expect="100-continue",
                         Content_Length="15", Content_Type="application/json").replace(b"HTTP/1.1", b"HTTP/1.0")
