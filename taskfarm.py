@@ -5090,7 +5090,7 @@ class Server(ThreadingHTTPServer):
         self.access.note('%s %s [%s] "%s" %d %d %.6f\n' % (
             c.peer, request.login.name if request and request.login else "-",
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "%s %s" % (request.method, request.target) if request else "-", reply.status,
+            "%s %s" % (request.method, request.target.replace('"', "%22")) if request else "-", reply.status,
             c.body_bytes or len(reply.body), time.monotonic() - request.began if request else 0.0))
         c.body_bytes = 0
 

@@ -4944,6 +4944,19 @@ def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> None:
     assert re.fullmatch(r'127\.0\.0\.1 - \[[0-9T:Z-]+\] "GET /livez" 200 18 [0-9.]+', lines[0])
 
 
+def test_a_quote_in_a_target_does_not_end_it_in_the_access_log(tmp_path: Path) -> None:
+    log = io.StringIO()
+    service = Service(str(tmp_path / "f"), "127.0.0.1", 0, access_log=log)
+    thread = threading.Thread(target=service.serve)
+    thread.start()
+    raw = Raw(service.server.server_port, request_bytes("GET", '/livez?x="_200_7_0.1'))
+    assert raw.answer()[0] == 400
+    raw.close()
+    service.stop()
+    thread.join()
+    assert re.fullmatch(r'[^"]+ "GET /livez\?x=%22_200_7_0.1" 400 [0-9]+ [0-9.]+\n', log.getvalue())
+
+
 def test_a_reader_of_the_access_log_that_has_stopped_holds_up_nobody(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "LOG_BYTES", 10000)
