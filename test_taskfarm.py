@@ -5184,6 +5184,22 @@ def test_a_batch_may_be_4_mib_and_others_64_kib(farm: Live) -> None:
     assert farm.ask("PUT", "/api/runs/%s/tasks/0" % run, b" " * 65537)[0] == 413
 
 
+def test_refusals_of_many_reports_are_encoded_one_by_one(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, lengths, encode = make_run(farm, 1000), [], taskfarm.encode_json
+    assert farm.ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": "w", "count": 1000})[0] == 201
+
+    def measured(content: Any) -> str:
+        lengths.append(len(encode(content)))
+        return encode(content)
+    monkeypatch.setattr(taskfarm, "encode_json", measured)
+    entries = [{"task": number, "attempt": 2 - (number == 7), "status": "done"} for number in range(1000)]
+    status, answer = farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries})
+    assert status == 200 and answer["accepted"] == 1 and len(answer["refused"]) == 999
+    assert answer["refused"][7]["task"] == 8 and "attempt" in answer["refused"][7]["detail"]
+    assert max(lengths) < 200, "one call for all would hold up every other thread"
+    assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries[7:8]}) == (200, {"accepted": 1, "refused": []})
+
+
 PUBLISHED_WORKER = """
 import sys
 from taskfarm_worker import TaskFarmWorker
