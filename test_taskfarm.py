@@ -5200,6 +5200,14 @@ def test_refusals_of_many_reports_are_encoded_one_by_one(farm: Live, monkeypatch
     assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries[7:8]}) == (200, {"accepted": 1, "refused": []})
 
 
+def test_the_fields_of_a_report_come_in_the_order_of_its_class() -> None:
+    body = {"task": 7, "elapsed": 1.5, "message": "m", "exitCode": 2, "percentCompleted": 3, "status": "failed",
+            "attempt": 4}
+    (said,) = taskfarm.read_body(task_route(), json.dumps({"data": [body]}).encode())["data"]
+    assert said == taskfarm.Report(number=7, attempt=4, status=taskfarm.FAILED, millionths=3000000, exit_code=2,
+                                   message="m", elapsed_ms=1500)
+
+
 PUBLISHED_WORKER = """
 import sys
 from taskfarm_worker import TaskFarmWorker
