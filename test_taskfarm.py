@@ -1236,7 +1236,7 @@ def test_a_name_is_used_only_in_its_sections(name: str, allowed: set) -> None:
 
 
 def test_no_name_of_the_module_is_given_twice() -> None:
-    """The second LARGE_S once made the writer's slices ten times as long as the first said."""
+    """A second SLICE_S would make the writer's slices as long as nobody meant."""
     names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for outer in TREE.body:
         targets = outer.targets if isinstance(outer, ast.Assign) else []
@@ -4490,6 +4490,14 @@ def test_a_body_in_slices_is_read_like_one_at_once(entries: List[Any], marks: Tu
         taskfarm.LargeJson.WINDOW, taskfarm.LargeJson.LOOSE_WINDOW = window, loose
 
 
+def test_entries_that_are_wrong_are_named_by_their_place() -> None:
+    bad: List[Any] = [{"task": 0, "exitCode": 1}, {"status": "done"}, 7, {"task": 3}]
+    good = [{"task": number, "status": "done"} for number in range(4, 8)]
+    with pytest.raises(taskfarm.BadRequest) as refusal:
+        taskfarm.read_body(task_route(), json.dumps({"data": [*bad, *good, {}]}).encode())
+    assert re.findall(r"data\[(\d+)\]", str(refusal.value)) == ["0", "1", "2", "3", "8"]
+
+
 LARGE = taskfarm.BATCH_BODY_LIMIT
 
 
@@ -4569,6 +4577,11 @@ def test_expect_100_continue(farm: Live) -> None:
     raw.close()
 
 
+def test_what_follows_a_refused_body_that_was_not_waited_for_is_answered(farm: Live) -> None:
+    one = request_bytes("POST", "/api/run", b"{}", Authorization="{auth}", Expect="100-continue")
+    assert exchange(farm, one + CLOSE) == [400, 200]
+
+
 def test_a_client_of_http_1_0_is_not_told_to_go_on(farm: Live) -> None:
     one = request_bytes("POST", "/api/run", Authorization=basic(farm.token, ""), Expect="100-continue",
                         Content_Length="15", Content_Type="application/json").replace(b"HTTP/1.1", b"HTTP/1.0")
@@ -4637,7 +4650,7 @@ def test_who_has_logged_in_is_served_before_a_crowd_that_has_not(stepped: Steppe
         raw.close()
 
 
-def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepped) -> None:
+def test_outcomes_are_shown_in_turns_and_one_big_answer_in_each(stepped: Stepped) -> None:
     raws = stepped.new(b"", 40)
     shown: List[int] = []
 
@@ -4645,7 +4658,7 @@ def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepp
         shown.append(number)
         return taskfarm.Reply(204)
     for number, raw in enumerate(raws):
-        raw.served.deliver(taskfarm.list_users().shown_as(show, long=number >= 30), number)
+        raw.served.deliver(taskfarm.list_users().shown_as(show, big_answer=number >= 30), number)
     stepped.turn()
     assert 0 < len(shown) <= 12 and shown == list(range(len(shown)))
     for _ in range(40):
@@ -4657,16 +4670,16 @@ def test_outcomes_are_shown_in_turns_and_one_large_answer_in_each(stepped: Stepp
         raw.close()
 
 
-def test_a_large_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
+def test_a_big_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Stepped) -> None:
     asked: List[Operation] = []
     stepped.service.farm.submit = asked.extend      # type: ignore[assignment]      # and nothing answers
     page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
-    raws = stepped.new(page, taskfarm.LARGE_AT_ONCE + 2)
-    stepped.turn_until(lambda: len(asked) == taskfarm.LARGE_AT_ONCE)
-    assert len(stepped.server.large) == 2, "few of them lie in memory"
-    stepped.clock.pass_time(taskfarm.LARGE_S)
+    raws = stepped.new(page, taskfarm.BIG_AT_ONCE + 2)
+    stepped.turn_until(lambda: len(asked) == taskfarm.BIG_AT_ONCE)
+    assert len(stepped.server.big_waiting) == 2, "few of them lie in memory"
+    stepped.clock.pass_time(taskfarm.BIG_S)
     stepped.turn(2)
-    assert len(asked) == len(raws) and not stepped.server.large
+    assert len(asked) == len(raws) and not stepped.server.big_waiting
     for raw in raws:
         raw.close()
 
@@ -4775,14 +4788,14 @@ def test_when_the_buffers_are_full_those_who_take_nothing_are_closed(
             assert raw.sock.recv(65536)
             stepped.turn()
     third = stepped.new(page)
-    stepped.turn_until(lambda: stepped.server.large)
+    stepped.turn_until(lambda: stepped.server.big_waiting)
     stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
     read_some(slow)
     assert deaf.served in stepped.server.connections
     stepped.clock.pass_time(taskfarm.STILL_S * 0.7)
     stepped.turn(3)
     assert deaf.served not in stepped.server.connections and slow.served in stepped.server.connections
-    assert stepped.server.large, "there is no room yet"
+    assert stepped.server.big_waiting, "there is no room yet"
     while slow.served.outbox:
         read_some(slow)
     stepped.turn_until(lambda: third.served.outbox)
@@ -4894,16 +4907,16 @@ def test_keep_alive_is_said_to_a_client_of_http_1_0(shared_farm: Live) -> None:
     raw.close()
 
 
-def test_large_answers_that_nobody_reads_do_not_fill_the_memory(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_big_answers_that_nobody_reads_do_not_fill_the_memory(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "BUFFER_LIMIT", 2 * 2 ** 20)
     monkeypatch.setattr(taskfarm, "show_page", lambda *_: taskfarm.Reply(200, b"x" * 2 ** 20))
     monkeypatch.setattr(taskfarm, "STILL_S", 60.0)
     page = request_bytes("GET", "/api/workers?limit=1000", Authorization=basic(farm.token, ""))
     deaf = [farm.raw(page) for _ in range(40)]
     server = farm.service.server
-    wait_until(lambda: server.users.total >= taskfarm.BUFFER_LIMIT // 2 or not server.large)
+    wait_until(lambda: server.users.total >= taskfarm.BUFFER_LIMIT // 2 or not server.big_waiting)
     assert farm.ask("GET", "/readyz")[0] == 200
-    assert server.users.total < (1 + taskfarm.LARGE_AT_ONCE) * 2 ** 20 + taskfarm.BUFFER_LIMIT // 2
+    assert server.users.total < (1 + taskfarm.BIG_AT_ONCE) * 2 ** 20 + taskfarm.BUFFER_LIMIT // 2
     assert [len(raw.answer()[2]) for raw in deaf] == [2 ** 20] * 40, "each gets its answer when there is room"
     for raw in deaf:
         raw.close()
@@ -4995,6 +5008,19 @@ def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> None:
     lines = log.getvalue().splitlines()
     assert [line.split('"')[1:3][0] for line in lines] == ["GET /livez", "GET /api/runs"]
     assert re.fullmatch(r'127\.0\.0\.1 - \[[0-9T:Z-]+\] "GET /livez" 200 18 [0-9.]+', lines[0])
+
+
+def test_a_quote_in_a_target_does_not_end_it_in_the_access_log(tmp_path: Path) -> None:
+    log = io.StringIO()
+    service = Service(str(tmp_path / "f"), "127.0.0.1", 0, access_log=log)
+    thread = threading.Thread(target=service.serve)
+    thread.start()
+    raw = Raw(service.server.server_port, request_bytes("GET", '/livez?x="_200_7_0.1'))
+    assert raw.answer()[0] == 400
+    raw.close()
+    service.stop()
+    thread.join()
+    assert re.fullmatch(r'[^"]+ "GET /livez\?x=%22_200_7_0.1" 400 [0-9]+ [0-9.]+\n', log.getvalue())
 
 
 def test_a_reader_of_the_access_log_that_has_stopped_holds_up_nobody(tmp_path: Path,
@@ -5222,6 +5248,30 @@ def test_a_batch_may_be_4_mib_and_others_64_kib(farm: Live) -> None:
     assert farm.ask("PUT", "/api/runs/%s/tasks" % run, b" " * (4 * 2 ** 20 + 1))[0] == 413
     farm.local = threading.local()
     assert farm.ask("PUT", "/api/runs/%s/tasks/0" % run, b" " * 65537)[0] == 413
+
+
+def test_refusals_of_many_reports_are_encoded_one_by_one(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, lengths, encode = make_run(farm, 1000), [], taskfarm.encode_json
+    assert farm.ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": "w", "count": 1000})[0] == 201
+
+    def measured(content: Any) -> str:
+        lengths.append(len(encode(content)))
+        return encode(content)
+    monkeypatch.setattr(taskfarm, "encode_json", measured)
+    entries = [{"task": number, "attempt": 2 - (number == 7), "status": "done"} for number in range(1000)]
+    status, answer = farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries})
+    assert status == 200 and answer["accepted"] == 1 and len(answer["refused"]) == 999
+    assert answer["refused"][7]["task"] == 8 and "attempt" in answer["refused"][7]["detail"]
+    assert max(lengths) < 200, "one call for all would hold up every other thread"
+    assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries[7:8]}) == (200, {"accepted": 1, "refused": []})
+
+
+def test_the_fields_of_a_report_come_in_the_order_of_its_class() -> None:
+    body = {"task": 7, "elapsed": 1.5, "message": "m", "exitCode": 2, "percentCompleted": 3, "status": "failed",
+            "attempt": 4}
+    (said,) = taskfarm.read_body(task_route(), json.dumps({"data": [body]}).encode())["data"]
+    assert said == taskfarm.Report(number=7, attempt=4, status=taskfarm.FAILED, millionths=3000000, exit_code=2,
+                                   message="m", elapsed_ms=1500)
 
 
 PUBLISHED_WORKER = """
