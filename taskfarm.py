@@ -7285,6 +7285,7 @@ class Reporter:
         self.registered_again = False       # the farm did not know the worker, and nothing went well since
         self.sent_at = 0.0                  # ticks
         self.heartbeat_at = 0.0
+        self.figures_every_s = RUN_FIGURES_S if wants_figures else math.inf
         self.figures_at = 0.0 if wants_figures else math.inf
         self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
@@ -7301,6 +7302,12 @@ class Reporter:
         """Claim so many tasks, after the reports are sent."""
         with self.changed:
             self.claim_count = count
+            self.changed.notify()
+
+    def ask_figures(self) -> None:
+        """Ask for the figures of the run now."""
+        with self.changed:
+            self.figures_at = 0.0
             self.changed.notify()
 
     def close(self) -> List[Dict[str, Any]]:
@@ -7385,8 +7392,8 @@ class Reporter:
         if claim_count:
             self._claim(claim_count)
         if now >= self.figures_at:
-            self.figures_at = now + RUN_FIGURES_S
             self.post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
+            self.figures_at = now + self.figures_every_s        # not before: a request that failed is repeated
 
     def _claim(self, count: int) -> None:
         """Claim up to *count* tasks. Near the end of a run it is a quarter of those that wait: others get some too.
@@ -7514,7 +7521,7 @@ LAST_REPORTS_S = 2.0                # the last reports are tried for so long: PB
 CONFIRM_S = 0.3                     # an end is reported when it is so old: it may be the first sign that a job ends
 CONFIRM_KILLED_S = 1.5              # the same for a command that was killed by a signal that ends jobs
 SAME_SIGNAL_S = 1.0                 # a second signal within this time is the first one again: srun sends two at once
-MOST_WITHOUT_PROGRAM = 10           # a worker whose first ends all lack a program stops after so many
+MOST_WITHOUT_PROGRAM = 10           # a worker whose ends all lack a program stops after so many
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
 EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_NO_PROGRAM = 6, 7, 8
@@ -7675,6 +7682,7 @@ class TaskRunner:
         self.unconfirmed: List[Tuple[float, int, Command]] = []     # heap of ends, by the tick when they are confirmed
         self.without_program: List[Command] = []    # confirmed ends that say so, kept while there is no other
         self.program_found = False          # some confirmed end says something else
+        self.figures_asked = False          # to judge the former
         self.finished = 0                   # tasks whose end was reported
         self.recent_s: "deque[float]" = deque(maxlen=100)   # what the latest commands took
         self.mean_s: Optional[float] = None                 # moving mean of the same
@@ -7697,7 +7705,7 @@ class TaskRunner:
         self.handlers: Dict[type, Callable[[Any], None]] = {
             TasksClaimed: self._on_tasks_claimed, NoTaskClaimed: self._on_no_task_claimed,
             TasksHeld: self._on_tasks_held, ReportRefused: self._on_report_refused,
-            RunFigures: lambda event: self.display.show_run(event.run),
+            RunFigures: self._on_run_figures,
             Notice: lambda event: self.display.say(event.sentence), ReporterEnded: self._on_reporter_ended}
 
     def work(self) -> int:
@@ -7768,20 +7776,22 @@ class TaskRunner:
     def _is_finished(self) -> bool:
         """Whether the work has ended, where no command runs. Sets the exit status then."""
         if self.stop_reason:
-            self._report_without_program()
+            self._give_back_unconfirmed()
             self.status = self.stop_status
             return True
         if self.ready or not self.nothing_waits or self.claim_open or self.reporter.reports:
             return False
         if self.without_program:
-            self._report_without_program()
-            self.wake_at = 0.0          # the tasks may wait again
+            if not self.figures_asked:
+                self.figures_asked = True
+                self.reporter.ask_figures()
             return False
         if self.claim_at == math.inf or not self.options.wait:
             self.status = EXIT_DONE
             return True
         if self.finished == self.finished_at_claim:
-            self.display.say_once("no task waits, and other workers still compute: waiting for tasks that they lose")
+            self.display.say_once("no task waits now, but other workers still compute: this one stays, since their "
+                                  "tasks may come back (with --no-wait it would leave)")
         return False
 
     # Claims
@@ -7864,6 +7874,23 @@ class TaskRunner:
         for command in self.running.values():
             if (command.task, command.attempt) == (report["task"], report["attempt"]) and not command.end_reason:
                 self._terminate(command, "lost")
+
+    def _on_run_figures(self, event: RunFigures) -> None:
+        """Show the figures. Judge the ends that lack a program where there is nothing else to do."""
+        self.display.show_run(event.run)
+        busy = self.ready or self.running or self.ending or self.unconfirmed or self.claim_open
+        if not self.figures_asked or self.stop_reason:
+            return
+        self.figures_asked = False
+        if busy or not self.without_program:
+            return
+        if event.run["numWaiting"]:
+            self.nothing_waits = False      # a task came back meanwhile: try that one first
+        elif event.run["numComputing"] > len(self.without_program):     # others compute, and may have the program
+            self._stop_without_program(self.without_program[-1])
+        else:       # nobody has: the command is wrong, not this machine
+            self._report_without_program()
+            self.wake_at = 0.0              # the tasks may wait again
 
     def _on_reporter_ended(self, event: ReporterEnded) -> None:
         if not isinstance(event.error, (FarmError, Unreachable, Refusal)):
@@ -8016,7 +8043,7 @@ class TaskRunner:
         self.ready.clear()
 
     def _confirm(self, command: Command) -> None:
-        """Report a confirmed end. The first ends are kept while all of them say that there is no program."""
+        """Report a confirmed end. The ends are kept while all of them say that there is no program."""
         if not self.program_found and command.reported_code in NO_PROGRAM_CODES:
             self.without_program.append(command)
             if self.finished + len(self.without_program) >= MOST_WITHOUT_PROGRAM and not self.stop_reason:
@@ -8030,9 +8057,10 @@ class TaskRunner:
         """Stop, and give the tasks back: another machine may have the program."""
         message = command.error_line()
         self.stop_status = EXIT_NO_PROGRAM
-        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
-                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_WITHOUT_PROGRAM,
-                                                " (%s)" % message if message else ""))
+        count = self.finished + len(self.without_program)
+        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: %s ended with 126 or 127%s" % (
+            os.uname().nodename, self.template.program, "all %d commands" % count if count > 1 else "the first command",
+            " (%s)" % message if message else ""))
         self._give_back_unconfirmed()
 
     def _report_without_program(self) -> None:
@@ -9973,8 +10001,11 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end, 8 the first ten commands all ended with 126 or 127 (the program is missing on this
-    node; no task has failed for that)
+    before the end, 8 all its commands ended with 126 or 127: a program is missing on this node
+
+    Ends with 126 or 127 are kept back as long as a worker has no others. After ten of them, or when no
+    task waits while other workers compute, it gives the tasks back and ends with 8: no task has failed.
+    When nobody else computes, the command is wrong: then they are reported as failures.
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}

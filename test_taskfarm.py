@@ -6734,6 +6734,37 @@ def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process
     assert counts(server, run)[0] > 0
 
 
+@pytest.mark.parametrize("wait", [(), ("--no-wait",)])
+def test_a_machine_that_lacks_the_program_fails_no_task_of_the_last_ones(server: Process, tmp_path: Path,
+                                                                         wait: Tuple[str, ...]) -> None:
+    run = new_run(server, 12)
+    good = Work(server, run, "-j", "8", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path)
+    wait_until(lambda: counts(server, run) == (4, 8, 0, 0))
+    output = Work(server, run, "-j", "4", *wait, "--", "sh", "-c", "nosuch {task}").end(8)
+    sentence = next(line for line in output.splitlines() if line.startswith("stopping"))
+    assert "on %s sh, or a program" % socket.gethostname() in sentence and "all 4 commands" in sentence
+    assert " failed: " not in output
+    assert counts(server, run) == (4, 8, 0, 0)
+    (tmp_path / "go").touch()
+    good.end(0)
+    assert counts(server, run) == (0, 0, 12, 0)
+
+
+def test_a_worker_without_a_program_that_is_alone_at_the_end_reports_it(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 12)
+    assert report(server, run, 11, status="done") == 204
+    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
+    assert server.ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": "other", "count": 8})[0] == 201
+    work = Work(server, run, "-j", "3", "--", "sh", "-c", "touch %s/{task}; until [ -e %s/go ]; do sleep 0.01; done; "
+                "exit 127" % (tmp_path, tmp_path))
+    wait_until(lambda: len(list(tmp_path.glob("[89]"))) + len(list(tmp_path.glob("10"))) == 3)
+    for number in range(8):
+        assert report(server, run, number, status="done", worker_uuid="other") == 204
+    (tmp_path / "go").touch()
+    work.end(3)
+    assert counts(server, run) == (0, 0, 9, 3)
+
+
 def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
     script = tmp_path / "tile.sh"
@@ -6982,7 +7013,7 @@ def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     Work(server, run, "--no-wait", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
     work = Work(server, run, "--", "true")
-    wait_until(lambda: "waiting for tasks that they lose" in work.shown())
+    wait_until(lambda: "their tasks may come back" in work.shown())
     assert server.ask("DELETE", "/api/worker/other")[0] == 204
     work.end(0)
     assert counts(server, run) == (0, 0, 2, 0)
