@@ -10296,17 +10296,21 @@ def cmd_workers(args: argparse.Namespace) -> int:
 def cmd_restart(args: argparse.Namespace) -> int:
     """let tasks of a run wait again: those that are not done, the failed ones, or all
 
-    Without an option, tasks stay as they are that are done, or that a worker alive computes.
+    Without an option, tasks stay as they are that are done, or that a worker alive computes. With --all
+    the run begins anew: no task counts as done any more. So --all asks first.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
-      python3 taskfarm.py restart antarctica             what failed, and what workers without a lease left
+      python3 taskfarm.py restart antarctica
       python3 taskfarm.py restart antarctica --failed
-      python3 taskfarm.py restart antarctica --all       from the beginning: no task counts as done any more
+      python3 taskfarm.py restart antarctica --all
+      python3 taskfarm.py restart antarctica --all --yes    does not ask: for scripts
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
     with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
+        if args.all and not args.yes:
+            confirm_change(client, "restart", run_uuid, "No task will count as done any more.")
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
     print("run %s: %s" % (run_uuid, state_counts(run)))
@@ -10325,13 +10329,19 @@ def cmd_delete(args: argparse.Namespace) -> int:
     """
     with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
-        run = client.ask("GET", run_path(run_uuid))
-        if not args.yes and not confirm("delete run %s%s: %s?" % (
-                run_uuid, " (%s)" % printable(run["name"]) if run.get("name") else "", state_counts(run))):
-            raise Refusal("nothing was deleted")
+        if not args.yes:
+            confirm_change(client, "delete", run_uuid, "Its tasks and results will be gone.")
         client.ask("DELETE", run_path(run_uuid))
     print("run %s is deleted" % run_uuid)
     return 0
+
+
+def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
+    """Ask whether a run may be changed; *loss* is the sentence that says what is lost. Raises Refusal for no."""
+    run = client.ask("GET", run_path(run_uuid))
+    name = " (%s)" % printable(run["name"]) if run.get("name") else ""
+    if not confirm("%s run %s%s: %s? %s" % (what, run_uuid, name, state_counts(run), loss)):
+        raise Refusal("nothing was changed")
 
 
 def confirm(question: str) -> bool:
@@ -10966,7 +10976,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
     first, _, others = (command.__doc__ or "").partition("\n")
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=first, description=first + "\n" + textwrap.dedent(others),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.set_defaults(command=command, needs_db=needs_db)
     if needs_db:
         add_env_option(parser, "--db FILE", None, "the farm's file")
@@ -11028,9 +11038,11 @@ def add_client_verbs(verbs: Any) -> None:
     tasks.add_argument("--limit", type=whole_number, metavar="N", help="at most so many; 0 for all")
     add_client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
         "--all", action="store_true", help="also those that have signed off or whose lease has run out")
-    restart = add_client_verb(verbs, "restart", cmd_restart, run=True).add_mutually_exclusive_group()
-    restart.add_argument("--all", action="store_true", help="all tasks, also those that are done")
-    restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
+    restart = add_client_verb(verbs, "restart", cmd_restart, run=True)
+    restart.add_argument("--yes", action="store_true", help="do not ask")
+    which = restart.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="all tasks, also those that are done; asks first")
+    which.add_argument("--failed", action="store_true", help="the failed tasks alone")
     add_client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
     doctor = add_client_verb(verbs, "doctor", cmd_doctor, reads=True)
     add_env_option(doctor, "--db FILE", None, "the farm's file, which need not exist; by default one in this folder")
@@ -11044,7 +11056,7 @@ def add_client_verbs(verbs: Any) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
         epilog="""three lines to start with:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
@@ -11072,7 +11084,7 @@ and 'taskfarm.py status $run --watch' shows how far it is. 'taskfarm.py VERB --h
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
     user = verbs.add_parser("user", description="add, list, change and remove users; 'user VERB --help' says more, "
-                            "with an example")
+                            "with an example", allow_abbrev=False)
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):

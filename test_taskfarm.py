@@ -7541,7 +7541,7 @@ def test_a_run_is_found_by_the_beginning_of_its_uuid_or_name(farm: Live) -> None
     assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
 
 
-@pytest.mark.parametrize("words", [("delete", "--yes"), ("restart", "--all"), ("work", "--", "true")])
+@pytest.mark.parametrize("words", [("delete", "--yes"), ("restart", "--all", "--yes"), ("work", "--", "true")])
 def test_a_verb_that_changes_a_run_never_hits_one_of_a_longer_name(farm: Live, words: Tuple[str, ...]) -> None:
     first, final = (verb(farm, "new", "3", "--name", name).strip() for name in ("sweep", "sweep-final"))
     assert report(farm, final, 1, status="done") == 204
@@ -7639,7 +7639,8 @@ def test_workers_are_listed_alive_or_all(farm: Live) -> None:
     assert listed == farm.ask("GET", "/api/workers?all=True")[1]["data"] and len(listed) == 2
 
 
-@pytest.mark.parametrize("words, counts", [([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all"], (4, 0, 0))])
+@pytest.mark.parametrize("words, counts", [
+    ([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all", "--yes"], (4, 0, 0))])
 def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], counts: Tuple[int, int, int]) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
@@ -7651,6 +7652,30 @@ def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], coun
     assert (after["numWaiting"], after["numDone"], after["numFailed"]) == counts
     assert "%d waiting" % counts[0] in shown
     verb(farm, "restart", run, "--all", "--failed", status=2)
+
+
+def test_a_restart_of_all_tasks_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
+    run = verb(farm, "new", "4", "--name", "antarctica").strip()
+    assert report(farm, run, 1, status="done") == 204
+    before = farm.ask("GET", "/api/runs/" + run)[1]
+    assert "--yes" in verb(farm, "restart", run, "--all", stdin="y\n", status=1), "a pipe cannot agree"
+    for answer, kept in (("n\r", True), ("\r", True), ("y\r", False)):
+        terminal = Terminal(["restart", "antarctica", "--all"], as_ada(farm))
+        terminal.wait_for("[y/N]")
+        assert "antarctica" in terminal.shown and "1 done" in terminal.shown and "No task will count" in terminal.shown
+        terminal.type(answer)
+        assert terminal.end() == int(kept)
+        assert (farm.ask("GET", "/api/runs/" + run)[1] == before) is kept, answer
+
+
+@pytest.mark.parametrize("words", [("restart", "{run}", "--al", "--yes"), ("delete", "{run}", "--ye"), ("list", "--js"),
+                                   ("--versio",), ("user", "list", "--d", "runs.sqlite"), ("work", "{run}", "--job", "2",
+                                                                                           "--", "true")])
+def test_an_option_is_taken_only_when_it_is_written_out(farm: Live, words: Tuple[str, ...]) -> None:
+    run = make_run(farm, 4)
+    before = farm.ask("GET", "/api/runs/" + run)
+    verb(farm, *(word.replace("{run}", run) for word in words), status=2)
+    assert farm.ask("GET", "/api/runs/" + run) == before
 
 
 def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
