@@ -2283,7 +2283,8 @@ def expire(sql: Transaction, now: Now, worker_id: int) -> bool:
 def add_user(sql: Transaction, now: Now, name: str, password: str) -> User:
     """A new user with a stored password hash. Raises Conflict when the name is taken."""
     if sql.one("SELECT 1 FROM user WHERE name = ?", name):
-        raise Conflict("there is a user %s already: 'user passwd %s' sets another password" % (name, name))
+        raise Conflict("there is a user %s already: 'python3 taskfarm.py user passwd %s --db FILE' sets another "
+                       "password" % (name, name))
     sql.execute("INSERT INTO user (name, password, created) VALUES (?, ?, ?)", (name, password, now.utc))
     learn_users(sql)
     return find_user(sql, name)
@@ -2322,7 +2323,7 @@ def find_user(sql: Transaction, name: str) -> User:
     for user in every_user(sql):
         if user.name == name:
             return user
-    raise NotFound("there is no user %s: 'user list' shows them" % shortened(name))
+    raise NotFound("there is no user %s: 'python3 taskfarm.py user list --db FILE' shows them" % shortened(name))
 
 
 def learn_users(sql: Transaction) -> None:
@@ -6276,6 +6277,10 @@ def may_succeed_later(error: Exception) -> bool:
     return isinstance(error, Unreachable) or isinstance(error, FarmError) and error.status in RETRY_STATUSES
 
 
+class OtherFarm(Unreachable):
+    """What answers at the URL has not proven that it is the farm of the login."""
+
+
 class Access(NamedTuple):
     """A farm and a login to it."""
     url: str            # http://host:port, perhaps with a path, without a slash at the end
@@ -6286,6 +6291,7 @@ class Access(NamedTuple):
                         # it is one user's key; "" when it is not known
     farm: str           # the identity of the farm; "" when it is not known
     source: str         # where this was found, for messages
+    url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the login of an access file
 
 
 def home_folder() -> str:
@@ -6339,13 +6345,13 @@ def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     return Access(base_url(url), user, token, "", proof, farm, source)
 
 
-def find_access_file(path: str, farm: str) -> Access:
-    """Farm and login from the access file of this farm in the folder of *path*. Empty when there is none."""
+def find_access_file(path: str, **wanted: str) -> Optional[Access]:
+    """Farm and login from the access file with this farm or url in the folder of *path*. None when there is none."""
     for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
         access = parse_access(read_access(other), other)
-        if access.farm == farm:
+        if all(getattr(access, field) == value for field, value in wanted.items()):
             return access
-    return parse_access({}, path)
+    return None
 
 
 def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "",
@@ -6359,7 +6365,7 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     path = access_path(environ)
     in_file = parse_access(read_access(path), path)
     if farm and in_file.farm != farm:
-        in_file = find_access_file(path, farm)
+        in_file = find_access_file(path, farm=farm) or parse_access({}, path)
     given_url = base_url(url or environ.get("TASKFARM_URL", ""))
     token = "" if user else environ.get("TASKFARM_TOKEN", "")
     if not user and not token:
@@ -6368,12 +6374,14 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
     if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
-                      "server elsewhere type 'taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
+                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
     if not (user or token):
+        if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
+            in_file = find_access_file(path, url=given_url) or in_file
         if not in_file.token:
-            raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'taskfarm.py login "
-                          "{0}' gets one".format(given_url or in_file.url, path))
-        return in_file if not given_url else in_file._replace(url=given_url, source="TASKFARM_URL, " + path)
+            raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'python3 "
+                          "taskfarm.py login {0}' gets one".format(given_url or in_file.url, path))
+        return in_file if not given_url else in_file._replace(url=given_url, url_given=True)
     if given_url and given_url != in_file.url:
         return Access(given_url, user, token, password, "", "", "the environment")
     return in_file._replace(user=user, token=token, password=password)
@@ -6385,6 +6393,17 @@ def error_of_status(status: int, detail: str) -> FarmError:
     error = kind.__new__(kind, detail)      # without __init__: some classes make their own sentence there
     error.status = status
     return error
+
+
+def refused_login(access: Access) -> FarmError:
+    """The error of a login that the farm refuses, with what sets or gets another. The farm's own is for programs."""
+    if access.token:
+        return error_of_status(Unauthorized.status, (
+            "the token of {0.source} is refused: it has expired, or its user has another password now. 'python3 "
+            "taskfarm.py login {0.url}' gets another; TASKFARM_TOKEN, where it is set, comes before that".format(access)))
+    return error_of_status(Unauthorized.status, (
+        "user %s or the password is wrong. On the server's machine 'python3 taskfarm.py user passwd %s --db FILE' sets "
+        "another password" % (printable(access.user), shlex.quote(printable(access.user)))))
 
 
 def authorization(access: Access) -> str:
@@ -6413,6 +6432,7 @@ class Client:
         self.server_date, self.answered_utc = "", 0.0       # the Date of the last answer, and our clock then
         self.give_up = threading.Event()    # set by another thread: retry no more
         self.say: Callable[[str], Any] = log.warning    # is called with a sentence when a request takes long
+        self.meanwhile = ""                             # what goes on meanwhile, the end of that sentence
         self._access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPConnection] = None
         self.login_worked = False
@@ -6444,6 +6464,8 @@ class Client:
                 if not new_connection:
                     continue        # it was kept open, and may have ended long ago
                 failure: Exception = error
+                if isinstance(error, OtherFarm) and self.access.url_given and not self.login_worked:
+                    retry_s = 0.0       # the one who gave the URL waits for no start of another server there
             except Unauthorized as error:
                 self.close()
                 failure, retry_s = error, min(retry_s, LOGIN_RETRY_S) if self.login_worked else 0.0
@@ -6459,7 +6481,7 @@ class Client:
                 raise failure
             failures += 1
             if failures == 3:
-                self.say("%s; tried again for %s" % (failure, duration_text(began + retry_s - time.monotonic())))
+                self.say("%s; trying again for up to %s%s" % (failure, duration_text(retry_s), self.meanwhile))
             self.give_up.wait(wait_s)
 
     def _find_again(self) -> bool:
@@ -6480,6 +6502,8 @@ class Client:
         if access.token or access.user:
             headers["Authorization"] = authorization(access)
         status, answer = self._exchange(access, method, path, content, headers)
+        if status == Unauthorized.status and "Authorization" in headers:
+            raise refused_login(access)
         if status >= 400:
             raise error_of_status(status, answer)
         self.login_worked = True
@@ -6523,8 +6547,9 @@ class Client:
             connection.connect()
         except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
             raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
-                              "'taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
-                                  access.url, getattr(error, "strerror", None) or error, access.source))
+                              "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                                  access.url, getattr(error, "strerror", None) or error,
+                                  "--url or TASKFARM_URL" if access.url_given else access.source))
         return connection
 
     def _check_proof(self, access: Access) -> None:
@@ -6538,9 +6563,10 @@ class Client:
         except (ValueError, AttributeError):
             proven = False
         if not proven:
-            raise Unreachable("what answers at %s is not the farm of %s, so no login was sent: start that farm again, "
-                              "or type 'taskfarm.py login %s' for a login to this one" % (
-                                  access.url, access.source, access.url))
+            raise OtherFarm("what answers at %s is not the farm of %s, so no login was sent: %s 'python3 taskfarm.py "
+                            "login %s' for a login to this one" % (
+                                access.url, access.source, "type" if access.url_given else
+                                "start that farm again, or type", access.url))
         if self.connection is None:
             raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over a "
                               "connection on which the farm has proven its identity" % access.url)
@@ -6620,6 +6646,10 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
     Raises NotFound when no run matches, Refusal when several do.
     """
     if re.fullmatch("[0-9a-f]{32}", text):
+        try:
+            client.ask("GET", "/api/runs/" + text)
+        except NotFound:
+            raise NotFound("there is no run %s: 'python3 taskfarm.py list' shows all runs" % text)
         return text
     runs = client.ask("GET", "/api/runs")["data"]
     named = [run for run in runs if run.get("name") == text]
@@ -6633,7 +6663,8 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
         raise NotFound("no run is called %r, and a verb that changes a run takes a whole name or at least %d digits of "
                        "a uuid. Type one of these: %s" % (text, MIN_UUID_DIGITS, last_runs(similar)))
     if not matches:
-        raise NotFound("no run is called %r, and no name or uuid begins so: 'taskfarm.py list' shows all runs" % text)
+        raise NotFound("no run is called %r, and no name or uuid begins so: 'python3 taskfarm.py list' shows all "
+                       "runs" % text)
     if len(matches) > 1:
         raise Refusal("%d runs match %r: type the uuid of one, %s" % (len(matches), text, last_runs(matches)))
     return str(matches[0]["uuid"])
@@ -7724,6 +7755,7 @@ class TaskRunner:
                                  self.display.screen.terminal)
         self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
+        self.client.meanwhile = "; commands go on meanwhile"
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -8090,7 +8122,7 @@ class TaskRunner:
 
     def _failure(self, command: Command) -> str:
         if command.end_reason == "timeout":
-            return "ended after %g s" % self.options.timeout_s
+            return "ended after %g s (--timeout)" % self.options.timeout_s
         if not command.signal_number:
             return "exit status %d" % command.exit_code
         try:
@@ -8188,8 +8220,10 @@ class TaskRunner:
             return
         self.stop_reason = reason
         count = len(self.running)
-        self.display.say("stopping: %s%s" % (reason, "" if not count else "; %s %s" % (
-            count_text(count, "command"), "may finish" if drain else "are ended" if count > 1 else "is ended")))
+        what = "may finish" if drain else "are ended" if count > 1 else "is ended"
+        if not drain and self.stop_status not in (EXIT_RUN_DELETED, EXIT_NO_SERVER, EXIT_NO_LOGIN):
+            what += ", and their tasks are given back" if count > 1 else ", and its task is given back"
+        self.display.say("stopping: %s%s" % (reason, "; %s %s" % (count_text(count, "command"), what) if count else ""))
         self._give_back_ready()
         if not drain:
             self._terminate_all()
@@ -9657,8 +9691,7 @@ def check_login(client: Client, access: Access) -> Iterator[Finding]:
         client.ask("GET", "/api/token")
         yield Finding(OK, "login", "%s, by %s" % (name, access.source))
     except (FarmError, Unreachable, Refusal) as error:
-        yield Finding(FAIL, "login", "%s, by %s, does not work: %s; 'taskfarm.py login %s' makes another" % (
-            name, access.source, error, access.url))
+        yield Finding(FAIL, "login", "%s, by %s, does not work: %s" % (name, access.source, error))
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
         if mode & 0o077:
@@ -9799,7 +9832,7 @@ def time_left_text(status: RunStatus) -> str:
 def workers_text(status: RunStatus) -> str:
     """How many workers there are, and how many tasks they hold."""
     if not status.workers:
-        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % status.run["uuid"][:8]
+        return "none is alive: 'python3 taskfarm.py work %s -- COMMAND' starts one" % status.run["uuid"][:8]
     return "%s alive on %s, they hold %s (of all runs)" % (
         grouped(len(status.workers)), count_text(status.hosts, "host"), count_text(status.held, "task"))
 
@@ -9819,7 +9852,7 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
              *state_lines(run, screen)]
     if status.over:
         facts = [("over", "all tasks are done" if not run["numFailed"] else
-                  "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
+                  "'python3 taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
         facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
                  ("workers", workers_text(status))]
@@ -10026,8 +10059,8 @@ def cmd_work(args: argparse.Namespace) -> int:
         return exit_status_of(error)
     lines = Lines(args.lines) if args.lines else None
     if lines is not None and len(lines) != run["numTasks"]:
-        raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
-            args.lines, len(lines), run["numTasks"], args.lines))
+        raise Refusal("%s has %d lines, and the run %d tasks: 'python3 taskfarm.py new --lines %s' makes a run of it" % (
+            args.lines, len(lines), run["numTasks"], shlex.quote(args.lines)))
     typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
     template = Template(args.words, run["uuid"], lines, " ".join(map(shlex.quote, typed)))
     if args.log_dir:
@@ -10062,8 +10095,8 @@ def cmd_progress(args: argparse.Namespace) -> int:
         run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
         body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
     except (KeyError, ValueError):
-        print_notice("%g percent are not reported: this is not a command of 'taskfarm.py work' (TASKFARM_TASK and "
-                     "others are not set)" % args.percent)
+        print_notice("%g percent are not reported: this is not a command of 'work' (TASKFARM_TASK and others are not "
+                     "set)" % args.percent)
         return 0
     environ = dict(os.environ)
     farm = environ.get("TASKFARM_FARM", "")
@@ -10179,7 +10212,7 @@ def cmd_list(args: argparse.Namespace) -> int:
          run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("name"))
         for run, short in zip(runs, short_uuids(runs, screen))])
     if not runs:
-        print("no runs yet: 'taskfarm.py new 1000' makes one", file=sys.stderr)
+        print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
     return 0
 
 
@@ -10240,6 +10273,8 @@ def cmd_tasks(args: argparse.Namespace) -> int:
         table = task_table(LISTED_COLUMNS, screen.columns)
         for tasks, more in rows:
             print_table(screen, table, task_rows(tasks, LISTED_COLUMNS, time.time() + client.clock_ahead_s))
+            if not tasks and screen.terminal:
+                print("none", file=sys.stderr)
             if more:
                 print("... and more: --limit 0 shows all", file=sys.stderr)
     return 0
@@ -10290,6 +10325,8 @@ def cmd_workers(args: argparse.Namespace) -> int:
             print_table(screen, table, [
                 (worker["hostname"], worker["pid"], worker["state"], worker["held"], time_since(worker["heard"], utc),
                  worker["lease"] and duration_text(worker["lease"]), worker["uuid"]) for worker in workers])
+            if not workers and screen.terminal:
+                print("none" if args.all else "no worker is alive", file=sys.stderr)
     return 0
 
 
@@ -10461,12 +10498,13 @@ def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
                     "export TASKFARM_ACCESS=%s chooses it", access_path(environ), path, path)
 
 
-def make_first_user(store: Store) -> User:
+def make_first_user(store: Store, db: str) -> User:
     """Make the first user, and show the password once if there is a terminal. Raises Unavailable on a full disk."""
     name, password = default_user_name(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
-        print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
+        print("user %s, password %s   (shown this once; 'python3 taskfarm.py user passwd %s --db %s' sets another)" % (
+            name, password, shlex.quote(name), shlex.quote(db)))
     return user
 
 
@@ -10530,7 +10568,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
 def announce(service: Service, db: str) -> None:
     """Tell users, clients and systemd where the server is. On a full disk the access file is written later."""
     users = service.store.users
-    user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store)
+    user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store, db)
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
@@ -10638,7 +10676,8 @@ class LocalFarm:
         try:
             os.stat(db)
         except FileNotFoundError:
-            raise Refusal("there is no %s: 'taskfarm.py --db %s' makes it and serves it" % (db, db))
+            raise Refusal("there is no %s: 'python3 taskfarm.py --db %s' makes it and serves it" % (
+                db, shlex.quote(db)))
         except OSError as error:
             raise Refusal("%s cannot be read: %s" % (db, error.strerror))
         self.db = db
@@ -10757,7 +10796,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     for sentence in wrong:
         print(sentence)
     if not wrong:
-        print("%s keeps all its promises" % args.db)
+        print("%s is sound" % args.db)
     return 1 if wrong else 0
 
 
@@ -11104,7 +11143,7 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
     if words[0] == "work":
         args.words += words[at + 1:]
         if not args.words:
-            parser.error("which command? taskfarm.py work RUN -- COMMAND ...")
+            parser.error("which command? python3 taskfarm.py work RUN -- COMMAND ...")
     return args
 
 

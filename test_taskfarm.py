@@ -1906,7 +1906,7 @@ def test_backup_copies_and_check_recounts_also_while_the_farm_is_served(tmp_path
         live.stop()
     for _ in range(2):
         done = run_verb("check", "--db", live.path)
-        assert done.returncode == 0 and "keeps all its promises" in done.stdout, done.stderr
+        assert done.returncode == 0 and "is sound" in done.stdout, done.stderr
     copy = str(tmp_path / "copy")
     assert run_verb("backup", "--db", live.path, copy).returncode == 0
     again = run_verb("backup", "--db", live.path, copy)
@@ -6039,6 +6039,7 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         thread.join(30)
         assert answers[0]["numTasks"] == 1
         assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
+        assert notices[0].endswith("; trying again for up to 1 min")
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
@@ -6090,7 +6091,7 @@ def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
     ({"TASKFARM_TOKEN": "tf1.x\r"}, "look at TASKFARM_TOKEN"),
     ({"TASKFARM_TOKEN": "tf1.\u20ac"}, "look at TASKFARM_TOKEN"),
     ({"TASKFARM_TOKEN": "tf1.x", "TASKFARM_URL": "{url}/\u00e9"}, "looks like http://host:5000"),
-    ({"TASKFARM_USER": "ad\udcff", "TASKFARM_PASSWORD": "\udcff"}, "log in with"),
+    ({"TASKFARM_USER": "ad\udcff", "TASKFARM_PASSWORD": "\udcff"}, "or the password is wrong"),
 ])
 def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Live, environ: Dict[str, str],
                                                                   sentence: str) -> None:
@@ -6476,7 +6477,7 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
                 "--", "{line}")
     work.end(3)
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
-    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
+    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"), (5, "short")]
     assert "first\nlast" in work.errors(), "the error output is passed on"
     os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
 
@@ -7536,9 +7537,9 @@ def test_a_run_is_found_by_the_beginning_of_its_uuid_or_name(farm: Live) -> None
         assert json.loads(verb(farm, "status", text, "--json"))["run"]["uuid"] == expected, text
     several = verb(farm, "status", "a", status=1)
     assert "type the uuid of one" in several and one in several and two in several
-    assert "'taskfarm.py list'" in verb(farm, "status", "greenland", status=1)
-    gone = "0" * 32
-    assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
+    for gone in ("greenland", "0" * 32):
+        refused = verb(farm, "status", gone, status=1)
+        assert "'python3 taskfarm.py list' shows all runs" in refused and gone in refused and "GET" not in refused
 
 
 @pytest.mark.parametrize("words", [("delete", "--yes"), ("restart", "--all", "--yes"), ("work", "--", "true")])
@@ -7713,7 +7714,11 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     environ = {"TASKFARM_ACCESS": str(path)}
     words = ["login", farm.url + "/api/", "--user", "ada"]
     done = run_verb(*words, stdin="wrong\n", **environ)
-    assert done.returncode == 6 and "log in" in done.stderr and not path.exists()
+    assert done.returncode == 6 and "user ada or the password is wrong" in done.stderr and not path.exists()
+    assert "'python3 taskfarm.py user passwd ada --db FILE'" in done.stderr and "GET" not in done.stderr
+    done = run_verb("list", **dict(as_ada(farm), TASKFARM_TOKEN="tf1.x"))
+    assert done.returncode == 6 and "'python3 taskfarm.py login %s' gets another" % farm.url in done.stderr
+    assert "GET" not in done.stderr
     assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
@@ -7743,6 +7748,22 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
         assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
         (beside,) = (path for path in mine.parent.iterdir() if path != mine)
         assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
+        found = run_verb("list", "--url", other.url, HOME=str(tmp_path))
+        assert found.returncode == 0, found.stderr
+        beside.unlink()
+        refused = run_verb("list", "--url", other.url, HOME=str(tmp_path))
+        assert refused.returncode == 5 and "TASKFARM_URL" not in refused.stderr
+        assert "is not the farm of %s" % mine in refused.stderr and "trying again" not in refused.stderr
+        assert "'python3 taskfarm.py login %s'" % other.url in refused.stderr
+
+
+def test_a_farm_that_is_not_the_one_of_the_given_url_is_not_waited_for(farm: Live, monkeypatch: pytest.MonkeyPatch
+                                                                       ) -> None:
+    monkeypatch.setattr(threading.Event, "wait", lambda *_: pytest.fail("it waits"))
+    access = access_of(farm, proof="00" * 32)._replace(url_given=True)
+    with contextlib.closing(taskfarm.Client(lambda: access, retry_s=60)) as client:
+        with pytest.raises(taskfarm.OtherFarm, match="no login was sent: type 'python3 taskfarm.py login"):
+            client.ask("GET", "/api/runs")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
