@@ -6481,7 +6481,8 @@ class Client:
                 raise failure
             failures += 1
             if failures == 3:
-                self.say("%s; trying again for up to %s%s" % (failure, duration_text(retry_s), self.meanwhile))
+                self.say("%s; trying again for up to %s%s" % (
+                    failure, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
             self.give_up.wait(wait_s)
 
     def _find_again(self) -> bool:
@@ -8892,10 +8893,13 @@ def fill_leaving(store: Store, size: FairSize) -> None:
         add_holder(store, "leaving%d" % number, "leaving%d" % number, size(10000), MAX_LEASE_S)
 
 
+SILENT_LEASE_S = 30         # longer than their heartbeats wait in a try, or they would lapse again meanwhile
+
+
 def fill_silent(store: Store, size: FairSize) -> None:
-    """200 workers with 10 000 tasks each, whose leases run out when a server has run for a second."""
+    """200 workers with 10 000 tasks each, whose leases have run out."""
     for number in range(size(200)):
-        add_holder(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
+        add_holder(store, "silent%d" % number, "silent%d" % number, size(10000), SILENT_LEASE_S)
 
 
 def apply_all(store: Store, operations: List[Operation]) -> None:
@@ -8915,15 +8919,18 @@ def add_holder(store: Store, run: str, worker: str, number: int, lease: Optional
             apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MAX_BATCH))])
 
 
-def let_lapse(db: str, token: str, size: FairSize) -> None:
-    """Serve a file until the leases of the silent workers have run out."""
-    server = BenchServer(db, token)
-    try:
+def let_lapse(path: str, size: FairSize) -> None:
+    """Let the leases of the silent workers run out, by a clock that is set ahead."""
+    ahead_s = 0.0
+
+    def clock() -> Now:
+        now = system_clock()
+        return now._replace(tick=now.tick + ahead_s)
+    with contextlib.closing(Store(path, clock)) as store:
+        ahead_s = 2.0 * SILENT_LEASE_S
         for number in range(size(200)):
-            while server.ask("GET", "/api/runs/silent%d" % number)["numComputing"]:
-                time.sleep(0.1)
-    finally:
-        server.stop()
+            while store.call(read_run("silent%d" % number)).counts[COMPUTING]:
+                store.turn()
 
 
 STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
@@ -9324,7 +9331,7 @@ def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float
             token = bench_token(store)
             fill(store, size)
         if fill is fill_silent:
-            let_lapse(path, token, size)
+            let_lapse(path, size)
         return path, token
 
     for number, case in enumerate(cases):
@@ -10042,9 +10049,11 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
-      python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
-      python3 taskfarm.py work sweep --lines params.txt -- ./simulate --seed {task} {line}
-      sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
+      python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 -- ./tile.sh {task}
+      python3 taskfarm.py work ice --log-dir logs --log-failed -- ./tile.sh {task}
+      python3 taskfarm.py work sweep --lines params.txt -- ./sim {task} {line}
+      sbatch --array=1-50 -c 16 --wrap \\
+        "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
     display = Display(args.quiet, os.environ)
     client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
@@ -10059,8 +10068,8 @@ def cmd_work(args: argparse.Namespace) -> int:
         return exit_status_of(error)
     lines = Lines(args.lines) if args.lines else None
     if lines is not None and len(lines) != run["numTasks"]:
-        raise Refusal("%s has %d lines, and the run %d tasks: 'python3 taskfarm.py new --lines %s' makes a run of it" % (
-            args.lines, len(lines), run["numTasks"], shlex.quote(args.lines)))
+        raise Refusal("%s has %d lines, and the run %d tasks: 'python3 taskfarm.py new --lines %s' makes a run of it"
+                      % (args.lines, len(lines), run["numTasks"], shlex.quote(args.lines)))
     typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
     template = Template(args.words, run["uuid"], lines, " ".join(map(shlex.quote, typed)))
     if args.log_dir:
@@ -10162,8 +10171,8 @@ def cmd_new(args: argparse.Namespace) -> int:
 
     examples:
       run=$(python3 taskfarm.py new 200000 --name antarctica)
-      python3 taskfarm.py new --lines params.txt              then: work RUN --lines params.txt -- ./sim {line}
-      python3 taskfarm.py new 5000 --max-failures 3           a task that fails is tried three times
+      python3 taskfarm.py new --lines params.txt
+      python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
     """
     number = args.tasks if args.lines is None else len(Lines(args.lines))
     if args.lines is not None and not number:
@@ -10257,8 +10266,8 @@ def cmd_tasks(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py tasks antarctica --status failed
-      python3 taskfarm.py tasks antarctica --status computing --order started     the longest first
-      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'    their numbers
+      python3 taskfarm.py tasks antarctica --status computing --order started
+      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'
     """
     screen = Screen(sys.stdout, os.environ)
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
@@ -10397,7 +10406,9 @@ def cmd_login(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py login http://login1.cluster:5000
-      python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
+      python3 taskfarm.py login http://localhost:5000 --user alice
+
+    The last one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """
     url = base_url(args.url if "://" in args.url else "http://" + args.url)
     user = args.user or default_user_name()
@@ -10605,7 +10616,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py bench
-      python3 taskfarm.py bench --profile constant,lean --clients 1,16,64,256 --seconds 5
+      python3 taskfarm.py bench --profile constant,lean --clients 1,64 --seconds 5
       python3 taskfarm.py bench --profile flat,life --rows 10000000
       python3 taskfarm.py bench --profile fair --case pipelined,beats --tries 1
     """
@@ -10886,8 +10897,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     login works. It prints a line for each, with ok, warn or FAIL. Exit status 1 when something fails.
 
     examples:
-      python3 taskfarm.py doctor --db runs.sqlite               on a login node, before the server is started
-      srun python3 taskfarm.py doctor                           on a compute node, before workers are
+      python3 taskfarm.py doctor --db runs.sqlite    before a server is started
+      srun python3 taskfarm.py doctor                before workers are started
     """
     screen = Screen(sys.stdout, os.environ)
     findings = []
@@ -11009,12 +11020,21 @@ def add_env_option(parser: argparse.ArgumentParser, option: str, default: Any, t
                         help="%s (%s)" % (text, variable))
 
 
+HELP_WIDTH = 79
+
+
+def wrapped(text: str) -> str:
+    """A docstring for a terminal of 80 columns. Paragraphs with indented lines, as examples, stay as they are."""
+    return "\n\n".join(paragraph if "\n " in paragraph else textwrap.fill(paragraph, HELP_WIDTH)
+                       for paragraph in text.split("\n\n"))
+
+
 def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int],
              needs_db: bool = True) -> argparse.ArgumentParser:
     """Add a verb. The docstring of its command is its help."""
     first, _, others = (command.__doc__ or "").partition("\n")
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=first, description=first + "\n" + textwrap.dedent(others),
+        name, help=first, description=wrapped(first + "\n" + textwrap.dedent(others)),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.set_defaults(command=command, needs_db=needs_db)
     if needs_db:
@@ -11038,7 +11058,7 @@ def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
         lines += ["", title + ":"] if names else []
         for name in names:
             first = (verbs[name].description or "").partition("\n")[0]
-            lines += textwrap.wrap("  %-9s %s" % (name, first), 116, subsequent_indent=" " * 12)
+            lines += textwrap.wrap("  %-9s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 12)
     return "\n".join(lines)
 
 
@@ -11101,7 +11121,8 @@ def make_parser() -> argparse.ArgumentParser:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
   run=$(python3 taskfarm.py new 1000 --name first)
   python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
-and 'taskfarm.py status $run --watch' shows how far it is. 'taskfarm.py VERB --help' says more, with examples.""")
+and 'python3 taskfarm.py status $run --watch' shows how far it is.
+'python3 taskfarm.py VERB --help' says more, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
     add_client_verbs(verbs)

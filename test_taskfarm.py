@@ -6039,7 +6039,7 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         thread.join(30)
         assert answers[0]["numTasks"] == 1
         assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
-        assert notices[0].endswith("; trying again for up to 1 min")
+        assert notices[0].endswith("; trying again for up to 60 s")
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
@@ -6477,7 +6477,8 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
                 "--", "{line}")
     work.end(3)
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
-    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"), (5, "short")]
+    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"),
+                     (5, "short")]
     assert "first\nlast" in work.errors(), "the error output is passed on"
     os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
 
@@ -7334,6 +7335,19 @@ def test_results_that_differ_are_told_apart() -> None:
     assert sent["differing"] == sent["alike"] and len(set(elapsed)) > 900 and 0 < min(elapsed) < max(elapsed) <= 100
 
 
+def test_workers_that_are_back_after_an_outage_stay_alive_while_their_heartbeats_wait(tmp_path: Path) -> None:
+    path, size, clock = str(tmp_path / "f"), taskfarm.FairSize(4000), Clock()
+    with contextlib.closing(Store(path)) as store:
+        taskfarm.fill_silent(store, size)
+    taskfarm.let_lapse(path, size)
+    with contextlib.closing(Store(path, clock)) as store:
+        assert store.call(taskfarm.read_run("silent0")).counts == [size(10000), 0, 0, 0]
+        store.call(taskfarm.heartbeat("silent0"))
+        clock.tick += 20
+        store.turn()
+        assert store.call(taskfarm.read_run("silent0")).counts == [0, size(10000), 0, 0]
+
+
 def test_the_fair_profile_runs_every_case(tmp_path: Path) -> None:
     done = run_verb("bench", "--profile", "fair", "--rows", "400", "--seconds", "0.05", "--tries", "1", "--json",
                     "--dir", str(tmp_path))
@@ -7618,6 +7632,15 @@ def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
     assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
 
 
+def test_an_empty_table_says_so_on_a_terminal(farm: Live) -> None:
+    run = make_run(farm, 1)
+    for words, sentence in ((["workers"], "no worker is alive"), (["tasks", run, "--status", "done"], "none")):
+        terminal = Terminal(words, as_ada(farm))
+        assert terminal.end() == 0 and terminal.shown.endswith(sentence + "\r\n"), terminal.shown
+        piped = run_verb(*words, **as_ada(farm))
+        assert piped.stdout.count("\n") == 1 and piped.stderr == ""
+
+
 def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
     run = make_run(farm, 100000)
     process = subprocess.Popen([sys.executable, str(MODULE), "tasks", run], stdout=subprocess.PIPE, text=True,
@@ -7669,9 +7692,9 @@ def test_a_restart_of_all_tasks_asks_and_takes_only_yes_for_an_answer(farm: Live
         assert (farm.ask("GET", "/api/runs/" + run)[1] == before) is kept, answer
 
 
-@pytest.mark.parametrize("words", [("restart", "{run}", "--al", "--yes"), ("delete", "{run}", "--ye"), ("list", "--js"),
-                                   ("--versio",), ("user", "list", "--d", "runs.sqlite"), ("work", "{run}", "--job", "2",
-                                                                                           "--", "true")])
+@pytest.mark.parametrize("words", [
+    ("restart", "{run}", "--al", "--yes"), ("delete", "{run}", "--ye"), ("list", "--js"), ("--versio",),
+    ("user", "list", "--d", "runs.sqlite"), ("work", "{run}", "--job", "2", "--", "true")])
 def test_an_option_is_taken_only_when_it_is_written_out(farm: Live, words: Tuple[str, ...]) -> None:
     run = make_run(farm, 4)
     before = farm.ask("GET", "/api/runs/" + run)
