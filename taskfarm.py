@@ -14,7 +14,7 @@ Words
     claim     to be given the waiting task with the lowest number
     attempt   a claim of a task, counted: 1 is the first
     hold      what a worker has of a task from its claim until it reports an end, or the task is taken from it
-    lease     how long a worker may be silent, in seconds; any request that names it begins it anew
+    lease     how long a worker may be silent, in seconds; any request but a GET that names it begins it anew
     lapse     a hold that lapsed lets others claim the task; until one does, its worker may take it back
     report    to tell how far a task is, or that it is done, has failed, or is let go
     failure   an attempt that was reported failed; a loss: one that was started, and whose lease ran out
@@ -90,7 +90,7 @@ Promises
     6. A run costs the same to create whatever its size, and ids are never used again.
     7. A restart or a deletion happens wholly or not at all, as clients see it.
     8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
-       claimed the task. A report that comes again counts once.
+       claimed the task. A report that names worker or attempt counts once, however often it comes.
     9. A task of a worker whose lease has run out, or who has signed off, waits again.
 
 Contents
@@ -6374,7 +6374,8 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
     if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
-                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
+                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN"
+                      % path)
     if not (user or token):
         if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
             in_file = find_access_file(path, url=given_url) or in_file
@@ -6400,7 +6401,7 @@ def refused_login(access: Access) -> FarmError:
     if access.token:
         return error_of_status(Unauthorized.status, (
             "the token of {0.source} is refused: it has expired, or its user has another password now. 'python3 "
-            "taskfarm.py login {0.url}' gets another; TASKFARM_TOKEN, where it is set, comes before that".format(access)))
+            "taskfarm.py login {0.url}' gets another; unset TASKFARM_TOKEN where it is set".format(access)))
     return error_of_status(Unauthorized.status, (
         "user %s or the password is wrong. On the server's machine 'python3 taskfarm.py user passwd %s --db FILE' sets "
         "another password" % (printable(access.user), shlex.quote(printable(access.user)))))
@@ -10350,7 +10351,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
       python3 taskfarm.py restart antarctica
       python3 taskfarm.py restart antarctica --failed
       python3 taskfarm.py restart antarctica --all
-      python3 taskfarm.py restart antarctica --all --yes    does not ask: for scripts
+      python3 taskfarm.py restart antarctica --all --yes    does not ask
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
     with open_client(args) as client:
@@ -10552,7 +10553,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
     (~/.config/taskfarm/access.json): there clients and workers find address and login.
 
     examples:
-      python3 taskfarm.py --db runs.sqlite                   for programs on this machine
+      python3 taskfarm.py --db runs.sqlite                   for this machine
       python3 taskfarm.py --db runs.sqlite --host 0.0.0.0    for the whole cluster
       python3 taskfarm.py --db runs.sqlite --port 0          on any free port
     """
@@ -10606,13 +10607,13 @@ def cmd_bench(args: argparse.Namespace) -> int:
     Starts a server of its own on a temporary file (with --dir on the disk that matters) and sends it
     requests from other processes. Tasks given twice or never are counted; both must be 0. Profiles:
 
-      constant  the same parser and login, a fixed answer: what the others are compared with
+      constant  the same parser and login, a fixed answer: to compare others with
       lean      claim, done
-      paper     what the published client's stress test does: claim, read, ten updates, done
-      batch     claims and results of up to 10 000 tasks, in the store alone and over HTTP
+      paper     as the published client's test: claim, read, ten updates, done
+      batch     claims and results of up to 10 000 tasks, in the store and over HTTP
       life      one run from its first task to its last, in batches
       flat      whether costs stay the same with many tasks and runs
-      fair      how long one client waits beside others that do their worst, case by case
+      fair      how long one client waits beside others that do their worst
 
     examples:
       python3 taskfarm.py bench
@@ -11149,7 +11150,7 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
         add_verb(users, name, command).add_argument("name", metavar="NAME", help="of the user")
-    parser.description = ("Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.\n" +
+    parser.description = ("Hands out numbered tasks to workers over HTTP; one SQLite file has the state.\n" +
                           verb_summary(verbs.choices))
     return parser
 

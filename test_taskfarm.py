@@ -1190,6 +1190,12 @@ def test_the_docstring_names_every_endpoint_and_no_other() -> None:
                      for route in taskfarm.ROUTES.table]
 
 
+@pytest.mark.parametrize("words", [[], ["user"], *VERBS], ids=" ".join)
+def test_help_fits_80_columns(words: List[str]) -> None:
+    shown = run_verb(*words, "--help", COLUMNS="80").stdout
+    assert shown and [line for line in shown.splitlines() if len(line) > 80] == []
+
+
 def test_the_module_imports_the_standard_library_alone() -> None:
     imported = {name.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import)
                 for name in node.names}
@@ -5915,7 +5921,7 @@ def test_the_time_left_is_estimated_only_where_something_is_known() -> None:
 
 # ---------------------------------------------------------------- CLIENT
 
-def access_of(farm: Any, **changes: str) -> taskfarm.Access:
+def access_of(farm: Any, **changes: Any) -> taskfarm.Access:
     """Farm and login of a live farm."""
     proof = farm.service.farm.proof_key(None).hex()
     access = taskfarm.Access(farm.url, "ada", farm.token, "", proof, farm.service.store.identity, "the test")
@@ -7336,14 +7342,14 @@ def test_results_that_differ_are_told_apart() -> None:
 
 
 def test_workers_that_are_back_after_an_outage_stay_alive_while_their_heartbeats_wait(tmp_path: Path) -> None:
-    path, size, clock = str(tmp_path / "f"), taskfarm.FairSize(4000), Clock()
+    path, size, clock = str(tmp_path / "f"), taskfarm.FairSize(4000), FakeClock()
     with contextlib.closing(Store(path)) as store:
         taskfarm.fill_silent(store, size)
     taskfarm.let_lapse(path, size)
     with contextlib.closing(Store(path, clock)) as store:
         assert store.call(taskfarm.read_run("silent0")).counts == [size(10000), 0, 0, 0]
-        store.call(taskfarm.heartbeat("silent0"))
-        clock.tick += 20
+        store.call(taskfarm.beat("silent0"))
+        clock.pass_time(20)
         store.turn()
         assert store.call(taskfarm.read_run("silent0")).counts == [0, size(10000), 0, 0]
 
@@ -7634,6 +7640,7 @@ def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
 
 def test_an_empty_table_says_so_on_a_terminal(farm: Live) -> None:
     run = make_run(farm, 1)
+    assert farm.ask("DELETE", "/api/worker/w")[0] == 204
     for words, sentence in ((["workers"], "no worker is alive"), (["tasks", run, "--status", "done"], "none")):
         terminal = Terminal(words, as_ada(farm))
         assert terminal.end() == 0 and terminal.shown.endswith(sentence + "\r\n"), terminal.shown
