@@ -14,7 +14,7 @@ Words
     claim     to be given the waiting task with the lowest number
     attempt   a claim of a task, counted: 1 is the first
     hold      what a worker has of a task from its claim until it reports an end, or the task is taken from it
-    lease     how long a worker may be silent, in seconds; any request that names it begins it anew
+    lease     how long a worker may be silent, in seconds; any request but a GET that names it begins it anew
     lapse     a hold that lapsed lets others claim the task; until one does, its worker may take it back
     report    to tell how far a task is, or that it is done, has failed, or is let go
     failure   an attempt that was reported failed; a loss: one that was started, and whose lease ran out
@@ -90,7 +90,7 @@ Promises
     6. A run costs the same to create whatever its size, and ids are never used again.
     7. A restart or a deletion happens wholly or not at all, as clients see it.
     8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
-       claimed the task. A report that comes again counts once.
+       claimed the task. A report that names worker or attempt counts once, however often it comes.
     9. A task of a worker whose lease has run out, or who has signed off, waits again.
 
 Contents
@@ -2294,7 +2294,8 @@ def expire(sql: Transaction, now: Now, worker_id: int, place: Place) -> Optional
 def add_user(sql: Transaction, now: Now, name: str, password: str) -> User:
     """A new user with a stored password hash. Raises Conflict when the name is taken."""
     if sql.one("SELECT 1 FROM user WHERE name = ?", name):
-        raise Conflict("there is a user %s already: 'user passwd %s' sets another password" % (name, name))
+        raise Conflict("there is a user %s already: 'python3 taskfarm.py user passwd %s --db FILE' sets another "
+                       "password" % (name, name))
     sql.execute("INSERT INTO user (name, password, created) VALUES (?, ?, ?)", (name, password, now.utc))
     learn_users(sql)
     return find_user(sql, name)
@@ -2333,7 +2334,7 @@ def find_user(sql: Transaction, name: str) -> User:
     for user in every_user(sql):
         if user.name == name:
             return user
-    raise NotFound("there is no user %s: 'user list' shows them" % shortened(name))
+    raise NotFound("there is no user %s: 'python3 taskfarm.py user list --db FILE' shows them" % shortened(name))
 
 
 def learn_users(sql: Transaction) -> None:
@@ -6334,6 +6335,10 @@ def may_succeed_later(error: Exception) -> bool:
     return isinstance(error, Unreachable) or isinstance(error, FarmError) and error.status in RETRY_STATUSES
 
 
+class OtherFarm(Unreachable):
+    """What answers at the URL has not proven that it is the farm of the login."""
+
+
 class Access(NamedTuple):
     """A farm and a login to it."""
     url: str            # http://host:port, perhaps with a path, without a slash at the end
@@ -6344,6 +6349,7 @@ class Access(NamedTuple):
                         # it is one user's key; "" when it is not known
     farm: str           # the identity of the farm; "" when it is not known
     source: str         # where this was found, for messages
+    url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the login of an access file
 
 
 def home_folder() -> str:
@@ -6397,13 +6403,13 @@ def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     return Access(base_url(url), user, token, "", proof, farm, source)
 
 
-def find_access_file(path: str, farm: str) -> Access:
-    """Farm and login from the access file of this farm in the folder of *path*. Empty when there is none."""
+def find_access_file(path: str, **wanted: str) -> Optional[Access]:
+    """Farm and login from the access file with this farm or url in the folder of *path*. None when there is none."""
     for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
         access = parse_access(read_access(other), other)
-        if access.farm == farm:
+        if all(getattr(access, field) == value for field, value in wanted.items()):
             return access
-    return parse_access({}, path)
+    return None
 
 
 def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "",
@@ -6417,7 +6423,7 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     path = access_path(environ)
     in_file = parse_access(read_access(path), path)
     if farm and in_file.farm != farm:
-        in_file = find_access_file(path, farm)
+        in_file = find_access_file(path, farm=farm) or parse_access({}, path)
     given_url = base_url(url or environ.get("TASKFARM_URL", ""))
     token = "" if user else environ.get("TASKFARM_TOKEN", "")
     if not user and not token:
@@ -6426,12 +6432,15 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
     if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
-                      "server elsewhere type 'taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN" % path)
+                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN"
+                      % path)
     if not (user or token):
+        if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
+            in_file = find_access_file(path, url=given_url) or in_file
         if not in_file.token:
-            raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'taskfarm.py login "
-                          "{0}' gets one".format(given_url or in_file.url, path))
-        return in_file if not given_url else in_file._replace(url=given_url, source="TASKFARM_URL, " + path)
+            raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'python3 "
+                          "taskfarm.py login {0}' gets one".format(given_url or in_file.url, path))
+        return in_file if not given_url else in_file._replace(url=given_url, url_given=True)
     if given_url and given_url != in_file.url:
         return Access(given_url, user, token, password, "", "", "the environment")
     return in_file._replace(user=user, token=token, password=password)
@@ -6443,6 +6452,17 @@ def error_of_status(status: int, detail: str) -> FarmError:
     error = kind.__new__(kind, detail)      # without __init__: some classes make their own sentence there
     error.status = status
     return error
+
+
+def refused_login(access: Access) -> FarmError:
+    """The error of a login that the farm refuses, with what sets or gets another. The farm's own is for programs."""
+    if access.token:
+        return error_of_status(Unauthorized.status, (
+            "the token of {0.source} is refused: it has expired, or its user has another password now. 'python3 "
+            "taskfarm.py login {0.url}' gets another; unset TASKFARM_TOKEN where it is set".format(access)))
+    return error_of_status(Unauthorized.status, (
+        "user %s or the password is wrong. On the server's machine 'python3 taskfarm.py user passwd %s --db FILE' sets "
+        "another password" % (printable(access.user), shlex.quote(printable(access.user)))))
 
 
 def authorization(access: Access) -> str:
@@ -6471,6 +6491,7 @@ class Client:
         self.server_date, self.answered_utc = "", 0.0       # the Date of the last answer, and our clock then
         self.give_up = threading.Event()    # set by another thread: retry no more
         self.say: Callable[[str], Any] = log.warning    # is called with a sentence when a request takes long
+        self.meanwhile = ""                             # what goes on meanwhile, the end of that sentence
         self._access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPConnection] = None
         self.login_worked = False
@@ -6502,6 +6523,8 @@ class Client:
                 if not new_connection:
                     continue        # it was kept open, and may have ended long ago
                 failure: Exception = error
+                if isinstance(error, OtherFarm) and self.access.url_given and not self.login_worked:
+                    retry_s = 0.0       # the one who gave the URL waits for no start of another server there
             except Unauthorized as error:
                 self.close()
                 failure, retry_s = error, min(retry_s, LOGIN_RETRY_S) if self.login_worked else 0.0
@@ -6517,7 +6540,8 @@ class Client:
                 raise failure
             failures += 1
             if failures == 3:
-                self.say("%s; tried again for %s" % (failure, duration_text(began + retry_s - time.monotonic())))
+                self.say("%s; trying again for up to %s%s" % (
+                    failure, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
             self.give_up.wait(wait_s)
 
     def _find_again(self) -> bool:
@@ -6538,6 +6562,8 @@ class Client:
         if access.token or access.user:
             headers["Authorization"] = authorization(access)
         status, answer = self._exchange(access, method, path, content, headers)
+        if status == Unauthorized.status and "Authorization" in headers:
+            raise refused_login(access)
         if status >= 400:
             raise error_of_status(status, answer)
         self.login_worked = True
@@ -6581,8 +6607,9 @@ class Client:
             connection.connect()
         except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
             raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
-                              "'taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
-                                  access.url, getattr(error, "strerror", None) or error, access.source))
+                              "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                                  access.url, getattr(error, "strerror", None) or error,
+                                  "--url or TASKFARM_URL" if access.url_given else access.source))
         return connection
 
     def _check_proof(self, access: Access) -> None:
@@ -6596,9 +6623,10 @@ class Client:
         except (ValueError, AttributeError):
             proven = False
         if not proven:
-            raise Unreachable("what answers at %s is not the farm of %s, so no login was sent: start that farm again, "
-                              "or type 'taskfarm.py login %s' for a login to this one" % (
-                                  access.url, access.source, access.url))
+            raise OtherFarm("what answers at %s is not the farm of %s, so no login was sent: %s 'python3 taskfarm.py "
+                            "login %s' for a login to this one" % (
+                                access.url, access.source, "type" if access.url_given else
+                                "start that farm again, or type", access.url))
         if self.connection is None:
             raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over a "
                               "connection on which the farm has proven its identity" % access.url)
@@ -6678,6 +6706,10 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
     Raises NotFound when no run matches, Refusal when several do.
     """
     if re.fullmatch("[0-9a-f]{32}", text):
+        try:
+            client.ask("GET", "/api/runs/" + text)
+        except NotFound:
+            raise NotFound("there is no run %s: 'python3 taskfarm.py list' shows all runs" % text)
         return text
     runs = client.ask("GET", "/api/runs")["data"]
     named = [run for run in runs if run.get("name") == text]
@@ -6691,7 +6723,8 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
         raise NotFound("no run is called %r, and a verb that changes a run takes a whole name or at least %d digits of "
                        "a uuid. Type one of these: %s" % (text, MIN_UUID_DIGITS, last_runs(similar)))
     if not matches:
-        raise NotFound("no run is called %r, and no name or uuid begins so: 'taskfarm.py list' shows all runs" % text)
+        raise NotFound("no run is called %r, and no name or uuid begins so: 'python3 taskfarm.py list' shows all "
+                       "runs" % text)
     if len(matches) > 1:
         raise Refusal("%d runs match %r: type the uuid of one, %s" % (len(matches), text, last_runs(matches)))
     return str(matches[0]["uuid"])
@@ -7343,6 +7376,7 @@ class Reporter:
         self.registered_again = False       # the farm did not know the worker, and nothing went well since
         self.sent_at = 0.0                  # ticks
         self.heartbeat_at = 0.0
+        self.figures_every_s = RUN_FIGURES_S if wants_figures else math.inf
         self.figures_at = 0.0 if wants_figures else math.inf
         self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
@@ -7359,6 +7393,12 @@ class Reporter:
         """Claim so many tasks, after the reports are sent."""
         with self.changed:
             self.claim_count = count
+            self.changed.notify()
+
+    def ask_figures(self) -> None:
+        """Ask for the figures of the run now."""
+        with self.changed:
+            self.figures_at = 0.0
             self.changed.notify()
 
     def close(self) -> List[Dict[str, Any]]:
@@ -7443,8 +7483,8 @@ class Reporter:
         if claim_count:
             self._claim(claim_count)
         if now >= self.figures_at:
-            self.figures_at = now + RUN_FIGURES_S
             self.post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
+            self.figures_at = now + self.figures_every_s        # not before: a request that failed is repeated
 
     def _claim(self, count: int) -> None:
         """Claim up to *count* tasks. Near the end of a run it is a quarter of those that wait: others get some too.
@@ -7572,7 +7612,7 @@ LAST_REPORTS_S = 2.0                # the last reports are tried for so long: PB
 CONFIRM_S = 0.3                     # an end is reported when it is so old: it may be the first sign that a job ends
 CONFIRM_KILLED_S = 1.5              # the same for a command that was killed by a signal that ends jobs
 SAME_SIGNAL_S = 1.0                 # a second signal within this time is the first one again: srun sends two at once
-MOST_WITHOUT_PROGRAM = 10           # a worker whose first ends all lack a program stops after so many
+MOST_WITHOUT_PROGRAM = 10           # a worker whose ends all lack a program stops after so many
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
 EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_NO_PROGRAM = 6, 7, 8
@@ -7733,6 +7773,7 @@ class TaskRunner:
         self.unconfirmed: List[Tuple[float, int, Command]] = []     # heap of ends, by the tick when they are confirmed
         self.without_program: List[Command] = []    # confirmed ends that say so, kept while there is no other
         self.program_found = False          # some confirmed end says something else
+        self.figures_asked = False          # to judge the former
         self.finished = 0                   # tasks whose end was reported
         self.recent_s: "deque[float]" = deque(maxlen=100)   # what the latest commands took
         self.mean_s: Optional[float] = None                 # moving mean of the same
@@ -7755,7 +7796,7 @@ class TaskRunner:
         self.handlers: Dict[type, Callable[[Any], None]] = {
             TasksClaimed: self._on_tasks_claimed, NoTaskClaimed: self._on_no_task_claimed,
             TasksHeld: self._on_tasks_held, ReportRefused: self._on_report_refused,
-            RunFigures: lambda event: self.display.show_run(event.run),
+            RunFigures: self._on_run_figures,
             Notice: lambda event: self.display.say(event.sentence), ReporterEnded: self._on_reporter_ended}
 
     def work(self) -> int:
@@ -7774,6 +7815,7 @@ class TaskRunner:
                                  self.display.screen.terminal)
         self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
+        self.client.meanwhile = "; commands go on meanwhile"
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -7826,20 +7868,22 @@ class TaskRunner:
     def _is_finished(self) -> bool:
         """Whether the work has ended, where no command runs. Sets the exit status then."""
         if self.stop_reason:
-            self._report_without_program()
+            self._give_back_unconfirmed()
             self.status = self.stop_status
             return True
         if self.ready or not self.nothing_waits or self.claim_open or self.reporter.reports:
             return False
         if self.without_program:
-            self._report_without_program()
-            self.wake_at = 0.0          # the tasks may wait again
+            if not self.figures_asked:
+                self.figures_asked = True
+                self.reporter.ask_figures()
             return False
         if self.claim_at == math.inf or not self.options.wait:
             self.status = EXIT_DONE
             return True
         if self.finished == self.finished_at_claim:
-            self.display.say_once("no task waits, and other workers still compute: waiting for tasks that they lose")
+            self.display.say_once("no task waits now, but other workers still compute: this one stays, since their "
+                                  "tasks may come back (with --no-wait it would leave)")
         return False
 
     # Claims
@@ -7922,6 +7966,23 @@ class TaskRunner:
         for command in self.running.values():
             if (command.task, command.attempt) == (report["task"], report["attempt"]) and not command.end_reason:
                 self._terminate(command, "lost")
+
+    def _on_run_figures(self, event: RunFigures) -> None:
+        """Show the figures. Judge the ends that lack a program where there is nothing else to do."""
+        self.display.show_run(event.run)
+        busy = self.ready or self.running or self.ending or self.unconfirmed or self.claim_open
+        if not self.figures_asked or self.stop_reason:
+            return
+        self.figures_asked = False
+        if busy or not self.without_program:
+            return
+        if event.run["numWaiting"]:
+            self.nothing_waits = False      # a task came back meanwhile: try that one first
+        elif event.run["numComputing"] > len(self.without_program):     # others compute, and may have the program
+            self._stop_without_program(self.without_program[-1])
+        else:       # nobody has: the command is wrong, not this machine
+            self._report_without_program()
+            self.wake_at = 0.0              # the tasks may wait again
 
     def _on_reporter_ended(self, event: ReporterEnded) -> None:
         if not isinstance(event.error, (FarmError, Unreachable, Refusal)):
@@ -8074,7 +8135,7 @@ class TaskRunner:
         self.ready.clear()
 
     def _confirm(self, command: Command) -> None:
-        """Report a confirmed end. The first ends are kept while all of them say that there is no program."""
+        """Report a confirmed end. The ends are kept while all of them say that there is no program."""
         if not self.program_found and command.reported_code in NO_PROGRAM_CODES:
             self.without_program.append(command)
             if self.finished + len(self.without_program) >= MOST_WITHOUT_PROGRAM and not self.stop_reason:
@@ -8088,9 +8149,10 @@ class TaskRunner:
         """Stop, and give the tasks back: another machine may have the program."""
         message = command.error_line()
         self.stop_status = EXIT_NO_PROGRAM
-        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: the first %d commands all "
-                   "ended with 126 or 127%s" % (os.uname().nodename, self.template.program, MOST_WITHOUT_PROGRAM,
-                                                " (%s)" % message if message else ""))
+        count = self.finished + len(self.without_program)
+        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: %s ended with 126 or 127%s" % (
+            os.uname().nodename, self.template.program, "all %d commands" % count if count > 1 else "the first command",
+            " (%s)" % message if message else ""))
         self._give_back_unconfirmed()
 
     def _report_without_program(self) -> None:
@@ -8120,7 +8182,7 @@ class TaskRunner:
 
     def _failure(self, command: Command) -> str:
         if command.end_reason == "timeout":
-            return "ended after %g s" % self.options.timeout_s
+            return "ended after %g s (--timeout)" % self.options.timeout_s
         if not command.signal_number:
             return "exit status %d" % command.exit_code
         try:
@@ -8218,8 +8280,10 @@ class TaskRunner:
             return
         self.stop_reason = reason
         count = len(self.running)
-        self.display.say("stopping: %s%s" % (reason, "" if not count else "; %s %s" % (
-            count_text(count, "command"), "may finish" if drain else "are ended" if count > 1 else "is ended")))
+        what = "may finish" if drain else "are ended" if count > 1 else "is ended"
+        if not drain and self.stop_status not in (EXIT_RUN_DELETED, EXIT_NO_SERVER, EXIT_NO_LOGIN):
+            what += ", and their tasks are given back" if count > 1 else ", and its task is given back"
+        self.display.say("stopping: %s%s" % (reason, "; %s %s" % (count_text(count, "command"), what) if count else ""))
         self._give_back_ready()
         if not drain:
             self._terminate_all()
@@ -8888,10 +8952,13 @@ def fill_leaving(store: Store, size: FairSize) -> None:
         add_holder(store, "leaving%d" % number, "leaving%d" % number, size(10000), MAX_LEASE_S)
 
 
+SILENT_LEASE_S = 30         # longer than their heartbeats wait in a try, or they would lapse again meanwhile
+
+
 def fill_silent(store: Store, size: FairSize) -> None:
-    """200 workers with 10 000 tasks each, whose leases run out when a server has run for a second."""
+    """200 workers with 10 000 tasks each, whose leases have run out."""
     for number in range(size(200)):
-        add_holder(store, "silent%d" % number, "silent%d" % number, size(10000), 1)
+        add_holder(store, "silent%d" % number, "silent%d" % number, size(10000), SILENT_LEASE_S)
 
 
 def apply_all(store: Store, operations: List[Operation]) -> None:
@@ -8911,15 +8978,18 @@ def add_holder(store: Store, run: str, worker: str, number: int, lease: Optional
             apply_all(store, [claim(run, worker) for _ in range(first, min(number, first + MAX_BATCH))])
 
 
-def let_lapse(db: str, token: str, size: FairSize) -> None:
-    """Serve a file until the leases of the silent workers have run out."""
-    server = BenchServer(db, token)
-    try:
+def let_lapse(path: str, size: FairSize) -> None:
+    """Let the leases of the silent workers run out, by a clock that is set ahead."""
+    ahead_s = 0.0
+
+    def clock() -> Now:
+        now = system_clock()
+        return now._replace(tick=now.tick + ahead_s)
+    with contextlib.closing(Store(path, clock)) as store:
+        ahead_s = 2.0 * SILENT_LEASE_S
         for number in range(size(200)):
-            while server.ask("GET", "/api/runs/silent%d" % number)["numComputing"]:
-                time.sleep(0.1)
-    finally:
-        server.stop()
+            while store.call(read_run("silent%d" % number)).counts[COMPUTING]:
+                store.turn()
 
 
 STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})")
@@ -9320,7 +9390,7 @@ def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float
             token = bench_token(store)
             fill(store, size)
         if fill is fill_silent:
-            let_lapse(path, token, size)
+            let_lapse(path, size)
         return path, token
 
     for number, case in enumerate(cases):
@@ -9687,8 +9757,7 @@ def check_login(client: Client, access: Access) -> Iterator[Finding]:
         client.ask("GET", "/api/token")
         yield Finding(OK, "login", "%s, by %s" % (name, access.source))
     except (FarmError, Unreachable, Refusal) as error:
-        yield Finding(FAIL, "login", "%s, by %s, does not work: %s; 'taskfarm.py login %s' makes another" % (
-            name, access.source, error, access.url))
+        yield Finding(FAIL, "login", "%s, by %s, does not work: %s" % (name, access.source, error))
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
         if mode & 0o077:
@@ -9829,7 +9898,7 @@ def time_left_text(status: RunStatus) -> str:
 def workers_text(status: RunStatus) -> str:
     """How many workers there are, and how many tasks they hold."""
     if not status.workers:
-        return "none is alive: 'taskfarm.py work %s -- COMMAND' starts one" % status.run["uuid"][:8]
+        return "none is alive: 'python3 taskfarm.py work %s -- COMMAND' starts one" % status.run["uuid"][:8]
     return "%s alive on %s, they hold %s (of all runs)" % (
         grouped(len(status.workers)), count_text(status.hosts, "host"), count_text(status.held, "task"))
 
@@ -9849,7 +9918,7 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
              *state_lines(run, screen)]
     if status.over:
         facts = [("over", "all tasks are done" if not run["numFailed"] else
-                  "'taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
+                  "'python3 taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
         facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
                  ("workers", workers_text(status))]
@@ -10031,14 +10100,19 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end, 8 the first ten commands all ended with 126 or 127 (the program is missing on this
-    node; no task has failed for that)
+    before the end, 8 all its commands ended with 126 or 127: a program is missing on this node
+
+    Ends with 126 or 127 are kept back as long as a worker has no others. After ten of them, or when no
+    task waits while other workers compute, it gives the tasks back and ends with 8: no task has failed.
+    When nobody else computes, the command is wrong: then they are reported as failures.
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
-      python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 --log-dir logs --log-failed -- ./tile.sh {task}
-      python3 taskfarm.py work sweep --lines params.txt -- ./simulate --seed {task} {line}
-      sbatch --array=1-50 --wrap "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
+      python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 -- ./tile.sh {task}
+      python3 taskfarm.py work ice --log-dir logs --log-failed -- ./tile.sh {task}
+      python3 taskfarm.py work sweep --lines params.txt -- ./sim {task} {line}
+      sbatch --array=1-50 -c 16 --wrap \\
+        "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
     display = Display(args.quiet, os.environ)
     client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
@@ -10053,8 +10127,8 @@ def cmd_work(args: argparse.Namespace) -> int:
         return exit_status_of(error)
     lines = Lines(args.lines) if args.lines else None
     if lines is not None and len(lines) != run["numTasks"]:
-        raise Refusal("%s has %d lines, and the run %d tasks: 'taskfarm.py new --lines %s' makes a run of it" % (
-            args.lines, len(lines), run["numTasks"], args.lines))
+        raise Refusal("%s has %d lines, and the run %d tasks: 'python3 taskfarm.py new --lines %s' makes a run of it"
+                      % (args.lines, len(lines), run["numTasks"], shlex.quote(args.lines)))
     typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
     template = Template(args.words, run["uuid"], lines, " ".join(map(shlex.quote, typed)))
     if args.log_dir:
@@ -10089,8 +10163,8 @@ def cmd_progress(args: argparse.Namespace) -> int:
         run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
         body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
     except (KeyError, ValueError):
-        print_notice("%g percent are not reported: this is not a command of 'taskfarm.py work' (TASKFARM_TASK and "
-                     "others are not set)" % args.percent)
+        print_notice("%g percent are not reported: this is not a command of 'work' (TASKFARM_TASK and others are not "
+                     "set)" % args.percent)
         return 0
     environ = dict(os.environ)
     farm = environ.get("TASKFARM_FARM", "")
@@ -10156,8 +10230,8 @@ def cmd_new(args: argparse.Namespace) -> int:
 
     examples:
       run=$(python3 taskfarm.py new 200000 --name antarctica)
-      python3 taskfarm.py new --lines params.txt              then: work RUN --lines params.txt -- ./sim {line}
-      python3 taskfarm.py new 5000 --max-failures 3           a task that fails is tried three times
+      python3 taskfarm.py new --lines params.txt
+      python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
     """
     number = args.tasks if args.lines is None else len(Lines(args.lines))
     if args.lines is not None and not number:
@@ -10206,7 +10280,7 @@ def cmd_list(args: argparse.Namespace) -> int:
          run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("name"))
         for run, short in zip(runs, short_uuids(runs, screen))])
     if not runs:
-        print("no runs yet: 'taskfarm.py new 1000' makes one", file=sys.stderr)
+        print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
     return 0
 
 
@@ -10251,8 +10325,8 @@ def cmd_tasks(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py tasks antarctica --status failed
-      python3 taskfarm.py tasks antarctica --status computing --order started     the longest first
-      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'    their numbers
+      python3 taskfarm.py tasks antarctica --status computing --order started
+      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'
     """
     screen = Screen(sys.stdout, os.environ)
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
@@ -10267,6 +10341,8 @@ def cmd_tasks(args: argparse.Namespace) -> int:
         table = task_table(LISTED_COLUMNS, screen.columns)
         for tasks, more in rows:
             print_table(screen, table, task_rows(tasks, LISTED_COLUMNS, time.time() + client.clock_ahead_s))
+            if not tasks and screen.terminal:
+                print("none", file=sys.stderr)
             if more:
                 print("... and more: --limit 0 shows all", file=sys.stderr)
     return 0
@@ -10317,23 +10393,29 @@ def cmd_workers(args: argparse.Namespace) -> int:
             print_table(screen, table, [
                 (worker["hostname"], worker["pid"], worker["state"], worker["held"], time_since(worker["heard"], utc),
                  worker["lease"] and duration_text(worker["lease"]), worker["uuid"]) for worker in workers])
+            if not workers and screen.terminal:
+                print("none" if args.all else "no worker is alive", file=sys.stderr)
     return 0
 
 
 def cmd_restart(args: argparse.Namespace) -> int:
     """let tasks of a run wait again: those that are not done, the failed ones, or all
 
-    Without an option, tasks stay as they are that are done, or that a worker alive computes.
+    Without an option, tasks stay as they are that are done, or that a worker alive computes. With --all
+    the run begins anew: no task counts as done any more. So --all asks first.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
-      python3 taskfarm.py restart antarctica             what failed, and what workers without a lease left
+      python3 taskfarm.py restart antarctica
       python3 taskfarm.py restart antarctica --failed
-      python3 taskfarm.py restart antarctica --all       from the beginning: no task counts as done any more
+      python3 taskfarm.py restart antarctica --all
+      python3 taskfarm.py restart antarctica --all --yes    does not ask
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
     with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
+        if args.all and not args.yes:
+            confirm_change(client, "restart", run_uuid, "No task will count as done any more.")
         client.ask("POST", run_path(run_uuid, "/restart" + query))
         run = client.ask("GET", run_path(run_uuid))
     print("run %s: %s" % (run_uuid, state_counts(run)))
@@ -10352,13 +10434,19 @@ def cmd_delete(args: argparse.Namespace) -> int:
     """
     with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
-        run = client.ask("GET", run_path(run_uuid))
-        if not args.yes and not confirm("delete run %s%s: %s?" % (
-                run_uuid, " (%s)" % printable(run["name"]) if run.get("name") else "", state_counts(run))):
-            raise Refusal("nothing was deleted")
+        if not args.yes:
+            confirm_change(client, "delete", run_uuid, "Its tasks and results will be gone.")
         client.ask("DELETE", run_path(run_uuid))
     print("run %s is deleted" % run_uuid)
     return 0
+
+
+def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
+    """Ask whether a run may be changed; *loss* is the sentence that says what is lost. Raises Refusal for no."""
+    run = client.ask("GET", run_path(run_uuid))
+    name = " (%s)" % printable(run["name"]) if run.get("name") else ""
+    if not confirm("%s run %s%s: %s? %s" % (what, run_uuid, name, state_counts(run), loss)):
+        raise Refusal("nothing was changed")
 
 
 def confirm(question: str) -> bool:
@@ -10377,7 +10465,9 @@ def cmd_login(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py login http://login1.cluster:5000
-      python3 taskfarm.py login http://localhost:5000 --user alice      behind ssh -L 5000:localhost:5000 login1
+      python3 taskfarm.py login http://localhost:5000 --user alice
+
+    The last one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """
     url = base_url(args.url if "://" in args.url else "http://" + args.url)
     user = args.user or default_user_name()
@@ -10478,12 +10568,13 @@ def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
                     "export TASKFARM_ACCESS=%s chooses it", access_path(environ), path, path)
 
 
-def make_first_user(store: Store) -> User:
+def make_first_user(store: Store, db: str) -> User:
     """Make the first user, and show the password once if there is a terminal. Raises Unavailable on a full disk."""
     name, password = default_user_name(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
-        print("user %s, password %s   (shown this once; 'user passwd %s' sets another)" % (name, password, name))
+        print("user %s, password %s   (shown this once; 'python3 taskfarm.py user passwd %s --db %s' sets another)" % (
+            name, password, shlex.quote(name), shlex.quote(db)))
     return user
 
 
@@ -10520,7 +10611,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
     (~/.config/taskfarm/access.json): there clients and workers find address and login.
 
     examples:
-      python3 taskfarm.py --db runs.sqlite                   for programs on this machine
+      python3 taskfarm.py --db runs.sqlite                   for this machine
       python3 taskfarm.py --db runs.sqlite --host 0.0.0.0    for the whole cluster
       python3 taskfarm.py --db runs.sqlite --port 0          on any free port
     """
@@ -10547,7 +10638,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
 def announce(service: Service, db: str) -> None:
     """Tell users, clients and systemd where the server is. On a full disk the access file is written later."""
     users = service.store.users
-    user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store)
+    user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store, db)
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
@@ -10574,17 +10665,17 @@ def cmd_bench(args: argparse.Namespace) -> int:
     Starts a server of its own on a temporary file (with --dir on the disk that matters) and sends it
     requests from other processes. Tasks given twice or never are counted; both must be 0. Profiles:
 
-      constant  the same parser and login, a fixed answer: what the others are compared with
+      constant  the same parser and login, a fixed answer: to compare others with
       lean      claim, done
-      paper     what the published client's stress test does: claim, read, ten updates, done
-      batch     claims and results of up to 10 000 tasks, in the store alone and over HTTP
+      paper     as the published client's test: claim, read, ten updates, done
+      batch     claims and results of up to 10 000 tasks, in the store and over HTTP
       life      one run from its first task to its last, in batches
       flat      whether costs stay the same with many tasks and runs
-      fair      how long one client waits beside others that do their worst, case by case
+      fair      how long one client waits beside others that do their worst
 
     examples:
       python3 taskfarm.py bench
-      python3 taskfarm.py bench --profile constant,lean --clients 1,16,64,256 --seconds 5
+      python3 taskfarm.py bench --profile constant,lean --clients 1,64 --seconds 5
       python3 taskfarm.py bench --profile flat,life --rows 10000000
       python3 taskfarm.py bench --profile fair --case pipelined,beats --tries 1
     """
@@ -10655,7 +10746,8 @@ class LocalFarm:
         try:
             os.stat(db)
         except FileNotFoundError:
-            raise Refusal("there is no %s: 'taskfarm.py --db %s' makes it and serves it" % (db, db))
+            raise Refusal("there is no %s: 'python3 taskfarm.py --db %s' makes it and serves it" % (
+                db, shlex.quote(db)))
         except OSError as error:
             raise Refusal("%s cannot be read: %s" % (db, error.strerror))
         self.db = db
@@ -10774,7 +10866,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     for sentence in wrong:
         print(sentence)
     if not wrong:
-        print("%s keeps all its promises" % args.db)
+        print("%s is sound" % args.db)
     return 1 if wrong else 0
 
 
@@ -10864,8 +10956,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     login works. It prints a line for each, with ok, warn or FAIL. Exit status 1 when something fails.
 
     examples:
-      python3 taskfarm.py doctor --db runs.sqlite               on a login node, before the server is started
-      srun python3 taskfarm.py doctor                           on a compute node, before workers are
+      python3 taskfarm.py doctor --db runs.sqlite    before a server is started
+      srun python3 taskfarm.py doctor                before workers are started
     """
     screen = Screen(sys.stdout, os.environ)
     findings = []
@@ -10987,13 +11079,22 @@ def add_env_option(parser: argparse.ArgumentParser, option: str, default: Any, t
                         help="%s (%s)" % (text, variable))
 
 
+HELP_WIDTH = 79
+
+
+def wrapped(text: str) -> str:
+    """A docstring for a terminal of 80 columns. Paragraphs with indented lines, as examples, stay as they are."""
+    return "\n\n".join(paragraph if "\n " in paragraph else textwrap.fill(paragraph, HELP_WIDTH)
+                       for paragraph in text.split("\n\n"))
+
+
 def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int],
              needs_db: bool = True) -> argparse.ArgumentParser:
     """Add a verb. The docstring of its command is its help."""
     first, _, others = (command.__doc__ or "").partition("\n")
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=first, description=first + "\n" + textwrap.dedent(others),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        name, help=first, description=wrapped(first + "\n" + textwrap.dedent(others)),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.set_defaults(command=command, needs_db=needs_db)
     if needs_db:
         add_env_option(parser, "--db FILE", None, "the farm's file")
@@ -11016,7 +11117,7 @@ def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
         lines += ["", title + ":"] if names else []
         for name in names:
             first = (verbs[name].description or "").partition("\n")[0]
-            lines += textwrap.wrap("  %-9s %s" % (name, first), 116, subsequent_indent=" " * 12)
+            lines += textwrap.wrap("  %-9s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 12)
     return "\n".join(lines)
 
 
@@ -11055,9 +11156,11 @@ def add_client_verbs(verbs: Any) -> None:
     tasks.add_argument("--limit", type=whole_number, metavar="N", help="at most so many; 0 for all")
     add_client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
         "--all", action="store_true", help="also those that have signed off or whose lease has run out")
-    restart = add_client_verb(verbs, "restart", cmd_restart, run=True).add_mutually_exclusive_group()
-    restart.add_argument("--all", action="store_true", help="all tasks, also those that are done")
-    restart.add_argument("--failed", action="store_true", help="the failed tasks alone")
+    restart = add_client_verb(verbs, "restart", cmd_restart, run=True)
+    restart.add_argument("--yes", action="store_true", help="do not ask")
+    which = restart.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="all tasks, also those that are done; asks first")
+    which.add_argument("--failed", action="store_true", help="the failed tasks alone")
     add_client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
     doctor = add_client_verb(verbs, "doctor", cmd_doctor, reads=True)
     add_env_option(doctor, "--db FILE", None, "the farm's file, which need not exist; by default one in this folder")
@@ -11071,13 +11174,14 @@ def add_client_verbs(verbs: Any) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
         epilog="""three lines to start with:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
   run=$(python3 taskfarm.py new 1000 --name first)
   python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
-and 'taskfarm.py status $run --watch' shows how far it is. 'taskfarm.py VERB --help' says more, with examples.""")
+and 'python3 taskfarm.py status $run --watch' shows how far it is.
+'python3 taskfarm.py VERB --help' says more, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
     add_client_verbs(verbs)
@@ -11099,12 +11203,12 @@ and 'taskfarm.py status $run --watch' shows how far it is. 'taskfarm.py VERB --h
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
     user = verbs.add_parser("user", description="add, list, change and remove users; 'user VERB --help' says more, "
-                            "with an example")
+                            "with an example", allow_abbrev=False)
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_verb(users, "list", cmd_user_list)
     for name, command in (("add", cmd_user_add), ("passwd", cmd_user_passwd), ("remove", cmd_user_remove)):
         add_verb(users, name, command).add_argument("name", metavar="NAME", help="of the user")
-    parser.description = ("Hands out the numbered tasks of runs to workers over HTTP; the state is one SQLite file.\n" +
+    parser.description = ("Hands out numbered tasks to workers over HTTP; one SQLite file has the state.\n" +
                           verb_summary(verbs.choices))
     return parser
 
@@ -11119,7 +11223,7 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
     if words[0] == "work":
         args.words += words[at + 1:]
         if not args.words:
-            parser.error("which command? taskfarm.py work RUN -- COMMAND ...")
+            parser.error("which command? python3 taskfarm.py work RUN -- COMMAND ...")
     return args
 
 

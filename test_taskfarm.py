@@ -1190,6 +1190,12 @@ def test_the_docstring_names_every_endpoint_and_no_other() -> None:
                      for route in taskfarm.ROUTES.table]
 
 
+@pytest.mark.parametrize("words", [[], ["user"], *VERBS], ids=" ".join)
+def test_help_fits_80_columns(words: List[str]) -> None:
+    shown = run_verb(*words, "--help", COLUMNS="80").stdout
+    assert shown and [line for line in shown.splitlines() if len(line) > 80] == []
+
+
 def test_the_module_imports_the_standard_library_alone() -> None:
     imported = {name.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import)
                 for name in node.names}
@@ -1906,7 +1912,7 @@ def test_backup_copies_and_check_recounts_also_while_the_farm_is_served(tmp_path
         live.stop()
     for _ in range(2):
         done = run_verb("check", "--db", live.path)
-        assert done.returncode == 0 and "keeps all its promises" in done.stdout, done.stderr
+        assert done.returncode == 0 and "is sound" in done.stdout, done.stderr
     copy = str(tmp_path / "copy")
     assert run_verb("backup", "--db", live.path, copy).returncode == 0
     again = run_verb("backup", "--db", live.path, copy)
@@ -6031,7 +6037,7 @@ def test_the_time_left_is_estimated_only_where_something_is_known() -> None:
 
 # ---------------------------------------------------------------- CLIENT
 
-def access_of(farm: Any, **changes: str) -> taskfarm.Access:
+def access_of(farm: Any, **changes: Any) -> taskfarm.Access:
     """Farm and login of a live farm."""
     proof = farm.service.farm.proof_key(None).hex()
     access = taskfarm.Access(farm.url, "ada", farm.token, "", proof, farm.service.store.identity, "the test")
@@ -6155,6 +6161,7 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         thread.join(30)
         assert answers[0]["numTasks"] == 1
         assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
+        assert notices[0].endswith("; trying again for up to 60 s")
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
@@ -6206,7 +6213,7 @@ def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
     ({"TASKFARM_TOKEN": "tf1.x\r"}, "look at TASKFARM_TOKEN"),
     ({"TASKFARM_TOKEN": "tf1.\u20ac"}, "look at TASKFARM_TOKEN"),
     ({"TASKFARM_TOKEN": "tf1.x", "TASKFARM_URL": "{url}/\u00e9"}, "looks like http://host:5000"),
-    ({"TASKFARM_USER": "ad\udcff", "TASKFARM_PASSWORD": "\udcff"}, "log in with"),
+    ({"TASKFARM_USER": "ad\udcff", "TASKFARM_PASSWORD": "\udcff"}, "or the password is wrong"),
 ])
 def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Live, environ: Dict[str, str],
                                                                   sentence: str) -> None:
@@ -6592,7 +6599,8 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
                 "--", "{line}")
     work.end(3)
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
-    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s: before"), (5, "short")]
+    assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"),
+                     (5, "short")]
     assert "first\nlast" in work.errors(), "the error output is passed on"
     os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
 
@@ -6850,6 +6858,37 @@ def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process
     assert counts(server, run)[0] > 0
 
 
+@pytest.mark.parametrize("wait", [(), ("--no-wait",)])
+def test_a_machine_that_lacks_the_program_fails_no_task_of_the_last_ones(server: Process, tmp_path: Path,
+                                                                         wait: Tuple[str, ...]) -> None:
+    run = new_run(server, 12)
+    good = Work(server, run, "-j", "8", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path)
+    wait_until(lambda: counts(server, run) == (4, 8, 0, 0))
+    output = Work(server, run, "-j", "4", *wait, "--", "sh", "-c", "nosuch {task}").end(8)
+    sentence = next(line for line in output.splitlines() if line.startswith("stopping"))
+    assert "on %s sh, or a program" % socket.gethostname() in sentence and "all 4 commands" in sentence
+    assert " failed: " not in output
+    assert counts(server, run) == (4, 8, 0, 0)
+    (tmp_path / "go").touch()
+    good.end(0)
+    assert counts(server, run) == (0, 0, 12, 0)
+
+
+def test_a_worker_without_a_program_that_is_alone_at_the_end_reports_it(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 12)
+    assert report(server, run, 11, status="done") == 204
+    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
+    assert server.ask("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": "other", "count": 8})[0] == 201
+    work = Work(server, run, "-j", "3", "--", "sh", "-c", "touch %s/{task}; until [ -e %s/go ]; do sleep 0.01; done; "
+                "exit 127" % (tmp_path, tmp_path))
+    wait_until(lambda: len(list(tmp_path.glob("[89]"))) + len(list(tmp_path.glob("10"))) == 3)
+    for number in range(8):
+        assert report(server, run, number, status="done", worker_uuid="other") == 204
+    (tmp_path / "go").touch()
+    work.end(3)
+    assert counts(server, run) == (0, 0, 9, 3)
+
+
 def test_a_node_where_the_command_is_gone_fails_no_task(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 10)
     script = tmp_path / "tile.sh"
@@ -7098,7 +7137,7 @@ def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     Work(server, run, "--no-wait", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
     work = Work(server, run, "--", "true")
-    wait_until(lambda: "waiting for tasks that they lose" in work.shown())
+    wait_until(lambda: "their tasks may come back" in work.shown())
     assert server.ask("DELETE", "/api/worker/other")[0] == 204
     work.end(0)
     assert counts(server, run) == (0, 0, 2, 0)
@@ -7418,6 +7457,19 @@ def test_results_that_differ_are_told_apart() -> None:
     assert sent["differing"] == sent["alike"] and len(set(elapsed)) > 900 and 0 < min(elapsed) < max(elapsed) <= 100
 
 
+def test_workers_that_are_back_after_an_outage_stay_alive_while_their_heartbeats_wait(tmp_path: Path) -> None:
+    path, size, clock = str(tmp_path / "f"), taskfarm.FairSize(4000), FakeClock()
+    with contextlib.closing(Store(path)) as store:
+        taskfarm.fill_silent(store, size)
+    taskfarm.let_lapse(path, size)
+    with contextlib.closing(Store(path, clock)) as store:
+        assert store.call(taskfarm.read_run("silent0")).counts == [size(10000), 0, 0, 0]
+        store.call(taskfarm.beat("silent0"))
+        clock.pass_time(20)
+        store.turn()
+        assert store.call(taskfarm.read_run("silent0")).counts == [0, size(10000), 0, 0]
+
+
 def test_the_fair_profile_runs_every_case(tmp_path: Path) -> None:
     done = run_verb("bench", "--profile", "fair", "--rows", "400", "--seconds", "0.05", "--tries", "1", "--json",
                     "--dir", str(tmp_path))
@@ -7621,12 +7673,12 @@ def test_a_run_is_found_by_the_beginning_of_its_uuid_or_name(farm: Live) -> None
         assert json.loads(verb(farm, "status", text, "--json"))["run"]["uuid"] == expected, text
     several = verb(farm, "status", "a", status=1)
     assert "type the uuid of one" in several and one in several and two in several
-    assert "'taskfarm.py list'" in verb(farm, "status", "greenland", status=1)
-    gone = "0" * 32
-    assert farm.ask("GET", "/api/runs/" + gone)[1]["detail"] in verb(farm, "status", gone, status=1)
+    for gone in ("greenland", "0" * 32):
+        refused = verb(farm, "status", gone, status=1)
+        assert "'python3 taskfarm.py list' shows all runs" in refused and gone in refused and "GET" not in refused
 
 
-@pytest.mark.parametrize("words", [("delete", "--yes"), ("restart", "--all"), ("work", "--", "true")])
+@pytest.mark.parametrize("words", [("delete", "--yes"), ("restart", "--all", "--yes"), ("work", "--", "true")])
 def test_a_verb_that_changes_a_run_never_hits_one_of_a_longer_name(farm: Live, words: Tuple[str, ...]) -> None:
     first, final = (verb(farm, "new", "3", "--name", name).strip() for name in ("sweep", "sweep-final"))
     assert report(farm, final, 1, status="done") == 204
@@ -7702,6 +7754,16 @@ def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
     assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
 
 
+def test_an_empty_table_says_so_on_a_terminal(farm: Live) -> None:
+    run = make_run(farm, 1)
+    assert farm.ask("DELETE", "/api/worker/w")[0] == 204
+    for words, sentence in ((["workers"], "no worker is alive"), (["tasks", run, "--status", "done"], "none")):
+        terminal = Terminal(words, as_ada(farm))
+        assert terminal.end() == 0 and terminal.shown.endswith(sentence + "\r\n"), terminal.shown
+        piped = run_verb(*words, **as_ada(farm))
+        assert piped.stdout.count("\n") == 1 and piped.stderr == ""
+
+
 def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
     run = make_run(farm, 100000)
     process = subprocess.Popen([sys.executable, str(MODULE), "tasks", run], stdout=subprocess.PIPE, text=True,
@@ -7724,7 +7786,8 @@ def test_workers_are_listed_alive_or_all(farm: Live) -> None:
     assert listed == farm.ask("GET", "/api/workers?all=True")[1]["data"] and len(listed) == 2
 
 
-@pytest.mark.parametrize("words, counts", [([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all"], (4, 0, 0))])
+@pytest.mark.parametrize("words, counts", [
+    ([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all", "--yes"], (4, 0, 0))])
 def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], counts: Tuple[int, int, int]) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
@@ -7736,6 +7799,30 @@ def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], coun
     assert (after["numWaiting"], after["numDone"], after["numFailed"]) == counts
     assert "%d waiting" % counts[0] in shown
     verb(farm, "restart", run, "--all", "--failed", status=2)
+
+
+def test_a_restart_of_all_tasks_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
+    run = verb(farm, "new", "4", "--name", "antarctica").strip()
+    assert report(farm, run, 1, status="done") == 204
+    before = farm.ask("GET", "/api/runs/" + run)[1]
+    assert "--yes" in verb(farm, "restart", run, "--all", stdin="y\n", status=1), "a pipe cannot agree"
+    for answer, kept in (("n\r", True), ("\r", True), ("y\r", False)):
+        terminal = Terminal(["restart", "antarctica", "--all"], as_ada(farm))
+        terminal.wait_for("[y/N]")
+        assert "antarctica" in terminal.shown and "1 done" in terminal.shown and "No task will count" in terminal.shown
+        terminal.type(answer)
+        assert terminal.end() == int(kept)
+        assert (farm.ask("GET", "/api/runs/" + run)[1] == before) is kept, answer
+
+
+@pytest.mark.parametrize("words", [
+    ("restart", "{run}", "--al", "--yes"), ("delete", "{run}", "--ye"), ("list", "--js"), ("--versio",),
+    ("user", "list", "--d", "runs.sqlite"), ("work", "{run}", "--job", "2", "--", "true")])
+def test_an_option_is_taken_only_when_it_is_written_out(farm: Live, words: Tuple[str, ...]) -> None:
+    run = make_run(farm, 4)
+    before = farm.ask("GET", "/api/runs/" + run)
+    verb(farm, *(word.replace("{run}", run) for word in words), status=2)
+    assert farm.ask("GET", "/api/runs/" + run) == before
 
 
 def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
@@ -7773,7 +7860,11 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     environ = {"TASKFARM_ACCESS": str(path)}
     words = ["login", farm.url + "/api/", "--user", "ada"]
     done = run_verb(*words, stdin="wrong\n", **environ)
-    assert done.returncode == 6 and "log in" in done.stderr and not path.exists()
+    assert done.returncode == 6 and "user ada or the password is wrong" in done.stderr and not path.exists()
+    assert "'python3 taskfarm.py user passwd ada --db FILE'" in done.stderr and "GET" not in done.stderr
+    done = run_verb("list", **dict(as_ada(farm), TASKFARM_TOKEN="tf1.x"))
+    assert done.returncode == 6 and "'python3 taskfarm.py login %s' gets another" % farm.url in done.stderr
+    assert "GET" not in done.stderr
     assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
@@ -7803,6 +7894,22 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
         assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
         (beside,) = (path for path in mine.parent.iterdir() if path != mine)
         assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
+        found = run_verb("list", "--url", other.url, HOME=str(tmp_path))
+        assert found.returncode == 0, found.stderr
+        beside.unlink()
+        refused = run_verb("list", "--url", other.url, HOME=str(tmp_path))
+        assert refused.returncode == 5 and "TASKFARM_URL" not in refused.stderr
+        assert "is not the farm of %s" % mine in refused.stderr and "trying again" not in refused.stderr
+        assert "'python3 taskfarm.py login %s'" % other.url in refused.stderr
+
+
+def test_a_farm_that_is_not_the_one_of_the_given_url_is_not_waited_for(farm: Live, monkeypatch: pytest.MonkeyPatch
+                                                                       ) -> None:
+    monkeypatch.setattr(threading.Event, "wait", lambda *_: pytest.fail("it waits"))
+    access = access_of(farm, proof="00" * 32)._replace(url_given=True)
+    with contextlib.closing(taskfarm.Client(lambda: access, retry_s=60)) as client:
+        with pytest.raises(taskfarm.OtherFarm, match="no login was sent: type 'python3 taskfarm.py login"):
+            client.ask("GET", "/api/runs")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
