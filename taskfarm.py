@@ -981,8 +981,8 @@ class Operation:
     *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
     the writer after COMMIT with the result, or with the exception that the operation ended in.
     """
-    __slots__ = ("function", "args", "reads", "show", "extra", "big_answer", "large", "begun", "came", "worker", "unwanted",
-                 "done")
+    __slots__ = ("function", "args", "reads", "show", "extra", "big_answer", "large", "begun", "came", "worker",
+                 "unwanted", "done")
 
     def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
         self.function = function
@@ -4280,6 +4280,8 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
 # password hashes, the access log, Reply.first. A new limit in time or bytes belongs into the table below.
 
 TURN_S = 0.005                      # for the line, and for outcomes, in each turn
+DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
+DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
 ACCEPTS = 64                        # new connections in a turn
 BIG_AT_ONCE = 4                     # big answers that the store is asked for at a time,
 BIG_S = 0.1                         # not counting those that it has not given after so long: a restart may hold them up
@@ -4297,8 +4299,8 @@ IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
 
 class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
-    __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "rest",
-                 "streaming", "body_bytes", "busy", "in_line", "pending", "known", "paused", "ending", "eof", "gone",
+    __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
+                 "rest", "streaming", "body_bytes", "busy", "in_line", "pending", "known", "paused", "ending", "eof", "gone",
                  "shut", "spoken", "phase", "watching", "held", "moved", "last")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
@@ -4312,6 +4314,7 @@ class Connection:
         self.skip = 0                   # bytes to come of a body that nobody wants
         self.reader: Optional[Generator[None, None, Dict[str, Any]]] = None     # of a large body, slice by slice
         self.reading = 0                # bytes of that body
+        self.working = 0                # bytes of a large body whose work is in hand elsewhere
         self.rest: Optional[Operation] = None       # gives the next piece of the answer
         self.streaming = False          # a piece of an answer was given, and not the last
         self.body_bytes = 0             # of an answer in pieces so far
@@ -4531,7 +4534,10 @@ class Server(ThreadingHTTPServer):
         self.selector: selectors.BaseSelector = selectors.DefaultSelector()
         self.connections: Set[Connection] = set()
         self.deadlines: Dict[Connection, float] = {}    # tick by connection; all wait equally long, so in order
-        self.line: "deque[Connection]" = deque()        # have a step to take
+        self.line: "deque[Connection]" = deque()        # have a step to take, and a login
+        self.guest_line: "deque[Connection]" = deque()  # have a step to take, and none yet
+        self.working = 0                # bytes of large bodies whose work is in hand
+        self.direct_end = 0.0           # the tick until which this turn serves without the line
         self.outcomes: "deque[Tuple[Connection, Operation, Any]]" = deque()     # from the writer
         self.operations: List[Operation] = []           # named in this turn
         self.big_waiting: "deque[Tuple[Connection, Operation]]" = deque()   # with big answers, not asked for yet
@@ -4600,15 +4606,19 @@ class Server(ThreadingHTTPServer):
         """One turn of the I/O thread, after waiting so long for something to come."""
         events = self.selector.select(wait_s)
         self.quiet = not events and wait_s >= LINGER_S
+        if len(events) > DIRECT_AT_ONCE:
+            self.direct_end = self.clock().tick + TURN_S
         for key, mask in events:
             if isinstance(key.data, Connection):
                 self._meet(key.data, mask)
             else:
                 key.data()
+        self.direct_end = 0.0
         if self.outcomes or self.big_outcomes:
             self._show_outcomes()
-        if self.line:
-            self._serve_line()
+        if self.line or self.guest_line:
+            self._serve_line(self.line)
+            self._serve_line(self.guest_line)
         if self.deadlines:
             self._expire()
         if self.guests.total > GUEST_LIMIT or self.paused or self.big_waiting or self.users.total > BUFFER_LIMIT // 2:
@@ -4631,23 +4641,28 @@ class Server(ThreadingHTTPServer):
         if mask & selectors.EVENT_READ:
             connection.receive()
         if not (connection.in_line or connection.busy):
-            if connection.known:
+            # Small requests of users at once. What may take longer, and who has no login, has the time of a line.
+            if connection.known and len(connection.inbox) <= DIRECT_BYTES and self._direct():
                 self.advance(connection)
-            else:       # a flood of those who have no login has the time of the line, not that of everybody
+            else:
                 self._join(connection)
         self.settle(connection)
+
+    def _direct(self) -> bool:
+        """Whether there is time to serve without the line: always, unless very many come in one turn."""
+        return not self.direct_end or self.clock().tick < self.direct_end
 
     def _join(self, connection: Connection) -> None:
         """Let a connection wait for its next step."""
         if not connection.in_line:
             connection.in_line = True
-            self.line.append(connection)
+            (self.line if connection.known else self.guest_line).append(connection)
 
-    def _serve_line(self) -> None:
+    def _serve_line(self, line: "deque[Connection]") -> None:
         """A step for each that waits, the longest waiting first, until the time of this turn is over."""
         end = self.clock().tick + TURN_S
-        while self.line:
-            connection = self.line.popleft()
+        while line:
+            connection = line.popleft()
             connection.in_line = False
             if connection in self.connections:
                 self.advance(connection)
@@ -4704,12 +4719,18 @@ class Server(ThreadingHTTPServer):
     def _resume(self, connection: Connection) -> None:
         """Go on with what comes after work that was done elsewhere."""
         connection.busy = False
+        self._work_is_over(connection)
         if connection.inbox or connection.request is not None:
             self._join(connection)
         self.settle(connection)
 
+    def _work_is_over(self, connection: Connection) -> None:
+        """What a large body has become is not in memory any more."""
+        self.working -= connection.working
+        connection.working = 0
+
     def _wait_s(self, longest: float) -> float:
-        if self.line or self.outcomes or self.big_outcomes or self.posted:
+        if self.line or self.guest_line or self.outcomes or self.big_outcomes or self.posted:
             return 0.0
         if self.stopping:
             return LINGER_S
@@ -4835,6 +4856,7 @@ class Server(ThreadingHTTPServer):
         if c.watching:
             self.selector.unregister(c.sock)
             c.watching = 0
+        self._work_is_over(c)
         self.deadlines.pop(c, None)
         self.bodies.pop(c, None)
         self.paused.pop(c, None)
@@ -4881,8 +4903,8 @@ class Server(ThreadingHTTPServer):
         most = HEAD_LIMIT + (BODY_LIMIT if c.known else 0)
         if c.request is not None and c.request.admitted:
             most = max(most, HEAD_LIMIT + c.request.length)
-        c.paused = bool(self.users.total > BUFFER_LIMIT and c.known and c.inbox and c is not next(
-            iter(self.bodies), None))       # the first goes on, so that room comes
+        c.paused = bool(c.known and c.inbox and self.users.total + self.working > BUFFER_LIMIT and (
+            self.working > BUFFER_LIMIT // 2 or c is not next(iter(self.bodies), None)))    # so that room comes
         if c.paused:
             self.paused[c] = None
         reading = not (c.eof or c.paused) and len(c.inbox) <= most
@@ -4917,7 +4939,8 @@ class Server(ThreadingHTTPServer):
                     self.closed_still = True
                     log.warning("%d MiB wait in buffers: connections whose client takes or sends nothing are closed",
                                 self.users.total >> 20)
-        for connection in list(self.paused) if self.users.total < BUFFER_LIMIT * 3 // 4 else list(self.bodies)[:1]:
+        room = self.users.total + self.working < BUFFER_LIMIT * 3 // 4
+        for connection in list(self.paused) if room else list(self.bodies)[:1]:
             if connection in self.paused:
                 del self.paused[connection]
                 connection.moved = MOVED_BYTES
@@ -5018,7 +5041,8 @@ class Server(ThreadingHTTPServer):
         try:
             next(c.reader)      # type: ignore[arg-type]
         except StopIteration as end:
-            c.reader, c.reading = None, 0
+            c.reader, c.working, c.reading = None, c.reading, 0
+            self.working += c.working
             self._answer(c, request, end.value)
         return True
 
@@ -5128,6 +5152,7 @@ class Server(ThreadingHTTPServer):
         else:
             c.skip = request.length
         self.bodies.pop(c, None)
+        self._work_is_over(c)
         c.reader, c.reading = None, 0
         c.spoken = True
         c.send(failure(error))
