@@ -4300,8 +4300,8 @@ IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
 class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
-                 "rest", "streaming", "body_bytes", "busy", "in_line", "pending", "known", "paused", "ending", "eof", "gone",
-                 "shut", "spoken", "phase", "watching", "held", "moved", "last")
+                 "rest", "streaming", "body_bytes", "busy", "in_line", "pending", "known", "paused", "ending", "eof",
+                 "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
