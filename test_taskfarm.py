@@ -6718,7 +6718,8 @@ def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Pa
     with no_more_room(server):
         (tmp_path / "0").touch()
         wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
-        wait_until(lambda: work.shown().count("tried again") > 2)        # its patience has ended twice
+        wait_until(lambda: work.shown().count("trying again") > 2)        # its patience has ended twice
+        assert "commands go on meanwhile" in work.shown()
     (tmp_path / "1").touch()
     work.end(0)
     assert counts(server, run) == (0, 0, 2, 0)
