@@ -4502,7 +4502,8 @@ class Server(ThreadingHTTPServer):
         self.listen_again = 0.0         # the tick from which it may, when it does not
         self.full_at = 0                # so many connections when no descriptor was left; 0: there are some
         self.hashes: Dict[bytes, PendingHash] = {}
-        self.slow: Works = queue.SimpleQueue()          # work that may take long: two threads
+        self.hashing: Works = queue.SimpleQueue()       # passwords: two threads
+        self.firsts: Works = queue.SimpleQueue()        # Reply.first, which may hang with a home directory: one thread
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
@@ -4518,8 +4519,8 @@ class Server(ThreadingHTTPServer):
 
     def start_threads(self) -> None:
         """Start what may take long: all threads are there before the first request, so none is refused later."""
-        for _ in range(2):
-            threading.Thread(target=self._work_slowly, name="slow", daemon=True).start()
+        for name, works in (("hash", self.hashing), ("hash", self.hashing), ("first", self.firsts)):
+            threading.Thread(target=self._work_slowly, args=(works,), name=name, daemon=True).start()
         if self.access is not None:
             self.access.thread.start()
 
@@ -4541,8 +4542,8 @@ class Server(ThreadingHTTPServer):
             signal.set_wakeup_fd(-1)
         for connection in list(self.connections):
             self.close_connection(connection)
-        for _ in range(2):
-            self.slow.put(None)
+        for works in (self.hashing, self.hashing, self.firsts):
+            works.put(None)
         if self.access is not None:
             self.access.close()
 
@@ -4631,12 +4632,12 @@ class Server(ThreadingHTTPServer):
         except Exception as error:
             reply = failure(error)
         if reply.first is not None:
-            self.slow.put(functools.partial(self._do_first, connection, reply))
+            self.firsts.put(functools.partial(self._do_first, connection, reply))
         else:
             self._give(connection, reply)
 
     def _do_first(self, connection: Connection, reply: Reply) -> None:
-        """Do what is to be done before a reply is sent. In a thread for slow work."""
+        """Do what is to be done before a reply is sent. In a thread of its own."""
         try:
             reply.first()   # type: ignore[misc]
         except Exception as error:
@@ -5013,7 +5014,7 @@ class Server(ThreadingHTTPServer):
                 error.headers = (("Retry-After", "1"),)
                 raise error
             pending = self.hashes[needs.key] = PendingHash(needs)
-            self.slow.put(functools.partial(self._hash, pending))
+            self.hashing.put(functools.partial(self._hash, pending))
         pending.waiting.add(c)
         c.pending = pending
         c.busy = True
@@ -5026,7 +5027,7 @@ class Server(ThreadingHTTPServer):
                 del self.hashes[pending.key]
 
     def _hash(self, pending: PendingHash) -> None:
-        """Hash a password, unless nobody waits for it any more. In a thread for slow work."""
+        """Hash a password, unless nobody waits for it any more. In a thread that hashes."""
         try:
             if pending.waiting:
                 pending.work()
@@ -5038,8 +5039,8 @@ class Server(ThreadingHTTPServer):
             self._wait_no_more(connection)
             self._resume(connection)
 
-    def _work_slowly(self) -> None:
-        for work in iter(self.slow.get, None):
+    def _work_slowly(self, works: Works) -> None:
+        for work in iter(works.get, None):
             try:
                 work()
             except Exception as error:

@@ -4796,6 +4796,25 @@ def test_who_waits_for_a_hash_may_be_closed_at_the_descriptor_limit(stepped: Ste
         raw.close()
 
 
+def test_hung_home_directories_hold_up_no_login(farm: Live) -> None:
+    let, hung = threading.Event(), []
+
+    def hang(user: taskfarm.User) -> None:
+        hung.append(user.name)
+        assert let.wait(20)
+    farm.service.farm.renewed = hang
+    new = [farm.raw(request_bytes("POST", "/api/users", json.dumps({"name": name, "password": ADAS_HASH}).encode(),
+                                  Authorization="Bearer " + taskfarm.read_holder(farm.path)["secret"]))
+           for name in ("bob", "eve")]
+    wait_until(lambda: hung and len(farm.service.store.users) == 3)
+    raw = farm.raw(token_request(Live.PASSWORD))
+    assert raw.answer()[0] == 200
+    let.set()
+    assert [raw.answer()[0] for raw in new] == [201, 201]
+    for raw in [raw, *new]:
+        raw.close()
+
+
 def test_a_server_answers_while_hundreds_are_silent_or_trickle(farm: Live) -> None:
     silent = [farm.raw(b"GET /livez HT" if n % 2 else b"") for n in range(300)]
     assert farm.ask("GET", "/api/runs")[0] == 200
@@ -5477,7 +5496,7 @@ def test_no_thread_is_wanted_after_the_start(farm: Live, monkeypatch: pytest.Mon
         Service(farm.path + "2", "127.0.0.1", 0)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_a_start_that_gets_too_few_threads_leaves_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     start = threading.Thread.start
