@@ -5066,6 +5066,7 @@ class Server(ThreadingHTTPServer):
         c.busy = True
         named.done = c.deliver
         if named.big_answer:
+            named.came = self.clock().tick      # not only when the store is asked: it waits from here on
             self.big_waiting.append((c, named))
         else:
             self.operations.append(named)

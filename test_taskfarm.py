@@ -4611,6 +4611,8 @@ def test_a_big_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Steppe
     raws = stepped.new(page, taskfarm.BIG_AT_ONCE + 2)
     stepped.turn_until(lambda: len(asked) == taskfarm.BIG_AT_ONCE)
     assert len(stepped.server.big_waiting) == 2, "few of them lie in memory"
+    before = stepped.clock().tick
+    assert all(0 < named.came <= before for _, named in stepped.server.big_waiting), "that it waits here counts"
     stepped.clock.pass_time(taskfarm.BIG_S)
     stepped.turn(2)
     assert len(asked) == len(raws) and not stepped.server.big_waiting
