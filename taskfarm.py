@@ -985,7 +985,8 @@ class Operation:
     *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
     the writer after COMMIT with the result, or with the exception that the operation ended in.
     """
-    __slots__ = ("function", "args", "reads", "show", "extra", "big_answer", "large", "begun", "came", "done")
+    __slots__ = ("function", "args", "reads", "show", "extra", "big_answer", "large", "begun", "came", "unwanted",
+                 "done")
 
     def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
         self.function = function
@@ -997,6 +998,7 @@ class Operation:
         self.large = False              # it takes long, and is run a slice at a time
         self.begun = False              # a slice of its work is on the disk
         self.came = 0.0                 # the tick at which it was handed to the writer
+        self.unwanted = False           # whoever asked for it has gone
         self.done: Optional[Callable[["Operation", Any], None]] = None
 
     def shown_as(self, show: Callable[..., Any], *extra: Any, big_answer: bool = False) -> "Operation":
@@ -4239,6 +4241,7 @@ STILL_S = 0.5                       # when the buffers are full, who has moved n
 MOVED_BYTES = 16 * 1024             # nothing is less than that
 MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
+LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
 LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
 
 # Phases of a connection; all but the first have a deadline. RENEWED: another deadline begins, whatever the phase.
@@ -4248,7 +4251,7 @@ IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
 class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "rest",
-                 "streaming", "body_bytes", "busy", "in_line", "pending", "known", "paused", "ending", "eof", "gone",
+                 "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused", "ending", "eof", "gone",
                  "shut", "spoken", "phase", "watching", "held", "moved", "last")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
@@ -4266,6 +4269,7 @@ class Connection:
         self.streaming = False          # a piece of an answer was given, and not the last
         self.body_bytes = 0             # of an answer in pieces so far
         self.busy = False               # a request is in work elsewhere
+        self.operation: Optional[Operation] = None  # by the store
         self.in_line = False            # it has a step to take
         self.pending: Optional[PendingHash] = None  # what it waits for
         self.known = False              # somebody has logged in on it
@@ -4481,6 +4485,7 @@ class Server(ThreadingHTTPServer):
         self.selector: selectors.BaseSelector = selectors.DefaultSelector()
         self.connections: Set[Connection] = set()
         self.deadlines: Dict[Connection, float] = {}    # tick by connection; all wait equally long, so in order
+        self.left: Dict[Connection, float] = {}         # have sent an end and wait for the store, since that tick
         self.line: "deque[Connection]" = deque()        # have a step to take
         self.outcomes: "deque[Tuple[Connection, Operation, Any]]" = deque()     # from the writer
         self.operations: List[Operation] = []           # named in this turn
@@ -4562,6 +4567,8 @@ class Server(ThreadingHTTPServer):
             self._serve_line()
         if self.deadlines:
             self._expire()
+        if self.left:
+            self._close_those_who_left()
         if self.guests.total > GUEST_LIMIT or self.paused or self.big_waiting or self.users.total > BUFFER_LIMIT // 2:
             self._look_at_buffers()
         if not self.listening and self.clock().tick >= self.listen_again and not self.stopping:
@@ -4581,6 +4588,8 @@ class Server(ThreadingHTTPServer):
             connection.flush()
         if mask & selectors.EVENT_READ:
             connection.receive()
+            if connection.eof and connection.operation is not None:
+                self.left[connection] = self.clock().tick
         if not (connection.in_line or connection.busy):
             if connection.known:
                 self.advance(connection)
@@ -4625,6 +4634,8 @@ class Server(ThreadingHTTPServer):
     def _show(self, connection: Connection, named: Operation, outcome: Any) -> None:
         if connection not in self.connections:
             return
+        connection.operation = None
+        self.left.pop(connection, None)
         try:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -4669,6 +4680,8 @@ class Server(ThreadingHTTPServer):
         first = next(iter(self.deadlines.values()), math.inf)
         if not self.listening:
             first = min(first, self.listen_again)
+        if self.left:
+            first = min(first, next(iter(self.left.values())) + LEFT_S)
         return longest if first == math.inf else max(0.0, min(longest, first - self.clock().tick))
 
     def _on_wake(self) -> None:
@@ -4786,9 +4799,10 @@ class Server(ThreadingHTTPServer):
         if c.watching:
             self.selector.unregister(c.sock)
             c.watching = 0
-        self.deadlines.pop(c, None)
-        self.bodies.pop(c, None)
-        self.paused.pop(c, None)
+        for memory in (self.deadlines, self.left, self.bodies, self.paused):
+            memory.pop(c, None)     # type: ignore[attr-defined]
+        if c.operation is not None:
+            c.operation.unwanted = True
         (self.users if c.known else self.guests).hold(c, 0, 0.0)
         if c.pending is not None:
             self._wait_no_more(c)
@@ -4899,6 +4913,21 @@ class Server(ThreadingHTTPServer):
                 self._refuse(connection, RequestTimeout(
                     "the request was not whole %d s after its first byte" % REQUEST_S))
                 self.settle(connection)
+            else:
+                self.close_connection(connection)
+
+    def _close_those_who_left(self) -> None:
+        """Close who has sent an end and waits long: what the store has not begun for it is unwanted.
+
+        A client that has gone and one that only sends no more look the same. The one would be given a task that
+        nobody computes; the other gets its answer if that comes soon.
+        """
+        tick = self.clock().tick
+        for connection, since in list(self.left.items()):
+            if tick - since < LEFT_S:
+                return
+            if connection.operation is not None and connection.operation.begun:
+                del self.left[connection]
             else:
                 self.close_connection(connection)
 
@@ -5064,6 +5093,9 @@ class Server(ThreadingHTTPServer):
     def _ask(self, c: Connection, named: Operation) -> None:
         """Have an operation run; its outcome is the answer, or the next piece of it."""
         c.busy = True
+        c.operation = named
+        if c.eof:
+            self.left[c] = self.clock().tick
         named.done = c.deliver
         if named.big_answer:
             named.came = self.clock().tick      # not only when the store is asked: it waits from here on
