@@ -4291,6 +4291,7 @@ STILL_S = 0.5                       # when the buffers are full, who has moved n
 MOVED_BYTES = 16 * 1024             # nothing is less than that
 MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
+LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
 LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
 
 # Phases of a connection; all but the first have a deadline. RENEWED: another deadline begins, whatever the phase.
@@ -4300,8 +4301,8 @@ IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
 class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
-                 "rest", "streaming", "body_bytes", "busy", "in_line", "pending", "known", "paused", "ending", "eof",
-                 "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
+                 "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused", "ending",
+                 "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -4319,6 +4320,7 @@ class Connection:
         self.streaming = False          # a piece of an answer was given, and not the last
         self.body_bytes = 0             # of an answer in pieces so far
         self.busy = False               # a request is in work elsewhere
+        self.operation: Optional[Operation] = None  # by the store
         self.in_line = False            # it has a step to take
         self.pending: Optional[PendingHash] = None  # what it waits for
         self.known = False              # somebody has logged in on it
@@ -4534,6 +4536,7 @@ class Server(ThreadingHTTPServer):
         self.selector: selectors.BaseSelector = selectors.DefaultSelector()
         self.connections: Set[Connection] = set()
         self.deadlines: Dict[Connection, float] = {}    # tick by connection; all wait equally long, so in order
+        self.left: Dict[Connection, float] = {}         # have sent an end and wait for the store, since that tick
         self.line: "deque[Connection]" = deque()        # have a step to take, and a login
         self.guest_line: "deque[Connection]" = deque()  # have a step to take, and none yet
         self.working = 0                # bytes of large bodies whose work is in hand
@@ -4558,7 +4561,8 @@ class Server(ThreadingHTTPServer):
         self.listen_again = 0.0         # the tick from which it may, when it does not
         self.full_at = 0                # so many connections when no descriptor was left; 0: there are some
         self.hashes: Dict[bytes, PendingHash] = {}
-        self.slow: Works = queue.SimpleQueue()          # work that may take long: two threads
+        self.hashing: Works = queue.SimpleQueue()       # passwords: two threads
+        self.firsts: Works = queue.SimpleQueue()        # Reply.first, which may hang with a home directory: one thread
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
@@ -4574,8 +4578,8 @@ class Server(ThreadingHTTPServer):
 
     def start_threads(self) -> None:
         """Start what may take long: all threads are there before the first request, so none is refused later."""
-        for _ in range(2):
-            threading.Thread(target=self._work_slowly, name="slow", daemon=True).start()
+        for name, works in (("hash", self.hashing), ("hash", self.hashing), ("first", self.firsts)):
+            threading.Thread(target=self._work_slowly, args=(works,), name=name, daemon=True).start()
         if self.access is not None:
             self.access.thread.start()
 
@@ -4597,8 +4601,8 @@ class Server(ThreadingHTTPServer):
             signal.set_wakeup_fd(-1)
         for connection in list(self.connections):
             self.close_connection(connection)
-        for _ in range(2):
-            self.slow.put(None)
+        for works in (self.hashing, self.hashing, self.firsts):
+            works.put(None)
         if self.access is not None:
             self.access.close()
 
@@ -4621,6 +4625,8 @@ class Server(ThreadingHTTPServer):
             self._serve_line(self.guest_line)
         if self.deadlines:
             self._expire()
+        if self.left:
+            self._close_those_who_left()
         if self.guests.total > GUEST_LIMIT or self.paused or self.big_waiting or self.users.total > BUFFER_LIMIT // 2:
             self._look_at_buffers()
         if not self.listening and self.clock().tick >= self.listen_again and not self.stopping:
@@ -4640,6 +4646,8 @@ class Server(ThreadingHTTPServer):
             connection.flush()
         if mask & selectors.EVENT_READ:
             connection.receive()
+            if connection.eof and connection.operation is not None:
+                self.left[connection] = self.clock().tick
         if not (connection.in_line or connection.busy):
             # Small requests of users at once. What may take longer, and who has no login, has the time of a line.
             if connection.known and len(connection.inbox) <= DIRECT_BYTES and self._direct():
@@ -4689,6 +4697,8 @@ class Server(ThreadingHTTPServer):
     def _show(self, connection: Connection, named: Operation, outcome: Any) -> None:
         if connection not in self.connections:
             return
+        connection.operation = None
+        self.left.pop(connection, None)
         try:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -4696,12 +4706,12 @@ class Server(ThreadingHTTPServer):
         except Exception as error:
             reply = failure(error)
         if reply.first is not None:
-            self.slow.put(functools.partial(self._do_first, connection, reply))
+            self.firsts.put(functools.partial(self._do_first, connection, reply))
         else:
             self._give(connection, reply)
 
     def _do_first(self, connection: Connection, reply: Reply) -> None:
-        """Do what is to be done before a reply is sent. In a thread for slow work."""
+        """Do what is to be done before a reply is sent. In a thread of its own."""
         try:
             reply.first()   # type: ignore[misc]
         except Exception as error:
@@ -4739,6 +4749,8 @@ class Server(ThreadingHTTPServer):
         first = next(iter(self.deadlines.values()), math.inf)
         if not self.listening:
             first = min(first, self.listen_again)
+        if self.left:
+            first = min(first, next(iter(self.left.values())) + LEFT_S)
         return longest if first == math.inf else max(0.0, min(longest, first - self.clock().tick))
 
     def _on_wake(self) -> None:
@@ -4857,9 +4869,10 @@ class Server(ThreadingHTTPServer):
             self.selector.unregister(c.sock)
             c.watching = 0
         self._work_is_over(c)
-        self.deadlines.pop(c, None)
-        self.bodies.pop(c, None)
-        self.paused.pop(c, None)
+        for memory in (self.deadlines, self.left, self.bodies, self.paused):
+            memory.pop(c, None)     # type: ignore[attr-defined]
+        if c.operation is not None:
+            c.operation.unwanted = True
         (self.users if c.known else self.guests).hold(c, 0, 0.0)
         if c.pending is not None:
             self._wait_no_more(c)
@@ -4971,6 +4984,21 @@ class Server(ThreadingHTTPServer):
                 self._refuse(connection, RequestTimeout(
                     "the request was not whole %d s after its first byte" % REQUEST_S))
                 self.settle(connection)
+            else:
+                self.close_connection(connection)
+
+    def _close_those_who_left(self) -> None:
+        """Close who has sent an end and waits long: what the store has not begun for it is unwanted.
+
+        A client that has gone and one that only sends no more look the same. The one would be given a task that
+        nobody computes; the other gets its answer if that comes soon.
+        """
+        tick = self.clock().tick
+        for connection, since in list(self.left.items()):
+            if tick - since < LEFT_S:
+                return
+            if connection.operation is not None and connection.operation.begun:
+                del self.left[connection]
             else:
                 self.close_connection(connection)
 
@@ -5087,7 +5115,7 @@ class Server(ThreadingHTTPServer):
                 error.headers = (("Retry-After", "1"),)
                 raise error
             pending = self.hashes[needs.key] = PendingHash(needs)
-            self.slow.put(functools.partial(self._hash, pending))
+            self.hashing.put(functools.partial(self._hash, pending))
         pending.waiting.add(c)
         c.pending = pending
         c.busy = True
@@ -5100,7 +5128,7 @@ class Server(ThreadingHTTPServer):
                 del self.hashes[pending.key]
 
     def _hash(self, pending: PendingHash) -> None:
-        """Hash a password, unless nobody waits for it any more. In a thread for slow work."""
+        """Hash a password, unless nobody waits for it any more. In a thread that hashes."""
         try:
             if pending.waiting:
                 pending.work()
@@ -5112,8 +5140,8 @@ class Server(ThreadingHTTPServer):
             self._wait_no_more(connection)
             self._resume(connection)
 
-    def _work_slowly(self) -> None:
-        for work in iter(self.slow.get, None):
+    def _work_slowly(self, works: Works) -> None:
+        for work in iter(works.get, None):
             try:
                 work()
             except Exception as error:
@@ -5137,8 +5165,12 @@ class Server(ThreadingHTTPServer):
     def _ask(self, c: Connection, named: Operation) -> None:
         """Have an operation run; its outcome is the answer, or the next piece of it."""
         c.busy = True
+        c.operation = named
+        if c.eof:
+            self.left[c] = self.clock().tick
         named.done = c.deliver
         if named.big_answer:
+            named.came = self.clock().tick      # not only when the store is asked: it waits from here on
             self.big_waiting.append((c, named))
         else:
             self.operations.append(named)

@@ -4683,11 +4683,72 @@ def test_a_big_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Steppe
     raws = stepped.new(page, taskfarm.BIG_AT_ONCE + 2)
     stepped.turn_until(lambda: len(asked) == taskfarm.BIG_AT_ONCE)
     assert len(stepped.server.big_waiting) == 2, "few of them lie in memory"
+    before = stepped.clock().tick
+    assert all(0 < named.came <= before for _, named in stepped.server.big_waiting), "that it waits here counts"
     stepped.clock.pass_time(taskfarm.BIG_S)
     stepped.turn(2)
     assert len(asked) == len(raws) and not stepped.server.big_waiting
     for raw in raws:
         raw.close()
+
+
+def waiting_claim(stepped: Stepped) -> Tuple[Raw, Operation]:
+    """A connection whose claim was handed to a store that does not answer, and the operation."""
+    asked: List[Operation] = []
+    stepped.service.farm.submit = asked.extend      # type: ignore[assignment]
+    raw = stepped.new(request_bytes("POST", "/api/runs/x/task", b'{"worker_uuid": "w"}', **stepped.login()))
+    stepped.turn_until(lambda: asked)
+    assert not asked[0].unwanted
+    return raw, asked[0]
+
+
+def test_what_nobody_waits_for_any_more_is_unwanted(stepped: Stepped) -> None:
+    raw, named = waiting_claim(stepped)
+    raw.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()     # sends a reset
+    stepped.turn_until(lambda: named.unwanted)
+    assert raw.served not in stepped.server.connections
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_who_has_sent_an_end_and_waits_long_is_taken_for_gone(stepped: Stepped, begun: bool) -> None:
+    stepped.clock.step_s = 0.0
+    raw, named = waiting_claim(stepped)
+    named.begun = begun
+    raw.sock.shutdown(socket.SHUT_WR)       # a close looks the same from here
+    stepped.turn_until(lambda: raw.served.eof)
+    stepped.clock.pass_time(taskfarm.LEFT_S * 0.9)
+    stepped.turn()
+    assert not named.unwanted and 0 < stepped.server._wait_s(60.0) < taskfarm.LEFT_S * 0.2
+    stepped.clock.pass_time(taskfarm.LEFT_S * 0.2)
+    stepped.turn()
+    assert named.unwanted is not begun, "what has begun is ended, and answered"
+    if begun:
+        raw.served.deliver(named, taskfarm.NothingWaiting(None))
+        stepped.turn_until(lambda: not raw.served.busy)
+        assert raw.answer()[0] == 204 and not named.unwanted
+    assert raw.answer()[0] == 0
+    assert not stepped.server.left
+    raw.close()
+
+
+def test_who_has_sent_an_end_is_answered_when_the_answer_comes_soon(stepped: Stepped) -> None:
+    stepped.clock.step_s = 0.0
+    submit = stepped.service.farm.submit
+    one = request_bytes("GET", "/readyz")
+    raw = stepped.new(one * 3)
+    raw.sock.shutdown(socket.SHUT_WR)
+    held: List[Operation] = []
+    stepped.service.farm.submit = held.extend       # type: ignore[assignment]
+    for _ in range(3):
+        stepped.turn_until(lambda: held)
+        stepped.clock.pass_time(taskfarm.LEFT_S * 0.9)      # longer than that all together
+        stepped.turn()
+        assert raw.served in stepped.server.left
+        submit([held.pop()])
+        stepped.turn_until(lambda: not raw.served.busy or held)
+    assert [raw.answer()[0] for _ in range(4)] == [200, 200, 200, 0]
+    raw.close()
 
 
 def test_a_large_body_is_read_in_slices_that_others_come_between(stepped: Stepped) -> None:
@@ -4866,6 +4927,25 @@ def test_who_waits_for_a_hash_may_be_closed_at_the_descriptor_limit(stepped: Ste
     hashes.let.set()
     for raw in (waiting, new):
         raw.close()
+
+
+def test_hung_home_directories_hold_up_no_login(farm: Live) -> None:
+    let, hung = threading.Event(), []
+
+    def hang(user: taskfarm.User) -> None:
+        hung.append(user.name)
+        assert let.wait(20)
+    farm.service.farm.renewed = hang
+    new = [farm.raw(request_bytes("POST", "/api/users", json.dumps({"name": name, "password": ADAS_HASH}).encode(),
+                                  Authorization="Bearer " + taskfarm.read_holder(farm.path)["secret"]))
+           for name in ("bob", "eve")]
+    wait_until(lambda: hung and len(farm.service.store.users) == 3)
+    raw = farm.raw(token_request(Live.PASSWORD))
+    assert raw.answer()[0] == 200
+    let.set()
+    assert [raw.answer()[0] for raw in new] == [201, 201]
+    for connection in [raw, *new]:
+        connection.close()
 
 
 def test_a_server_answers_while_hundreds_are_silent_or_trickle(farm: Live) -> None:
@@ -5549,7 +5629,7 @@ def test_no_thread_is_wanted_after_the_start(farm: Live, monkeypatch: pytest.Mon
         Service(farm.path + "2", "127.0.0.1", 0)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_a_start_that_gets_too_few_threads_leaves_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     start = threading.Thread.start
