@@ -4301,8 +4301,8 @@ IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
 class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
-                 "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused", "ending",
-                 "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
+                 "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused",
+                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -4870,7 +4870,7 @@ class Server(ThreadingHTTPServer):
             c.watching = 0
         self._work_is_over(c)
         for memory in (self.deadlines, self.left, self.bodies, self.paused):
-            memory.pop(c, None)     # type: ignore[attr-defined]
+            memory.pop(c, None)
         if c.operation is not None:
             c.operation.unwanted = True
         (self.users if c.known else self.guests).hold(c, 0, 0.0)
