@@ -4018,6 +4018,8 @@ def decoder_for(body: bytes) -> json.JSONDecoder:
 def read_body(route: Route, body: bytes) -> Dict[str, Any]:
     """The fields of a JSON body, each checked, not to be changed. Raises BadRequest, naming the field.
 
+    Of a field that comes twice, in an entry too, the last counts. To refuse it needs json's object_pairs_hook: 1 % of
+    a single report's time, but 4 to 9 % of that of a large batch.
     Workers say the same with each request, so short bodies are read once: 2 of 5 microseconds.
     """
     if len(body) > BODY_LIMIT:
@@ -4069,8 +4071,6 @@ def read_large_body(route: Route, body: bytes) -> Generator[None, None, Dict[str
         name = text.value()
         if not isinstance(name, str) or not text.took(":"):
             raise text.wrong()
-        if name in result:
-            raise BadRequest("the field %s comes twice" % shortened(ascii(name)[1:-1]))
         field = route.body.get(name)
         if field is None:
             raise unknown(name, route.body, "field")
@@ -4086,6 +4086,7 @@ def read_large_body(route: Route, body: bytes) -> Generator[None, None, Dict[str
             result[name] = reading.end()
         else:
             result[name] = field.check(name, text.value())
+            yield
         closed = text.took("}")
         if not closed and not text.took(","):
             raise text.wrong()

@@ -4447,7 +4447,6 @@ LARGE = taskfarm.BATCH_BODY_LIMIT
     pytest.param(b'{"data": [' + b",".join(b'{"task": %d, "status": "done"}' % n for n in range(10 ** 5)) + b"]}", 30,
                  id="many entries"),
     pytest.param(b"{" + b'"x": 1,' * 10 ** 5 + b'"x": 1}', 1, id="unknown fields"),
-    pytest.param(b"{" + b'"worker_uuid": "w",' * 10 ** 5 + b'"x": 1}', 1, id="a field again and again"),
 ])
 def test_a_large_body_that_is_none_is_given_up_early(body: bytes, most: int) -> None:
     fields, slices = read_in_slices(body)
@@ -4470,6 +4469,21 @@ def test_each_slice_of_a_large_body_is_small() -> None:
         taskfarm.DECODER = decoder
     assert len(fields["data"]) == 10000 and slices > 50
     assert max(lengths) <= taskfarm.LargeJson.WINDOW + 2
+
+
+@pytest.mark.parametrize("length", [0, taskfarm.BODY_LIMIT + 1], ids=["small", "large"])
+def test_of_fields_that_come_twice_the_last_counts_however_large_the_body(length: int) -> None:
+    def said(entry: str) -> bytes:
+        return b'"data": [{"task": 1, "task": 3, "status": "failed", "status": "%s"}]' % entry.encode()
+    blanks = b" " * (length // 2 + 1)
+    body = b'{"worker_uuid": "v", %s,%s "worker_uuid": "w", %s%s}' % (said("waiting"), blanks, said("done"), blanks)
+    fields = taskfarm.read_body(task_route(), body)
+    assert fields == {"worker_uuid": "w", "data": [taskfarm.Report(3, None, taskfarm.DONE)]}
+
+
+def test_a_field_that_comes_again_and_again_is_read_in_slices() -> None:
+    fields, slices = read_in_slices(b"{" + b'"worker_uuid": "w",' * 10 ** 4 + b'"data": [{"task": 1, "status": "done"}]}')
+    assert fields["worker_uuid"] == "w" and len(fields["data"]) == 1 and slices > 10 ** 4
 
 
 def test_a_number_of_very_many_digits_is_not_read() -> None:
