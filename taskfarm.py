@@ -5131,7 +5131,14 @@ class Server(ThreadingHTTPServer):
 
 
 # ---------------------------------------------------------------- API
-# One function for each endpoint: take the fields, name one store operation, say how its result is shown.
+# One function for each endpoint: take the fields, name one store operation, say how its result is shown. It must not
+# know SQL or sockets, and it does not wait.
+#
+# Another endpoint: a line under "Endpoints" in the head of this file and one in README's table; a function here with
+# @route, which says what its body and query may name; an operation in OPERATIONS or QUERIES. An operation of a user's
+# POST goes through once(req, ...), or its Idempotency-Key is ignored; claims take the key themselves. An answer that
+# takes some milliseconds to show, of more than BIG_PAGE entries or SMALL tasks, says big_answer=True. Another field of
+# a report: in REPORT, which has the order of class Report, and in report_task.
 
 ROUTES = Routes()
 route = ROUTES.route
@@ -5712,7 +5719,10 @@ def drop_backup(req: Request) -> Operation:
 
 
 # ---------------------------------------------------------------- PAGES
-# What a person sees in a browser. Every value goes through html.escape.
+# What a person sees in a browser. Every value goes through html.escape. It knows the table of routes, and no run or task.
+#
+# Another page: a function with @route as in API, open to all only if it tells nothing of the farm. It gives page(title,
+# body); the style of all is STYLE.
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; }

@@ -5294,6 +5294,12 @@ def test_refusals_of_many_reports_are_encoded_one_by_one(farm: Live, monkeypatch
     assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries[7:8]}) == (200, {"accepted": 1, "refused": []})
 
 
+def test_each_post_of_a_user_minds_its_idempotency_key() -> None:
+    for route in taskfarm.ROUTES.table:
+        if (route.method, route.access) == ("POST", taskfarm.USER):
+            assert {"once", "idempotency_key"} & {*route.handler.__code__.co_names}, route.path
+
+
 def test_the_fields_of_a_report_come_in_the_order_of_its_class() -> None:
     body = {"task": 7, "elapsed": 1.5, "message": "m", "exitCode": 2, "percentCompleted": 3, "status": "failed",
             "attempt": 4}
