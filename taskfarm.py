@@ -4472,7 +4472,8 @@ class Server(ThreadingHTTPServer):
     """The HTTP server. `serve_forever` is the I/O thread.
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
-    Login for an Authorization field, its `submit` takes operations. *access*: a file that gets a
+    Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
+    those refused that wait for others. *access*: a file that gets a
     line for each request, or None. Raises OSError when the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
@@ -4717,6 +4718,7 @@ class Server(ThreadingHTTPServer):
         self.accept(self.request_queue_size)
         self.stopping = True
         self.stop_by = self.clock().tick + DRAIN_S
+        self.farm.stop_waiting()
         self._listen(False)
         self.socket.close()
         for connection in list(self.connections):
@@ -5157,6 +5159,10 @@ class Farm:
         self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret)
         self.who = self.logins.who
         self.submit = store.submit
+
+    def stop_waiting(self) -> None:
+        """Have what waits for the restart of a run refused: the server stops. For any thread."""
+        self.store.refuse_parked()
 
     def token(self, user: User, expires: float) -> str:
         """A token of this farm for a user; *expires* as in make_token."""

@@ -4856,6 +4856,14 @@ def test_what_came_before_a_stop_is_answered_and_nobody_is_reset(stepped: Steppe
     idle.close()
 
 
+def test_a_stop_tells_the_store_to_wait_no_more(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: List[bool] = []
+    monkeypatch.setattr(stepped.service.store, "refuse_parked", lambda: told.append(stepped.server.stopping))
+    stepped.server._begin_stop()
+    stepped.server._begin_stop()
+    assert told == [True], "once, when nothing more is taken"
+
+
 def test_who_waits_for_a_hash_may_be_closed_at_the_descriptor_limit(stepped: Stepped,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = SlowHash(monkeypatch)
