@@ -4519,7 +4519,6 @@ LARGE = taskfarm.BATCH_BODY_LIMIT
     pytest.param(b'{"data": [' + b",".join(b'{"task": %d, "status": "done"}' % n for n in range(10 ** 5)) + b"]}", 30,
                  id="many entries"),
     pytest.param(b"{" + b'"x": 1,' * 10 ** 5 + b'"x": 1}', 1, id="unknown fields"),
-    pytest.param(b"{" + b'"worker_uuid": "w",' * 10 ** 5 + b'"x": 1}', 1, id="a field again and again"),
 ])
 def test_a_large_body_that_is_none_is_given_up_early(body: bytes, most: int) -> None:
     fields, slices = read_in_slices(body)
@@ -4542,6 +4541,21 @@ def test_each_slice_of_a_large_body_is_small() -> None:
         taskfarm.DECODER = decoder
     assert len(fields["data"]) == 10000 and slices > 50
     assert max(lengths) <= taskfarm.LargeJson.WINDOW + 2
+
+
+@pytest.mark.parametrize("length", [0, taskfarm.BODY_LIMIT + 1], ids=["small", "large"])
+def test_of_fields_that_come_twice_the_last_counts_however_large_the_body(length: int) -> None:
+    def said(entry: str) -> bytes:
+        return b'"data": [{"task": 1, "task": 3, "status": "failed", "status": "%s"}]' % entry.encode()
+    blanks = b" " * (length // 2 + 1)
+    body = b'{"worker_uuid": "v", %s,%s "worker_uuid": "w", %s%s}' % (said("waiting"), blanks, said("done"), blanks)
+    fields = taskfarm.read_body(task_route(), body)
+    assert fields == {"worker_uuid": "w", "data": [taskfarm.Report(3, None, taskfarm.DONE)]}
+
+
+def test_a_field_that_comes_again_and_again_is_read_in_slices() -> None:
+    fields, slices = read_in_slices(b"{" + b'"worker_uuid": "w",' * 10 ** 4 + b'"data": [{"task": 1, "status": "done"}]}')
+    assert fields["worker_uuid"] == "w" and len(fields["data"]) == 1 and slices > 10 ** 4
 
 
 def test_a_number_of_very_many_digits_is_not_read() -> None:
@@ -4912,6 +4926,14 @@ def test_what_came_before_a_stop_is_answered_and_nobody_is_reset(stepped: Steppe
         raw.close()
     assert idle.answer()[0] == 0
     idle.close()
+
+
+def test_a_stop_tells_the_store_to_wait_no_more(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: List[bool] = []
+    monkeypatch.setattr(stepped.service.store, "refuse_parked", lambda: told.append(stepped.server.stopping))
+    stepped.server._begin_stop()
+    stepped.server._begin_stop()
+    assert told == [True], "once, when nothing more is taken"
 
 
 def test_who_waits_for_a_hash_may_be_closed_at_the_descriptor_limit(stepped: Stepped,
@@ -5350,6 +5372,12 @@ def test_refusals_of_many_reports_are_encoded_one_by_one(farm: Live, monkeypatch
     assert answer["refused"][7]["task"] == 8 and "attempt" in answer["refused"][7]["detail"]
     assert max(lengths) < 200, "one call for all would hold up every other thread"
     assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries[7:8]}) == (200, {"accepted": 1, "refused": []})
+
+
+def test_each_post_of_a_user_minds_its_idempotency_key() -> None:
+    for route in taskfarm.ROUTES.table:
+        if (route.method, route.access) == ("POST", taskfarm.USER):
+            assert {"once", "idempotency_key"} & {*route.handler.__code__.co_names}, route.path
 
 
 def test_the_fields_of_a_report_come_in_the_order_of_its_class() -> None:
