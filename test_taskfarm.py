@@ -4554,7 +4554,8 @@ def test_of_fields_that_come_twice_the_last_counts_however_large_the_body(length
 
 
 def test_a_field_that_comes_again_and_again_is_read_in_slices() -> None:
-    fields, slices = read_in_slices(b"{" + b'"worker_uuid": "w",' * 10 ** 4 + b'"data": [{"task": 1, "status": "done"}]}')
+    again = b'"worker_uuid": "w",' * 10 ** 4
+    fields, slices = read_in_slices(b"{" + again + b'"data": [{"task": 1, "status": "done"}]}')
     assert fields["worker_uuid"] == "w" and len(fields["data"]) == 1 and slices > 10 ** 4
 
 
