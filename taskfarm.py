@@ -5798,7 +5798,7 @@ def drop_backup(req: Request) -> Operation:
 
 
 # ---------------------------------------------------------------- PAGES
-# What a person sees in a browser. Every value goes through html.escape. It knows the table of routes, no run and no task.
+# What a person sees in a browser. Every value goes through html.escape. It knows the table of routes, and no run.
 #
 # Another page: a function with @route as in API, open to all only if it tells nothing of the farm. It gives page(title,
 # body); the style of all is STYLE.
