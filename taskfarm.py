@@ -5416,6 +5416,7 @@ def task_number(text: str) -> int:
 
 PAGE: Dict[str, Field] = {"limit": Count(1, MAX_PAGE, required=False), "after": Count(0, 2 ** 62, required=False)}
 BIG_PAGE = 100          # entries: the answers with more are shown one in each turn of the I/O thread
+BIG_BATCH = 500         # tasks of a batch: likewise
 
 
 def choices(*words: str) -> Dict[str, Any]:
@@ -5571,7 +5572,7 @@ def claim_tasks(req: Request, run: str) -> Operation:
     """
     count = req.fields["count"]
     return claim_many(run, req.fields["worker_uuid"], count, idempotency_key(req)).shown_as(
-        show_batch, big_answer=count > SMALL)
+        show_batch, big_answer=count > BIG_BATCH)
 
 
 REPORT = {
@@ -5621,7 +5622,7 @@ def report_tasks(req: Request, run: str) -> Operation:
     """
     reports = req.fields["data"]
     return report_many(run, req.fields.get("worker_uuid"), reports).shown_as(
-        show_reported, big_answer=len(reports) > SMALL)
+        show_reported, big_answer=len(reports) > BIG_BATCH)
 
 
 @route("GET", "/api/runs/<run>/tasks/<task>", query={"info": Choice(
