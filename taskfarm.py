@@ -5212,7 +5212,7 @@ class Server(ThreadingHTTPServer):
 # Another endpoint: a line under "Endpoints" in the head of this file and one in README's table; a function here with
 # @route, which says what its body and query may name; an operation in OPERATIONS or QUERIES. An operation of a user's
 # POST goes through once(req, ...), or its Idempotency-Key is ignored; claims take the key themselves. An answer that
-# takes some milliseconds to show, of more than BIG_PAGE entries or SMALL tasks, says big_answer=True. Another field of
+# takes some milliseconds to show, of more than BIG_PAGE entries or BIG_BATCH tasks, is a big_answer. Another field of
 # a report: in REPORT, which has the order of class Report, and in report_task.
 
 ROUTES = Routes()
