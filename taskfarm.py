@@ -2764,7 +2764,7 @@ def described(holder: Dict[str, Any]) -> str:
 # Something to be done with no request: a function (sql, now) -> whether there is more, among those of `turn`.
 
 BATCH_S = 0.02          # operations that are waiting run so long in one transaction ...
-SLICE_S = 0.01          # ... and those that take long so long in it, at least
+SLICE_S = 0.01          # ... those that take long so long after them, and what is done with no request after that
 
 
 def disk_trouble(error: BaseException) -> Optional[str]:
@@ -2817,6 +2817,7 @@ class Store:
         self.disk_s = 0.0                               # waited for the disk since: a slow one is no stop
         self.queue: "queue.SimpleQueue[Optional[List[Operation]]]" = queue.SimpleQueue()
         self.stopping = False
+        self.at_work = threading.Lock()                 # held from BEGIN to COMMIT
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
         for name in glob.glob(glob.escape(path) + Copy.MARK + "*"):
@@ -2873,6 +2874,15 @@ class Store:
         for named in batch:
             named.came = named.came or tick
         self.queue.put(batch)
+
+    def give_way(self, seconds: float) -> None:
+        """Wait for the end of the present transaction, so long at most. For a thread that computes without pause.
+
+        SQLite lets other threads run at each row, and a writer beside such a one waits 5 ms for each, until
+        the interpreter is its own again.
+        """
+        if self.at_work.acquire(timeout=seconds):
+            self.at_work.release()
 
     def refuse_parked(self) -> None:
         """Answer what waits for a restart, now and from here on: the server stops. For any thread."""
@@ -3041,7 +3051,6 @@ class Store:
         """The operations of one transaction, noted in *taken*: short ones, then a slice of those that take long."""
         sql = self.sql
         sql.begin_slice(BATCH_S, large=False)
-        end = sql.slice_end
         while self.short:
             named = self.short.popleft()
             if named.unwanted:
@@ -3052,7 +3061,6 @@ class Store:
                 break
         if self.large:
             sql.begin_slice(SLICE_S, large=True)
-            sql.slice_end = max(sql.slice_end, end)
             for _ in range(len(self.large)):
                 named = self.large.popleft()
                 if named.unwanted and not named.begun:
@@ -3131,34 +3139,35 @@ class Store:
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[Tuple[Transaction, Now]]:
         """BEGIN to COMMIT; what changed in memory takes place after it, or is dropped with the transaction."""
-        sql, changes, sweeps = self.sql, self.connection.total_changes, list(self.sweeps)
-        sql.execute(begin)
-        try:
-            yield sql, self.clock()
-            sql.flush()
-            began = self.stopwatch()
-            sql.execute("COMMIT")
-            self.disk_s += self.stopwatch() - began
-        except BaseException:
-            sql.roll_back()
-            self.sweeps = deque(sweeps)
-            for sweep in sweeps:
-                sweep.roll_back()
-            if self.connection.in_transaction:      # a full disk has ended it already
-                sql.execute("ROLLBACK")
-            raise
-        self.sweeps += [Sweep(run) for run in sql.begun]
-        sql.settle()
-        if sql.trouble and self.connection.total_changes != changes:
-            sql.trouble = None
-            sql.leases.renew_all(self.clock().tick)     # requests that were refused have renewed none
-            log.error("the disk takes writes again")
+        with self.at_work:
+            sql, changes, sweeps = self.sql, self.connection.total_changes, list(self.sweeps)
+            sql.execute(begin)
+            try:
+                yield sql, self.clock()
+                sql.flush()
+                began = self.stopwatch()
+                sql.execute("COMMIT")
+                self.disk_s += self.stopwatch() - began
+            except BaseException:
+                sql.roll_back()
+                self.sweeps = deque(sweeps)
+                for sweep in sweeps:
+                    sweep.roll_back()
+                if self.connection.in_transaction:      # a full disk has ended it already
+                    sql.execute("ROLLBACK")
+                raise
+            self.sweeps += [Sweep(run) for run in sql.begun]
+            sql.settle()
+            if sql.trouble and self.connection.total_changes != changes:
+                sql.trouble = None
+                sql.leases.renew_all(self.clock().tick)     # requests that were refused have renewed none
+                log.error("the disk takes writes again")
 
     def _copying(self) -> bool:
         return self.sql.copy is not None and self.sql.copy.begun and not self.sql.copy.ended
 
     def turn(self, tick: Optional[float] = None) -> None:
-        """What is done with no request, for BATCH_S at most: leases that ended by *tick*, by now if None; rows of
+        """What is done with no request, for SLICE_S at most: leases that ended by *tick*, by now if None; rows of
         restarts and deletions, of each run in its turn; a look for workers to forget."""
         now = self.clock()
         if now.tick < self.try_again or self.sql.trouble and self._copying():
@@ -3180,7 +3189,7 @@ class Store:
         """Do a slice of each job in turn, in one transaction; a job says whether there is more."""
         try:
             with self._transaction("BEGIN IMMEDIATE") as (sql, now):
-                sql.begin_slice(BATCH_S, large=True)
+                sql.begin_slice(SLICE_S, large=True)
                 while jobs:
                     job = jobs.popleft()
                     if job(sql, now):
@@ -4276,11 +4285,12 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
 # 16 000 requests a second, not 23 000.)
 #
 # Nobody makes others wait. In each turn of the thread a connection takes one step: a request, or a slice of a large
-# body. What it has besides waits in the line. The line, and the outcomes that the writer handed back, have TURN_S each
-# in a turn; of the big answers one is shown. What may wait for a disk or takes long goes to threads of its own:
-# password hashes, the access log, Reply.first. A new limit in time or bytes belongs into the table below.
+# body. What it has besides waits in a line. Each line, and the outcomes that the writer handed back, have TURN_S in a
+# turn; of the big answers one is shown. When a line is not done then, the writer may end its transaction first. What
+# may wait for a disk or takes long goes to threads of its own: password hashes, the access log, Reply.first. A new
+# limit in time or bytes belongs into the table below.
 
-TURN_S = 0.005                      # for the line, and for outcomes, in each turn
+TURN_S = 0.005                      # for each line, and for outcomes, in each turn
 DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
 DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
 ACCEPTS = 64                        # new connections in a turn
@@ -4524,7 +4534,7 @@ class Server(ThreadingHTTPServer):
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
     Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
-    those refused that wait for others. *access*: a file that gets a
+    those refused that wait for others, its `give_way` waits for its writer. *access*: a file that gets a
     line for each request, or None. Raises OSError when the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
@@ -4539,8 +4549,11 @@ class Server(ThreadingHTTPServer):
         self.connections: Set[Connection] = set()
         self.deadlines: Dict[Connection, float] = {}    # tick by connection; all wait equally long, so in order
         self.left: Dict[Connection, float] = {}         # have sent an end and wait for the store, since that tick
-        self.line: "deque[Connection]" = deque()        # have a step to take, and a login
-        self.guest_line: "deque[Connection]" = deque()  # have a step to take, and none yet
+        # Connections with a step to take: of users, a small one or one of a large body; and of those without a login.
+        self.small: "deque[Connection]" = deque()
+        self.large: "deque[Connection]" = deque()
+        self.guest: "deque[Connection]" = deque()
+        self.lines = (self.small, self.large, self.guest)
         self.working = 0                # bytes of large bodies whose work is in hand
         self.direct_end = 0.0           # the tick until which this turn serves without the line
         self.outcomes: "deque[Tuple[Connection, Operation, Any]]" = deque()     # from the writer
@@ -4622,9 +4635,11 @@ class Server(ThreadingHTTPServer):
         self.direct_end = 0.0
         if self.outcomes or self.big_outcomes:
             self._show_outcomes()
-        if self.line or self.guest_line:
-            self._serve_line(self.line)
-            self._serve_line(self.guest_line)
+        if any(self.lines):
+            for line in self.lines:
+                self._serve_line(line)
+            if any(self.lines):
+                self.farm.give_way(TURN_S)
         if self.deadlines:
             self._expire()
         if self.left:
@@ -4663,10 +4678,11 @@ class Server(ThreadingHTTPServer):
         return not self.direct_end or self.clock().tick < self.direct_end
 
     def _join(self, connection: Connection) -> None:
-        """Let a connection wait for its next step."""
+        """Let a connection wait for its next step, in the line of its kind."""
         if not connection.in_line:
             connection.in_line = True
-            (self.line if connection.known else self.guest_line).append(connection)
+            small = connection.reader is None and len(connection.inbox) <= DIRECT_BYTES
+            (self.guest if not connection.known else self.small if small else self.large).append(connection)
 
     def _serve_line(self, line: "deque[Connection]") -> None:
         """A step for each that waits, the longest waiting first, until the time of this turn is over."""
@@ -4742,7 +4758,7 @@ class Server(ThreadingHTTPServer):
         connection.working = 0
 
     def _wait_s(self, longest: float) -> float:
-        if self.line or self.guest_line or self.outcomes or self.big_outcomes or self.posted:
+        if any(self.lines) or self.outcomes or self.big_outcomes or self.posted:
             return 0.0
         if self.stopping:
             return LINGER_S
@@ -5232,6 +5248,10 @@ class Farm:
         self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret)
         self.who = self.logins.who
         self.submit = store.submit
+
+    def give_way(self, seconds: float) -> None:
+        """See `Store.give_way`."""
+        self.store.give_way(seconds)
 
     def stop_waiting(self) -> None:
         """Have what waits for the restart of a run refused: the server stops. For any thread."""
@@ -9478,6 +9498,8 @@ def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float
             for name in glob.glob(glob.escape(db) + "*"):
                 os.remove(name)
             shutil.copyfile(source, db)
+            with open(db, "rb+") as copied:     # or the first commit of the server would wait for all of it
+                os.fsync(copied.fileno())
             tried.append(try_case(case, db, token, size, seconds))
         middle = {figure: sorted(one[figure] for one in tried)[tries // 2]
                   for figure in ("worst_ms", "median_ms", "answers")}
