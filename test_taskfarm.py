@@ -3646,6 +3646,30 @@ def test_a_percentage_on_a_failed_task_or_a_done_one_is_no_other_failure_or_end(
         assert after == dict(before[number], percentCompleted=50.0)
 
 
+def test_who_gives_way_waits_for_the_end_of_the_transaction(store: Direct) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    @taskfarm.operation
+    def long(sql: taskfarm.Transaction, now: taskfarm.Now) -> None:
+        began.set()
+        may_end.wait(20)
+    store.store.start()
+    store.store.submit([long()])
+    assert began.wait(20)
+    ended: List[bool] = []
+
+    def wait() -> None:
+        store.store.give_way(0.0)       # for no time at all
+        store.store.give_way(20.0)
+        ended.append(may_end.is_set())
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    waiting.join(0.05)
+    may_end.set()
+    waiting.join(20)
+    assert ended == [True]
+
+
 def test_a_large_batch_of_reports_is_done_in_slices_and_ended_before_the_file_is_closed(store: Direct) -> None:
     size = 4 * taskfarm.REPORTS_SLICE
     run = a_run(store, size)
@@ -4781,6 +4805,39 @@ def test_a_large_body_is_read_in_slices_that_others_come_between(stepped: Steppe
     assert large.answer()[0] == 404
     large.close()
     other.close()
+
+
+def test_a_small_request_of_a_user_does_not_wait_behind_large_bodies(stepped: Stepped,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps({"data": [{"task": number, "status": "done"} for number in range(10000)]}).encode()
+    small = request_bytes("GET", "/api/token", **stepped.login())
+    user, *crowd = stepped.new(small, 7)
+    stepped.turn_until(lambda: all(raw.served.known for raw in (user, *crowd)))
+    assert [raw.answer()[0] for raw in (user, *crowd)] == [200] * 7
+    for raw in crowd:
+        raw.sock.sendall(request_bytes("PUT", "/api/runs/none/tasks", body, **stepped.login()))
+    stepped.turn_until(lambda: len(stepped.server.large) >= 6)
+    monkeypatch.setattr(taskfarm, "DIRECT_AT_ONCE", -1)     # as if very many came in each turn
+    stepped.clock.step_s = taskfarm.TURN_S                  # a step of each line in a turn
+    for _ in range(3):
+        user.sock.sendall(small)
+        stepped.turn(2)
+        assert user.answer()[0] == 200 and len(stepped.server.large) >= 6
+    for raw in (user, *crowd):
+        raw.close()
+
+
+def test_a_thread_that_has_more_to_do_lets_the_writer_end_its_transaction(stepped: Stepped,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: List[float] = []
+    monkeypatch.setattr(stepped.service.farm, "give_way", ways.append)
+    raw = stepped.new(request_bytes("GET", "/livez"))
+    stepped.turn(2)
+    assert raw.answer()[0] == 200 and not ways
+    raw.sock.sendall(request_bytes("GET", "/livez") * 50)
+    stepped.turn_until(lambda: ways)
+    assert ways == [taskfarm.TURN_S] and len(stepped.server.guest) == 1
+    raw.close()
 
 
 @pytest.mark.parametrize("number", [0, 2, 3, 4, 6, 7])
