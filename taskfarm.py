@@ -40,7 +40,7 @@ States of a task
     percent and that no worker under a lease computes; or the failed ones. The last two keep percentages.
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
-    GET    /livez                         open  200 while the server answers; ?nonce=HEX proves which farm it is
+    GET    /livez                         open  200 while the server answers
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
     POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
@@ -232,8 +232,6 @@ REPORTS_REMEMBERED = 8              # attempts of a task whose last report is kn
 WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten this long after its last request
 FORGET_CHECK_S = 3600.0             # between two searches for workers to forget
 DAY_S = 86400.0
-
-PROOF_LABEL = "taskfarm proof: "    # stands before a nonce that is signed; no key is made with it
 
 
 class FarmError(RuntimeError):
@@ -560,7 +558,6 @@ CREATE TABLE farm (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     identity TEXT NOT NULL,                     -- names this farm to clients
     signing_key BLOB NOT NULL,                  -- signs tokens
-    proof_key BLOB NOT NULL,                    -- root of the keys by which clients know this farm
     next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
     probes INTEGER NOT NULL DEFAULT 0,          -- rises to see whether the disk takes writes again
     starts INTEGER NOT NULL DEFAULT 0           -- of servers: revisions begin above those of before
@@ -2508,8 +2505,8 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
     if version == 0:
         connection.execute("PRAGMA application_id = %d" % APPLICATION_ID)
         connection.execute(
-            "INSERT INTO farm (id, identity, signing_key, proof_key, next_task_id) VALUES (1, ?, ?, ?, 1)",
-            (secrets.token_hex(16), secrets.token_bytes(32), secrets.token_bytes(32)))
+            "INSERT INTO farm (id, identity, signing_key, next_task_id) VALUES (1, ?, ?, 1)",
+            (secrets.token_hex(16), secrets.token_bytes(32)))
     connection.execute("PRAGMA user_version = %d" % len(SCHEMA))
     connection.execute("COMMIT")
 
@@ -2828,8 +2825,7 @@ class Store:
         try:
             prepare(self.connection, path)
             self.sql = Transaction(self.connection, path, clock)
-            self.identity, self.signing_key, self.proof_key = self.sql.one(
-                "SELECT identity, signing_key, proof_key FROM farm")
+            self.identity, self.signing_key = self.sql.one("SELECT identity, signing_key FROM farm")
             learn_users(self.sql)
             self.sql.settle()
             self._begin_leases()
@@ -5261,27 +5257,6 @@ class Farm:
         """A token of this farm for a user; *expires* as in make_token."""
         return make_token(self.store.signing_key, user, expires)
 
-    def proof_key(self, user_id: Optional[int]) -> bytes:
-        """The key by which a user knows this farm again; None: by which a reader of the lock file does.
-
-        Each has a key of their own, since who has one can also pass for the farm. The root key signs two fixed texts
-        and nothing that a client sends. (Previously it signed users' ids and nonces alike: the proof for the nonce
-        "user 1" was the key of user 1.)
-        """
-        root = self.store.proof_key
-        if user_id is None:
-            return hmac.digest(root, b"taskfarm key: lock file", "sha256")
-        users = hmac.digest(root, b"taskfarm key: users", "sha256")
-        return hmac.digest(users, b"taskfarm key: user %d" % user_id, "sha256")
-
-    def known_by(self, user: User) -> str:
-        """The `proof` of an access file: the user's id and key."""
-        return "%d.%s" % (user.id, self.proof_key(user.id).hex())
-
-    def proof(self, nonce: str, user_id: Optional[int]) -> str:
-        """What only this farm, and who has the key, can answer to a nonce."""
-        return hmac.new(self.proof_key(user_id), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
-
 
 def once(req: Request, named: Operation) -> Operation:
     """The operation; with an Idempotency-Key, once for all requests that come with it."""
@@ -5448,18 +5423,13 @@ UUID_PATTERN = "[A-Za-z0-9._-]+"
 UUID = Text(64, UUID_PATTERN)
 
 
-@route("GET", "/livez", access=OPEN, query={"nonce": Text(64, "[0-9a-f]+", required=False),
-                                            "user": Count(0, 2 ** 62, required=False)})
+@route("GET", "/livez", access=OPEN)
 def alive(req: Request) -> Reply:
-    """Tell a supervisor that the server answers, and a client that this is the farm it knows.
+    """Tell a supervisor that the server answers.
 
-    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of PROOF_LABEL and it in hex, under the key of
-    the user of that id, or without one under that of the lock file}
-    errors: 400 a nonce that is not 1 to 64 hexadecimal digits in lower case
+    200: {"status": "alive"}
     """
-    nonce = req.query.get("nonce")
-    proof = {"proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {}
-    return json_reply(200, dict({"status": "alive"}, **proof))
+    return json_reply(200, {"status": "alive"})
 
 
 @route("GET", "/readyz", access=OPEN)
@@ -5472,21 +5442,18 @@ def ready(req: Request) -> Operation:
     return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
-@route("GET", "/api/token", query={"proof": Choice({"True": True, "False": False}, required=False)})
+@route("GET", "/api/token")
 def give_token(req: Request) -> Reply:
     """A token for the user who asks; one that was got with a token lasts no longer than that.
 
-    200: {"token"}, with ?proof=True also {"farm", "proof"}: what an access file needs to know this farm again
+    200: {"token", "farm"}; farm is what clients know this farm by, wherever it is served
     """
     login = req.login
     if login is None or login.user is None:
         raise Forbidden("a token stands for a user: ask for it as one")
     days = req.farm.token_days
     expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
-    answer = {"token": req.farm.token(login.user, expires)}
-    if req.query.get("proof"):
-        answer.update(farm=req.farm.store.identity, proof=req.farm.known_by(login.user))
-    return json_reply(200, answer)
+    return json_reply(200, {"token": req.farm.token(login.user, expires), "farm": req.farm.store.identity})
 
 
 @route("POST", "/api/run", body={
@@ -5969,7 +5936,7 @@ class Service:
             self.url = url_of(shown, self.server.server_port)
             self.holder = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(), "url": self.url,
                            "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                           "proof": self.farm.proof_key(None).hex()}
+                           "certificate": fingerprint(self.farm.certificate)}
             self.files = RetriedWrites()
             self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
                              "'user', 'check' and 'backup' cannot reach this server until it is")
@@ -6431,20 +6398,28 @@ def may_succeed_later(error: Exception) -> bool:
 
 
 class OtherFarm(Unreachable):
-    """What answers at the URL has not proven that it is the farm of the login."""
+    """What answers at the URL has not proven, by its certificate, that it is the farm of the login."""
 
 
 class Access(NamedTuple):
     """A farm and a login to it."""
-    url: str            # http://host:port, perhaps with a path, without a slash at the end
+    url: str            # https://host:port, perhaps with a path, without a slash at the end
     user: str
     token: str          # used when there is one, else user and password
     password: str
-    proof: str          # the key, in hex, with which the farm proves its identity, after the user's id and a dot where
-                        # it is one user's key; "" when it is not known
+    certificate: str    # by which the farm is known: in PEM, or its fingerprint; "system": one that the authorities of
+                        # this system accept for the host of the URL, as where none is known ("")
     farm: str           # the identity of the farm; "" when it is not known
     source: str         # where this was found, for messages
-    url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the login of an access file
+    url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the certificate of an access file
+
+    def __repr__(self) -> str:
+        return "Access(%r, %r)" % (self.url, self.source)       # a log or a traceback must not show the login
+
+    @property
+    def pinned(self) -> bool:
+        """Whether one certificate alone is taken for the farm's."""
+        return self.certificate not in ("", "system")
 
 
 def home_folder() -> str:
@@ -6459,10 +6434,31 @@ def access_path(environ: Mapping[str, str]) -> str:
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
 
 
+def keep_private(path: str, file: int) -> None:
+    """See to it that no other user can read an open file that tells whom to trust. Raises Refusal where they wrote it.
+
+    *path*: by which it was opened; a link that others laid there could lead to any file.
+    """
+    status = os.fstat(file)
+    owners = {status.st_uid, os.lstat(path).st_uid} - {os.geteuid(), 0}     # root can write all files anyway
+    if owners:
+        raise Refusal("%s belongs to user %s, who could send your work and your login elsewhere: remove it, or have "
+                      "TASKFARM_ACCESS name a file of your own" % (path, user_name(owners.pop())))
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        try:
+            os.fchmod(file, 0o600)
+        except OSError as error:
+            raise Refusal("%s can be read by others, and its mode cannot be changed (%s): chmod 600 %s" % (
+                path, error.strerror, path))
+        log.warning("%s could be read by others (mode %03o), and now by you alone: another password ('user passwd') "
+                    "makes the login in it void", path, stat.S_IMODE(status.st_mode))
+
+
 def read_access(path: str) -> Dict[str, Any]:
-    """The access file: url, user, token, farm, proof. Empty when there is none."""
+    """The access file: url, user, token, farm, certificate. Empty when there is none. Raises Refusal if it is others'."""
     try:
         with open(path, encoding="utf-8") as file:
+            keep_private(path, file.fileno())
             access = json.load(file)
         return access if isinstance(access, dict) else {}
     except (OSError, ValueError):
@@ -6494,16 +6490,18 @@ def base_url(url: str) -> str:
 
 def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     """Farm and login from the JSON of an access file or a lock file."""
-    url, user, token, proof, farm = (str(entries.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
-    return Access(base_url(url), user, token, "", proof, farm, source)
+    url, user, token, certificate, farm = (
+        str(entries.get(name) or "") for name in ("url", "user", "token", "certificate", "farm"))
+    return Access(base_url(url), user, token, "", certificate, farm, source)
 
 
 def find_access_file(path: str, **wanted: str) -> Optional[Access]:
     """Farm and login from the access file with this farm or url in the folder of *path*. None when there is none."""
     for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
-        access = parse_access(read_access(other), other)
-        if all(getattr(access, field) == value for field, value in wanted.items()):
-            return access
+        with contextlib.suppress(Refusal):      # somebody else's
+            access = parse_access(read_access(other), other)
+            if all(getattr(access, field) == value for field, value in wanted.items()):
+                return access
     return None
 
 
@@ -6511,9 +6509,10 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
                 farm: str = "") -> Access:
     """Farm and login from the arguments, TASKFARM_URL, TASKFARM_TOKEN or TASKFARM_USER, or else the access file.
 
-    The access file gives what is missing. It also has the key with which the farm proves its identity:
-    a login from the file never goes to another farm. *farm*: the identity of the wanted farm, where it is
-    known, since the file may have become another farm's. Raises Refusal when no farm or no login is found.
+    The access file gives what is missing. It also has the certificate by which the farm is known: a login from the
+    file never goes to another farm, and one that has come without a certificate (TASKFARM_FINGERPRINT) does not
+    either. *farm*: the identity of the wanted farm, where it is known, since the file may have become another
+    farm's. Raises Refusal when no farm or no login is found.
     """
     path = access_path(environ)
     in_file = parse_access(read_access(path), path)
@@ -6532,13 +6531,31 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     if not (user or token):
         if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
             in_file = find_access_file(path, url=given_url) or in_file
-        if not in_file.token:
+        # Authorities vouch for the name of a host, so that the same certificate is wanted only of the same host.
+        elsewhere = given_url and not in_file.pinned and url_host(given_url) != url_host(in_file.url)
+        if elsewhere or not in_file.token:
             raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'python3 "
                           "taskfarm.py login {0}' gets one".format(given_url or in_file.url, path))
         return in_file if not given_url else in_file._replace(url=given_url, url_given=True)
     if given_url and given_url != in_file.url:
-        return Access(given_url, user, token, password, "", "", "the environment")
-    return in_file._replace(user=user, token=token, password=password)
+        in_file = find_access_file(path, url=given_url) or in_file._replace(url=given_url, farm="", url_given=True)
+    certificate = environ.get("TASKFARM_FINGERPRINT", "")
+    return in_file._replace(user=user, token=token, password=password,
+                            certificate=check_fingerprint(certificate) if certificate else in_file.certificate)
+
+
+def check_fingerprint(text: str) -> str:
+    """A fingerprint as this file or openssl prints it, in the form of the first. Raises Refusal."""
+    digits = re.sub("^sha256:|:", "", text.strip().lower())
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise Refusal("a fingerprint is SHA256: and 64 hexadecimal digits, as the start of the server prints it, not "
+                      "%r" % text)
+    return "SHA256:" + digits
+
+
+def url_host(url: str) -> str:
+    """The host in a URL, or the URL where there is none."""
+    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
 
 
 def error_of_status(status: int, detail: str) -> FarmError:
@@ -6571,6 +6588,99 @@ def authorization(access: Access) -> str:
     return "Bearer " + access.token
 
 
+@functools.lru_cache(maxsize=16)
+def context_for(certificate: str) -> Tuple[ssl.SSLContext, str]:
+    """See `trust`."""
+    if certificate in ("", "system"):
+        context = ssl.create_default_context()
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context, ""
+    if not certificate.startswith("SHA256:"):
+        return pinned_context(certificate), fingerprint(certificate)
+    return any_context(), certificate
+
+
+def any_context() -> ssl.SSLContext:
+    """A client's end of TLS that takes any certificate: for those who look at it before they send anything."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def trust(access: Access) -> Tuple[ssl.SSLContext, str]:
+    """How the certificate of a farm is judged: by a context, and by its fingerprint where that is not "".
+
+    Raises Refusal for what is no certificate.
+    """
+    try:
+        return context_for(access.certificate)
+    except (ValueError, ssl.SSLError):
+        raise Refusal("the certificate in %s is none: 'python3 taskfarm.py login %s' gets the farm's" % (
+            access.source, access.url))
+
+
+def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.client.HTTPSConnection:
+    """A connection to the URL whose handshake is done. Nothing has been sent over it. Raises Unreachable."""
+    try:
+        parts = urllib.parse.urlsplit(access.url)
+        port = parts.port
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), None
+    if parts.scheme != "https" or not parts.hostname or not parts.path.isascii():
+        raise Refusal("a farm's address looks like %s, not like %r (%s)" % (
+            re.sub("^http:", "https:", access.url) if parts.scheme == "http" and parts.hostname else
+            "https://host:5000", access.url, access.source))
+    connection = http.client.HTTPSConnection(parts.hostname, port, timeout=timeout_s, context=context)
+    connection.auto_open = 0        # a new connection needs a new look at the certificate
+    try:
+        connection.connect()
+    except ssl.SSLCertVerificationError as error:
+        raise OtherFarm(not_trusted(access, error))
+    except ssl.SSLEOFError:
+        raise Unreachable("%s ends the connection in the TLS handshake: the server there is being stopped, or it is no "
+                          "taskfarm" % access.url)
+    except ssl.SSLError as error:
+        raise OtherFarm("what answers at %s does not speak TLS as a taskfarm does (%s), so no login was sent: another "
+                        "program has the port, and the farm another, or it does not run" % (
+                            access.url, (error.reason or str(error)).lower().replace("_", " ")))
+    except (OSError, ValueError) as error:      # ValueError: a host name that cannot be encoded
+        why = "timed out" if isinstance(error, socket.timeout) else getattr(error, "strerror", None) or error
+        raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
+                          "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                              access.url, why, "--url or TASKFARM_URL" if access.url_given else access.source))
+    return connection
+
+
+def shown_certificate(connection: http.client.HTTPSConnection) -> str:
+    """The certificate that the server has shown, in PEM."""
+    return ssl.DER_cert_to_PEM_cert(connection.sock.getpeercert(True))
+
+
+def shown_fingerprint(connection: http.client.HTTPSConnection) -> str:
+    """The fingerprint of that certificate."""
+    return fingerprint(shown_certificate(connection))
+
+
+EXPIRED, NOT_YET_VALID = 10, 9      # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_YET_VALID
+
+
+def not_trusted(access: Access, error: Optional[ssl.SSLCertVerificationError] = None) -> str:
+    """Why the certificate of a server is not taken for the farm's, and what to do."""
+    if error and error.verify_code in (EXPIRED, NOT_YET_VALID):
+        return ("the certificate of %s %s, so no login was sent: whoever keeps the farm renews it; or the clock of %s, "
+                "at %s, is wrong" % (access.url, "has expired" if error.verify_code == EXPIRED else "is not valid yet",
+                                     socket.gethostname(), time.strftime("%F %T")))
+    if not access.pinned:
+        return ("the certificate of %s is not one that the authorities of this system vouch for (%s), so no login was "
+                "sent: 'python3 taskfarm.py login %s' shows it and asks whether it is the farm's" % (
+                    access.url, error.verify_message if error else "", access.url))
+    return ("what answers at %s is not the farm of %s: it has another certificate, so no login was sent: %s 'python3 "
+            "taskfarm.py login %s' for a login to this one" % (
+                access.url, access.source, "type" if access.url_given else "start that farm again, or type",
+                access.url))
+
+
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
@@ -6588,7 +6698,7 @@ class Client:
         self.say: Callable[[str], Any] = log.warning    # is called with a sentence when a request takes long
         self.meanwhile = ""                             # what goes on meanwhile, the end of that sentence
         self._access: Optional[Access] = None
-        self.connection: Optional[http.client.HTTPConnection] = None
+        self.connection: Optional[http.client.HTTPSConnection] = None
         self.login_worked = False
         self.pid = os.getpid()              # the process that made the connection: a fork makes its own
 
@@ -6672,59 +6782,18 @@ class Client:
         return self._access
 
     def connect(self) -> Access:
-        """Connect, and check the farm's proof where its key is known; farm and login. Raises Unreachable."""
+        """Connect, and see by its certificate that this is the farm; farm and login. Raises Unreachable."""
         access = self.access
         if self.pid != os.getpid():
             self.connection, self.pid = None, os.getpid()
         if self.connection is None:
-            self.connection = self._open(access)
-            try:
-                if access.proof:
-                    self._check_proof(access)
-            except BaseException:
-                self.close()
-                raise
+            context, pin = trust(access)
+            connection = open_tls(access, context, self.timeout_s)
+            if pin and shown_fingerprint(connection) != pin:
+                connection.close()
+                raise OtherFarm(not_trusted(access))
+            self.connection = connection
         return access
-
-    def _open(self, access: Access) -> http.client.HTTPConnection:
-        try:
-            parts = urllib.parse.urlsplit(access.url)
-            port = parts.port
-        except ValueError:
-            parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.isascii():
-            raise Refusal("a farm's address looks like http://host:5000, not like %r (%s)" % (
-                access.url, access.source))
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection: http.client.HTTPConnection = kind(parts.hostname, port, timeout=self.timeout_s)
-        connection.auto_open = 0        # a new connection needs a new proof
-        try:
-            connection.connect()
-        except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
-            raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
-                              "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
-                                  access.url, getattr(error, "strerror", None) or error,
-                                  "--url or TASKFARM_URL" if access.url_given else access.source))
-        return connection
-
-    def _check_proof(self, access: Access) -> None:
-        nonce = secrets.token_hex(16)
-        user_id, dot, key = access.proof.rpartition(".")
-        path = "/livez?nonce=%s%s" % (nonce, "&user=" + user_id if dot else "")
-        _, answer = self._exchange(access, "GET", path, None, {})
-        try:
-            wanted = hmac.new(bytes.fromhex(key), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
-            proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
-        except (ValueError, AttributeError):
-            proven = False
-        if not proven:
-            raise OtherFarm("what answers at %s is not the farm of %s, so no login was sent: %s 'python3 taskfarm.py "
-                            "login %s' for a login to this one" % (
-                                access.url, access.source, "type" if access.url_given else
-                                "start that farm again, or type", access.url))
-        if self.connection is None:
-            raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over a "
-                              "connection on which the farm has proven its identity" % access.url)
 
     def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
                   headers: Dict[str, str]) -> Tuple[int, Any]:
@@ -6779,8 +6848,8 @@ class Client:
 
 
 def farm_answers(access: Access) -> bool:
-    """Whether the farm answers at its URL and proves its identity."""
-    if not access.proof:
+    """Whether the farm answers at its URL and shows its certificate."""
+    if not access.certificate:
         return False
     with contextlib.closing(Client(lambda: access, timeout_s=2.0)) as client:
         try:
@@ -6880,7 +6949,8 @@ def script_access(username: Optional[str], password: Optional[str], url_base: Op
     known = read_access(access_path(os.environ)).get("url") or os.environ.get("TASKFARM_URL")
     if username and not (url_base or known):
         url_base = "http://localhost:5000/api/"     # the published client's default
-    return find_access(os.environ, url_base or "", username or "", password or "", farm)
+    url_base = re.sub("^http:", "https:", url_base or "")       # that one speaks plain HTTP, and the port is the same
+    return find_access(os.environ, url_base, username or "", password or "", farm)
 
 
 def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
@@ -7347,6 +7417,8 @@ class Watchdog:
 def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, bytes]:
     """The environment that all commands of a worker share. The launcher adds task and attempt."""
     environ = dict(os.environ, TASKFARM_RUN=run, TASKFARM_WORKER=worker)
+    for name in ("TASKFARM_USER", "TASKFARM_PASSWORD", "TASKFARM_TOKEN"):       # a command may show its environment
+        environ.pop(name, None)
     if not environ.get("TASKFARM_URL"):
         # The address came from the access file. `progress` reads that again: it may change while a command runs.
         environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
@@ -7660,8 +7732,8 @@ def send_all_unsent(client: Client) -> List[str]:
     """
     sentences = []
     for path in sorted(glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "unsent-*.json"))):
-        saved = read_access(path)
         try:
+            saved = read_access(path)
             access = client.connect()
             same_farm = saved["farm"] == access.farm if saved["farm"] and access.farm else saved["url"] == access.url
             if not same_farm:
@@ -7671,7 +7743,7 @@ def send_all_unsent(client: Client) -> List[str]:
                 os.remove(path)
         except (KeyError, TypeError):
             sentences.append("%s is not a file of unsent reports: look at it, and remove it" % path)
-        except (FarmError, OSError) as error:
+        except (FarmError, OSError, Refusal) as error:
             sentences.append("the reports in %s could not be sent: %s" % (path, error))
             if isinstance(error, Unreachable):
                 break
@@ -9789,12 +9861,13 @@ def check_server(url: str) -> Iterator[Finding]:
         yield Finding(WARN, "login" if url else "server", str(error))
         if not url:
             return
-        access = Access(base_url(url), "", "", "", "", "", "the arguments")
+        access = Access(base_url(url), "", "", "", "system", "", "the arguments")
     with contextlib.closing(Client(lambda: access, timeout_s=DOCTOR_CONNECT_S)) as client:
         try:
             client.connect()
         except (Unreachable, Refusal, FarmError) as error:
-            yield Finding(FAIL, "server", "%s%s" % (error, unreachable_advice(access.url)))
+            other = isinstance(error, (OtherFarm, Refusal))     # not a question of networks
+            yield Finding(FAIL, "server", str(error) if other else "%s%s" % (error, unreachable_advice(access.url)))
             return
         yield from check_path(client, access)
         if access.user or access.token:
@@ -9816,11 +9889,6 @@ def unreachable_advice(url: str) -> str:
            "(--host, --advertise)" % ", ".join(addresses)
 
 
-def url_host(url: str) -> str:
-    """The host in a URL, or the URL where there is none."""
-    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
-
-
 def check_path(client: Client, access: Access) -> Iterator[Finding]:
     """Where the server answers and how fast, and whether its clock agrees with ours."""
     took_s = []
@@ -9835,8 +9903,8 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
     median_s = sorted(took_s)[3]
     peer = client.peer
     alone = " (for this machine alone; --host 0.0.0.0 is for other nodes)" if peer.startswith("127.") else ""
-    proof = "" if access.proof else "; the access file says nothing by which it could prove that it is your farm"
-    yield Finding(OK, "server", "%s answers at %s%s%s" % (access.url, peer, alone, proof))
+    known = "its certificate is your farm's" if access.pinned else "this system's authorities vouch for its certificate"
+    yield Finding(OK, "server", "%s answers at %s%s; %s" % (access.url, peer, alone, known))
     says = "after %.1f ms (median of 7)" % (1000 * median_s)
     if median_s > SLOW_ANSWER_S:
         yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks")
@@ -9848,18 +9916,13 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
 
 
 def check_login(client: Client, access: Access) -> Iterator[Finding]:
-    """Whether the login works, whether others can read it, and whether the server takes work."""
+    """Whether the login works, and whether the server takes work."""
     name = access.user or "the token"
     try:
         client.ask("GET", "/api/token")
         yield Finding(OK, "login", "%s, by %s" % (name, access.source))
     except (FarmError, Unreachable, Refusal) as error:
         yield Finding(FAIL, "login", "%s, by %s, does not work: %s" % (name, access.source, error))
-    with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
-        if mode & 0o077:
-            yield Finding(WARN, "access file", "others can read it (mode %03o): chmod 600 %s" % (
-                mode, access_path(os.environ)))
     try:
         client.ask("GET", "/readyz")
         yield Finding(OK, "ready", "the server takes work")
@@ -10546,10 +10609,10 @@ def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
         raise Refusal("nothing was changed")
 
 
-def confirm(question: str) -> bool:
-    """Ask on the terminal: whether the answer is y or yes. Raises Refusal without a terminal."""
+def confirm(question: str, otherwise: str = "--yes answers yes") -> bool:
+    """Ask on the terminal: whether the answer is y or yes. Raises Refusal without one, and says what does *otherwise*."""
     if not sys.stdin.isatty():
-        raise Refusal("%s This is no terminal to answer on: --yes answers yes" % question)
+        raise Refusal("%s This is no terminal to answer on: %s" % (question.replace("\n", " "), otherwise))
     print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -10558,25 +10621,29 @@ def cmd_login(args: argparse.Namespace) -> int:
     """make an access file for a server elsewhere, so that verbs and workers here find it
 
     It is not needed where the home directory of the server's user is: the start of the server writes the
-    access file there. The password comes from the terminal, or as one line of standard input.
+    access file there. The server must show its certificate first. Its start has printed a fingerprint of
+    that, and this shows it again and asks whether they are the same; a script gives it by --fingerprint. From then
+    on no other certificate is taken for the farm's. Where the authorities of this system vouch for the
+    certificate and the host's name, nothing is asked. The password comes from the terminal, or as one line
+    of standard input.
 
     examples:
-      python3 taskfarm.py login http://login1.cluster:5000
-      python3 taskfarm.py login http://localhost:5000 --user alice
+      python3 taskfarm.py login login1.cluster:5000
+      python3 taskfarm.py login https://localhost:5000 --user alice
+      python3 taskfarm.py login login1.cluster:5000 --fingerprint SHA256:5f1c... < password
 
-    The last one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
+    The second one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """
-    url = base_url(args.url if "://" in args.url else "http://" + args.url)
+    url = base_url(args.url if "://" in args.url else "https://" + args.url)
     user = args.user or default_user_name()
-    access = Access(url, "", "", "", "", "", "the argument")
+    access = Access(url, user, "", "", "system", "", "the argument")
+    access = access._replace(certificate=chosen_certificate(access, args.fingerprint and check_fingerprint(args.fingerprint)), password=read_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
-        client.ask("GET", "/livez")         # nobody types a password where no farm answers
-    access = access._replace(user=user, password=read_password(user))
-    with contextlib.closing(Client(lambda: access)) as client:
-        answer = client.ask("GET", "/api/token?proof=True")
+        answer = client.ask("GET", "/api/token")
     path = login_path(os.environ, url)
     try:
-        write_access(path, dict(answer, url=url, user=user))
+        write_access(path, {"url": url, "user": user, "token": answer["token"], "farm": answer["farm"],
+                            "certificate": access.certificate})
     except OSError as error:
         raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
     print("%s now holds address and login of %s, for user %s" % (path, url, user))
@@ -10584,6 +10651,30 @@ def cmd_login(args: argparse.Namespace) -> int:
         print("%s stays as it is, since another farm answers at its address: export TASKFARM_ACCESS=%s chooses this one"
               % (access_path(os.environ), path))
     return 0
+
+
+def chosen_certificate(access: Access, wanted: str) -> str:
+    """The `certificate` of an access file for the server at a URL, which is sent nothing. Raises Refusal for no.
+
+    *wanted*: its fingerprint, where the user has said that.
+    """
+    if not wanted:
+        with contextlib.suppress(OtherFarm), contextlib.closing(Client(lambda: access)) as client:
+            client.connect()
+            return "system"
+    with contextlib.closing(open_tls(access, any_context(), CLIENT_TIMEOUT_S)) as connection:
+        certificate = shown_certificate(connection)
+    shown = fingerprint(certificate)
+    known = find_access_file(access_path(os.environ), url=access.url)
+    if wanted and wanted != shown:
+        raise Refusal("%s shows another certificate, %s: no login was sent. Compare with what the server printed when "
+                      "it was started; if that is not it, somebody else's program answers there" % (access.url, shown))
+    if not wanted and not (known and trust(known)[1] == shown) and not confirm(
+            "%s shows the certificate\n  %s\n%sIs this what the server printed when it was started?" % (
+                access.url, shown, "It is not the one that %s holds.\n" % known.source if known else ""),
+            "--fingerprint SHA256:... says which certificate is right"):
+        raise Refusal("no login was sent")
+    return certificate
 
 
 def login_path(environ: Mapping[str, str], url: str) -> str:
@@ -10654,7 +10745,7 @@ def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
     environ = dict(os.environ)
     path = farm_access_path(environ, farm.store.identity, url, db)
     access = {"url": url, "user": user.name, "token": farm.token(user, 0),
-              "farm": farm.store.identity, "proof": farm.known_by(user)}
+              "farm": farm.store.identity, "certificate": farm.certificate}
     try:
         write_access(path, access)
     except OSError:
@@ -11264,7 +11355,9 @@ def add_client_verbs(verbs: Any) -> None:
     add_env_option(doctor, "--host ADDRESS", "127.0.0.1", "the address that a server would listen on")
     add_env_option(doctor, "--port PORT", "5000", "the port that it would listen on; by default 5000", port_number)
     login = add_verb(verbs, "login", cmd_login, needs_db=False)
-    login.add_argument("url", metavar="URL", help="http://HOST:PORT")
+    login.add_argument("url", metavar="URL", help="HOST:PORT, or https://HOST:PORT")
+    login.add_argument("--fingerprint", default="", metavar="SHA256:...",
+                       help="of the certificate that the server must show; without it there is a question")
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
 
 
