@@ -104,6 +104,7 @@ Contents
     FILE                whose the file is
     WRITER              one connection, one thread: all that waits in one transaction
     LOGIN               password hashes, signed tokens, remembered logins
+    TLS                 a certificate of the farm's own, and the settings of both ends
     HTTP                requests and replies as bytes; knows no socket, no run and no task
     SERVER              connections, and the thread that serves them in turn
     API                 one function for each endpoint
@@ -145,6 +146,7 @@ import hmac
 import heapq
 import html
 import http.client
+import ipaddress
 import itertools
 import json
 import logging
@@ -167,6 +169,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
@@ -558,6 +561,8 @@ CREATE TABLE farm (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     identity TEXT NOT NULL,                     -- names this farm to clients
     signing_key BLOB NOT NULL,                  -- signs tokens
+    tls_key TEXT NOT NULL DEFAULT '',           -- PEM, made at the first start of a server
+    tls_certificate TEXT NOT NULL DEFAULT '',   -- by which clients know this farm
     next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
     probes INTEGER NOT NULL DEFAULT 0,          -- rises to see whether the disk takes writes again
     starts INTEGER NOT NULL DEFAULT 0           -- of servers: revisions begin above those of before
@@ -2341,6 +2346,19 @@ def learn_users(sql: Transaction) -> None:
 
 
 @operation
+def keep_certificate(sql: Transaction, now: Now, key: str, certificate: str) -> None:
+    """The farm has a key for TLS, and a certificate for it."""
+    sql.execute("UPDATE farm SET tls_key = ?, tls_certificate = ?", (key, certificate))
+
+
+@read_operation
+def read_certificate(sql: Transaction, now: Now) -> Tuple[str, str]:
+    """Key and certificate for TLS, in PEM. Both are empty before the first start of a server."""
+    key, certificate = sql.one("SELECT tls_key, tls_certificate FROM farm")
+    return key, certificate
+
+
+@operation
 def probe(sql: Transaction, now: Now) -> None:
     """After a write that failed, write something that means nothing: whether the disk takes it shows at COMMIT."""
     if sql.trouble:
@@ -2641,7 +2659,7 @@ class Lock:
     when another process has the lock. Raises Refusal when the lock file belongs to another user, or when the file
     system has no locks that work.
     """
-    SIZE = 1024     # bytes. It is written in place and never made shorter, so it has its block when the disk is full
+    SIZE = 4096     # bytes. It is written in place and never made shorter, so it has its block when the disk is full
 
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
@@ -3493,6 +3511,184 @@ class Logins:
         if len(memory) >= self.REMEMBERED:
             memory.clear()
         memory[key] = login, until
+
+
+# ---------------------------------------------------------------- TLS
+# A certificate of the farm's own, made by the standard library alone, and what `ssl` is told at both ends. Knows no
+# sockets and no files but those that it is given.
+#
+# The certificate is X.509 version 3 (RFC 5280) in DER (ITU-T X.690), with a key on the curve P-256, signed by itself.
+# Another extension: a line in `make_certificate`.
+
+# P-256 (SP 800-186): its field, the order of its group, and the point G that makes the group.
+P256_FIELD = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1
+P256_ORDER = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551
+P256_G = (0x6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296,
+          0x4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5)
+CERTIFICATE_YEARS = 20
+
+Point = Optional[Tuple[int, int]]       # of the curve; None: the one at infinity
+
+
+def add_points(a: Point, b: Point) -> Point:
+    """The sum of two points of P-256."""
+    if a is None or b is None:
+        return a or b
+    if a[0] == b[0] and (a[1] + b[1]) % P256_FIELD == 0:
+        return None
+    rise, run = (3 * a[0] ** 2 - 3, 2 * a[1]) if a == b else (b[1] - a[1], b[0] - a[0])
+    slope = rise * pow(run, -1, P256_FIELD)
+    x = (slope ** 2 - a[0] - b[0]) % P256_FIELD
+    return x, (slope * (a[0] - x) - a[1]) % P256_FIELD
+
+
+def multiple(factor: int) -> Tuple[int, int]:
+    """So many times G, for a factor from 1 to P256_ORDER - 1. It takes some 10 ms, and how long tells about the factor.
+
+    That may be: it is called twice in the life of a farm, before anybody can reach it.
+    """
+    found, doubled = None, P256_G    # type: Tuple[Point, Point]
+    while factor:
+        if factor & 1:
+            found = add_points(found, doubled)
+        doubled, factor = add_points(doubled, doubled), factor >> 1
+    assert found is not None
+    return found
+
+
+def der(tag: int, *parts: bytes) -> bytes:
+    """A value in DER: tag, length and content."""
+    content = b"".join(parts)
+    length = len(content)
+    if length < 128:
+        return bytes([tag, length]) + content
+    size = length.to_bytes((length.bit_length() + 7) // 8, "big")
+    return bytes([tag, 128 + len(size)]) + size + content
+
+
+def der_integer(number: int) -> bytes:
+    """A number that is not negative."""
+    return der(0x02, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def der_oid(dotted: str) -> bytes:
+    """An object identifier."""
+    first, second, *others = map(int, dotted.split("."))
+    content = [40 * first + second]
+    for number in others:
+        digits = [number & 127]
+        while number > 127:
+            number >>= 7
+            digits.insert(0, 128 + (number & 127))
+        content += digits
+    return der(0x06, bytes(content))
+
+
+def der_time(utc: float) -> bytes:
+    """A time of a certificate: UTCTime, from 2050 on GeneralizedTime."""
+    text = time.strftime("%Y%m%d%H%M%SZ", time.gmtime(utc))
+    return der(0x18, text.encode()) if text >= "2050" else der(0x17, text[2:].encode())
+
+
+def sequence(*parts: bytes) -> bytes:
+    """A SEQUENCE in DER."""
+    return der(0x30, *parts)
+
+
+def pem(label: str, content: bytes) -> str:
+    """A value in DER as text (RFC 7468)."""
+    lines = textwrap.wrap(base64.b64encode(content).decode(), 64)
+    return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (label, "\n".join(lines), label)
+
+
+def make_certificate(names: Sequence[str], addresses: Sequence[str], utc: float) -> Tuple[str, str]:
+    """A new key, and a certificate for it that is valid from a day before *utc* on. Both are PEM.
+
+    *names*, *addresses*: by which clients may reach the server.
+    """
+    secret = 1 + secrets.randbelow(P256_ORDER - 1)
+    x, y = multiple(secret)
+    point = b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
+    curve, bits = der_oid("1.2.840.10045.3.1.7"), der(0x03, b"\0", point)
+    algorithm = sequence(der_oid("1.2.840.10045.4.3.2"))        # ECDSA with SHA-256
+    key_id = hashlib.sha256(point).digest()[:20]                # RFC 7093
+    serial = secrets.randbits(126) + 1
+    # Each farm has a name of its own: programs look for the signer of a certificate by name.
+    name = sequence(der(0x31, sequence(der_oid("2.5.4.3"), der(0x0c, b"taskfarm %x" % serial))))
+
+    def extension(oid: str, value: bytes, critical: bytes = b"") -> bytes:
+        return sequence(der_oid("2.5.29." + oid), critical, der(0x04, value))
+    critical = der(0x01, b"\xff")
+    signed = sequence(
+        der(0xa0, der_integer(2)), der_integer(serial), algorithm, name,
+        sequence(der_time(utc - DAY_S), der_time(utc + CERTIFICATE_YEARS * 365.25 * DAY_S)), name,
+        sequence(sequence(der_oid("1.2.840.10045.2.1"), curve), bits),
+        der(0xa3, sequence(
+            extension("19", sequence(critical), critical),              # basicConstraints: it may sign, itself
+            extension("15", der(0x03, b"\x02\x84"), critical),          # keyUsage: digitalSignature, keyCertSign
+            extension("37", sequence(der_oid("1.3.6.1.5.5.7.3.1"))),    # extKeyUsage: serverAuth
+            extension("14", der(0x04, key_id)),                         # subjectKeyIdentifier
+            extension("35", sequence(der(0x80, key_id))),               # authorityKeyIdentifier
+            extension("17", sequence(                                   # subjectAltName
+                *(der(0x82, name.encode()) for name in names),
+                *(der(0x87, ipaddress.ip_address(address).packed) for address in addresses))))))
+    nonce = 1 + secrets.randbelow(P256_ORDER - 1)
+    r = multiple(nonce)[0] % P256_ORDER
+    s = pow(nonce, -1, P256_ORDER) * (int.from_bytes(hashlib.sha256(signed).digest(), "big") + r * secret) % P256_ORDER
+    certificate = sequence(signed, algorithm, der(0x03, b"\0", sequence(der_integer(r), der_integer(s))))
+    key = sequence(der_integer(1), der(0x04, secret.to_bytes(32, "big")), der(0xa0, curve), der(0xa1, bits))
+    return pem("EC PRIVATE KEY", key), pem("CERTIFICATE", certificate)
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is given by its address, not by a name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def certificate_der(certificate_pem: str) -> bytes:
+    """The certificate in DER: the first one where others follow, as in the file of a site. Raises ValueError."""
+    _, header, content = certificate_pem.partition(ssl.PEM_HEADER)
+    return ssl.PEM_cert_to_DER_cert(header + content.partition(ssl.PEM_FOOTER)[0] + ssl.PEM_FOOTER)
+
+
+def fingerprint(certificate_pem: str) -> str:
+    """What names a certificate to people: SHA256:, and the hash of its DER in hex."""
+    return "SHA256:" + hashlib.sha256(certificate_der(certificate_pem)).hexdigest()
+
+
+def server_context(certificate_pem: str, key_pem: str) -> ssl.SSLContext:
+    """The server's end of TLS. Raises OSError (ssl.SSLError among them) for a certificate or key that will not do.
+
+    The key reaches `ssl`, which only reads files, through one without a name.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    try:
+        file: Any = os.fdopen(os.memfd_create("certificate"), "wb")
+    except (AttributeError, OSError):       # a C library or a kernel of before 2018
+        file = tempfile.TemporaryFile()     # noqa: SIM115
+    with file:
+        file.write(("%s\n%s" % (key_pem, certificate_pem)).encode())
+        file.flush()
+        context.load_cert_chain("/dev/fd/%d" % file.fileno())
+    return context
+
+
+def pinned_context(certificate_pem: str) -> ssl.SSLContext:
+    """A client's end of TLS, for a farm whose certificate is known, whatever the host is called now.
+
+    It accepts what that certificate has signed, too: the caller compares the DER of the peer's certificate with
+    `certificate_der`. Raises ValueError or ssl.SSLError for what is no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_flags |= ssl.VerifyFlags(0x80000)    # VERIFY_X509_PARTIAL_CHAIN of 3.10: a site's need not be a root
+    context.load_verify_locations(cadata=certificate_der(certificate_pem))
+    return context
 
 
 # ---------------------------------------------------------------- HTTP
@@ -5921,6 +6117,7 @@ class Service:
             if self.store.made:
                 undo.callback(remove_database, self.store.path)     # a start that is refused leaves no empty farm
             undo.callback(self.store.close)
+            self.certificate, self.context = own_certificate(self.store, host)
             self.farm = Farm(self.store, secret, token_days)
             try:
                 self.server = Server((host, port), self.farm, routes, access_log)
@@ -5936,7 +6133,7 @@ class Service:
             self.url = url_of(shown, self.server.server_port)
             self.holder = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(), "url": self.url,
                            "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                           "certificate": fingerprint(self.farm.certificate)}
+                           "certificate": self.certificate}
             self.files = RetriedWrites()
             self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
                              "'user', 'check' and 'backup' cannot reach this server until it is")
@@ -5959,6 +6156,19 @@ class Service:
         self.server.server_close()
         self.store.close()
         self.lock.close()
+
+
+def own_certificate(store: Store, host: str) -> Tuple[str, ssl.SSLContext]:
+    """The farm's own certificate, in PEM, and the server's end of TLS with it. It is made where there is none yet."""
+    key, certificate = store.call(read_certificate())
+    if not certificate:
+        # The host's name as it is: to ask for a longer one may hang without DNS.
+        names, addresses = dict.fromkeys([socket.gethostname(), "localhost"]), dict.fromkeys(["127.0.0.1", "::1"])
+        if is_address(host):
+            addresses[host] = None
+        key, certificate = make_certificate([*names], [*addresses], store.clock().utc)
+        store.call(keep_certificate(key, certificate))
+    return certificate, server_context(certificate, key)
 
 
 def address_refused(host: str, port: int, error: OSError) -> str:
@@ -10740,12 +10950,16 @@ def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) 
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
 
 
-def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
+def publish_access(service: Service, user: User, db: str) -> None:
     """Write the access file, with a token of *user* that lasts until the password changes. Raises OSError."""
     environ = dict(os.environ)
-    path = farm_access_path(environ, farm.store.identity, url, db)
-    access = {"url": url, "user": user.name, "token": farm.token(user, 0),
-              "farm": farm.store.identity, "certificate": farm.certificate}
+    identity = service.store.identity
+    try:
+        path = farm_access_path(environ, identity, service.url, db)
+    except Refusal as refused:
+        raise OSError(errno.EPERM, str(refused))
+    access = {"url": service.url, "user": user.name, "token": service.farm.token(user, 0), "farm": identity,
+              "certificate": service.certificate}
     try:
         write_access(path, access)
     except OSError:
@@ -10830,7 +11044,7 @@ def announce(service: Service, db: str) -> None:
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
-                            lambda: publish_access(service.farm, user, service.url, db),
+                            lambda: publish_access(service, user, db),
                             "clients need TASKFARM_URL and a login, or set XDG_CONFIG_HOME to a folder that can be "
                             "written")
     publish(user)

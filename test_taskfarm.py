@@ -29,6 +29,7 @@ import contextlib
 import decimal
 import errno
 import fcntl
+import hashlib
 import hmac
 import http.client
 import io
@@ -44,6 +45,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
@@ -1231,7 +1233,8 @@ def test_only_the_store_speaks_sql() -> None:
 @pytest.mark.parametrize("name, allowed", [
     ("sqlite3", STORE), ("selectors", {"SERVER", "WORKER", "BENCH", "FAIR"}), ("socketserver", {"SERVER"}),
     ("argparse", {"VERBS", "UPKEEP", "COMMAND LINE"}),
-    ("socket", {"SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}), ("hashlib", {"LOGIN"}),
+    ("socket", {"SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}),
+    ("hashlib", {"LOGIN", "TLS"}), ("ssl", {"TLS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
     ("fcntl", {"FILE"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
@@ -1270,7 +1273,7 @@ def test_a_section_uses_those_above_it_and_none_below() -> None:
 
 
 def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
-    assert {used for section, used, _ in uses() if section in WORK} <= {"LIMITS AND ERRORS", "TERMINAL", *WORK}
+    assert {used for section, used, _ in uses() if section in WORK} <= {"LIMITS AND ERRORS", "TLS", "TERMINAL", *WORK}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -4289,6 +4292,93 @@ def test_where_openssl_refuses_scrypt_pbkdf2_serves(monkeypatch: pytest.MonkeyPa
 def test_user_names_that_will_not_do(name: str) -> None:
     with pytest.raises(taskfarm.BadRequest):
         taskfarm.check_name(name)
+
+
+# ---------------------------------------------------------------- TLS
+# The certificate is judged by OpenSSL: by `ssl` as strictly as Python 3.13 does, and by its own program where it is.
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, host: Optional[str] = None) -> ssl.SSLObject:
+    """A handshake in memory; the client's end."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(to_client, to_server, server_hostname=host),
+            server.wrap_bio(to_server, to_client, server_side=True)]
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return ends[0]
+
+
+@pytest.fixture(scope="module")
+def own() -> Tuple[str, str]:
+    """Key and certificate of some farm."""
+    return taskfarm.make_certificate(["login1", "localhost"], ["127.0.0.1", "::1", "10.1.2.3"], time.time())
+
+
+@pytest.mark.parametrize("host, accepted", [
+    ("login1", True), ("localhost", True), ("127.0.0.1", True), ("::1", True), ("10.1.2.3", True),
+    ("login2", False), ("10.1.2.4", False)])
+def test_the_certificate_is_accepted_where_it_is_trusted(own: Tuple[str, str], host: str, accepted: bool) -> None:
+    client = ssl.create_default_context(cadata=own[1])
+    client.verify_flags |= ssl.VERIFY_X509_STRICT       # as Python 3.13
+    with contextlib.nullcontext() if accepted else pytest.raises(ssl.SSLCertVerificationError):
+        end = shake_hands(client, taskfarm.server_context(own[1], own[0]), host)
+        assert end.getpeercert(binary_form=True) == taskfarm.certificate_der(own[1])
+
+
+def test_openssl_verifies_the_certificate_strictly(own: Tuple[str, str], tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no program openssl")
+    (tmp_path / "c.pem").write_text(own[1])
+    done = subprocess.run(["openssl", "verify", "-x509_strict", "-check_ss_sig", "-purpose", "sslserver", "-CAfile",
+                           "c.pem", "c.pem"], cwd=str(tmp_path), capture_output=True, text=True)
+    assert done.stdout == "c.pem: OK\n", done.stderr
+
+
+def test_a_pin_accepts_its_certificate_under_any_name_and_no_other(own: Tuple[str, str]) -> None:
+    key, other = taskfarm.make_certificate(["login1"], [], time.time())
+    pinned = taskfarm.pinned_context(own[1])
+    assert shake_hands(pinned, taskfarm.server_context(own[1], own[0])).version() in ("TLSv1.2", "TLSv1.3")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(pinned, taskfarm.server_context(other, key))
+    with pytest.raises(OSError):
+        taskfarm.server_context(other, own[0])      # a key that is not the certificate's
+
+
+def test_a_fingerprint_is_the_hash_of_the_first_certificate(own: Tuple[str, str]) -> None:
+    hashed = hashlib.sha256(ssl.PEM_cert_to_DER_cert(own[1])).hexdigest()
+    chain = "a comment\n" + own[1] + taskfarm.make_certificate(["ca"], [], time.time())[1]
+    assert taskfarm.fingerprint(own[1]) == taskfarm.fingerprint(chain) == "SHA256:" + hashed
+
+
+@pytest.mark.parametrize("utc, shown", [
+    (0, b"\x17\x0d700101000000Z"), (2524607999, b"\x17\x0d491231235959Z"), (2524608000, b"\x18\x0f20500101000000Z")])
+def test_times_of_certificates_from_2050_on_have_four_digits(utc: int, shown: bytes) -> None:
+    assert taskfarm.der_time(utc) == shown
+
+
+@given(st.integers(0, 2 ** 300))
+def test_numbers_in_der_are_as_short_as_can_be_and_not_negative(number: int) -> None:
+    content = taskfarm.der_integer(number)
+    assert content[0] == 2 and content[1] == len(content) - 2
+    assert int.from_bytes(content[2:], "big", signed=True) == number
+    assert len(content) == 3 or content[2] or content[3] >= 128
+
+
+def test_no_two_farms_have_the_same_key(own: Tuple[str, str]) -> None:
+    key, certificate = taskfarm.make_certificate(["login1", "localhost"], ["127.0.0.1"], time.time())
+    assert key != own[0] and certificate != own[1]
+
+
+def test_a_farm_makes_its_certificate_once(tmp_path: Path) -> None:
+    def certificate() -> Tuple[str, Tuple[str, str]]:
+        service = taskfarm.Service(str(tmp_path / "farm.sqlite"), "127.0.0.1", 0)
+        try:
+            return service.certificate, service.store.call(taskfarm.read_certificate())
+        finally:
+            service.close()
+    first, (key, kept) = certificate()
+    assert first == kept and taskfarm.server_context(kept, key) and certificate() == (first, (key, kept))
 
 
 # ---------------------------------------------------------------- HTTP
