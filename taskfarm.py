@@ -2666,9 +2666,11 @@ class Lock:
         self.written = False
         self.file = open_lock_file(path)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if stat.S_IMODE(os.fstat(self.file).st_mode) & 0o077:
                 os.fchmod(self.file, 0o600)
+                log.warning("%s could be read by others, and now by its owner alone: a server that has the file has "
+                            "another secret when it is started again", self.path)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self.file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -6665,7 +6667,7 @@ def keep_private(path: str, file: int) -> None:
 
 
 def read_access(path: str) -> Dict[str, Any]:
-    """The access file: url, user, token, farm, certificate. Empty when there is none. Raises Refusal if it is others'."""
+    """The access file: url, user, token, farm, certificate. Empty when there is none. Raises Refusal if not ours."""
     try:
         with open(path, encoding="utf-8") as file:
             keep_private(path, file.fileno())
@@ -6864,7 +6866,9 @@ def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.
 
 def shown_certificate(connection: http.client.HTTPSConnection) -> str:
     """The certificate that the server has shown, in PEM."""
-    return ssl.DER_cert_to_PEM_cert(connection.sock.getpeercert(True))
+    shown = connection.sock.getpeercert(True)
+    assert shown, "a server cannot do without one"
+    return ssl.DER_cert_to_PEM_cert(shown)
 
 
 def shown_fingerprint(connection: http.client.HTTPSConnection) -> str:
@@ -9032,7 +9036,7 @@ class BenchServer:
         os.close(writer)
         os.close(parent_end)
         with os.fdopen(reader, "rb") as file:
-            self.port = int(file.read() or 0)
+            self.port, self.certificate = json.loads(file.read() or b'[0, ""]')
         self.url = url_of("127.0.0.1", self.port)
 
     def _serve(self, db: str, ready: int, parent_end: int, access_log: Any) -> None:
@@ -9049,13 +9053,13 @@ class BenchServer:
             service.stop()
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
         threading.Thread(target=stop_with_parent, daemon=True).start()
-        os.write(ready, str(service.server.server_port).encode())
+        os.write(ready, json.dumps([service.server.server_port, service.certificate]).encode())
         os.close(ready)
         service.serve()
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the server."""
-        access = parse_access({"url": self.url, "token": self.token}, "bench")
+        access = parse_access({"url": self.url, "token": self.token, "certificate": self.certificate}, "bench")
         with contextlib.closing(Client(lambda: access)) as client:
             return client.ask(method, path, body)
 
@@ -10820,7 +10824,7 @@ def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
 
 
 def confirm(question: str, otherwise: str = "--yes answers yes") -> bool:
-    """Ask on the terminal: whether the answer is y or yes. Raises Refusal without one, and says what does *otherwise*."""
+    """Ask on the terminal: whether the answer is y or yes. Without one, raises Refusal with what does *otherwise*."""
     if not sys.stdin.isatty():
         raise Refusal("%s This is no terminal to answer on: %s" % (question.replace("\n", " "), otherwise))
     print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
@@ -10847,7 +10851,8 @@ def cmd_login(args: argparse.Namespace) -> int:
     url = base_url(args.url if "://" in args.url else "https://" + args.url)
     user = args.user or default_user_name()
     access = Access(url, user, "", "", "system", "", "the argument")
-    access = access._replace(certificate=chosen_certificate(access, args.fingerprint and check_fingerprint(args.fingerprint)), password=read_password(user))
+    certificate = chosen_certificate(access, args.fingerprint and check_fingerprint(args.fingerprint))
+    access = access._replace(certificate=certificate, password=read_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
         answer = client.ask("GET", "/api/token")
     path = login_path(os.environ, url)
