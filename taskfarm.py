@@ -3679,6 +3679,50 @@ def server_context(certificate_pem: str, key_pem: str) -> ssl.SSLContext:
     return context
 
 
+class TlsEnd:
+    """The server's end of one TLS connection: bytes as they are sent to bytes as they are meant, and back.
+
+    It works on bytes in memory, so each call ends soon. (A socket of `ssl` reads on for as long as the client sends
+    records without content, and holds everybody up.)
+    """
+    __slots__ = ("incoming", "outgoing", "end", "ended")
+    PIECE = 16 * 1024       # bytes at a time: the buffers of OpenSSL keep the size that they have once had
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+        self.end = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.ended = False              # the client has said that it sends no more
+
+    def decrypt(self, data: bytes) -> bytes:
+        """What came, at most PIECE bytes, as far as it is whole; all of a handshake is none. Raises ssl.SSLError.
+
+        What is to be sent because of it, an alert too, is in `outgoing`.
+        """
+        self.incoming.write(data)
+        content = b""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while self.incoming.pending and not self.ended:
+                piece = self.end.read(self.PIECE)
+                self.ended = not piece
+                content = content + piece if content else piece
+        return content
+
+    def encrypt(self, content: Union[bytes, memoryview]) -> bytes:
+        """Bytes to be sent for these."""
+        if len(content) <= self.PIECE:
+            self.end.write(content)
+            return self.outgoing.read()
+        view = memoryview(content)
+        return b"".join(self.encrypt(view[at:at + self.PIECE]) for at in range(0, len(view), self.PIECE))
+
+    def goodbye(self) -> bytes:
+        """Bytes that tell the client that nothing more comes."""
+        with contextlib.suppress(ssl.SSLError):     # the client has not said so, or the handshake is not over
+            self.end.unwrap()
+        return self.outgoing.read()
+
+
 def pinned_context(certificate_pem: str) -> ssl.SSLContext:
     """A client's end of TLS, for a farm whose certificate is known, whatever the host is called now.
 
@@ -4485,6 +4529,7 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
 # limit in time or bytes belongs into the table below.
 
 TURN_S = 0.005                      # for each line, and for outcomes, in each turn
+TLS_BYTE = b"\x16"                  # the first one of a client that speaks TLS (RFC 8446, section 5.1)
 DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
 DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
 ACCEPTS = 64                        # new connections in a turn
@@ -4507,7 +4552,7 @@ class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
                  "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused",
-                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
+                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last", "tls")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -4540,6 +4585,7 @@ class Connection:
         self.held = 0                   # bytes of buffers, as counted by the server
         self.moved = 0                  # bytes that the client sent or took since that was noted
         self.last = time.monotonic()    # when it spoke last
+        self.tls: Optional[TlsEnd] = None           # where the client speaks TLS
 
     def send(self, reply: Reply) -> None:
         """Answer the request in work, or give the next piece of the answer. What the client does not take waits."""
@@ -4552,20 +4598,24 @@ class Connection:
                           request is not None and request.method == "HEAD")
             if not keep:
                 self.ending = True
+        self.put(data if self.tls is None else self.tls.encrypt(data))
+        if not self.streaming:
+            if self.server.access is not None:
+                self.server.note_access(self, reply)
+            self.request = None
+
+    def put(self, data: bytes) -> None:
+        """Send bytes as they are, while none wait. What the client does not take waits."""
         try:
             sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
             self.gone = True
-            sent = len(data)
+            return
         if sent < len(data):
             self.outbox = memoryview(data)[sent:]
             self.moved = MOVED_BYTES        # the time to take it begins
-        if not self.streaming:
-            if self.server.access is not None:
-                self.server.note_access(self, reply)
-            self.request = None
 
     def _render_piece(self, reply: Reply) -> bytes:
         """The bytes of a piece of the answer, before the first of them those of the head."""
@@ -4592,12 +4642,16 @@ class Connection:
     def receive(self) -> None:
         """Read what has come."""
         try:
-            data = self.sock.recv(65536 if self.known else GUEST_PIECE)
+            data = self.sock.recv(65536 if self.known and self.tls is None else GUEST_PIECE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self.gone = True
             return
+        if data and self.tls is not None:
+            data = self._decrypt(self.tls, data)
+            if not data:
+                return
         if not data:
             self.eof = True
         elif self.ending:
@@ -4609,6 +4663,33 @@ class Connection:
             self.moved += len(data)
         else:
             self.inbox = data
+
+    def speaks_tls(self) -> bool:
+        """Whether the client speaks TLS, as its first byte tells."""
+        if self.tls is None and not (self.spoken or self.inbox):
+            with contextlib.suppress(OSError):      # what is wrong with it shows when it is read
+                if self.sock.recv(1, socket.MSG_PEEK) == TLS_BYTE:
+                    self.tls = TlsEnd(self.server.context)
+        return self.tls is not None
+
+    def _decrypt(self, tls: TlsEnd, data: bytes) -> bytes:
+        """The bytes that are meant by those that came; b"" when there are none."""
+        content = b""
+        try:
+            content = tls.decrypt(data)
+            self.eof = tls.ended
+        except ssl.SSLError:
+            self.gone = True
+        answer = tls.outgoing.read()
+        if answer:
+            self.put(answer)
+        return content
+
+    def end_sending(self) -> None:
+        """Tell the client that no more comes. Raises OSError when it is not there any more."""
+        if self.tls is not None:
+            self.sock.send(self.tls.goodbye())
+        self.sock.shutdown(socket.SHUT_WR)
 
     def take(self, count: int) -> bytes:
         """Take bytes from the buffer."""
@@ -4734,8 +4815,10 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
 
-    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, access: Any = None) -> None:
+    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, context: ssl.SSLContext,
+                 access: Any = None) -> None:
         self.farm = farm
+        self.context = context          # of new connections
         self.routes = routes
         self.access = None if access is None else AccessLog(access)
         self.clock: Callable[[], Now] = farm.clock
@@ -4856,7 +4939,7 @@ class Server(ThreadingHTTPServer):
         if mask & selectors.EVENT_WRITE:
             connection.flush()
         if mask & selectors.EVENT_READ:
-            connection.receive()
+            self._read(connection)
             if connection.eof and connection.operation is not None:
                 self.left[connection] = self.clock().tick
         if not (connection.in_line or connection.busy):
@@ -4866,6 +4949,14 @@ class Server(ThreadingHTTPServer):
             else:
                 self._join(connection)
         self.settle(connection)
+
+    def _read(self, c: Connection) -> None:
+        """Read what has come. Of a guest who speaks TLS it is read in line: to shake hands takes a millisecond."""
+        if not c.known and c.speaks_tls():
+            self._join(c)
+            self._watch(c)
+        else:
+            c.receive()
 
     def _direct(self) -> bool:
         """Whether there is time to serve without the line: always, unless very many come in one turn."""
@@ -5002,7 +5093,7 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
         for connection in list(self.connections):
             if connection.watching & selectors.EVENT_READ:
-                connection.receive()
+                self._read(connection)
             if connection.inbox and not (connection.busy or connection.outbox):
                 self._join(connection)
             self.settle(connection)
@@ -5115,8 +5206,10 @@ class Server(ThreadingHTTPServer):
         if waiting and c.ending and not c.shut:
             c.shut = True
             with contextlib.suppress(OSError):
-                c.sock.shutdown(socket.SHUT_WR)
+                c.end_sending()
         self._watch(c)
+        if c.in_line and not c.known and c.phase in (NEW, ARRIVING):
+            return      # or who sends a byte now and then would begin another deadline with each
         phase = (ANSWERING if c.outbox else IDLE if not waiting or c.paused else CLOSING if c.ending else
                  NEW if not c.spoken and not c.inbox else ARRIVING if c.inbox or c.request or c.skip else IDLE)
         if phase != c.phase:
@@ -5134,6 +5227,8 @@ class Server(ThreadingHTTPServer):
         if c.paused:
             self.paused[c] = None
         reading = not (c.eof or c.paused) and len(c.inbox) <= most
+        if c.tls is not None and (c.outbox or c.in_line and not c.known):
+            reading = False     # what is read may have to be answered at once; of guests it is read in line
         watching = (selectors.EVENT_READ if reading else 0) | (
             selectors.EVENT_WRITE if c.outbox else 0)
         if watching == c.watching:
@@ -5218,6 +5313,8 @@ class Server(ThreadingHTTPServer):
     def advance(self, connection: Connection) -> None:
         """Take one step: ask for the next piece of an answer, or serve a request; join the line if more is there."""
         c = connection
+        if c.tls is not None and not (c.known or c.eof or c.outbox) and len(c.inbox) <= HEAD_LIMIT:
+            c.receive()
         if c.busy or c.outbox:
             return
         if c.rest is not None:
@@ -5260,8 +5357,8 @@ class Server(ThreadingHTTPServer):
         if len(c.inbox) < request.length:
             if request.expects and not c.inbox:
                 request.expects = False
-                with contextlib.suppress(OSError):      # a client that is gone shows when it is read
-                    c.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+                c.put(go_on if c.tls is None else c.tls.encrypt(go_on))
             self.bodies[c] = None
             return False
         body = b""
@@ -6122,7 +6219,7 @@ class Service:
             self.certificate, self.context = own_certificate(self.store, host)
             self.farm = Farm(self.store, secret, token_days)
             try:
-                self.server = Server((host, port), self.farm, routes, access_log)
+                self.server = Server((host, port), self.farm, routes, self.context, access_log)
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
