@@ -29,6 +29,7 @@ import contextlib
 import decimal
 import errno
 import fcntl
+import functools
 import hashlib
 import hmac
 import http.client
@@ -40,6 +41,7 @@ import pwd
 import random
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -179,8 +181,8 @@ class Caller:
         """The Retry-After of this thread's last answer."""
         return self.local.retry_after
 
-    def raw(self, data: bytes, ended: bool = False) -> "Raw":
-        return Raw(self.port, data, ended)
+    def raw(self, data: bytes, ended: bool = False, context: Optional[ssl.SSLContext] = None) -> "Raw":
+        return Raw(self.port, data, ended, context)
 
 
 class Live(Caller):
@@ -289,14 +291,16 @@ def stepped(tmp_path: Path) -> Iterator[Stepped]:
 
 
 class Raw:
-    """A socket that has sent some bytes."""
+    """A socket that has sent some bytes; with a *context* under TLS."""
 
-    def __init__(self, port: int, data: bytes, ended: bool = False) -> None:
+    def __init__(self, port: int, data: bytes, ended: bool = False, context: Optional[ssl.SSLContext] = None) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        if context is not None:
+            self.sock = context.wrap_socket(self.sock, suppress_ragged_eofs=False)
         if data:
             self.sock.sendall(data)
         if ended:
-            self.sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)      # that of an SSLSocket reads on without TLS
         self.file = self.sock.makefile("rb")
         self.served: Any = None     # the server's end, where a test has it
 
@@ -4422,7 +4426,6 @@ REFUSALS = [
     ("no version", b"GET /livez\r\n\r\n", 400),
     ("another version", b"GET /livez HTTP/2.0\r\n\r\n", 505),
     ("bytes that are not ASCII", b"GET /liv\xe9z HTTP/1.1\r\nHost: f\r\n\r\n", 400),
-    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ("noise", b"\x00\xff\x17", 400),
     ("a long request line", b"GET /" + b"x" * 17000, 414),
     ("a long request line, whole", request_bytes("GET", "/" + "x" * 17000), 414),
@@ -5087,6 +5090,24 @@ def test_silence_and_slowness_end_after_their_time(tmp_path: Path) -> None:
     live.close()
 
 
+@pytest.mark.parametrize("began", [b"GET /li", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], ids=["plain", "TLS"])
+def test_a_byte_now_and_then_begins_no_other_deadline(tmp_path: Path, began: bytes) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    server = live.service.server
+    slow, silent = live.raw(began), live.raw(b"")
+    wait_until(lambda: len(server.deadlines) == 2)
+    clock.pass_time(taskfarm.REQUEST_S * 0.6)
+    slow.sock.sendall(b"v")
+    assert live.ask("GET", "/livez")[0] == live.ask("GET", "/livez")[0] == 200      # the byte has been read
+    clock.pass_time(taskfarm.REQUEST_S * 0.6)
+    server.post(lambda: None)
+    assert silent.answer()[0] == 0 and slow.answer()[0] == (408 if began[0] == 71 else 0)
+    for raw in (silent, slow):
+        raw.close()
+    live.close()
+
+
 def test_an_empty_line_that_is_cut_in_two_is_no_request(tmp_path: Path) -> None:
     clock = FakeClock()
     live = Live(str(tmp_path / "f"), clock)
@@ -5098,6 +5119,183 @@ def test_an_empty_line_that_is_cut_in_two_is_no_request(tmp_path: Path) -> None:
     assert raw.answer()[0] == 200
     raw.close()
     live.close()
+
+
+def pinned(farm: Any) -> ssl.SSLContext:
+    """A client's end of TLS for a farm."""
+    return taskfarm.pinned_context(farm.service.certificate)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_one_port_answers_alike_with_tls_and_without(shared_farm: Live, version: str) -> None:
+    context = pinned(shared_farm)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    auth = basic(shared_farm.token, "")
+    data = (request_bytes("GET", "/livez") + request_bytes("GET", "/api/nothing", Authorization=auth) +
+            request_bytes("POST", "/api/run", b'{"numTasks": 0}', Authorization=auth) +
+            request_bytes("GET", "/api/runs", Authorization=auth) * 30 +
+            request_bytes("POST", "/api/run", b"{", Authorization=auth) + CLOSE)
+    answers = []
+    for raw in (shared_farm.raw(data), shared_farm.raw(data, context=context)):
+        answers.append([(status, body) for status, _, body in iter(raw.answer, (0, {}, b""))])  # a clean end, too
+        raw.close()
+    assert answers[0] == answers[1] and [status for status, _ in answers[0]] == [200, 404, 400, *[200] * 30, 400, 200]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_old_versions_of_tls_are_refused(shared_farm: Live) -> None:
+    context = pinned(shared_farm)
+    context.minimum_version, context.maximum_version = ssl.TLSVersion.MINIMUM_SUPPORTED, ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")      # that this end would still speak it
+    with pytest.raises(ssl.SSLError, match="(?i)alert.protocol.version"):
+        shared_farm.raw(b"", context=context)
+
+
+def test_large_bodies_and_answers_go_over_tls_to_a_slow_reader(farm: Live) -> None:
+    run = make_run(farm, 10000)
+    auth = basic(farm.token, "")
+    raw = farm.raw(request_bytes("POST", "/api/runs/%s/tasks" % run, b'{"worker_uuid": "w", "count": 10000}',
+                                 Authorization=auth), context=pinned(farm))
+    tasks = json.loads(raw.answer()[2])["data"]
+    reports = [{"task": task["task"], "attempt": 1, "status": "failed", "message": "m" * 300} for task in tasks]
+    body = json.dumps({"worker_uuid": "w", "data": reports}).encode()
+    assert len(body) > 3 * 2 ** 20
+    raw.sock.sendall(request_bytes("PUT", "/api/runs/%s/tasks" % run, body, Authorization=auth))
+    assert json.loads(raw.answer()[2]) == {"accepted": 10000, "refused": []}
+    page = request_bytes("GET", "/api/runs/%s/tasks?limit=1000" % run, Authorization=auth)
+    raw.sock.sendall(page * 20)
+    wait_until(lambda: any(c.outbox for c in list(farm.service.server.connections)))
+    assert farm.ask("GET", "/api/runs")[0] == 200, "others are answered while it does not read"
+    bodies = [raw.answer()[2] for _ in range(20)]
+    assert len(bodies[0]) > 300000 and set(bodies) == {farm_page(farm, run)}
+    raw.close()
+
+
+def farm_page(farm: Live, run: str) -> bytes:
+    """The same page over plain HTTP."""
+    raw = farm.raw(request_bytes("GET", "/api/runs/%s/tasks?limit=1000" % run, Authorization=basic(farm.token, "")))
+    body = raw.answer()[2]
+    raw.close()
+    return body
+
+
+def test_a_body_that_is_waited_for_is_asked_for_over_tls(shared_farm: Live) -> None:
+    raw = shared_farm.raw(request_bytes("POST", "/api/run", Authorization=basic(shared_farm.token, ""),
+                                        Expect="100-continue", Content_Type="application/json", Content_Length="15"),
+                          context=pinned(shared_farm))
+    assert raw.answer(head_only=True)[0] == 100
+    raw.sock.sendall(b'{"numTasks": 0}')
+    assert raw.answer()[0] == 400
+    raw.close()
+
+
+def test_a_handshake_and_a_request_may_come_byte_by_byte(shared_farm: Live) -> None:
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    end = pinned(shared_farm).wrap_bio(to_client, to_server)
+    raw = shared_farm.raw(b"")
+    raw.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def until_done(step: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                for byte in to_server.read():
+                    raw.sock.sendall(bytes([byte]))
+            to_client.write(raw.sock.recv(65536))
+    until_done(end.do_handshake)
+    end.write(request_bytes("GET", "/api/runs", Authorization=basic(shared_farm.token, "")))
+    assert until_done(lambda: end.read(65536)).startswith(b"HTTP/1.1 200 OK")
+    raw.close()
+
+
+@pytest.mark.parametrize("garbage", [
+    b"\x16" * 2000, b"\x16\x03\x01\x00\x05hello", b"\x16\x03\x03\xff\xff" + b"\0" * 99999])
+def test_garbage_instead_of_a_handshake_ends_that_connection_alone(shared_farm: Live, garbage: bytes) -> None:
+    other = shared_farm.raw(b"", context=pinned(shared_farm))
+    raw = shared_farm.raw(b"")
+    with contextlib.suppress(ConnectionError):
+        raw.sock.sendall(garbage)
+        while raw.sock.recv(4096):      # an alert perhaps, then the end
+            pass
+    other.sock.sendall(CLOSE)
+    assert other.answer()[0] == 200 and other.answer()[0] == 0
+    raw.close()
+    other.close()
+
+
+def test_a_record_that_was_changed_on_its_way_ends_the_connection(shared_farm: Live) -> None:
+    raw = shared_farm.raw(b"", context=pinned(shared_farm))
+    with socket.socket(fileno=os.dup(raw.sock.fileno())) as beneath:
+        beneath.sendall(b"\x17\x03\x03\x00\x20" + b"x" * 32)
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        assert raw.answer()[0] == 0
+    raw.close()
+
+
+def test_who_ends_their_half_of_a_tls_connection_gets_what_they_asked_for(shared_farm: Live) -> None:
+    data = request_bytes("GET", "/api/runs", Authorization=basic(shared_farm.token, "")) * 5
+    raw = shared_farm.raw(data, ended=True, context=pinned(shared_farm))
+    assert [raw.answer()[0] for _ in range(5)] == [200] * 5
+    raw.close()
+
+
+def test_handshakes_wait_in_line_and_users_do_not_wait_for_them(tmp_path: Path) -> None:
+    farm = Stepped(str(tmp_path / "f"), taskfarm.TURN_S)        # time for one step of each line in a turn
+    user = farm.raw(request_bytes("GET", "/api/token", Authorization=basic(farm.token, "")))
+    farm.turn_until(lambda: any(c.known for c in farm.server.connections))
+    context = pinned(farm)
+    clients = []
+    for _ in range(20):
+        hello = ssl.MemoryBIO()
+        end = context.wrap_bio(ssl.MemoryBIO(), hello)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+        clients.append(farm.raw(hello.read()))
+    farm.turn_until(lambda: len(farm.server.guest) == 20 - 1)
+
+    def shaken() -> int:
+        return sum(bool(select.select([raw.sock], [], [], 0)[0]) for raw in clients)
+    before = shaken()
+    assert before < 3 and len(farm.server.selector.select(0)) == 0, "those that wait in line cost nothing in a turn"
+    user.answer()
+    user.sock.sendall(request_bytes("GET", "/api/token", Authorization=basic(farm.token, "")))
+    farm.turn()
+    assert user.answer()[0] == 200 and shaken() <= before + 1
+    farm.turn_until(lambda: shaken() == 20)
+    for raw in [user, *clients]:
+        raw.close()
+    farm.close()
+
+
+def test_1000_handshakes_at_once(farm: Live) -> None:
+    taskfarm.raise_descriptor_limit()
+    context = pinned(farm)
+    clients = []
+    for _ in range(1000):
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        end = context.wrap_bio(to_client, to_server)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+        clients.append((farm.raw(to_server.read()), end, to_client, to_server))
+    assert farm.ask("GET", "/api/runs")[0] == 200
+    for raw, end, to_client, to_server in clients:
+        while to_client.pending == 0 or not end.version():
+            to_client.write(raw.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+                break
+        end.write(CLOSE)
+        raw.sock.sendall(to_server.read())
+    for raw, end, to_client, _ in clients:
+        while True:
+            to_client.write(raw.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                assert end.read(65536).startswith(b"HTTP/1.1 200 OK")
+                break
+        raw.close()
 
 
 def test_keep_alive_is_said_to_a_client_of_http_1_0(shared_farm: Live) -> None:
