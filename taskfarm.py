@@ -6130,8 +6130,8 @@ def front_page() -> Reply:
 # back, and the callback that does so. What local verbs must know about the server goes into `Service.holder`.
 
 def url_of(host: str, port: int) -> str:
-    """An http URL of a host, which may be an IPv6 address."""
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+    """An https URL of a host, which may be an IPv6 address."""
+    return "https://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
@@ -10941,7 +10941,7 @@ def cmd_login(args: argparse.Namespace) -> int:
     examples:
       python3 taskfarm.py login login1.cluster:5000
       python3 taskfarm.py login https://localhost:5000 --user alice
-      python3 taskfarm.py login login1.cluster:5000 --fingerprint SHA256:5f1c... < password
+      python3 taskfarm.py login login1:5000 --fingerprint SHA256:5f1c... < password
 
     The second one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """

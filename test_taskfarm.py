@@ -29,8 +29,8 @@ import contextlib
 import decimal
 import errno
 import fcntl
+import functools
 import hashlib
-import hmac
 import http.client
 import io
 import itertools
@@ -6288,7 +6288,7 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
 
 
 class Squatter:
-    """Somebody else's port: it keeps all that comes, in the clear, and answers as a farm would, or asks one *behind*."""
+    """Somebody else's port: it keeps all that comes, in the clear, and answers as a farm would, or by one *behind*."""
 
     def __init__(self, context: Optional[ssl.SSLContext] = None, behind: int = 0) -> None:
         self.context, self.behind = context, behind
@@ -6366,7 +6366,8 @@ def test_verbs_and_workers_send_a_squatter_nothing(farm: Live, squatter: Squatte
             assert done.returncode == 5 and "no login was sent" in done.stderr and farm.token not in done.stderr
             assert "login %s" % squatter.url in done.stderr or "does not speak TLS" in done.stderr
             assert "Traceback" not in done.stderr
-        for login in ("", "'ada', %r, url_base=%r, " % (Live.PASSWORD, squatter.url.replace("https", "http") + "/api/")):
+        base = squatter.url.replace("https", "http") + "/api/"
+        for login in ("", "'ada', %r, url_base=%r, " % (Live.PASSWORD, base)):
             done = subprocess.run([sys.executable, "-c", script % login], capture_output=True, text=True, timeout=60,
                                   cwd=str(HERE), env=dict(os.environ, HOME=str(tmp_path), **environ))
             assert done.returncode == 1 and "no login was sent" in done.stderr
@@ -6396,7 +6397,7 @@ def test_a_farm_that_has_moved_is_found_by_its_identity(farm: Live, tmp_path: Pa
         farm.local = threading.local()
         farm.start()
         taskfarm.write_access(path, dict(file_of(farm), url=squatting.url, farm="0" * 32,
-                                         certificate=squatting and anothers()[0]))      # another's farm
+                                         certificate=anothers()[0]))        # another's farm
         taskfarm.write_access(str(tmp_path / "access-ice.json"), file_of(farm))
         assert client.ask("GET", "/api/runs") == {"data": []} and farm.url != before
         assert squatting.connections == 0
@@ -6611,7 +6612,8 @@ def test_what_is_no_answer_of_a_taskfarm_is_refused_as_such(answer: bytes, monke
     monkeypatch.setattr(taskfarm, "ANSWER_LIMIT", 1 << 17)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         def serve() -> None:
-            with contextlib.suppress(OSError), anothers()[1].wrap_socket(listener.accept()[0], server_side=True) as sock:
+            client, context = listener.accept()[0], anothers()[1]
+            with contextlib.suppress(OSError), context.wrap_socket(client, server_side=True) as sock:
                 sock.recv(65536)
                 sock.sendall(answer)
 
@@ -8314,7 +8316,8 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
     mine = tmp_path / ".config/taskfarm/access.json"
     taskfarm.write_access(str(mine), file_of(farm))
     with contextlib.closing(Live(str(tmp_path / "other.sqlite"))) as other:
-        done = run_verb("login", other.url, "--user", "ada", "--fingerprint", as_ada(other)["TASKFARM_FINGERPRINT"], stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
+        done = run_verb("login", other.url, "--user", "ada", "--fingerprint", as_ada(other)["TASKFARM_FINGERPRINT"],
+                        stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
         assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
         (beside,) = (path for path in mine.parent.iterdir() if path != mine)
         assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
