@@ -6751,8 +6751,8 @@ def keep_private(path: str, file: int) -> None:
     status = os.fstat(file)
     owners = {status.st_uid, os.lstat(path).st_uid} - {os.geteuid(), 0}     # root can write all files anyway
     if owners:
-        raise Refusal("%s belongs to user %s, who could send your work and your login elsewhere: remove it, or have "
-                      "TASKFARM_ACCESS name a file of your own" % (path, user_name(owners.pop())))
+        raise Refusal("%s belongs to another user (%d), who could send your work and your login elsewhere: remove it, "
+                      "or have TASKFARM_ACCESS name a file of your own" % (path, owners.pop()))
     if stat.S_IMODE(status.st_mode) & 0o077:
         try:
             os.fchmod(file, 0o600)

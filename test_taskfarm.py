@@ -6492,14 +6492,14 @@ def test_an_access_file_of_another_user_is_refused(farm: Live, tmp_path: Path, m
         mine.rename(path)
     os.chown(str(path), 12345, -1, follow_symlinks=False)
     done = run_verb("list", TASKFARM_ACCESS=str(path))
-    assert done.returncode == 1 and "belongs to user 12345" in done.stderr and done.stderr.count("\n") == 1
-    with pytest.raises(Refusal, match="belongs to user 12345"):
+    assert done.returncode == 1 and "another user (12345)" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(Refusal, match="another user .12345."):
         taskfarm.find_access({"TASKFARM_ACCESS": str(path)})
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert taskfarm.read_access(str(path)) == file_of(farm), "root's files are as good as ours"
     monkeypatch.setenv("TASKFARM_ACCESS", str(path))
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    with pytest.raises(OSError, match="belongs to user"):       # which the server logs, and serves on
+    with pytest.raises(OSError, match="another user"):       # which the server logs, and serves on
         taskfarm.publish_access(farm.service, farm.user("ada"), farm.path)
 
 
@@ -6558,24 +6558,24 @@ def test_an_access_file_that_cannot_be_written_leaves_no_token_under_another_nam
 
 
 def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
-    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}
+    environ, pin = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}, "SHA256:" + "0" * 64
     with pytest.raises(Refusal, match="TASKFARM_URL"):
         taskfarm.find_access(environ)
     with pytest.raises(Refusal, match="there is no login"):
         taskfarm.find_access(dict(environ, TASKFARM_URL="https://a:1"))
     taskfarm.write_access(environ["TASKFARM_ACCESS"], {"url": "https://home:5000", "user": "ada", "token": "t",
-                                                       "farm": "f", "certificate": "aa"})
+                                                       "farm": "f", "certificate": pin})
 
     def found(**more: str) -> Tuple[str, str, str, str, str]:
         access = taskfarm.find_access(dict(environ, **more))
         return access.url, access.user, access.token, access.password, access.certificate
 
-    assert found() == ("https://home:5000", "ada", "t", "", "aa")
-    assert found(TASKFARM_URL="https://[::1]:6000/api/") == ("https://[::1]:6000", "ada", "t", "", "aa"), \
+    assert found() == ("https://home:5000", "ada", "t", "", pin)
+    assert found(TASKFARM_URL="https://[::1]:6000/api/") == ("https://[::1]:6000", "ada", "t", "", pin), \
         "a tunnel: the login goes only where the certificate is shown"
-    assert found(TASKFARM_TOKEN="u") == ("https://home:5000", "", "u", "", "aa")
+    assert found(TASKFARM_TOKEN="u") == ("https://home:5000", "", "u", "", pin)
     assert found(TASKFARM_URL="https://b:1/", TASKFARM_USER="eve", TASKFARM_PASSWORD="p") == (
-        "https://b:1", "eve", "", "p", "aa")
+        "https://b:1", "eve", "", "p", pin)
     with pytest.raises(Refusal, match="TASKFARM_PASSWORD"):
         found(TASKFARM_USER="eve")
     assert taskfarm.find_access(environ, "https://c:2", "bob", "pw")[:4] == ("https://c:2", "bob", "", "pw")
@@ -7702,7 +7702,7 @@ def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
     assert status == 1 and "is not the farm" in found["server"][1] and "login" not in found
     assert "--advertise" not in found["server"][1], "it does answer"
     assert server.end(signal.SIGTERM) == 0
-    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "https://no.such.host.invalid:5000", HOME=str(tmp_path))
+    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "https://no.such.host.invalid", HOME=str(tmp_path))
     assert status == 1 and found["file system"][0] == "FAIL" and "--advertise" in found["server"][1]
 
 
@@ -8266,7 +8266,8 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
 
 
 def test_login_asks_for_no_password_before_the_certificate_is_the_right_one(farm: Live, tmp_path: Path) -> None:
-    environ, secret = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}, Live.PASSWORD + "\n"
+    folder, secret = tmp_path / "config", Live.PASSWORD + "\n"
+    environ = {"TASKFARM_ACCESS": str(folder / "access.json")}
     with contextlib.closing(Squatter(anothers()[1], farm.port)) as relay, contextlib.closing(Squatter()) as plain:
         fingerprint = as_ada(farm)["TASKFARM_FINGERPRINT"]
         for words, status, sentence in (
@@ -8278,12 +8279,12 @@ def test_login_asks_for_no_password_before_the_certificate_is_the_right_one(farm
                 (["http://127.0.0.1:%d" % farm.port], 1, "looks like https://127.0.0.1:%d, not like" % farm.port)):
             done = run_verb("login", "--user", "ada", *words, stdin=secret, **environ)
             assert done.returncode == status and sentence in done.stderr, done.stderr
-            assert done.stdout == "" and done.stderr.count("\n") == 1 and not os.listdir(str(tmp_path))
+            assert done.stdout == "" and done.stderr.count("\n") == 1 and not folder.exists()
         terminal = Terminal(["login", relay.url, "--user", "ada"], environ)
         terminal.wait_for("[y/N] ")
         assert taskfarm.fingerprint(anothers()[0]) in terminal.shown and "password" not in terminal.shown
         terminal.type("\r")
-        assert terminal.end() == 1 and "no login was sent" in terminal.shown and not os.listdir(str(tmp_path))
+        assert terminal.end() == 1 and "no login was sent" in terminal.shown and not folder.exists()
         taskfarm.write_access(environ["TASKFARM_ACCESS"], dict(file_of(farm), url=relay.url))
         terminal = Terminal(["login", relay.url, "--user", "ada"], environ)
         terminal.wait_for("[y/N] ")
