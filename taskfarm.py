@@ -6973,15 +6973,15 @@ def shown_fingerprint(connection: http.client.HTTPSConnection) -> str:
     return fingerprint(shown_certificate(connection))
 
 
-EXPIRED, NOT_YET_VALID = 10, 9      # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_YET_VALID
+WRONG_TIMES = {10: "has expired", 9: "is not valid yet"}       # codes of OpenSSL: X509_V_ERR_CERT_HAS_EXPIRED ...
 
 
 def not_trusted(access: Access, error: Optional[ssl.SSLCertVerificationError] = None) -> str:
     """Why the certificate of a server is not taken for the farm's, and what to do."""
-    if error and error.verify_code in (EXPIRED, NOT_YET_VALID):
+    if error and error.verify_code in WRONG_TIMES:
         return ("the certificate of %s %s, so no login was sent: whoever keeps the farm renews it; or the clock of %s, "
-                "at %s, is wrong" % (access.url, "has expired" if error.verify_code == EXPIRED else "is not valid yet",
-                                     socket.gethostname(), time.strftime("%F %T")))
+                "at %s, is wrong" % (access.url, WRONG_TIMES[error.verify_code], socket.gethostname(),
+                                     time.strftime("%F %T")))
     if not access.pinned:
         return ("the certificate of %s is not one that the authorities of this system vouch for (%s), so no login was "
                 "sent: 'python3 taskfarm.py login %s' shows it and asks whether it is the farm's" % (

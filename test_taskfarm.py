@@ -6860,6 +6860,23 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
             "TASKFARM_URL": "https://127.0.0.1:%d" % server.port}, "and no secret"
 
 
+def test_a_login_of_the_workers_environment_is_not_handed_on_to_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    access = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())
+    command = "env > %s/env; %s %s progress 50 2> %s/said" % (tmp_path, sys.executable, MODULE, tmp_path)
+    Work(server, run, "--", "sh", "-c", command, TASKFARM_ACCESS=str(tmp_path / "none"), TASKFARM_URL=access["url"],
+         TASKFARM_TOKEN=access["token"], TASKFARM_FINGERPRINT=taskfarm.fingerprint(access["certificate"])).end(0)
+    environ = (tmp_path / "env").read_text()
+    assert "TASKFARM_RUN=" + run in environ and "TASKFARM_TOKEN" not in environ and access["token"] not in environ
+    assert "not reported" in (tmp_path / "said").read_text()
+    known = {"TASKFARM_TOKEN": "tf1.x", "TASKFARM_USER": "ada", "TASKFARM_PASSWORD": "sesame", "TASKFARM_DB": "f"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        given = taskfarm.command_environment(taskfarm.parse_access({}, ""), run, "w")
+    assert given[b"TASKFARM_DB"] == b"f" and not set(given) & {name.encode() for name in list(known)[:3]}
+
+
 def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
     (tmp_path / "commands").write_text("echo one > %s/1 && true\n\nexit 4\n" % tmp_path)
     run = new_run(server, 3)
@@ -8519,6 +8536,16 @@ def test_a_server_of_another_machine_keeps_its_file_where_locks_do_not_reach_tha
             assert host in done.stderr and "Traceback" not in done.stderr
         assert Path(farm.path + ".lock").read_bytes() == before, "nothing of the first is forgotten"
     assert farm.ask("GET", "/api/runs")[0] == 200
+
+
+def test_the_secret_of_the_lock_file_goes_to_no_process_without_its_certificate(farm: Live, squatter: Squatter) -> None:
+    holder = taskfarm.read_holder(farm.path)
+    assert run_verb("user", "list", "--db", farm.path).stdout == "ada\n"
+    farm.service.lock.write(dict(holder, admin_url=squatter.url))
+    for words in (["user", "list"], ["user", "passwd", "ada"], ["check"]):
+        done = run_verb(*words, "--db", farm.path, stdin="new\n")
+        assert done.returncode == 1 and "does not answer here" in done.stderr and done.stderr.count("\n") == 1
+    assert squatter.connections >= 3 and not re.search(rb"(?i)authorization|HTTP/1", squatter.heard)
 
 
 @pytest.mark.parametrize("changes, warned", [
