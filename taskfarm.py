@@ -6130,8 +6130,8 @@ def front_page() -> Reply:
 # back, and the callback that does so. What local verbs must know about the server goes into `Service.holder`.
 
 def url_of(host: str, port: int) -> str:
-    """An http URL of a host, which may be an IPv6 address."""
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+    """An https URL of a host, which may be an IPv6 address."""
+    return "https://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
@@ -6751,8 +6751,8 @@ def keep_private(path: str, file: int) -> None:
     status = os.fstat(file)
     owners = {status.st_uid, os.lstat(path).st_uid} - {os.geteuid(), 0}     # root can write all files anyway
     if owners:
-        raise Refusal("%s belongs to user %s, who could send your work and your login elsewhere: remove it, or have "
-                      "TASKFARM_ACCESS name a file of your own" % (path, user_name(owners.pop())))
+        raise Refusal("%s belongs to another user (%d), who could send your work and your login elsewhere: remove it, "
+                      "or have TASKFARM_ACCESS name a file of your own" % (path, owners.pop()))
     if stat.S_IMODE(status.st_mode) & 0o077:
         try:
             os.fchmod(file, 0o600)
@@ -6973,15 +6973,15 @@ def shown_fingerprint(connection: http.client.HTTPSConnection) -> str:
     return fingerprint(shown_certificate(connection))
 
 
-EXPIRED, NOT_YET_VALID = 10, 9      # X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_CERT_NOT_YET_VALID
+WRONG_TIMES = {10: "has expired", 9: "is not valid yet"}       # codes of OpenSSL: X509_V_ERR_CERT_HAS_EXPIRED ...
 
 
 def not_trusted(access: Access, error: Optional[ssl.SSLCertVerificationError] = None) -> str:
     """Why the certificate of a server is not taken for the farm's, and what to do."""
-    if error and error.verify_code in (EXPIRED, NOT_YET_VALID):
+    if error and error.verify_code in WRONG_TIMES:
         return ("the certificate of %s %s, so no login was sent: whoever keeps the farm renews it; or the clock of %s, "
-                "at %s, is wrong" % (access.url, "has expired" if error.verify_code == EXPIRED else "is not valid yet",
-                                     socket.gethostname(), time.strftime("%F %T")))
+                "at %s, is wrong" % (access.url, WRONG_TIMES[error.verify_code], socket.gethostname(),
+                                     time.strftime("%F %T")))
     if not access.pinned:
         return ("the certificate of %s is not one that the authorities of this system vouch for (%s), so no login was "
                 "sent: 'python3 taskfarm.py login %s' shows it and asks whether it is the farm's" % (
@@ -10941,7 +10941,7 @@ def cmd_login(args: argparse.Namespace) -> int:
     examples:
       python3 taskfarm.py login login1.cluster:5000
       python3 taskfarm.py login https://localhost:5000 --user alice
-      python3 taskfarm.py login login1.cluster:5000 --fingerprint SHA256:5f1c... < password
+      python3 taskfarm.py login login1:5000 --fingerprint SHA256:5f1c... < password
 
     The second one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """

@@ -31,7 +31,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import hmac
 import http.client
 import io
 import itertools
@@ -6486,7 +6485,7 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
 
 
 class Squatter:
-    """Somebody else's port: it keeps all that comes, in the clear, and answers as a farm would, or asks one *behind*."""
+    """Somebody else's port: it keeps all that comes, in the clear, and answers as a farm would, or by one *behind*."""
 
     def __init__(self, context: Optional[ssl.SSLContext] = None, behind: int = 0) -> None:
         self.context, self.behind = context, behind
@@ -6564,7 +6563,8 @@ def test_verbs_and_workers_send_a_squatter_nothing(farm: Live, squatter: Squatte
             assert done.returncode == 5 and "no login was sent" in done.stderr and farm.token not in done.stderr
             assert "login %s" % squatter.url in done.stderr or "does not speak TLS" in done.stderr
             assert "Traceback" not in done.stderr
-        for login in ("", "'ada', %r, url_base=%r, " % (Live.PASSWORD, squatter.url.replace("https", "http") + "/api/")):
+        base = squatter.url.replace("https", "http") + "/api/"
+        for login in ("", "'ada', %r, url_base=%r, " % (Live.PASSWORD, base)):
             done = subprocess.run([sys.executable, "-c", script % login], capture_output=True, text=True, timeout=60,
                                   cwd=str(HERE), env=dict(os.environ, HOME=str(tmp_path), **environ))
             assert done.returncode == 1 and "no login was sent" in done.stderr
@@ -6594,7 +6594,7 @@ def test_a_farm_that_has_moved_is_found_by_its_identity(farm: Live, tmp_path: Pa
         farm.local = threading.local()
         farm.start()
         taskfarm.write_access(path, dict(file_of(farm), url=squatting.url, farm="0" * 32,
-                                         certificate=squatting and anothers()[0]))      # another's farm
+                                         certificate=anothers()[0]))        # another's farm
         taskfarm.write_access(str(tmp_path / "access-ice.json"), file_of(farm))
         assert client.ask("GET", "/api/runs") == {"data": []} and farm.url != before
         assert squatting.connections == 0
@@ -6689,14 +6689,14 @@ def test_an_access_file_of_another_user_is_refused(farm: Live, tmp_path: Path, m
         mine.rename(path)
     os.chown(str(path), 12345, -1, follow_symlinks=False)
     done = run_verb("list", TASKFARM_ACCESS=str(path))
-    assert done.returncode == 1 and "belongs to user 12345" in done.stderr and done.stderr.count("\n") == 1
-    with pytest.raises(Refusal, match="belongs to user 12345"):
+    assert done.returncode == 1 and "another user (12345)" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(Refusal, match="another user .12345."):
         taskfarm.find_access({"TASKFARM_ACCESS": str(path)})
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert taskfarm.read_access(str(path)) == file_of(farm), "root's files are as good as ours"
     monkeypatch.setenv("TASKFARM_ACCESS", str(path))
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    with pytest.raises(OSError, match="belongs to user"):       # which the server logs, and serves on
+    with pytest.raises(OSError, match="another user"):       # which the server logs, and serves on
         taskfarm.publish_access(farm.service, farm.user("ada"), farm.path)
 
 
@@ -6755,24 +6755,24 @@ def test_an_access_file_that_cannot_be_written_leaves_no_token_under_another_nam
 
 
 def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
-    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}
+    environ, pin = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}, "SHA256:" + "0" * 64
     with pytest.raises(Refusal, match="TASKFARM_URL"):
         taskfarm.find_access(environ)
     with pytest.raises(Refusal, match="there is no login"):
         taskfarm.find_access(dict(environ, TASKFARM_URL="https://a:1"))
     taskfarm.write_access(environ["TASKFARM_ACCESS"], {"url": "https://home:5000", "user": "ada", "token": "t",
-                                                       "farm": "f", "certificate": "aa"})
+                                                       "farm": "f", "certificate": pin})
 
     def found(**more: str) -> Tuple[str, str, str, str, str]:
         access = taskfarm.find_access(dict(environ, **more))
         return access.url, access.user, access.token, access.password, access.certificate
 
-    assert found() == ("https://home:5000", "ada", "t", "", "aa")
-    assert found(TASKFARM_URL="https://[::1]:6000/api/") == ("https://[::1]:6000", "ada", "t", "", "aa"), \
+    assert found() == ("https://home:5000", "ada", "t", "", pin)
+    assert found(TASKFARM_URL="https://[::1]:6000/api/") == ("https://[::1]:6000", "ada", "t", "", pin), \
         "a tunnel: the login goes only where the certificate is shown"
-    assert found(TASKFARM_TOKEN="u") == ("https://home:5000", "", "u", "", "aa")
+    assert found(TASKFARM_TOKEN="u") == ("https://home:5000", "", "u", "", pin)
     assert found(TASKFARM_URL="https://b:1/", TASKFARM_USER="eve", TASKFARM_PASSWORD="p") == (
-        "https://b:1", "eve", "", "p", "aa")
+        "https://b:1", "eve", "", "p", pin)
     with pytest.raises(Refusal, match="TASKFARM_PASSWORD"):
         found(TASKFARM_USER="eve")
     assert taskfarm.find_access(environ, "https://c:2", "bob", "pw")[:4] == ("https://c:2", "bob", "", "pw")
@@ -6809,7 +6809,8 @@ def test_what_is_no_answer_of_a_taskfarm_is_refused_as_such(answer: bytes, monke
     monkeypatch.setattr(taskfarm, "ANSWER_LIMIT", 1 << 17)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         def serve() -> None:
-            with contextlib.suppress(OSError), anothers()[1].wrap_socket(listener.accept()[0], server_side=True) as sock:
+            client, context = listener.accept()[0], anothers()[1]
+            with contextlib.suppress(OSError), context.wrap_socket(client, server_side=True) as sock:
                 sock.recv(65536)
                 sock.sendall(answer)
 
@@ -7054,6 +7055,23 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
         assert environ.pop("TASKFARM_FARM") and environ == {
             "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
             "TASKFARM_URL": "https://127.0.0.1:%d" % server.port}, "and no secret"
+
+
+def test_a_login_of_the_workers_environment_is_not_handed_on_to_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    access = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())
+    command = "env > %s/env; %s %s progress 50 2> %s/said" % (tmp_path, sys.executable, MODULE, tmp_path)
+    Work(server, run, "--", "sh", "-c", command, TASKFARM_ACCESS=str(tmp_path / "none"), TASKFARM_URL=access["url"],
+         TASKFARM_TOKEN=access["token"], TASKFARM_FINGERPRINT=taskfarm.fingerprint(access["certificate"])).end(0)
+    environ = (tmp_path / "env").read_text()
+    assert "TASKFARM_RUN=" + run in environ and "TASKFARM_TOKEN" not in environ and access["token"] not in environ
+    assert "not reported" in (tmp_path / "said").read_text()
+    known = {"TASKFARM_TOKEN": "tf1.x", "TASKFARM_USER": "ada", "TASKFARM_PASSWORD": "sesame", "TASKFARM_DB": "f"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        given = taskfarm.command_environment(taskfarm.parse_access({}, ""), run, "w")
+    assert given[b"TASKFARM_DB"] == b"f" and not set(given) & {name.encode() for name in list(known)[:3]}
 
 
 def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
@@ -7898,7 +7916,7 @@ def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
     assert status == 1 and "is not the farm" in found["server"][1] and "login" not in found
     assert "--advertise" not in found["server"][1], "it does answer"
     assert server.end(signal.SIGTERM) == 0
-    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "https://no.such.host.invalid:5000", HOME=str(tmp_path))
+    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "https://no.such.host.invalid", HOME=str(tmp_path))
     assert status == 1 and found["file system"][0] == "FAIL" and "--advertise" in found["server"][1]
 
 
@@ -8462,7 +8480,8 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
 
 
 def test_login_asks_for_no_password_before_the_certificate_is_the_right_one(farm: Live, tmp_path: Path) -> None:
-    environ, secret = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}, Live.PASSWORD + "\n"
+    folder, secret = tmp_path / "config", Live.PASSWORD + "\n"
+    environ = {"TASKFARM_ACCESS": str(folder / "access.json")}
     with contextlib.closing(Squatter(anothers()[1], farm.port)) as relay, contextlib.closing(Squatter()) as plain:
         fingerprint = as_ada(farm)["TASKFARM_FINGERPRINT"]
         for words, status, sentence in (
@@ -8474,12 +8493,12 @@ def test_login_asks_for_no_password_before_the_certificate_is_the_right_one(farm
                 (["http://127.0.0.1:%d" % farm.port], 1, "looks like https://127.0.0.1:%d, not like" % farm.port)):
             done = run_verb("login", "--user", "ada", *words, stdin=secret, **environ)
             assert done.returncode == status and sentence in done.stderr, done.stderr
-            assert done.stdout == "" and done.stderr.count("\n") == 1 and not os.listdir(str(tmp_path))
+            assert done.stdout == "" and done.stderr.count("\n") == 1 and not folder.exists()
         terminal = Terminal(["login", relay.url, "--user", "ada"], environ)
         terminal.wait_for("[y/N] ")
         assert taskfarm.fingerprint(anothers()[0]) in terminal.shown and "password" not in terminal.shown
         terminal.type("\r")
-        assert terminal.end() == 1 and "no login was sent" in terminal.shown and not os.listdir(str(tmp_path))
+        assert terminal.end() == 1 and "no login was sent" in terminal.shown and not folder.exists()
         taskfarm.write_access(environ["TASKFARM_ACCESS"], dict(file_of(farm), url=relay.url))
         terminal = Terminal(["login", relay.url, "--user", "ada"], environ)
         terminal.wait_for("[y/N] ")
@@ -8512,7 +8531,8 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
     mine = tmp_path / ".config/taskfarm/access.json"
     taskfarm.write_access(str(mine), file_of(farm))
     with contextlib.closing(Live(str(tmp_path / "other.sqlite"))) as other:
-        done = run_verb("login", other.url, "--user", "ada", "--fingerprint", as_ada(other)["TASKFARM_FINGERPRINT"], stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
+        done = run_verb("login", other.url, "--user", "ada", "--fingerprint", as_ada(other)["TASKFARM_FINGERPRINT"],
+                        stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
         assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
         (beside,) = (path for path in mine.parent.iterdir() if path != mine)
         assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
@@ -8713,6 +8733,16 @@ def test_a_server_of_another_machine_keeps_its_file_where_locks_do_not_reach_tha
             assert host in done.stderr and "Traceback" not in done.stderr
         assert Path(farm.path + ".lock").read_bytes() == before, "nothing of the first is forgotten"
     assert farm.ask("GET", "/api/runs")[0] == 200
+
+
+def test_the_secret_of_the_lock_file_goes_to_no_process_without_its_certificate(farm: Live, squatter: Squatter) -> None:
+    holder = taskfarm.read_holder(farm.path)
+    assert run_verb("user", "list", "--db", farm.path).stdout == "ada\n"
+    farm.service.lock.write(dict(holder, admin_url=squatter.url))
+    for words in (["user", "list"], ["user", "passwd", "ada"], ["check"]):
+        done = run_verb(*words, "--db", farm.path, stdin="new\n")
+        assert done.returncode == 1 and "does not answer here" in done.stderr and done.stderr.count("\n") == 1
+    assert squatter.connections >= 3 and not re.search(rb"(?i)authorization|HTTP/1", squatter.heard)
 
 
 @pytest.mark.parametrize("changes, warned", [
