@@ -2666,14 +2666,16 @@ class Lock:
         self.written = False
         self.file = open_lock_file(path)
         try:
-            if stat.S_IMODE(os.fstat(self.file).st_mode) & 0o077:
+            was_open = stat.S_IMODE(os.fstat(self.file).st_mode) & 0o077
+            if was_open:
                 os.fchmod(self.file, 0o600)
-                log.warning("%s could be read by others, and now by its owner alone: a server that has the file has "
-                            "another secret when it is started again", self.path)
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self.file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                if was_open:
+                    log.warning("%s could be read by others, and now by its owner alone: start the server again, so "
+                                "that it has another secret", self.path)
                 raise InUse("%s is in use: %s" % (path, described(read_holder(path))))
             if error.errno in (errno.EPERM, errno.EROFS):
                 raise Refusal("%s can be read by others, and its mode cannot be changed (%s): chmod 600 %s" % (
