@@ -70,6 +70,9 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
 
     "admin" is whoever can read the lock file beside the database: the verbs of this file.
 
+    One port speaks TLS (1.2 upward) and plain HTTP, as the first byte of the client tells. Plain HTTP is for clients
+    on the server's own machine; others get 403 whatever they ask for, unless the keeper allows it (--plain-http).
+
     A user's POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
     and changes nothing more. Remembered for a day; of claims, the last key of each worker.
 
@@ -77,9 +80,10 @@ Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
-    Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
-    100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, or too many
-    passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault, with an id that is in the log.
+    Also: 403 what is for admin, or plain HTTP from another machine, 408 not whole in time, 409 (said below each
+    endpoint), 417 another Expect than 100-continue, 422 an Idempotency-Key that came with another request, 503 a disk
+    that takes no write, or too many passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault,
+    with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -261,7 +265,7 @@ class Unauthorized(FarmError):
 
 
 class Forbidden(FarmError):
-    """403: the login is good, but this is for admin."""
+    """403: the login is good, but this is for admin; or it came by plain HTTP from another machine."""
     status = 403
 
 
@@ -3665,19 +3669,23 @@ def fingerprint(certificate_pem: str) -> str:
 def server_context(certificate_pem: str, key_pem: str) -> ssl.SSLContext:
     """The server's end of TLS. Raises OSError (ssl.SSLError among them) for a certificate or key that will not do.
 
-    The key reaches `ssl`, which only reads files, through one without a name.
+    They reach `ssl`, which only reads files, through pipes: no file has the key, and a full disk does not matter.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    try:
-        file: Any = os.fdopen(os.memfd_create("certificate"), "wb")
-    except (AttributeError, OSError):       # a C library or a kernel of before 2018
-        file = tempfile.TemporaryFile()     # noqa: SIM115
-    with file:
-        file.write(("%s\n%s" % (key_pem, certificate_pem)).encode())
-        file.flush()
-        context.load_cert_chain("/dev/fd/%d" % file.fileno())
+    with contextlib.ExitStack() as ends:
+        paths = []
+        for text in (certificate_pem, key_pem):
+            reader, writer = os.pipe()
+            ends.callback(os.close, reader)
+            os.set_blocking(writer, False)
+            sent = os.write(writer, text.encode())
+            os.close(writer)
+            if sent < len(text.encode()):
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            paths.append("/dev/fd/%d" % reader)
+        context.load_cert_chain(paths[0], paths[1], password="")        # without one OpenSSL would ask the terminal
     return context
 
 
@@ -4271,8 +4279,6 @@ def cut_head(inbox: Any, seen: int = 0) -> Tuple[Optional[bytes], int]:
     if end >= 0:
         return bytes(inbox[start:end]), end + 4
     if seen == start and inbox[start:] != b"\r":
-        if inbox[start:start + 1] in (b"\x16", b"\x80"):
-            raise BadRequest("this port speaks plain HTTP, not TLS: use http:// in the address")
         if len(inbox) > start and not re.match(TOKEN, inbox[start:start + 1]):
             raise malformed_line(bytes(inbox[start:start + LINE_LIMIT]).partition(b"\n")[0])
     bare = BARE_LF.search(inbox, seen, HEAD_LIMIT + start)
@@ -4554,7 +4560,8 @@ class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
                  "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused",
-                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last", "tls")
+                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last", "tls",
+                 "barred")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -4588,6 +4595,7 @@ class Connection:
         self.moved = 0                  # bytes that the client sent or took since that was noted
         self.last = time.monotonic()    # when it spoke last
         self.tls: Optional[TlsEnd] = None           # where the client speaks TLS
+        self.barred = False             # plain HTTP will not do: it goes from machine to machine
 
     def send(self, reply: Reply) -> None:
         """Answer the request in work, or give the next piece of the answer. What the client does not take waits."""
@@ -4803,6 +4811,12 @@ class AccessLog:
         self.thread.join(1.0)
 
 
+def from_this_machine(peer: str, own: str) -> bool:
+    """Whether a connection does not leave the machine, by the addresses of its two ends."""
+    address = ipaddress.ip_address(peer)
+    return peer == own or (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 Works = Any     # a SimpleQueue of functions to call, ended by None; Python 3.9's class takes no parameters
 
 
@@ -4811,16 +4825,18 @@ class Server(ThreadingHTTPServer):
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
     Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
-    those refused that wait for others, its `give_way` waits for its writer. *access*: a file that gets a
-    line for each request, or None. Raises OSError when the address cannot be had.
+    those refused that wait for others, its `give_way` waits for its writer. *context*: for TLS. *access*: a
+    file that gets a line for each request, or None. *plain_http*: from other machines too. Raises OSError when
+    the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
 
     def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, context: ssl.SSLContext,
-                 access: Any = None) -> None:
+                 access: Any = None, plain_http: bool = False) -> None:
         self.farm = farm
         self.context = context          # of new connections
+        self.plain_http = plain_http
         self.routes = routes
         self.access = None if access is None else AccessLog(access)
         self.clock: Callable[[], Now] = farm.clock
@@ -5142,6 +5158,7 @@ class Server(ThreadingHTTPServer):
                 continue    # another error: the client has given up while it waited
             sock.setblocking(False)
             connection = Connection(self, sock, address[0])
+            connection.barred = not (self.plain_http or from_this_machine(address[0], sock.getsockname()[0]))
             self.connections.add(connection)
             self.settle(connection)
 
@@ -5338,6 +5355,9 @@ class Server(ThreadingHTTPServer):
         """One request's next step; False when more bytes must come."""
         request = c.request
         if request is None:
+            if c.barred and c.tls is None:
+                raise Forbidden("plain HTTP is for the server's own machine, since it can be read on the way: use "
+                                "https:// in the address")
             head, taken = cut_head(c.inbox, c.seen)
             if taken:
                 c.take(taken)
@@ -6204,12 +6224,17 @@ class RetriedWrites:
 class Service:
     """A server: lock, store, address and threads, taken in the order in which each may be refused.
 
-    *take_lock*: gives the lock of the file, or raises Refusal. `files`: for what tells others about the server.
+    *take_lock*: gives the lock of the file, or raises Refusal. *tls_files*: certificate and key of the site, where
+    the farm's own is not to be served. `certificate`: the one that is served. `files`: for what tells others about
+    the server.
     Raises Refusal, with everything let go again and a file that was made for it removed.
     """
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
                  access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES,
-                 take_lock: Callable[[str], Lock] = Lock) -> None:
+                 take_lock: Callable[[str], Lock] = Lock, plain_http: bool = False,
+                 tls_files: Optional[Tuple[str, str]] = None) -> None:
+        self.tls_files = tls_files
+        self.certificate_renewed: Callable[[], None] = lambda: None
         with contextlib.ExitStack() as undo:
             secret = secrets.token_urlsafe(32)
             self.lock = take_lock(db)
@@ -6218,10 +6243,11 @@ class Service:
             if self.store.made:
                 undo.callback(remove_database, self.store.path)     # a start that is refused leaves no empty farm
             undo.callback(self.store.close)
-            self.certificate, self.context = own_certificate(self.store, host)
+            self.certificate, context = (
+                own_certificate(self.store, host) if tls_files is None else site_certificate(*tls_files))
             self.farm = Farm(self.store, secret, token_days)
             try:
-                self.server = Server((host, port), self.farm, routes, self.context, access_log)
+                self.server = Server((host, port), self.farm, routes, context, access_log, plain_http)
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
@@ -6233,12 +6259,31 @@ class Service:
             shown, local = reachable_as(host, advertise)
             self.url = url_of(shown, self.server.server_port)
             self.holder = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(), "url": self.url,
-                           "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                           "certificate": self.certificate}
+                           "admin_url": url_of(local, self.server.server_port), "secret": secret}
             self.files = RetriedWrites()
-            self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
-                             "'user', 'check' and 'backup' cannot reach this server until it is")
+            self._tell_holder()
             undo.pop_all()
+
+    def _tell_holder(self) -> None:
+        self.holder["certificate"] = self.certificate
+        self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
+                         "'user', 'check' and 'backup' cannot reach this server until it is")
+
+    def read_certificate_again(self) -> None:
+        """Serve what the files of the site's certificate hold now; what will not do changes nothing. For any signal."""
+        if self.tls_files is not None:
+            self.server.firsts.put(self._read_certificate)      # in a thread: the files may hang, as a home folder may
+
+    def _read_certificate(self) -> None:
+        assert self.tls_files is not None
+        try:
+            self.certificate, self.server.context = site_certificate(*self.tls_files)
+        except Refusal as error:
+            log.error("%s. The certificate of before is served", error)
+            return
+        log.info("certificate %s is served from now on", fingerprint(self.certificate))
+        self._tell_holder()
+        self.certificate_renewed()
 
     def serve(self) -> None:
         """Serve until `stop`, then let everything go."""
@@ -6270,6 +6315,17 @@ def own_certificate(store: Store, host: str) -> Tuple[str, ssl.SSLContext]:
         key, certificate = make_certificate([*names], [*addresses], store.clock().utc)
         store.call(keep_certificate(key, certificate))
     return certificate, server_context(certificate, key)
+
+
+def site_certificate(certificate_path: str, key_path: str) -> Tuple[str, ssl.SSLContext]:
+    """The certificate of a site, in PEM, and the server's end of TLS with it. Raises Refusal."""
+    try:
+        with open(certificate_path, encoding="utf-8") as chain_file, open(key_path, encoding="utf-8") as key_file:
+            chain, key = chain_file.read(), key_file.read()
+        return ssl.DER_cert_to_PEM_cert(certificate_der(chain)), server_context(chain, key)
+    except (OSError, ValueError) as error:
+        raise Refusal("%s and %s are no certificate and key that fit, in PEM and without a password (%s)" % (
+            certificate_path, key_path, error.strerror if isinstance(error, OSError) and error.strerror else error))
 
 
 def address_refused(host: str, port: int, error: OSError) -> str:
@@ -11124,14 +11180,18 @@ def cmd_serve(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
     raise_descriptor_limit()
     access_log = open_access_log(args.access_log)
-    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock)
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise Refusal("--tls-cert and --tls-key go together: the certificate, and the key that it is for")
+    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock,
+                      plain_http=args.plain_http, tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None)
 
     def stop(*_: Any) -> None:
         notify_systemd("STOPPING=1")
         service.stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
+    # The end of the terminal is not the end of the farm either.
+    signal.signal(signal.SIGHUP, lambda *_: service.read_certificate_again())
     with contextlib.ExitStack() as undo:
         undo.callback(service.close)
         warn_if_open(args.db)
@@ -11153,7 +11213,9 @@ def announce(service: Service, db: str) -> None:
                             "written")
     publish(user)
     service.farm.renewed = lambda renewed: publish(renewed) if renewed.name == user.name else None
-    print_started("taskfarm %s serves %s at %s" % (__version__, db, service.url))
+    service.certificate_renewed = lambda: publish(service.store.users.get(user.name, user))
+    print_started("taskfarm %s serves %s at %s\ncertificate %s" % (
+        __version__, db, service.url, fingerprint(service.certificate)))
     notify_systemd("READY=1\nSTATUS=serving %s at %s" % (db, service.url))
 
 
@@ -11702,6 +11764,11 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
     add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
                    "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))
+    add_env_option(serve, "--tls-cert FILE", "", "the site's certificate in place of the farm's own: PEM, with those "
+                   "that signed it; read again on SIGHUP")
+    add_env_option(serve, "--tls-key FILE", "", "its key: PEM, without a password")
+    serve.add_argument("--plain-http", action="store_true", help="take plain HTTP from other machines too, where "
+                       "nobody can listen on the way")
     add_verb(verbs, "check", cmd_check)
     add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(

@@ -5297,6 +5297,38 @@ def test_1000_handshakes_at_once(farm: Live) -> None:
         raw.close()
 
 
+@pytest.mark.parametrize("peer, own, here", [
+    ("127.0.0.1", "127.0.0.1", True), ("127.0.0.2", "127.0.0.1", True), ("10.1.2.3", "10.1.2.3", True),
+    ("::1", "::1", True), ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True), ("fe80::1%eth0", "fe80::1%eth0", True),
+    ("::ffff:127.0.0.9", "::ffff:10.1.2.3", True), ("10.1.2.4", "10.1.2.3", False), ("10.1.2.3", "127.0.0.1", False),
+    ("::ffff:10.1.2.4", "::ffff:10.1.2.3", False), ("fe80::2%eth0", "fe80::1%eth0", False)])
+def test_what_comes_from_this_machine(peer: str, own: str, here: bool) -> None:
+    assert taskfarm.from_this_machine(peer, own) is here
+
+
+@pytest.mark.parametrize("data", [
+    CLOSE, b"\x01", request_bytes("GET", "/api/runs", Authorization="{auth}"), request_bytes("POST", "/api/run", b"{"),
+    request_bytes("GET", "/api/runs", Authorization=basic("ada", Live.PASSWORD))],
+    ids=["open", "garbage", "token", "post", "password"])
+def test_plain_http_from_another_machine_is_refused_unread(farm: Live, data: bytes,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "from_this_machine", lambda *_: False)
+    for seen in ("Request", "cut_head"):        # of plain HTTP nothing is parsed
+        monkeypatch.setattr(taskfarm, seen, None)
+    raw = farm.raw(data.replace(b"{auth}", basic(farm.token, "").encode()))
+    status, headers, body = raw.answer()
+    assert status == 403 and headers["connection"] == "close" and "use https://" in json.loads(body)["detail"]
+    assert raw.answer()[0] == 0
+    raw.close()
+    monkeypatch.undo()
+    monkeypatch.setattr(taskfarm, "from_this_machine", lambda *_: False)
+    raw = farm.raw(CLOSE, context=pinned(farm))
+    assert raw.answer()[0] == 200, "TLS will do"
+    raw.close()
+    farm.service.server.plain_http = True
+    assert exchange(farm, CLOSE) == [200], "and plain HTTP where the keeper says so"
+
+
 def test_keep_alive_is_said_to_a_client_of_http_1_0(shared_farm: Live) -> None:
     raw = shared_farm.raw(b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
     assert raw.answer()[1]["connection"] == "keep-alive"
@@ -5732,6 +5764,58 @@ class Process(Caller):
         self.errors.close()
         shutil.rmtree(self.home)
         return status
+
+
+def fingerprint_of(server: Any) -> str:
+    """Of the certificate that a port shows."""
+    return taskfarm.fingerprint(ssl.get_server_certificate(("127.0.0.1", server.port)))
+
+
+def test_a_site_has_its_own_certificate_served_and_read_again(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+
+    def renew() -> str:
+        made = taskfarm.make_certificate(["localhost"], ["127.0.0.1"], time.time())
+        key.write_text(made[0])
+        certificate.write_text("the site's\n" + made[1] + taskfarm.make_certificate(["ca"], [], time.time())[1])
+        return taskfarm.fingerprint(made[1])
+    first = renew()
+    server = Process(str(tmp_path / "f"), "--tls-cert", str(certificate), "--tls-key", str(key))
+
+    def known() -> Set[str]:
+        """What the port shows, and what the lock file and the access file say."""
+        access = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())
+        return {fingerprint_of(server), taskfarm.fingerprint(access["certificate"]),
+                taskfarm.fingerprint(taskfarm.read_holder(str(tmp_path / "f"))["certificate"])}
+    assert known() == {first}
+    kept = server.raw(b"", context=taskfarm.pinned_context(certificate.read_text()))
+    second = renew()
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: known() == {second})
+    key.write_text("nothing")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "The certificate of before is served" in server.log())
+    assert known() == {second}
+    kept.sock.sendall(CLOSE)
+    assert kept.answer()[0] == 200, "connections go on under the certificate that they began with"
+    kept.close()
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--tls-cert", "{dir}/c.pem"], "go together"), (["--tls-key", "{dir}/k.pem"], "go together"),
+    (["--tls-cert", "{dir}/c.pem", "--tls-key", "{dir}/no.pem"], "No such file"),
+    (["--tls-cert", "{dir}/k.pem", "--tls-key", "{dir}/k.pem"], "no certificate and key that fit"),
+    (["--tls-cert", "{dir}/c.pem", "--tls-key", "{dir}/other.pem"], "no certificate and key that fit")])
+def test_a_certificate_of_the_site_that_will_not_do_is_refused(tmp_path: Path, words: List[str], why: str) -> None:
+    key, certificate = taskfarm.make_certificate(["localhost"], [], time.time())
+    (tmp_path / "c.pem").write_text(certificate)
+    (tmp_path / "k.pem").write_text(key)
+    (tmp_path / "other.pem").write_text(taskfarm.make_certificate(["localhost"], [], time.time())[0])
+    words = [word.replace("{dir}", str(tmp_path)) for word in words]
+    done = run_verb("--db", str(tmp_path / "f"), "--port", "0", *words, HOME=str(tmp_path))
+    assert done.returncode == 1 and why in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "f").exists()
 
 
 def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
@@ -8648,7 +8732,8 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
         server = Process(str(tmp_path / "f"))
     finally:
         os.umask(old)
-    assert re.fullmatch(r"taskfarm [0-9.]+ serves \S+ at http://127\.0\.0\.1:[0-9]+\n", server.line)
+    assert re.fullmatch(r"taskfarm [0-9.]+ serves \S+ at https://127\.0\.0\.1:[0-9]+\n", server.line)
+    assert server.process.stdout and server.process.stdout.readline() == "certificate %s\n" % fingerprint_of(server)
     access = Path(server.home, ".config/taskfarm/access.json")
     content = json.loads(access.read_text())
     assert set(content) == {"url", "user", "token", "farm", "certificate"}
