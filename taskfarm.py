@@ -40,7 +40,7 @@ States of a task
     percent and that no worker under a lease computes; or the failed ones. The last two keep percentages.
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
-    GET    /livez                         open  200 while the server answers; ?nonce=HEX proves which farm it is
+    GET    /livez                         open  200 while the server answers
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
     POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
@@ -70,6 +70,9 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
 
     "admin" is whoever can read the lock file beside the database: the verbs of this file.
 
+    One port speaks TLS (1.2 upward) and plain HTTP, as the first byte of the client tells. Plain HTTP is for clients
+    on the server's own machine; others get 403 whatever they ask for, unless the keeper allows it (--plain-http).
+
     A user's POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
     and changes nothing more. Remembered for a day; of claims, the last key of each worker.
 
@@ -77,9 +80,10 @@ Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
-    Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
-    100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, or too many
-    passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault, with an id that is in the log.
+    Also: 403 what is for admin, or plain HTTP from another machine, 408 not whole in time, 409 (said below each
+    endpoint), 417 another Expect than 100-continue, 422 an Idempotency-Key that came with another request, 503 a disk
+    that takes no write, or too many passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault,
+    with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -104,6 +108,7 @@ Contents
     FILE                whose the file is
     WRITER              one connection, one thread: all that waits in one transaction
     LOGIN               password hashes, signed tokens, remembered logins
+    TLS                 a certificate of the farm's own, and the settings of both ends
     HTTP                requests and replies as bytes; knows no socket, no run and no task
     SERVER              connections, and the thread that serves them in turn
     API                 one function for each endpoint
@@ -145,6 +150,7 @@ import hmac
 import heapq
 import html
 import http.client
+import ipaddress
 import itertools
 import json
 import logging
@@ -167,6 +173,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
@@ -233,8 +240,6 @@ WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten t
 FORGET_CHECK_S = 3600.0             # between two searches for workers to forget
 DAY_S = 86400.0
 
-PROOF_LABEL = "taskfarm proof: "    # stands before a nonce that is signed; no key is made with it
-
 
 class FarmError(RuntimeError):
     """An error that a client is told: a status, and a sentence that says what was asked and what would do.
@@ -260,7 +265,7 @@ class Unauthorized(FarmError):
 
 
 class Forbidden(FarmError):
-    """403: the login is good, but this is for admin."""
+    """403: the login is good, but this is for admin; or it came by plain HTTP from another machine."""
     status = 403
 
 
@@ -560,7 +565,8 @@ CREATE TABLE farm (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     identity TEXT NOT NULL,                     -- names this farm to clients
     signing_key BLOB NOT NULL,                  -- signs tokens
-    proof_key BLOB NOT NULL,                    -- root of the keys by which clients know this farm
+    tls_key TEXT NOT NULL DEFAULT '',           -- PEM, made at the first start of a server
+    tls_certificate TEXT NOT NULL DEFAULT '',   -- by which clients know this farm
     next_task_id INTEGER NOT NULL,              -- ids below are taken, for ever
     probes INTEGER NOT NULL DEFAULT 0,          -- rises to see whether the disk takes writes again
     starts INTEGER NOT NULL DEFAULT 0           -- of servers: revisions begin above those of before
@@ -2344,6 +2350,19 @@ def learn_users(sql: Transaction) -> None:
 
 
 @operation
+def keep_certificate(sql: Transaction, now: Now, key: str, certificate: str) -> None:
+    """The farm has a key for TLS, and a certificate for it."""
+    sql.execute("UPDATE farm SET tls_key = ?, tls_certificate = ?", (key, certificate))
+
+
+@read_operation
+def read_certificate(sql: Transaction, now: Now) -> Tuple[str, str]:
+    """Key and certificate for TLS, in PEM. Both are empty before the first start of a server."""
+    key, certificate = sql.one("SELECT tls_key, tls_certificate FROM farm")
+    return key, certificate
+
+
+@operation
 def probe(sql: Transaction, now: Now) -> None:
     """After a write that failed, write something that means nothing: whether the disk takes it shows at COMMIT."""
     if sql.trouble:
@@ -2508,8 +2527,8 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
     if version == 0:
         connection.execute("PRAGMA application_id = %d" % APPLICATION_ID)
         connection.execute(
-            "INSERT INTO farm (id, identity, signing_key, proof_key, next_task_id) VALUES (1, ?, ?, ?, 1)",
-            (secrets.token_hex(16), secrets.token_bytes(32), secrets.token_bytes(32)))
+            "INSERT INTO farm (id, identity, signing_key, next_task_id) VALUES (1, ?, ?, 1)",
+            (secrets.token_hex(16), secrets.token_bytes(32)))
     connection.execute("PRAGMA user_version = %d" % len(SCHEMA))
     connection.execute("COMMIT")
 
@@ -2644,19 +2663,23 @@ class Lock:
     when another process has the lock. Raises Refusal when the lock file belongs to another user, or when the file
     system has no locks that work.
     """
-    SIZE = 1024     # bytes. It is written in place and never made shorter, so it has its block when the disk is full
+    SIZE = 4096     # bytes. It is written in place and never made shorter, so it has its block when the disk is full
 
     def __init__(self, path: str) -> None:
         self.path = lock_path(path)
         self.written = False
         self.file = open_lock_file(path)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stat.S_IMODE(os.fstat(self.file).st_mode) & 0o077:
+            was_open = stat.S_IMODE(os.fstat(self.file).st_mode) & 0o077
+            if was_open:
                 os.fchmod(self.file, 0o600)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self.file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                if was_open:
+                    log.warning("%s could be read by others, and now by its owner alone: start the server again, so "
+                                "that it has another secret", self.path)
                 raise InUse("%s is in use: %s" % (path, described(read_holder(path))))
             if error.errno in (errno.EPERM, errno.EROFS):
                 raise Refusal("%s can be read by others, and its mode cannot be changed (%s): chmod 600 %s" % (
@@ -2828,8 +2851,7 @@ class Store:
         try:
             prepare(self.connection, path)
             self.sql = Transaction(self.connection, path, clock)
-            self.identity, self.signing_key, self.proof_key = self.sql.one(
-                "SELECT identity, signing_key, proof_key FROM farm")
+            self.identity, self.signing_key = self.sql.one("SELECT identity, signing_key FROM farm")
             learn_users(self.sql)
             self.sql.settle()
             self._begin_leases()
@@ -3499,6 +3521,232 @@ class Logins:
         memory[key] = login, until
 
 
+# ---------------------------------------------------------------- TLS
+# A certificate of the farm's own, made by the standard library alone, and what `ssl` is told at both ends. Knows no
+# sockets and no files but those that it is given.
+#
+# The certificate is X.509 version 3 (RFC 5280) in DER (ITU-T X.690), with a key on the curve P-256, signed by itself.
+# Another extension: a line in `make_certificate`.
+
+# P-256 (SP 800-186): its field, the order of its group, and the point G that makes the group.
+P256_FIELD = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1
+P256_ORDER = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551
+P256_G = (0x6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296,
+          0x4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5)
+CERTIFICATE_YEARS = 20
+
+Point = Optional[Tuple[int, int]]       # of the curve; None: the one at infinity
+
+
+def add_points(a: Point, b: Point) -> Point:
+    """The sum of two points of P-256."""
+    if a is None or b is None:
+        return a or b
+    if a[0] == b[0] and (a[1] + b[1]) % P256_FIELD == 0:
+        return None
+    rise, run = (3 * a[0] ** 2 - 3, 2 * a[1]) if a == b else (b[1] - a[1], b[0] - a[0])
+    slope = rise * pow(run, -1, P256_FIELD)
+    x = (slope ** 2 - a[0] - b[0]) % P256_FIELD
+    return x, (slope * (a[0] - x) - a[1]) % P256_FIELD
+
+
+def multiple(factor: int) -> Tuple[int, int]:
+    """So many times G, for a factor from 1 to P256_ORDER - 1. It takes some 10 ms, and how long tells about the factor.
+
+    That may be: it is called twice in the life of a farm, before anybody can reach it.
+    """
+    found, doubled = None, P256_G    # type: Tuple[Point, Point]
+    while factor:
+        if factor & 1:
+            found = add_points(found, doubled)
+        doubled, factor = add_points(doubled, doubled), factor >> 1
+    assert found is not None
+    return found
+
+
+def der(tag: int, *parts: bytes) -> bytes:
+    """A value in DER: tag, length and content."""
+    content = b"".join(parts)
+    length = len(content)
+    if length < 128:
+        return bytes([tag, length]) + content
+    size = length.to_bytes((length.bit_length() + 7) // 8, "big")
+    return bytes([tag, 128 + len(size)]) + size + content
+
+
+def der_integer(number: int) -> bytes:
+    """A number that is not negative."""
+    return der(0x02, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def der_oid(dotted: str) -> bytes:
+    """An object identifier."""
+    first, second, *others = map(int, dotted.split("."))
+    content = [40 * first + second]
+    for number in others:
+        digits = [number & 127]
+        while number > 127:
+            number >>= 7
+            digits.insert(0, 128 + (number & 127))
+        content += digits
+    return der(0x06, bytes(content))
+
+
+def der_time(utc: float) -> bytes:
+    """A time of a certificate: UTCTime, from 2050 on GeneralizedTime."""
+    text = time.strftime("%Y%m%d%H%M%SZ", time.gmtime(utc))
+    return der(0x18, text.encode()) if text >= "2050" else der(0x17, text[2:].encode())
+
+
+def sequence(*parts: bytes) -> bytes:
+    """A SEQUENCE in DER."""
+    return der(0x30, *parts)
+
+
+def pem(label: str, content: bytes) -> str:
+    """A value in DER as text (RFC 7468)."""
+    lines = textwrap.wrap(base64.b64encode(content).decode(), 64)
+    return "-----BEGIN %s-----\n%s\n-----END %s-----\n" % (label, "\n".join(lines), label)
+
+
+def make_certificate(names: Sequence[str], addresses: Sequence[str], utc: float) -> Tuple[str, str]:
+    """A new key, and a certificate for it that is valid from a day before *utc* on. Both are PEM.
+
+    *names*, *addresses*: by which clients may reach the server.
+    """
+    secret = 1 + secrets.randbelow(P256_ORDER - 1)
+    x, y = multiple(secret)
+    point = b"\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big")
+    curve, bits = der_oid("1.2.840.10045.3.1.7"), der(0x03, b"\0", point)
+    algorithm = sequence(der_oid("1.2.840.10045.4.3.2"))        # ECDSA with SHA-256
+    key_id = hashlib.sha256(point).digest()[:20]                # RFC 7093
+    serial = secrets.randbits(126) + 1
+    # Each farm has a name of its own: programs look for the signer of a certificate by name.
+    name = sequence(der(0x31, sequence(der_oid("2.5.4.3"), der(0x0c, b"taskfarm %x" % serial))))
+
+    def extension(oid: str, value: bytes, critical: bytes = b"") -> bytes:
+        return sequence(der_oid("2.5.29." + oid), critical, der(0x04, value))
+    critical = der(0x01, b"\xff")
+    signed = sequence(
+        der(0xa0, der_integer(2)), der_integer(serial), algorithm, name,
+        sequence(der_time(utc - DAY_S), der_time(utc + CERTIFICATE_YEARS * 365.25 * DAY_S)), name,
+        sequence(sequence(der_oid("1.2.840.10045.2.1"), curve), bits),
+        der(0xa3, sequence(
+            extension("19", sequence(critical), critical),              # basicConstraints: it may sign, itself
+            extension("15", der(0x03, b"\x02\x84"), critical),          # keyUsage: digitalSignature, keyCertSign
+            extension("37", sequence(der_oid("1.3.6.1.5.5.7.3.1"))),    # extKeyUsage: serverAuth
+            extension("14", der(0x04, key_id)),                         # subjectKeyIdentifier
+            extension("35", sequence(der(0x80, key_id))),               # authorityKeyIdentifier
+            extension("17", sequence(                                   # subjectAltName
+                *(der(0x82, name.encode()) for name in names),
+                *(der(0x87, ipaddress.ip_address(address).packed) for address in addresses))))))
+    nonce = 1 + secrets.randbelow(P256_ORDER - 1)
+    r = multiple(nonce)[0] % P256_ORDER
+    s = pow(nonce, -1, P256_ORDER) * (int.from_bytes(hashlib.sha256(signed).digest(), "big") + r * secret) % P256_ORDER
+    certificate = sequence(signed, algorithm, der(0x03, b"\0", sequence(der_integer(r), der_integer(s))))
+    key = sequence(der_integer(1), der(0x04, secret.to_bytes(32, "big")), der(0xa0, curve), der(0xa1, bits))
+    return pem("EC PRIVATE KEY", key), pem("CERTIFICATE", certificate)
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is given by its address, not by a name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
+def certificate_der(certificate_pem: str) -> bytes:
+    """The certificate in DER: the first one where others follow, as in the file of a site. Raises ValueError."""
+    _, header, content = certificate_pem.partition(ssl.PEM_HEADER)
+    return ssl.PEM_cert_to_DER_cert(header + content.partition(ssl.PEM_FOOTER)[0] + ssl.PEM_FOOTER)
+
+
+def fingerprint(certificate_pem: str) -> str:
+    """What names a certificate to people: SHA256:, and the hash of its DER in hex."""
+    return "SHA256:" + hashlib.sha256(certificate_der(certificate_pem)).hexdigest()
+
+
+def server_context(certificate_pem: str, key_pem: str) -> ssl.SSLContext:
+    """The server's end of TLS. Raises OSError (ssl.SSLError among them) for a certificate or key that will not do.
+
+    They reach `ssl`, which only reads files, through pipes: no file has the key, and a full disk does not matter.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    with contextlib.ExitStack() as ends:
+        paths = []
+        for text in (certificate_pem, key_pem):
+            reader, writer = os.pipe()
+            ends.callback(os.close, reader)
+            os.set_blocking(writer, False)
+            sent = os.write(writer, text.encode())
+            os.close(writer)
+            if sent < len(text.encode()):
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            paths.append("/dev/fd/%d" % reader)
+        context.load_cert_chain(paths[0], paths[1], password="")        # without one OpenSSL would ask the terminal
+    return context
+
+
+class TlsEnd:
+    """The server's end of one TLS connection: bytes as they are sent to bytes as they are meant, and back.
+
+    It works on bytes in memory, so each call ends soon. (A socket of `ssl` reads on for as long as the client sends
+    records without content, and holds everybody up.)
+    """
+    __slots__ = ("incoming", "outgoing", "end", "ended")
+    PIECE = 16 * 1024       # bytes at a time: the buffers of OpenSSL keep the size that they have once had
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+        self.end = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.ended = False              # the client has said that it sends no more
+
+    def decrypt(self, data: bytes) -> bytes:
+        """What came, at most PIECE bytes, as far as it is whole; all of a handshake is none. Raises ssl.SSLError.
+
+        What is to be sent because of it, an alert too, is in `outgoing`.
+        """
+        self.incoming.write(data)
+        content = b""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while self.incoming.pending and not self.ended:
+                piece = self.end.read(self.PIECE)
+                self.ended = not piece
+                content = content + piece if content else piece
+        return content
+
+    def encrypt(self, content: Union[bytes, memoryview]) -> bytes:
+        """Bytes to be sent for these."""
+        if len(content) <= self.PIECE:
+            self.end.write(content)
+            return self.outgoing.read()
+        view = memoryview(content)
+        return b"".join(self.encrypt(view[at:at + self.PIECE]) for at in range(0, len(view), self.PIECE))
+
+    def goodbye(self) -> bytes:
+        """Bytes that tell the client that nothing more comes."""
+        with contextlib.suppress(ssl.SSLError):     # the client has not said so, or the handshake is not over
+            self.end.unwrap()
+        return self.outgoing.read()
+
+
+def pinned_context(certificate_pem: str) -> ssl.SSLContext:
+    """A client's end of TLS, for a farm whose certificate is known, whatever the host is called now.
+
+    It accepts what that certificate has signed, too: the caller compares the DER of the peer's certificate with
+    `certificate_der`. Raises ValueError or ssl.SSLError for what is no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_flags |= ssl.VerifyFlags(0x80000)    # VERIFY_X509_PARTIAL_CHAIN of 3.10: a site's need not be a root
+    context.load_verify_locations(cadata=certificate_der(certificate_pem))
+    return context
+
+
 # ---------------------------------------------------------------- HTTP
 # Requests and replies as bytes (RFC 9110, RFC 9112). Knows no socket, no run and no task.
 #
@@ -4031,8 +4279,6 @@ def cut_head(inbox: Any, seen: int = 0) -> Tuple[Optional[bytes], int]:
     if end >= 0:
         return bytes(inbox[start:end]), end + 4
     if seen == start and inbox[start:] != b"\r":
-        if inbox[start:start + 1] in (b"\x16", b"\x80"):
-            raise BadRequest("this port speaks plain HTTP, not TLS: use http:// in the address")
         if len(inbox) > start and not re.match(TOKEN, inbox[start:start + 1]):
             raise malformed_line(bytes(inbox[start:start + LINE_LIMIT]).partition(b"\n")[0])
     bare = BARE_LF.search(inbox, seen, HEAD_LIMIT + start)
@@ -4291,6 +4537,7 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
 # limit in time or bytes belongs into the table below.
 
 TURN_S = 0.005                      # for each line, and for outcomes, in each turn
+TLS_BYTE = b"\x16"                  # the first one of a client that speaks TLS (RFC 8446, section 5.1)
 DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
 DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
 ACCEPTS = 64                        # new connections in a turn
@@ -4313,7 +4560,8 @@ class Connection:
     """A client's connection: bytes that came, a request in work, bytes that are to go."""
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
                  "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused",
-                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last")
+                 "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last", "tls",
+                 "barred")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -4346,6 +4594,8 @@ class Connection:
         self.held = 0                   # bytes of buffers, as counted by the server
         self.moved = 0                  # bytes that the client sent or took since that was noted
         self.last = time.monotonic()    # when it spoke last
+        self.tls: Optional[TlsEnd] = None           # where the client speaks TLS
+        self.barred = False             # plain HTTP will not do: it goes from machine to machine
 
     def send(self, reply: Reply) -> None:
         """Answer the request in work, or give the next piece of the answer. What the client does not take waits."""
@@ -4358,20 +4608,24 @@ class Connection:
                           request is not None and request.method == "HEAD")
             if not keep:
                 self.ending = True
+        self.put(data if self.tls is None else self.tls.encrypt(data))
+        if not self.streaming:
+            if self.server.access is not None:
+                self.server.note_access(self, reply)
+            self.request = None
+
+    def put(self, data: bytes) -> None:
+        """Send bytes as they are, while none wait. What the client does not take waits."""
         try:
             sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
             self.gone = True
-            sent = len(data)
+            return
         if sent < len(data):
             self.outbox = memoryview(data)[sent:]
             self.moved = MOVED_BYTES        # the time to take it begins
-        if not self.streaming:
-            if self.server.access is not None:
-                self.server.note_access(self, reply)
-            self.request = None
 
     def _render_piece(self, reply: Reply) -> bytes:
         """The bytes of a piece of the answer, before the first of them those of the head."""
@@ -4398,12 +4652,16 @@ class Connection:
     def receive(self) -> None:
         """Read what has come."""
         try:
-            data = self.sock.recv(65536 if self.known else GUEST_PIECE)
+            data = self.sock.recv(65536 if self.known and self.tls is None else GUEST_PIECE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self.gone = True
             return
+        if data and self.tls is not None:
+            data = self._decrypt(self.tls, data)
+            if not data:
+                return
         if not data:
             self.eof = True
         elif self.ending:
@@ -4415,6 +4673,33 @@ class Connection:
             self.moved += len(data)
         else:
             self.inbox = data
+
+    def speaks_tls(self) -> bool:
+        """Whether the client speaks TLS, as its first byte tells."""
+        if self.tls is None and not (self.spoken or self.inbox):
+            with contextlib.suppress(OSError):      # what is wrong with it shows when it is read
+                if self.sock.recv(1, socket.MSG_PEEK) == TLS_BYTE:
+                    self.tls = TlsEnd(self.server.context)
+        return self.tls is not None
+
+    def _decrypt(self, tls: TlsEnd, data: bytes) -> bytes:
+        """The bytes that are meant by those that came; b"" when there are none."""
+        content = b""
+        try:
+            content = tls.decrypt(data)
+            self.eof = tls.ended
+        except ssl.SSLError:
+            self.gone = True
+        answer = tls.outgoing.read()
+        if answer:
+            self.put(answer)
+        return content
+
+    def end_sending(self) -> None:
+        """Tell the client that no more comes. Raises OSError when it is not there any more."""
+        if self.tls is not None:
+            self.sock.send(self.tls.goodbye())
+        self.sock.shutdown(socket.SHUT_WR)
 
     def take(self, count: int) -> bytes:
         """Take bytes from the buffer."""
@@ -4526,6 +4811,12 @@ class AccessLog:
         self.thread.join(1.0)
 
 
+def from_this_machine(peer: str, own: str) -> bool:
+    """Whether a connection does not leave the machine, by the addresses of its two ends."""
+    address = ipaddress.ip_address(peer)
+    return peer == own or (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 Works = Any     # a SimpleQueue of functions to call, ended by None; Python 3.9's class takes no parameters
 
 
@@ -4534,14 +4825,18 @@ class Server(ThreadingHTTPServer):
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
     Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
-    those refused that wait for others, its `give_way` waits for its writer. *access*: a file that gets a
-    line for each request, or None. Raises OSError when the address cannot be had.
+    those refused that wait for others, its `give_way` waits for its writer. *context*: for TLS. *access*: a
+    file that gets a line for each request, or None. *plain_http*: from other machines too. Raises OSError when
+    the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
 
-    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, access: Any = None) -> None:
+    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, context: ssl.SSLContext,
+                 access: Any = None, plain_http: bool = False) -> None:
         self.farm = farm
+        self.context = context          # of new connections
+        self.plain_http = plain_http
         self.routes = routes
         self.access = None if access is None else AccessLog(access)
         self.clock: Callable[[], Now] = farm.clock
@@ -4662,7 +4957,7 @@ class Server(ThreadingHTTPServer):
         if mask & selectors.EVENT_WRITE:
             connection.flush()
         if mask & selectors.EVENT_READ:
-            connection.receive()
+            self._read(connection)
             if connection.eof and connection.operation is not None:
                 self.left[connection] = self.clock().tick
         if not (connection.in_line or connection.busy):
@@ -4672,6 +4967,14 @@ class Server(ThreadingHTTPServer):
             else:
                 self._join(connection)
         self.settle(connection)
+
+    def _read(self, c: Connection) -> None:
+        """Read what has come. Of a guest who speaks TLS it is read in line: to shake hands takes a millisecond."""
+        if not c.known and c.speaks_tls():
+            self._join(c)
+            self._watch(c)
+        else:
+            c.receive()
 
     def _direct(self) -> bool:
         """Whether there is time to serve without the line: always, unless very many come in one turn."""
@@ -4808,7 +5111,7 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
         for connection in list(self.connections):
             if connection.watching & selectors.EVENT_READ:
-                connection.receive()
+                self._read(connection)
             if connection.inbox and not (connection.busy or connection.outbox):
                 self._join(connection)
             self.settle(connection)
@@ -4855,6 +5158,7 @@ class Server(ThreadingHTTPServer):
                 continue    # another error: the client has given up while it waited
             sock.setblocking(False)
             connection = Connection(self, sock, address[0])
+            connection.barred = not (self.plain_http or from_this_machine(address[0], sock.getsockname()[0]))
             self.connections.add(connection)
             self.settle(connection)
 
@@ -4921,8 +5225,10 @@ class Server(ThreadingHTTPServer):
         if waiting and c.ending and not c.shut:
             c.shut = True
             with contextlib.suppress(OSError):
-                c.sock.shutdown(socket.SHUT_WR)
+                c.end_sending()
         self._watch(c)
+        if c.in_line and not c.known and c.phase in (NEW, ARRIVING):
+            return      # or who sends a byte now and then would begin another deadline with each
         phase = (ANSWERING if c.outbox else IDLE if not waiting or c.paused else CLOSING if c.ending else
                  NEW if not c.spoken and not c.inbox else ARRIVING if c.inbox or c.request or c.skip else IDLE)
         if phase != c.phase:
@@ -4940,6 +5246,8 @@ class Server(ThreadingHTTPServer):
         if c.paused:
             self.paused[c] = None
         reading = not (c.eof or c.paused) and len(c.inbox) <= most
+        if c.tls is not None and (c.outbox or c.in_line and not c.known):
+            reading = False     # what is read may have to be answered at once; of guests it is read in line
         watching = (selectors.EVENT_READ if reading else 0) | (
             selectors.EVENT_WRITE if c.outbox else 0)
         if watching == c.watching:
@@ -5024,6 +5332,8 @@ class Server(ThreadingHTTPServer):
     def advance(self, connection: Connection) -> None:
         """Take one step: ask for the next piece of an answer, or serve a request; join the line if more is there."""
         c = connection
+        if c.tls is not None and not (c.known or c.eof or c.outbox) and len(c.inbox) <= HEAD_LIMIT:
+            c.receive()
         if c.busy or c.outbox:
             return
         if c.rest is not None:
@@ -5045,6 +5355,9 @@ class Server(ThreadingHTTPServer):
         """One request's next step; False when more bytes must come."""
         request = c.request
         if request is None:
+            if c.barred and c.tls is None:
+                raise Forbidden("plain HTTP is for the server's own machine, since it can be read on the way: use "
+                                "https:// in the address")
             head, taken = cut_head(c.inbox, c.seen)
             if taken:
                 c.take(taken)
@@ -5066,8 +5379,8 @@ class Server(ThreadingHTTPServer):
         if len(c.inbox) < request.length:
             if request.expects and not c.inbox:
                 request.expects = False
-                with contextlib.suppress(OSError):      # a client that is gone shows when it is read
-                    c.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+                c.put(go_on if c.tls is None else c.tls.encrypt(go_on))
             self.bodies[c] = None
             return False
         body = b""
@@ -5261,27 +5574,6 @@ class Farm:
         """A token of this farm for a user; *expires* as in make_token."""
         return make_token(self.store.signing_key, user, expires)
 
-    def proof_key(self, user_id: Optional[int]) -> bytes:
-        """The key by which a user knows this farm again; None: by which a reader of the lock file does.
-
-        Each has a key of their own, since who has one can also pass for the farm. The root key signs two fixed texts
-        and nothing that a client sends. (Previously it signed users' ids and nonces alike: the proof for the nonce
-        "user 1" was the key of user 1.)
-        """
-        root = self.store.proof_key
-        if user_id is None:
-            return hmac.digest(root, b"taskfarm key: lock file", "sha256")
-        users = hmac.digest(root, b"taskfarm key: users", "sha256")
-        return hmac.digest(users, b"taskfarm key: user %d" % user_id, "sha256")
-
-    def known_by(self, user: User) -> str:
-        """The `proof` of an access file: the user's id and key."""
-        return "%d.%s" % (user.id, self.proof_key(user.id).hex())
-
-    def proof(self, nonce: str, user_id: Optional[int]) -> str:
-        """What only this farm, and who has the key, can answer to a nonce."""
-        return hmac.new(self.proof_key(user_id), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
-
 
 def once(req: Request, named: Operation) -> Operation:
     """The operation; with an Idempotency-Key, once for all requests that come with it."""
@@ -5448,18 +5740,13 @@ UUID_PATTERN = "[A-Za-z0-9._-]+"
 UUID = Text(64, UUID_PATTERN)
 
 
-@route("GET", "/livez", access=OPEN, query={"nonce": Text(64, "[0-9a-f]+", required=False),
-                                            "user": Count(0, 2 ** 62, required=False)})
+@route("GET", "/livez", access=OPEN)
 def alive(req: Request) -> Reply:
-    """Tell a supervisor that the server answers, and a client that this is the farm it knows.
+    """Tell a supervisor that the server answers.
 
-    200: {"status": "alive"}, with a nonce also {"proof": HMAC-SHA-256 of PROOF_LABEL and it in hex, under the key of
-    the user of that id, or without one under that of the lock file}
-    errors: 400 a nonce that is not 1 to 64 hexadecimal digits in lower case
+    200: {"status": "alive"}
     """
-    nonce = req.query.get("nonce")
-    proof = {"proof": req.farm.proof(nonce, req.query.get("user"))} if nonce else {}
-    return json_reply(200, dict({"status": "alive"}, **proof))
+    return json_reply(200, {"status": "alive"})
 
 
 @route("GET", "/readyz", access=OPEN)
@@ -5472,21 +5759,18 @@ def ready(req: Request) -> Operation:
     return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
-@route("GET", "/api/token", query={"proof": Choice({"True": True, "False": False}, required=False)})
+@route("GET", "/api/token")
 def give_token(req: Request) -> Reply:
     """A token for the user who asks; one that was got with a token lasts no longer than that.
 
-    200: {"token"}, with ?proof=True also {"farm", "proof"}: what an access file needs to know this farm again
+    200: {"token", "farm"}; farm is what clients know this farm by, wherever it is served
     """
     login = req.login
     if login is None or login.user is None:
         raise Forbidden("a token stands for a user: ask for it as one")
     days = req.farm.token_days
     expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
-    answer = {"token": req.farm.token(login.user, expires)}
-    if req.query.get("proof"):
-        answer.update(farm=req.farm.store.identity, proof=req.farm.known_by(login.user))
-    return json_reply(200, answer)
+    return json_reply(200, {"token": req.farm.token(login.user, expires), "farm": req.farm.store.identity})
 
 
 @route("POST", "/api/run", body={
@@ -5868,8 +6152,8 @@ def front_page() -> Reply:
 # back, and the callback that does so. What local verbs must know about the server goes into `Service.holder`.
 
 def url_of(host: str, port: int) -> str:
-    """An http URL of a host, which may be an IPv6 address."""
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+    """An https URL of a host, which may be an IPv6 address."""
+    return "https://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
@@ -5940,12 +6224,17 @@ class RetriedWrites:
 class Service:
     """A server: lock, store, address and threads, taken in the order in which each may be refused.
 
-    *take_lock*: gives the lock of the file, or raises Refusal. `files`: for what tells others about the server.
+    *take_lock*: gives the lock of the file, or raises Refusal. *tls_files*: certificate and key of the site, where
+    the farm's own is not to be served. `certificate`: the one that is served. `files`: for what tells others about
+    the server.
     Raises Refusal, with everything let go again and a file that was made for it removed.
     """
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
                  access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES,
-                 take_lock: Callable[[str], Lock] = Lock) -> None:
+                 take_lock: Callable[[str], Lock] = Lock, plain_http: bool = False,
+                 tls_files: Optional[Tuple[str, str]] = None) -> None:
+        self.tls_files = tls_files
+        self.certificate_renewed: Callable[[], None] = lambda: None
         with contextlib.ExitStack() as undo:
             secret = secrets.token_urlsafe(32)
             self.lock = take_lock(db)
@@ -5954,9 +6243,11 @@ class Service:
             if self.store.made:
                 undo.callback(remove_database, self.store.path)     # a start that is refused leaves no empty farm
             undo.callback(self.store.close)
+            self.certificate, context = (
+                own_certificate(self.store, host) if tls_files is None else site_certificate(*tls_files))
             self.farm = Farm(self.store, secret, token_days)
             try:
-                self.server = Server((host, port), self.farm, routes, access_log)
+                self.server = Server((host, port), self.farm, routes, context, access_log, plain_http)
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
@@ -5968,12 +6259,31 @@ class Service:
             shown, local = reachable_as(host, advertise)
             self.url = url_of(shown, self.server.server_port)
             self.holder = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(), "url": self.url,
-                           "admin_url": url_of(local, self.server.server_port), "secret": secret,
-                           "proof": self.farm.proof_key(None).hex()}
+                           "admin_url": url_of(local, self.server.server_port), "secret": secret}
             self.files = RetriedWrites()
-            self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
-                             "'user', 'check' and 'backup' cannot reach this server until it is")
+            self._tell_holder()
             undo.pop_all()
+
+    def _tell_holder(self) -> None:
+        self.holder["certificate"] = self.certificate
+        self.files.write(self.lock.path, lambda: self.lock.write(self.holder),
+                         "'user', 'check' and 'backup' cannot reach this server until it is")
+
+    def read_certificate_again(self) -> None:
+        """Serve what the files of the site's certificate hold now; what will not do changes nothing. For any signal."""
+        if self.tls_files is not None:
+            self.server.firsts.put(self._read_certificate)      # in a thread: the files may hang, as a home folder may
+
+    def _read_certificate(self) -> None:
+        assert self.tls_files is not None
+        try:
+            self.certificate, self.server.context = site_certificate(*self.tls_files)
+        except Refusal as error:
+            log.error("%s. The certificate of before is served", error)
+            return
+        log.info("certificate %s is served from now on", fingerprint(self.certificate))
+        self._tell_holder()
+        self.certificate_renewed()
 
     def serve(self) -> None:
         """Serve until `stop`, then let everything go."""
@@ -5992,6 +6302,30 @@ class Service:
         self.server.server_close()
         self.store.close()
         self.lock.close()
+
+
+def own_certificate(store: Store, host: str) -> Tuple[str, ssl.SSLContext]:
+    """The farm's own certificate, in PEM, and the server's end of TLS with it. It is made where there is none yet."""
+    key, certificate = store.call(read_certificate())
+    if not certificate:
+        # The host's name as it is: to ask for a longer one may hang without DNS.
+        names, addresses = dict.fromkeys([socket.gethostname(), "localhost"]), dict.fromkeys(["127.0.0.1", "::1"])
+        if is_address(host):
+            addresses[host] = None
+        key, certificate = make_certificate([*names], [*addresses], store.clock().utc)
+        store.call(keep_certificate(key, certificate))
+    return certificate, server_context(certificate, key)
+
+
+def site_certificate(certificate_path: str, key_path: str) -> Tuple[str, ssl.SSLContext]:
+    """The certificate of a site, in PEM, and the server's end of TLS with it. Raises Refusal."""
+    try:
+        with open(certificate_path, encoding="utf-8") as chain_file, open(key_path, encoding="utf-8") as key_file:
+            chain, key = chain_file.read(), key_file.read()
+        return ssl.DER_cert_to_PEM_cert(certificate_der(chain)), server_context(chain, key)
+    except (OSError, ValueError) as error:
+        raise Refusal("%s and %s are no certificate and key that fit, in PEM and without a password (%s)" % (
+            certificate_path, key_path, error.strerror if isinstance(error, OSError) and error.strerror else error))
 
 
 def address_refused(host: str, port: int, error: OSError) -> str:
@@ -6431,20 +6765,28 @@ def may_succeed_later(error: Exception) -> bool:
 
 
 class OtherFarm(Unreachable):
-    """What answers at the URL has not proven that it is the farm of the login."""
+    """What answers at the URL has not proven, by its certificate, that it is the farm of the login."""
 
 
 class Access(NamedTuple):
     """A farm and a login to it."""
-    url: str            # http://host:port, perhaps with a path, without a slash at the end
+    url: str            # https://host:port, perhaps with a path, without a slash at the end
     user: str
     token: str          # used when there is one, else user and password
     password: str
-    proof: str          # the key, in hex, with which the farm proves its identity, after the user's id and a dot where
-                        # it is one user's key; "" when it is not known
+    certificate: str    # by which the farm is known: in PEM, or its fingerprint; "system": one that the authorities of
+                        # this system accept for the host of the URL, as where none is known ("")
     farm: str           # the identity of the farm; "" when it is not known
     source: str         # where this was found, for messages
-    url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the login of an access file
+    url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the certificate of an access file
+
+    def __repr__(self) -> str:
+        return "Access(%r, %r)" % (self.url, self.source)       # a log or a traceback must not show the login
+
+    @property
+    def pinned(self) -> bool:
+        """Whether one certificate alone is taken for the farm's."""
+        return self.certificate not in ("", "system")
 
 
 def home_folder() -> str:
@@ -6459,10 +6801,31 @@ def access_path(environ: Mapping[str, str]) -> str:
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
 
 
+def keep_private(path: str, file: int) -> None:
+    """See to it that no other user can read an open file that tells whom to trust. Raises Refusal where they wrote it.
+
+    *path*: by which it was opened; a link that others laid there could lead to any file.
+    """
+    status = os.fstat(file)
+    owners = {status.st_uid, os.lstat(path).st_uid} - {os.geteuid(), 0}     # root can write all files anyway
+    if owners:
+        raise Refusal("%s belongs to another user (%d), who could send your work and your login elsewhere: remove it, "
+                      "or have TASKFARM_ACCESS name a file of your own" % (path, owners.pop()))
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        try:
+            os.fchmod(file, 0o600)
+        except OSError as error:
+            raise Refusal("%s can be read by others, and its mode cannot be changed (%s): chmod 600 %s" % (
+                path, error.strerror, path))
+        log.warning("%s could be read by others (mode %03o), and now by you alone: another password ('user passwd') "
+                    "makes the login in it void", path, stat.S_IMODE(status.st_mode))
+
+
 def read_access(path: str) -> Dict[str, Any]:
-    """The access file: url, user, token, farm, proof. Empty when there is none."""
+    """The access file: url, user, token, farm, certificate. Empty when there is none. Raises Refusal if not ours."""
     try:
         with open(path, encoding="utf-8") as file:
+            keep_private(path, file.fileno())
             access = json.load(file)
         return access if isinstance(access, dict) else {}
     except (OSError, ValueError):
@@ -6494,16 +6857,18 @@ def base_url(url: str) -> str:
 
 def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     """Farm and login from the JSON of an access file or a lock file."""
-    url, user, token, proof, farm = (str(entries.get(name) or "") for name in ("url", "user", "token", "proof", "farm"))
-    return Access(base_url(url), user, token, "", proof, farm, source)
+    url, user, token, certificate, farm = (
+        str(entries.get(name) or "") for name in ("url", "user", "token", "certificate", "farm"))
+    return Access(base_url(url), user, token, "", certificate, farm, source)
 
 
 def find_access_file(path: str, **wanted: str) -> Optional[Access]:
     """Farm and login from the access file with this farm or url in the folder of *path*. None when there is none."""
     for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
-        access = parse_access(read_access(other), other)
-        if all(getattr(access, field) == value for field, value in wanted.items()):
-            return access
+        with contextlib.suppress(Refusal):      # somebody else's
+            access = parse_access(read_access(other), other)
+            if all(getattr(access, field) == value for field, value in wanted.items()):
+                return access
     return None
 
 
@@ -6511,9 +6876,10 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
                 farm: str = "") -> Access:
     """Farm and login from the arguments, TASKFARM_URL, TASKFARM_TOKEN or TASKFARM_USER, or else the access file.
 
-    The access file gives what is missing. It also has the key with which the farm proves its identity:
-    a login from the file never goes to another farm. *farm*: the identity of the wanted farm, where it is
-    known, since the file may have become another farm's. Raises Refusal when no farm or no login is found.
+    The access file gives what is missing. It also has the certificate by which the farm is known: a login from the
+    file never goes to another farm, and one that has come without a certificate (TASKFARM_FINGERPRINT) does not
+    either. *farm*: the identity of the wanted farm, where it is known, since the file may have become another
+    farm's. Raises Refusal when no farm or no login is found.
     """
     path = access_path(environ)
     in_file = parse_access(read_access(path), path)
@@ -6532,13 +6898,31 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     if not (user or token):
         if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
             in_file = find_access_file(path, url=given_url) or in_file
-        if not in_file.token:
+        # Authorities vouch for the name of a host, so that the same certificate is wanted only of the same host.
+        elsewhere = given_url and not in_file.pinned and url_host(given_url) != url_host(in_file.url)
+        if elsewhere or not in_file.token:
             raise Refusal("there is no login for {0}: {1} has none, and TASKFARM_TOKEN is not set. 'python3 "
                           "taskfarm.py login {0}' gets one".format(given_url or in_file.url, path))
         return in_file if not given_url else in_file._replace(url=given_url, url_given=True)
     if given_url and given_url != in_file.url:
-        return Access(given_url, user, token, password, "", "", "the environment")
-    return in_file._replace(user=user, token=token, password=password)
+        in_file = find_access_file(path, url=given_url) or in_file._replace(url=given_url, farm="", url_given=True)
+    certificate = environ.get("TASKFARM_FINGERPRINT", "")
+    return in_file._replace(user=user, token=token, password=password,
+                            certificate=check_fingerprint(certificate) if certificate else in_file.certificate)
+
+
+def check_fingerprint(text: str) -> str:
+    """A fingerprint as this file or openssl prints it, in the form of the first. Raises Refusal."""
+    digits = re.sub("^sha256:|:", "", text.strip().lower())
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise Refusal("a fingerprint is SHA256: and 64 hexadecimal digits, as the start of the server prints it, not "
+                      "%r" % text)
+    return "SHA256:" + digits
+
+
+def url_host(url: str) -> str:
+    """The host in a URL, or the URL where there is none."""
+    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
 
 
 def error_of_status(status: int, detail: str) -> FarmError:
@@ -6571,6 +6955,101 @@ def authorization(access: Access) -> str:
     return "Bearer " + access.token
 
 
+@functools.lru_cache(maxsize=16)
+def context_for(certificate: str) -> Tuple[ssl.SSLContext, str]:
+    """See `trust`."""
+    if certificate in ("", "system"):
+        context = ssl.create_default_context()
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context, ""
+    if not certificate.startswith("SHA256:"):
+        return pinned_context(certificate), fingerprint(certificate)
+    return any_context(), certificate
+
+
+def any_context() -> ssl.SSLContext:
+    """A client's end of TLS that takes any certificate: for those who look at it before they send anything."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def trust(access: Access) -> Tuple[ssl.SSLContext, str]:
+    """How the certificate of a farm is judged: by a context, and by its fingerprint where that is not "".
+
+    Raises Refusal for what is no certificate.
+    """
+    try:
+        return context_for(access.certificate)
+    except (ValueError, ssl.SSLError):
+        raise Refusal("the certificate in %s is none: 'python3 taskfarm.py login %s' gets the farm's" % (
+            access.source, access.url))
+
+
+def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.client.HTTPSConnection:
+    """A connection to the URL whose handshake is done. Nothing has been sent over it. Raises Unreachable."""
+    try:
+        parts = urllib.parse.urlsplit(access.url)
+        port = parts.port
+    except ValueError:
+        parts, port = urllib.parse.urlsplit(""), None
+    if parts.scheme != "https" or not parts.hostname or not parts.path.isascii():
+        raise Refusal("a farm's address looks like %s, not like %r (%s)" % (
+            re.sub("^http:", "https:", access.url) if parts.scheme == "http" and parts.hostname else
+            "https://host:5000", access.url, access.source))
+    connection = http.client.HTTPSConnection(parts.hostname, port, timeout=timeout_s, context=context)
+    connection.auto_open = 0        # a new connection needs a new look at the certificate
+    try:
+        connection.connect()
+    except ssl.SSLCertVerificationError as error:
+        raise OtherFarm(not_trusted(access, error))
+    except ssl.SSLEOFError:
+        raise Unreachable("%s ends the connection in the TLS handshake: the server there is being stopped, or it is no "
+                          "taskfarm" % access.url)
+    except ssl.SSLError as error:
+        raise OtherFarm("what answers at %s does not speak TLS as a taskfarm does (%s), so no login was sent: another "
+                        "program has the port, and the farm another, or it does not run" % (
+                            access.url, (error.reason or str(error)).lower().replace("_", " ")))
+    except (OSError, ValueError) as error:      # ValueError: a host name that cannot be encoded
+        why = "timed out" if isinstance(error, socket.timeout) else getattr(error, "strerror", None) or error
+        raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
+                          "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                              access.url, why, "--url or TASKFARM_URL" if access.url_given else access.source))
+    return connection
+
+
+def shown_certificate(connection: http.client.HTTPSConnection) -> str:
+    """The certificate that the server has shown, in PEM."""
+    shown = connection.sock.getpeercert(True)
+    assert shown, "a server cannot do without one"
+    return ssl.DER_cert_to_PEM_cert(shown)
+
+
+def shown_fingerprint(connection: http.client.HTTPSConnection) -> str:
+    """The fingerprint of that certificate."""
+    return fingerprint(shown_certificate(connection))
+
+
+WRONG_TIMES = {10: "has expired", 9: "is not valid yet"}       # codes of OpenSSL: X509_V_ERR_CERT_HAS_EXPIRED ...
+
+
+def not_trusted(access: Access, error: Optional[ssl.SSLCertVerificationError] = None) -> str:
+    """Why the certificate of a server is not taken for the farm's, and what to do."""
+    if error and error.verify_code in WRONG_TIMES:
+        return ("the certificate of %s %s, so no login was sent: whoever keeps the farm renews it; or the clock of %s, "
+                "at %s, is wrong" % (access.url, WRONG_TIMES[error.verify_code], socket.gethostname(),
+                                     time.strftime("%F %T")))
+    if not access.pinned:
+        return ("the certificate of %s is not one that the authorities of this system vouch for (%s), so no login was "
+                "sent: 'python3 taskfarm.py login %s' shows it and asks whether it is the farm's" % (
+                    access.url, error.verify_message if error else "", access.url))
+    return ("what answers at %s is not the farm of %s: it has another certificate, so no login was sent: %s 'python3 "
+            "taskfarm.py login %s' for a login to this one" % (
+                access.url, access.source, "type" if access.url_given else "start that farm again, or type",
+                access.url))
+
+
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
@@ -6588,7 +7067,7 @@ class Client:
         self.say: Callable[[str], Any] = log.warning    # is called with a sentence when a request takes long
         self.meanwhile = ""                             # what goes on meanwhile, the end of that sentence
         self._access: Optional[Access] = None
-        self.connection: Optional[http.client.HTTPConnection] = None
+        self.connection: Optional[http.client.HTTPSConnection] = None
         self.login_worked = False
         self.pid = os.getpid()              # the process that made the connection: a fork makes its own
 
@@ -6672,59 +7151,18 @@ class Client:
         return self._access
 
     def connect(self) -> Access:
-        """Connect, and check the farm's proof where its key is known; farm and login. Raises Unreachable."""
+        """Connect, and see by its certificate that this is the farm; farm and login. Raises Unreachable."""
         access = self.access
         if self.pid != os.getpid():
             self.connection, self.pid = None, os.getpid()
         if self.connection is None:
-            self.connection = self._open(access)
-            try:
-                if access.proof:
-                    self._check_proof(access)
-            except BaseException:
-                self.close()
-                raise
+            context, pin = trust(access)
+            connection = open_tls(access, context, self.timeout_s)
+            if pin and shown_fingerprint(connection) != pin:
+                connection.close()
+                raise OtherFarm(not_trusted(access))
+            self.connection = connection
         return access
-
-    def _open(self, access: Access) -> http.client.HTTPConnection:
-        try:
-            parts = urllib.parse.urlsplit(access.url)
-            port = parts.port
-        except ValueError:
-            parts, port = urllib.parse.urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.isascii():
-            raise Refusal("a farm's address looks like http://host:5000, not like %r (%s)" % (
-                access.url, access.source))
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection: http.client.HTTPConnection = kind(parts.hostname, port, timeout=self.timeout_s)
-        connection.auto_open = 0        # a new connection needs a new proof
-        try:
-            connection.connect()
-        except (OSError, UnicodeError) as error:    # a host name that cannot be encoded
-            raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
-                              "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
-                                  access.url, getattr(error, "strerror", None) or error,
-                                  "--url or TASKFARM_URL" if access.url_given else access.source))
-        return connection
-
-    def _check_proof(self, access: Access) -> None:
-        nonce = secrets.token_hex(16)
-        user_id, dot, key = access.proof.rpartition(".")
-        path = "/livez?nonce=%s%s" % (nonce, "&user=" + user_id if dot else "")
-        _, answer = self._exchange(access, "GET", path, None, {})
-        try:
-            wanted = hmac.new(bytes.fromhex(key), (PROOF_LABEL + nonce).encode(), "sha256").hexdigest()
-            proven = hmac.compare_digest(str(answer.get("proof")).encode(), wanted.encode())
-        except (ValueError, AttributeError):
-            proven = False
-        if not proven:
-            raise OtherFarm("what answers at %s is not the farm of %s, so no login was sent: %s 'python3 taskfarm.py "
-                            "login %s' for a login to this one" % (
-                                access.url, access.source, "type" if access.url_given else
-                                "start that farm again, or type", access.url))
-        if self.connection is None:
-            raise Unreachable("%s ends each connection after one answer, so no login was sent: it goes only over a "
-                              "connection on which the farm has proven its identity" % access.url)
 
     def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
                   headers: Dict[str, str]) -> Tuple[int, Any]:
@@ -6779,8 +7217,8 @@ class Client:
 
 
 def farm_answers(access: Access) -> bool:
-    """Whether the farm answers at its URL and proves its identity."""
-    if not access.proof:
+    """Whether the farm answers at its URL and shows its certificate."""
+    if not access.certificate:
         return False
     with contextlib.closing(Client(lambda: access, timeout_s=2.0)) as client:
         try:
@@ -6880,7 +7318,8 @@ def script_access(username: Optional[str], password: Optional[str], url_base: Op
     known = read_access(access_path(os.environ)).get("url") or os.environ.get("TASKFARM_URL")
     if username and not (url_base or known):
         url_base = "http://localhost:5000/api/"     # the published client's default
-    return find_access(os.environ, url_base or "", username or "", password or "", farm)
+    url_base = re.sub("^http:", "https:", url_base or "")       # that one speaks plain HTTP, and the port is the same
+    return find_access(os.environ, url_base, username or "", password or "", farm)
 
 
 def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
@@ -7347,6 +7786,8 @@ class Watchdog:
 def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, bytes]:
     """The environment that all commands of a worker share. The launcher adds task and attempt."""
     environ = dict(os.environ, TASKFARM_RUN=run, TASKFARM_WORKER=worker)
+    for name in ("TASKFARM_USER", "TASKFARM_PASSWORD", "TASKFARM_TOKEN"):       # a command may show its environment
+        environ.pop(name, None)
     if not environ.get("TASKFARM_URL"):
         # The address came from the access file. `progress` reads that again: it may change while a command runs.
         environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
@@ -7660,8 +8101,8 @@ def send_all_unsent(client: Client) -> List[str]:
     """
     sentences = []
     for path in sorted(glob.glob(os.path.join(glob.escape(state_folder(os.environ)), "unsent-*.json"))):
-        saved = read_access(path)
         try:
+            saved = read_access(path)
             access = client.connect()
             same_farm = saved["farm"] == access.farm if saved["farm"] and access.farm else saved["url"] == access.url
             if not same_farm:
@@ -7671,7 +8112,7 @@ def send_all_unsent(client: Client) -> List[str]:
                 os.remove(path)
         except (KeyError, TypeError):
             sentences.append("%s is not a file of unsent reports: look at it, and remove it" % path)
-        except (FarmError, OSError) as error:
+        except (FarmError, OSError, Refusal) as error:
             sentences.append("the reports in %s could not be sent: %s" % (path, error))
             if isinstance(error, Unreachable):
                 break
@@ -8750,7 +9191,7 @@ class BenchServer:
         os.close(writer)
         os.close(parent_end)
         with os.fdopen(reader, "rb") as file:
-            self.port = int(file.read() or 0)
+            self.port, self.certificate = json.loads(file.read() or b'[0, ""]')
         self.url = url_of("127.0.0.1", self.port)
 
     def _serve(self, db: str, ready: int, parent_end: int, access_log: Any) -> None:
@@ -8767,13 +9208,13 @@ class BenchServer:
             service.stop()
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
         threading.Thread(target=stop_with_parent, daemon=True).start()
-        os.write(ready, str(service.server.server_port).encode())
+        os.write(ready, json.dumps([service.server.server_port, service.certificate]).encode())
         os.close(ready)
         service.serve()
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the server."""
-        access = parse_access({"url": self.url, "token": self.token}, "bench")
+        access = parse_access({"url": self.url, "token": self.token, "certificate": self.certificate}, "bench")
         with contextlib.closing(Client(lambda: access)) as client:
             return client.ask(method, path, body)
 
@@ -9789,12 +10230,13 @@ def check_server(url: str) -> Iterator[Finding]:
         yield Finding(WARN, "login" if url else "server", str(error))
         if not url:
             return
-        access = Access(base_url(url), "", "", "", "", "", "the arguments")
+        access = Access(base_url(url), "", "", "", "system", "", "the arguments")
     with contextlib.closing(Client(lambda: access, timeout_s=DOCTOR_CONNECT_S)) as client:
         try:
             client.connect()
         except (Unreachable, Refusal, FarmError) as error:
-            yield Finding(FAIL, "server", "%s%s" % (error, unreachable_advice(access.url)))
+            other = isinstance(error, (OtherFarm, Refusal))     # not a question of networks
+            yield Finding(FAIL, "server", str(error) if other else "%s%s" % (error, unreachable_advice(access.url)))
             return
         yield from check_path(client, access)
         if access.user or access.token:
@@ -9816,11 +10258,6 @@ def unreachable_advice(url: str) -> str:
            "(--host, --advertise)" % ", ".join(addresses)
 
 
-def url_host(url: str) -> str:
-    """The host in a URL, or the URL where there is none."""
-    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
-
-
 def check_path(client: Client, access: Access) -> Iterator[Finding]:
     """Where the server answers and how fast, and whether its clock agrees with ours."""
     took_s = []
@@ -9835,8 +10272,8 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
     median_s = sorted(took_s)[3]
     peer = client.peer
     alone = " (for this machine alone; --host 0.0.0.0 is for other nodes)" if peer.startswith("127.") else ""
-    proof = "" if access.proof else "; the access file says nothing by which it could prove that it is your farm"
-    yield Finding(OK, "server", "%s answers at %s%s%s" % (access.url, peer, alone, proof))
+    known = "its certificate is your farm's" if access.pinned else "this system's authorities vouch for its certificate"
+    yield Finding(OK, "server", "%s answers at %s%s; %s" % (access.url, peer, alone, known))
     says = "after %.1f ms (median of 7)" % (1000 * median_s)
     if median_s > SLOW_ANSWER_S:
         yield Finding(WARN, "answers", says + ": claim in batches or make longer tasks")
@@ -9848,18 +10285,13 @@ def check_path(client: Client, access: Access) -> Iterator[Finding]:
 
 
 def check_login(client: Client, access: Access) -> Iterator[Finding]:
-    """Whether the login works, whether others can read it, and whether the server takes work."""
+    """Whether the login works, and whether the server takes work."""
     name = access.user or "the token"
     try:
         client.ask("GET", "/api/token")
         yield Finding(OK, "login", "%s, by %s" % (name, access.source))
     except (FarmError, Unreachable, Refusal) as error:
         yield Finding(FAIL, "login", "%s, by %s, does not work: %s" % (name, access.source, error))
-    with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(access_path(os.environ)).st_mode)
-        if mode & 0o077:
-            yield Finding(WARN, "access file", "others can read it (mode %03o): chmod 600 %s" % (
-                mode, access_path(os.environ)))
     try:
         client.ask("GET", "/readyz")
         yield Finding(OK, "ready", "the server takes work")
@@ -10546,10 +10978,10 @@ def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
         raise Refusal("nothing was changed")
 
 
-def confirm(question: str) -> bool:
-    """Ask on the terminal: whether the answer is y or yes. Raises Refusal without a terminal."""
+def confirm(question: str, otherwise: str = "--yes answers yes") -> bool:
+    """Ask on the terminal: whether the answer is y or yes. Without one, raises Refusal with what does *otherwise*."""
     if not sys.stdin.isatty():
-        raise Refusal("%s This is no terminal to answer on: --yes answers yes" % question)
+        raise Refusal("%s This is no terminal to answer on: %s" % (question.replace("\n", " "), otherwise))
     print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -10558,25 +10990,30 @@ def cmd_login(args: argparse.Namespace) -> int:
     """make an access file for a server elsewhere, so that verbs and workers here find it
 
     It is not needed where the home directory of the server's user is: the start of the server writes the
-    access file there. The password comes from the terminal, or as one line of standard input.
+    access file there. The server must show its certificate first. Its start has printed a fingerprint of
+    that, and this shows it again and asks whether they are the same; a script gives it by --fingerprint. From then
+    on no other certificate is taken for the farm's. Where the authorities of this system vouch for the
+    certificate and the host's name, nothing is asked. The password comes from the terminal, or as one line
+    of standard input.
 
     examples:
-      python3 taskfarm.py login http://login1.cluster:5000
-      python3 taskfarm.py login http://localhost:5000 --user alice
+      python3 taskfarm.py login login1.cluster:5000
+      python3 taskfarm.py login https://localhost:5000 --user alice
+      python3 taskfarm.py login login1:5000 --fingerprint SHA256:5f1c... < password
 
-    The last one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
+    The second one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """
-    url = base_url(args.url if "://" in args.url else "http://" + args.url)
+    url = base_url(args.url if "://" in args.url else "https://" + args.url)
     user = args.user or default_user_name()
-    access = Access(url, "", "", "", "", "", "the argument")
+    access = Access(url, user, "", "", "system", "", "the argument")
+    certificate = chosen_certificate(access, args.fingerprint and check_fingerprint(args.fingerprint))
+    access = access._replace(certificate=certificate, password=read_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
-        client.ask("GET", "/livez")         # nobody types a password where no farm answers
-    access = access._replace(user=user, password=read_password(user))
-    with contextlib.closing(Client(lambda: access)) as client:
-        answer = client.ask("GET", "/api/token?proof=True")
+        answer = client.ask("GET", "/api/token")
     path = login_path(os.environ, url)
     try:
-        write_access(path, dict(answer, url=url, user=user))
+        write_access(path, {"url": url, "user": user, "token": answer["token"], "farm": answer["farm"],
+                            "certificate": access.certificate})
     except OSError as error:
         raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
     print("%s now holds address and login of %s, for user %s" % (path, url, user))
@@ -10584,6 +11021,30 @@ def cmd_login(args: argparse.Namespace) -> int:
         print("%s stays as it is, since another farm answers at its address: export TASKFARM_ACCESS=%s chooses this one"
               % (access_path(os.environ), path))
     return 0
+
+
+def chosen_certificate(access: Access, wanted: str) -> str:
+    """The `certificate` of an access file for the server at a URL, which is sent nothing. Raises Refusal for no.
+
+    *wanted*: its fingerprint, where the user has said that.
+    """
+    if not wanted:
+        with contextlib.suppress(OtherFarm), contextlib.closing(Client(lambda: access)) as client:
+            client.connect()
+            return "system"
+    with contextlib.closing(open_tls(access, any_context(), CLIENT_TIMEOUT_S)) as connection:
+        certificate = shown_certificate(connection)
+    shown = fingerprint(certificate)
+    known = find_access_file(access_path(os.environ), url=access.url)
+    if wanted and wanted != shown:
+        raise Refusal("%s shows another certificate, %s: no login was sent. Compare with what the server printed when "
+                      "it was started; if that is not it, somebody else's program answers there" % (access.url, shown))
+    if not wanted and not (known and trust(known)[1] == shown) and not confirm(
+            "%s shows the certificate\n  %s\n%sIs this what the server printed when it was started?" % (
+                access.url, shown, "It is not the one that %s holds.\n" % known.source if known else ""),
+            "--fingerprint SHA256:... says which certificate is right"):
+        raise Refusal("no login was sent")
+    return certificate
 
 
 def login_path(environ: Mapping[str, str], url: str) -> str:
@@ -10649,12 +11110,16 @@ def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) 
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
 
 
-def publish_access(farm: Farm, user: User, url: str, db: str) -> None:
+def publish_access(service: Service, user: User, db: str) -> None:
     """Write the access file, with a token of *user* that lasts until the password changes. Raises OSError."""
     environ = dict(os.environ)
-    path = farm_access_path(environ, farm.store.identity, url, db)
-    access = {"url": url, "user": user.name, "token": farm.token(user, 0),
-              "farm": farm.store.identity, "proof": farm.known_by(user)}
+    identity = service.store.identity
+    try:
+        path = farm_access_path(environ, identity, service.url, db)
+    except Refusal as refused:
+        raise OSError(errno.EPERM, str(refused))
+    access = {"url": service.url, "user": user.name, "token": service.farm.token(user, 0), "farm": identity,
+              "certificate": service.certificate}
     try:
         write_access(path, access)
     except OSError:
@@ -10715,14 +11180,18 @@ def cmd_serve(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
     raise_descriptor_limit()
     access_log = open_access_log(args.access_log)
-    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock)
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise Refusal("--tls-cert and --tls-key go together: the certificate, and the key that it is for")
+    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock,
+                      plain_http=args.plain_http, tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None)
 
     def stop(*_: Any) -> None:
         notify_systemd("STOPPING=1")
         service.stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
+    # The end of the terminal is not the end of the farm either.
+    signal.signal(signal.SIGHUP, lambda *_: service.read_certificate_again())
     with contextlib.ExitStack() as undo:
         undo.callback(service.close)
         warn_if_open(args.db)
@@ -10739,12 +11208,14 @@ def announce(service: Service, db: str) -> None:
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
-                            lambda: publish_access(service.farm, user, service.url, db),
+                            lambda: publish_access(service, user, db),
                             "clients need TASKFARM_URL and a login, or set XDG_CONFIG_HOME to a folder that can be "
                             "written")
     publish(user)
     service.farm.renewed = lambda renewed: publish(renewed) if renewed.name == user.name else None
-    print_started("taskfarm %s serves %s at %s" % (__version__, db, service.url))
+    service.certificate_renewed = lambda: publish(service.store.users.get(user.name, user))
+    print_started("taskfarm %s serves %s at %s\ncertificate %s" % (
+        __version__, db, service.url, fingerprint(service.certificate)))
     notify_systemd("READY=1\nSTATUS=serving %s at %s" % (db, service.url))
 
 
@@ -11264,7 +11735,9 @@ def add_client_verbs(verbs: Any) -> None:
     add_env_option(doctor, "--host ADDRESS", "127.0.0.1", "the address that a server would listen on")
     add_env_option(doctor, "--port PORT", "5000", "the port that it would listen on; by default 5000", port_number)
     login = add_verb(verbs, "login", cmd_login, needs_db=False)
-    login.add_argument("url", metavar="URL", help="http://HOST:PORT")
+    login.add_argument("url", metavar="URL", help="HOST:PORT, or https://HOST:PORT")
+    login.add_argument("--fingerprint", default="", metavar="SHA256:...",
+                       help="of the certificate that the server must show; without it there is a question")
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
 
 
@@ -11291,6 +11764,11 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
     add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
                    "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))
+    add_env_option(serve, "--tls-cert FILE", "", "the site's certificate in place of the farm's own: PEM, with those "
+                   "that signed it; read again on SIGHUP")
+    add_env_option(serve, "--tls-key FILE", "", "its key: PEM, without a password")
+    serve.add_argument("--plain-http", action="store_true", help="take plain HTTP from other machines too, where "
+                       "nobody can listen on the way")
     add_verb(verbs, "check", cmd_check)
     add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(

@@ -29,7 +29,8 @@ import contextlib
 import decimal
 import errno
 import fcntl
-import hmac
+import functools
+import hashlib
 import http.client
 import io
 import itertools
@@ -39,11 +40,13 @@ import pwd
 import random
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
@@ -177,8 +180,8 @@ class Caller:
         """The Retry-After of this thread's last answer."""
         return self.local.retry_after
 
-    def raw(self, data: bytes, ended: bool = False) -> "Raw":
-        return Raw(self.port, data, ended)
+    def raw(self, data: bytes, ended: bool = False, context: Optional[ssl.SSLContext] = None) -> "Raw":
+        return Raw(self.port, data, ended, context)
 
 
 class Live(Caller):
@@ -287,14 +290,16 @@ def stepped(tmp_path: Path) -> Iterator[Stepped]:
 
 
 class Raw:
-    """A socket that has sent some bytes."""
+    """A socket that has sent some bytes; with a *context* under TLS."""
 
-    def __init__(self, port: int, data: bytes, ended: bool = False) -> None:
+    def __init__(self, port: int, data: bytes, ended: bool = False, context: Optional[ssl.SSLContext] = None) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        if context is not None:
+            self.sock = context.wrap_socket(self.sock, suppress_ragged_eofs=False)
         if data:
             self.sock.sendall(data)
         if ended:
-            self.sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)      # that of an SSLSocket reads on without TLS
         self.file = self.sock.makefile("rb")
         self.served: Any = None     # the server's end, where a test has it
 
@@ -1231,7 +1236,8 @@ def test_only_the_store_speaks_sql() -> None:
 @pytest.mark.parametrize("name, allowed", [
     ("sqlite3", STORE), ("selectors", {"SERVER", "WORKER", "BENCH", "FAIR"}), ("socketserver", {"SERVER"}),
     ("argparse", {"VERBS", "UPKEEP", "COMMAND LINE"}),
-    ("socket", {"SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}), ("hashlib", {"LOGIN"}),
+    ("socket", {"SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}),
+    ("hashlib", {"LOGIN", "TLS"}), ("ssl", {"TLS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
     ("fcntl", {"FILE"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
@@ -1270,7 +1276,7 @@ def test_a_section_uses_those_above_it_and_none_below() -> None:
 
 
 def test_the_client_knows_neither_store_nor_login_nor_http() -> None:
-    assert {used for section, used, _ in uses() if section in WORK} <= {"LIMITS AND ERRORS", "TERMINAL", *WORK}
+    assert {used for section, used, _ in uses() if section in WORK} <= {"LIMITS AND ERRORS", "TLS", "TERMINAL", *WORK}
 
 
 def test_every_public_function_and_class_says_what_it_gives() -> None:
@@ -1766,7 +1772,7 @@ def test_a_lock_file_is_taken_from_nobody_but_us(
     assert lock.read_text() == "left" and stat.S_IMODE(lock.stat().st_mode) == 0o666
 
 
-def test_who_is_refused_the_lock_changes_nothing_in_it(tmp_path: Path) -> None:
+def test_who_is_refused_the_lock_changes_nothing_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = str(tmp_path / "f")
     with contextlib.closing(taskfarm.Lock(path)) as first:
         first.write({"host": "login1", "pid": 7, "url": "http://login1:5000"})
@@ -1775,7 +1781,7 @@ def test_who_is_refused_the_lock_changes_nothing_in_it(tmp_path: Path) -> None:
         with pytest.raises(taskfarm.InUse, match="process 7 on login1 serves it at http://login1:5000"):
             taskfarm.Lock(path)
         assert (tmp_path / "f.lock").read_bytes() == before
-        assert stat.S_IMODE(os.stat(path + ".lock").st_mode) == 0o644
+        assert stat.S_IMODE(os.stat(path + ".lock").st_mode) == 0o600 and "could be read by others" in caplog.text
     assert taskfarm.read_holder(path) == {}, "whoever ends cleanly leaves nothing"
     taskfarm.Lock(path).close()
 
@@ -4315,6 +4321,93 @@ def test_user_names_that_will_not_do(name: str) -> None:
         taskfarm.check_name(name)
 
 
+# ---------------------------------------------------------------- TLS
+# The certificate is judged by OpenSSL: by `ssl` as strictly as Python 3.13 does, and by its own program where it is.
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, host: Optional[str] = None) -> ssl.SSLObject:
+    """A handshake in memory; the client's end."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(to_client, to_server, server_hostname=host),
+            server.wrap_bio(to_server, to_client, server_side=True)]
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return ends[0]
+
+
+@pytest.fixture(scope="module")
+def own() -> Tuple[str, str]:
+    """Key and certificate of some farm."""
+    return taskfarm.make_certificate(["login1", "localhost"], ["127.0.0.1", "::1", "10.1.2.3"], time.time())
+
+
+@pytest.mark.parametrize("host, accepted", [
+    ("login1", True), ("localhost", True), ("127.0.0.1", True), ("::1", True), ("10.1.2.3", True),
+    ("login2", False), ("10.1.2.4", False)])
+def test_the_certificate_is_accepted_where_it_is_trusted(own: Tuple[str, str], host: str, accepted: bool) -> None:
+    client = ssl.create_default_context(cadata=own[1])
+    client.verify_flags |= ssl.VERIFY_X509_STRICT       # as Python 3.13
+    with contextlib.nullcontext() if accepted else pytest.raises(ssl.SSLCertVerificationError):
+        end = shake_hands(client, taskfarm.server_context(own[1], own[0]), host)
+        assert end.getpeercert(binary_form=True) == taskfarm.certificate_der(own[1])
+
+
+def test_openssl_verifies_the_certificate_strictly(own: Tuple[str, str], tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no program openssl")
+    (tmp_path / "c.pem").write_text(own[1])
+    done = subprocess.run(["openssl", "verify", "-x509_strict", "-check_ss_sig", "-purpose", "sslserver", "-CAfile",
+                           "c.pem", "c.pem"], cwd=str(tmp_path), capture_output=True, text=True)
+    assert done.stdout == "c.pem: OK\n", done.stderr
+
+
+def test_a_pin_accepts_its_certificate_under_any_name_and_no_other(own: Tuple[str, str]) -> None:
+    key, other = taskfarm.make_certificate(["login1"], [], time.time())
+    pinned = taskfarm.pinned_context(own[1])
+    assert shake_hands(pinned, taskfarm.server_context(own[1], own[0])).version() in ("TLSv1.2", "TLSv1.3")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(pinned, taskfarm.server_context(other, key))
+    with pytest.raises(OSError):
+        taskfarm.server_context(other, own[0])      # a key that is not the certificate's
+
+
+def test_a_fingerprint_is_the_hash_of_the_first_certificate(own: Tuple[str, str]) -> None:
+    hashed = hashlib.sha256(ssl.PEM_cert_to_DER_cert(own[1])).hexdigest()
+    chain = "a comment\n" + own[1] + taskfarm.make_certificate(["ca"], [], time.time())[1]
+    assert taskfarm.fingerprint(own[1]) == taskfarm.fingerprint(chain) == "SHA256:" + hashed
+
+
+@pytest.mark.parametrize("utc, shown", [
+    (0, b"\x17\x0d700101000000Z"), (2524607999, b"\x17\x0d491231235959Z"), (2524608000, b"\x18\x0f20500101000000Z")])
+def test_times_of_certificates_from_2050_on_have_four_digits(utc: int, shown: bytes) -> None:
+    assert taskfarm.der_time(utc) == shown
+
+
+@given(st.integers(0, 2 ** 300))
+def test_numbers_in_der_are_as_short_as_can_be_and_not_negative(number: int) -> None:
+    content = taskfarm.der_integer(number)
+    assert content[0] == 2 and content[1] == len(content) - 2
+    assert int.from_bytes(content[2:], "big", signed=True) == number
+    assert len(content) == 3 or content[2] or content[3] >= 128
+
+
+def test_no_two_farms_have_the_same_key(own: Tuple[str, str]) -> None:
+    key, certificate = taskfarm.make_certificate(["login1", "localhost"], ["127.0.0.1"], time.time())
+    assert key != own[0] and certificate != own[1]
+
+
+def test_a_farm_makes_its_certificate_once(tmp_path: Path) -> None:
+    def certificate() -> Tuple[str, Tuple[str, str]]:
+        service = taskfarm.Service(str(tmp_path / "farm.sqlite"), "127.0.0.1", 0)
+        try:
+            return service.certificate, service.store.call(taskfarm.read_certificate())
+        finally:
+            service.close()
+    first, (key, kept) = certificate()
+    assert first == kept and taskfarm.server_context(kept, key) and certificate() == (first, (key, kept))
+
+
 # ---------------------------------------------------------------- HTTP
 
 RUN_BODY = b'{"numTasks": 3}'
@@ -4356,7 +4449,6 @@ REFUSALS = [
     ("no version", b"GET /livez\r\n\r\n", 400),
     ("another version", b"GET /livez HTTP/2.0\r\n\r\n", 505),
     ("bytes that are not ASCII", b"GET /liv\xe9z HTTP/1.1\r\nHost: f\r\n\r\n", 400),
-    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ("noise", b"\x00\xff\x17", 400),
     ("a long request line", b"GET /" + b"x" * 17000, 414),
     ("a long request line, whole", request_bytes("GET", "/" + "x" * 17000), 414),
@@ -4846,7 +4938,7 @@ def test_a_list_of_runs_in_pieces_is_one_list(farm: Live, monkeypatch: pytest.Mo
     runs = [make_run(farm, 5) for _ in range(number + 1)]
     assert farm.ask("DELETE", "/api/runs/" + runs.pop(number // 2))[0] == 204
     assert [run["uuid"] for run in farm.ask("GET", "/api/runs")[1]["data"]] == runs
-    client = taskfarm.Client(lambda: taskfarm.parse_access({"url": farm.url, "token": farm.token}, "test"))
+    client = taskfarm.Client(lambda: access_of(farm))
     assert [run["uuid"] for run in client.ask("GET", "/api/runs")["data"]] == runs
     client.close()
     raw = farm.raw(request_bytes("HEAD", "/api/runs", Authorization=basic(farm.token, "")) + request_bytes(
@@ -5054,6 +5146,24 @@ def test_silence_and_slowness_end_after_their_time(tmp_path: Path) -> None:
     live.close()
 
 
+@pytest.mark.parametrize("began", [b"GET /li", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], ids=["plain", "TLS"])
+def test_a_byte_now_and_then_begins_no_other_deadline(tmp_path: Path, began: bytes) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    server = live.service.server
+    slow, silent = live.raw(began), live.raw(b"")
+    wait_until(lambda: len(server.deadlines) == 2)
+    clock.pass_time(taskfarm.REQUEST_S * 0.6)
+    slow.sock.sendall(b"v")
+    assert live.ask("GET", "/livez")[0] == live.ask("GET", "/livez")[0] == 200      # the byte has been read
+    clock.pass_time(taskfarm.REQUEST_S * 0.6)
+    server.post(lambda: None)
+    assert silent.answer()[0] == 0 and slow.answer()[0] == (408 if began[0] == 71 else 0)
+    for raw in (silent, slow):
+        raw.close()
+    live.close()
+
+
 def test_an_empty_line_that_is_cut_in_two_is_no_request(tmp_path: Path) -> None:
     clock = FakeClock()
     live = Live(str(tmp_path / "f"), clock)
@@ -5065,6 +5175,215 @@ def test_an_empty_line_that_is_cut_in_two_is_no_request(tmp_path: Path) -> None:
     assert raw.answer()[0] == 200
     raw.close()
     live.close()
+
+
+def pinned(farm: Any) -> ssl.SSLContext:
+    """A client's end of TLS for a farm."""
+    return taskfarm.pinned_context(farm.service.certificate)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_one_port_answers_alike_with_tls_and_without(shared_farm: Live, version: str) -> None:
+    context = pinned(shared_farm)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    auth = basic(shared_farm.token, "")
+    data = (request_bytes("GET", "/livez") + request_bytes("GET", "/api/nothing", Authorization=auth) +
+            request_bytes("POST", "/api/run", b'{"numTasks": 0}', Authorization=auth) +
+            request_bytes("GET", "/api/runs", Authorization=auth) * 30 +
+            request_bytes("POST", "/api/run", b"{", Authorization=auth) + CLOSE)
+    answers = []
+    for raw in (shared_farm.raw(data), shared_farm.raw(data, context=context)):
+        answers.append([(status, body) for status, _, body in iter(raw.answer, (0, {}, b""))])  # a clean end, too
+        raw.close()
+    assert answers[0] == answers[1] and [status for status, _ in answers[0]] == [200, 404, 400, *[200] * 30, 400, 200]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_old_versions_of_tls_are_refused(shared_farm: Live) -> None:
+    context = pinned(shared_farm)
+    context.minimum_version, context.maximum_version = ssl.TLSVersion.MINIMUM_SUPPORTED, ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")      # that this end would still speak it
+    with pytest.raises(ssl.SSLError, match="(?i)alert.protocol.version"):
+        shared_farm.raw(b"", context=context)
+
+
+def test_large_bodies_and_answers_go_over_tls_to_a_slow_reader(farm: Live) -> None:
+    run = make_run(farm, 10000)
+    auth = basic(farm.token, "")
+    raw = farm.raw(request_bytes("POST", "/api/runs/%s/tasks" % run, b'{"worker_uuid": "w", "count": 10000}',
+                                 Authorization=auth), context=pinned(farm))
+    tasks = json.loads(raw.answer()[2])["data"]
+    reports = [{"task": task["task"], "attempt": 1, "status": "failed", "message": "m" * 300} for task in tasks]
+    body = json.dumps({"worker_uuid": "w", "data": reports}).encode()
+    assert len(body) > 3 * 2 ** 20
+    raw.sock.sendall(request_bytes("PUT", "/api/runs/%s/tasks" % run, body, Authorization=auth))
+    assert json.loads(raw.answer()[2]) == {"accepted": 10000, "refused": []}
+    page = request_bytes("GET", "/api/runs/%s/tasks?limit=1000" % run, Authorization=auth)
+    raw.sock.sendall(page * 20)
+    wait_until(lambda: any(c.outbox for c in list(farm.service.server.connections)))
+    assert farm.ask("GET", "/api/runs")[0] == 200, "others are answered while it does not read"
+    bodies = [raw.answer()[2] for _ in range(20)]
+    assert len(bodies[0]) > 300000 and set(bodies) == {farm_page(farm, run)}
+    raw.close()
+
+
+def farm_page(farm: Live, run: str) -> bytes:
+    """The same page over plain HTTP."""
+    raw = farm.raw(request_bytes("GET", "/api/runs/%s/tasks?limit=1000" % run, Authorization=basic(farm.token, "")))
+    body = raw.answer()[2]
+    raw.close()
+    return body
+
+
+def test_a_body_that_is_waited_for_is_asked_for_over_tls(shared_farm: Live) -> None:
+    raw = shared_farm.raw(request_bytes("POST", "/api/run", Authorization=basic(shared_farm.token, ""),
+                                        Expect="100-continue", Content_Type="application/json", Content_Length="15"),
+                          context=pinned(shared_farm))
+    assert raw.answer(head_only=True)[0] == 100
+    raw.sock.sendall(b'{"numTasks": 0}')
+    assert raw.answer()[0] == 400
+    raw.close()
+
+
+def test_a_handshake_and_a_request_may_come_byte_by_byte(shared_farm: Live) -> None:
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    end = pinned(shared_farm).wrap_bio(to_client, to_server)
+    raw = shared_farm.raw(b"")
+    raw.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def until_done(step: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                for byte in to_server.read():
+                    raw.sock.sendall(bytes([byte]))
+            to_client.write(raw.sock.recv(65536))
+    until_done(end.do_handshake)
+    end.write(request_bytes("GET", "/api/runs", Authorization=basic(shared_farm.token, "")))
+    assert until_done(lambda: end.read(65536)).startswith(b"HTTP/1.1 200 OK")
+    raw.close()
+
+
+@pytest.mark.parametrize("garbage", [
+    b"\x16" * 2000, b"\x16\x03\x01\x00\x05hello", b"\x16\x03\x03\xff\xff" + b"\0" * 99999])
+def test_garbage_instead_of_a_handshake_ends_that_connection_alone(shared_farm: Live, garbage: bytes) -> None:
+    other = shared_farm.raw(b"", context=pinned(shared_farm))
+    raw = shared_farm.raw(b"")
+    with contextlib.suppress(ConnectionError):
+        raw.sock.sendall(garbage)
+        while raw.sock.recv(4096):      # an alert perhaps, then the end
+            pass
+    other.sock.sendall(CLOSE)
+    assert other.answer()[0] == 200 and other.answer()[0] == 0
+    raw.close()
+    other.close()
+
+
+def test_a_record_that_was_changed_on_its_way_ends_the_connection(shared_farm: Live) -> None:
+    raw = shared_farm.raw(b"", context=pinned(shared_farm))
+    with socket.socket(fileno=os.dup(raw.sock.fileno())) as beneath:
+        beneath.sendall(b"\x17\x03\x03\x00\x20" + b"x" * 32)
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        assert raw.answer()[0] == 0
+    raw.close()
+
+
+def test_who_ends_their_half_of_a_tls_connection_gets_what_they_asked_for(shared_farm: Live) -> None:
+    data = request_bytes("GET", "/api/runs", Authorization=basic(shared_farm.token, "")) * 5
+    raw = shared_farm.raw(data, ended=True, context=pinned(shared_farm))
+    assert [raw.answer()[0] for _ in range(5)] == [200] * 5
+    raw.close()
+
+
+def test_handshakes_wait_in_line_and_users_do_not_wait_for_them(tmp_path: Path) -> None:
+    farm = Stepped(str(tmp_path / "f"), taskfarm.TURN_S)        # time for one step of each line in a turn
+    user = farm.raw(request_bytes("GET", "/api/token", Authorization=basic(farm.token, "")))
+    farm.turn_until(lambda: any(c.known for c in farm.server.connections))
+    context = pinned(farm)
+    clients = []
+    for _ in range(20):
+        hello = ssl.MemoryBIO()
+        end = context.wrap_bio(ssl.MemoryBIO(), hello)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+        clients.append(farm.raw(hello.read()))
+    farm.turn_until(lambda: len(farm.server.guest) == 20 - 1)
+
+    def shaken() -> int:
+        return sum(bool(select.select([raw.sock], [], [], 0)[0]) for raw in clients)
+    before = shaken()
+    assert before < 3 and len(farm.server.selector.select(0)) == 0, "those that wait in line cost nothing in a turn"
+    user.answer()
+    user.sock.sendall(request_bytes("GET", "/api/token", Authorization=basic(farm.token, "")))
+    farm.turn()
+    assert user.answer()[0] == 200 and shaken() <= before + 1
+    farm.turn_until(lambda: shaken() == 20)
+    for raw in [user, *clients]:
+        raw.close()
+    farm.close()
+
+
+def test_1000_handshakes_at_once(farm: Live) -> None:
+    taskfarm.raise_descriptor_limit()
+    context = pinned(farm)
+    clients = []
+    for _ in range(1000):
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        end = context.wrap_bio(to_client, to_server)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+        clients.append((farm.raw(to_server.read()), end, to_client, to_server))
+    assert farm.ask("GET", "/api/runs")[0] == 200
+    for raw, end, to_client, to_server in clients:
+        while to_client.pending == 0 or not end.version():
+            to_client.write(raw.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+                break
+        end.write(CLOSE)
+        raw.sock.sendall(to_server.read())
+    for raw, end, to_client, _ in clients:
+        while True:
+            to_client.write(raw.sock.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                assert end.read(65536).startswith(b"HTTP/1.1 200 OK")
+                break
+        raw.close()
+
+
+@pytest.mark.parametrize("peer, own, here", [
+    ("127.0.0.1", "127.0.0.1", True), ("127.0.0.2", "127.0.0.1", True), ("10.1.2.3", "10.1.2.3", True),
+    ("::1", "::1", True), ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True), ("fe80::1%eth0", "fe80::1%eth0", True),
+    ("::ffff:127.0.0.9", "::ffff:10.1.2.3", True), ("10.1.2.4", "10.1.2.3", False), ("10.1.2.3", "127.0.0.1", False),
+    ("::ffff:10.1.2.4", "::ffff:10.1.2.3", False), ("fe80::2%eth0", "fe80::1%eth0", False)])
+def test_what_comes_from_this_machine(peer: str, own: str, here: bool) -> None:
+    assert taskfarm.from_this_machine(peer, own) is here
+
+
+@pytest.mark.parametrize("data", [
+    CLOSE, b"\x01", request_bytes("GET", "/api/runs", Authorization="{auth}"), request_bytes("POST", "/api/run", b"{"),
+    request_bytes("GET", "/api/runs", Authorization=basic("ada", Live.PASSWORD))],
+    ids=["open", "garbage", "token", "post", "password"])
+def test_plain_http_from_another_machine_is_refused_unread(farm: Live, data: bytes,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "from_this_machine", lambda *_: False)
+    for seen in ("Request", "cut_head"):        # of plain HTTP nothing is parsed
+        monkeypatch.setattr(taskfarm, seen, None)
+    raw = farm.raw(data.replace(b"{auth}", basic(farm.token, "").encode()))
+    status, headers, body = raw.answer()
+    assert status == 403 and headers["connection"] == "close" and "use https://" in json.loads(body)["detail"]
+    assert raw.answer()[0] == 0
+    raw.close()
+    monkeypatch.undo()
+    monkeypatch.setattr(taskfarm, "from_this_machine", lambda *_: False)
+    raw = farm.raw(CLOSE, context=pinned(farm))
+    assert raw.answer()[0] == 200, "TLS will do"
+    raw.close()
+    farm.service.server.plain_http = True
+    assert exchange(farm, CLOSE) == [200], "and plain HTTP where the keeper says so"
 
 
 def test_keep_alive_is_said_to_a_client_of_http_1_0(shared_farm: Live) -> None:
@@ -5374,37 +5693,6 @@ def test_the_same_key_sent_at_the_same_time_counts_once(farm: Live, path: str, b
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == (1 if given else 1 + (5 if QUICK else 20))
 
 
-def test_no_open_answer_is_a_key(farm: Live) -> None:
-    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
-    root, labels = farm.service.store.proof_key, {"", "lock file", "user"}
-    labels |= {const.decode() for const in Farm.proof_key.__code__.co_consts if isinstance(const, bytes)}
-    texts = {label.replace("%d", "1") for label in labels} | {"user %d" % number for number in range(4)}
-    keys = {taskfarm.read_holder(farm.path)["proof"], root.hex()}
-    keys |= {farm.service.farm.known_by(farm.user(name)).split(".")[1] for name in ("ada", "bob")}
-    nonces = texts | {text.encode().hex() for text in texts} | keys
-    answers = [farm.ask("GET", "/livez?nonce=%s%s" % (urllib.parse.quote(nonce), user))
-               for nonce in sorted(nonces) for user in ("", "&user=0", "&user=1", "&user=2")]
-    proofs = {answer["proof"] for status, answer in answers if status == 200}
-    assert len(proofs) > len(keys) and not proofs & keys
-    assert len(keys) == 4, "the root key is in no file, and each reader has a key of their own"
-
-
-def test_a_nonce_is_signed_with_a_label_that_no_key_is_made_with(shared_farm: Live) -> None:
-    label, key = b"taskfarm proof: ", taskfarm.read_holder(shared_farm.path)["proof"]
-    signed = hmac.new(bytes.fromhex(key), label + b"ab12", "sha256").hexdigest()
-    assert shared_farm.ask("GET", "/livez?nonce=ab12") == (200, {"status": "alive", "proof": signed})
-    of_keys = [const for const in Farm.proof_key.__code__.co_consts if isinstance(const, bytes)]
-    assert of_keys and len(set(of_keys)) == len(of_keys) and not any(text.startswith(label) for text in of_keys)
-
-
-@pytest.mark.parametrize("nonce, status", [
-    ("a", 200), ("0123456789abcdef" * 4, 200), ("", 400), ("0" * 65, 400), ("user%201", 400), ("AB", 400), ("0x1", 400),
-    ("ab%0A", 400), ("%D9%A3", 400)])
-def test_a_nonce_is_1_to_64_hexadecimal_digits(shared_farm: Live, nonce: str, status: int) -> None:
-    answered, answer = shared_farm.ask("GET", "/livez?nonce=" + nonce)
-    assert answered == status and ("proof" in answer) is (status == 200)
-
-
 def test_a_batch_may_be_4_mib_and_others_64_kib(farm: Live) -> None:
     run = make_run(farm, 10000)
     entries = [{"task": number, "status": "failed", "message": "x" * 300} for number in range(10000)]
@@ -5533,6 +5821,58 @@ class Process(Caller):
         self.errors.close()
         shutil.rmtree(self.home)
         return status
+
+
+def fingerprint_of(server: Any) -> str:
+    """Of the certificate that a port shows."""
+    return taskfarm.fingerprint(ssl.get_server_certificate(("127.0.0.1", server.port)))
+
+
+def test_a_site_has_its_own_certificate_served_and_read_again(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+
+    def renew() -> str:
+        made = taskfarm.make_certificate(["localhost"], ["127.0.0.1"], time.time())
+        key.write_text(made[0])
+        certificate.write_text("the site's\n" + made[1] + taskfarm.make_certificate(["ca"], [], time.time())[1])
+        return taskfarm.fingerprint(made[1])
+    first = renew()
+    server = Process(str(tmp_path / "f"), "--tls-cert", str(certificate), "--tls-key", str(key))
+
+    def known() -> Set[str]:
+        """What the port shows, and what the lock file and the access file say."""
+        access = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())
+        return {fingerprint_of(server), taskfarm.fingerprint(access["certificate"]),
+                taskfarm.fingerprint(taskfarm.read_holder(str(tmp_path / "f"))["certificate"])}
+    assert known() == {first}
+    kept = server.raw(b"", context=taskfarm.pinned_context(certificate.read_text()))
+    second = renew()
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: known() == {second})
+    key.write_text("nothing")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "The certificate of before is served" in server.log())
+    assert known() == {second}
+    kept.sock.sendall(CLOSE)
+    assert kept.answer()[0] == 200, "connections go on under the certificate that they began with"
+    kept.close()
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--tls-cert", "{dir}/c.pem"], "go together"), (["--tls-key", "{dir}/k.pem"], "go together"),
+    (["--tls-cert", "{dir}/c.pem", "--tls-key", "{dir}/no.pem"], "No such file"),
+    (["--tls-cert", "{dir}/k.pem", "--tls-key", "{dir}/k.pem"], "no certificate and key that fit"),
+    (["--tls-cert", "{dir}/c.pem", "--tls-key", "{dir}/other.pem"], "no certificate and key that fit")])
+def test_a_certificate_of_the_site_that_will_not_do_is_refused(tmp_path: Path, words: List[str], why: str) -> None:
+    key, certificate = taskfarm.make_certificate(["localhost"], [], time.time())
+    (tmp_path / "c.pem").write_text(certificate)
+    (tmp_path / "k.pem").write_text(key)
+    (tmp_path / "other.pem").write_text(taskfarm.make_certificate(["localhost"], [], time.time())[0])
+    words = [word.replace("{dir}", str(tmp_path)) for word in words]
+    done = run_verb("--db", str(tmp_path / "f"), "--port", "0", *words, HOME=str(tmp_path))
+    assert done.returncode == 1 and why in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "f").exists()
 
 
 def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
@@ -6205,22 +6545,30 @@ def test_the_time_left_is_estimated_only_where_something_is_known() -> None:
 
 def access_of(farm: Any, **changes: Any) -> taskfarm.Access:
     """Farm and login of a live farm."""
-    proof = farm.service.farm.proof_key(None).hex()
-    access = taskfarm.Access(farm.url, "ada", farm.token, "", proof, farm.service.store.identity, "the test")
+    access = taskfarm.Access(farm.url, "ada", farm.token, "", farm.service.certificate, farm.service.store.identity,
+                             "the test")
     return access._replace(**changes)
 
 
+@functools.lru_cache(maxsize=None)
+def anothers() -> Tuple[str, ssl.SSLContext]:
+    """A certificate that is no farm's, and the server's end of TLS with it."""
+    key, certificate = taskfarm.make_certificate(["localhost"], ["127.0.0.1"], time.time())
+    return certificate, taskfarm.server_context(certificate, key)
+
+
 class LossyRelay:
-    """A port in front of a farm that swallows answers to requests that have reached the farm."""
+    """A port in front of a farm, with a certificate of its own, that swallows answers to requests that reached it."""
 
     def __init__(self, port: int) -> None:
         self.port_behind = port
+        self.certificate, self.context = anothers()
         self.swallow: Callable[[], bool] = lambda: False     # the next answer
         self.seen: List[bytes] = []     # heads of requests
         self.lost = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.url = "http://127.0.0.1:%d" % self.port
+        self.url = "https://127.0.0.1:%d" % self.port
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -6229,15 +6577,15 @@ class LossyRelay:
                 client, _ = self.listener.accept()
                 threading.Thread(target=self._relay, args=(client,), daemon=True).start()
 
-    def _relay(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError), contextlib.closing(client), contextlib.closing(
-                socket.create_connection(("127.0.0.1", self.port_behind))) as behind:
+    def _relay(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError), self.context.wrap_socket(sock, server_side=True) as client, \
+                socket.create_connection(("127.0.0.1", self.port_behind)) as behind:
             while True:
                 request = self._message(client)
                 self.seen.append(request.partition(b"\r\n\r\n")[0])
                 behind.sendall(request)
                 answer = self._message(behind)
-                if b"GET /livez" not in request and self.swallow():
+                if self.swallow():
                     self.lost += 1
                     return
                 client.sendall(answer)
@@ -6277,26 +6625,225 @@ def test_a_refusal_has_the_class_of_its_status_and_the_servers_sentence(farm: Li
     wrong.close()
 
 
-def test_a_login_goes_to_no_other_farm(farm: Live) -> None:
-    relay = LossyRelay(farm.port)
-    for proof in ("00" * 32, "no hex"):
-        client = taskfarm.Client(lambda: access_of(farm, proof=proof, url=relay.url))  # noqa: B023
-        with pytest.raises(taskfarm.Unreachable, match="no login was sent"):
-            client.ask("GET", "/api/runs")
-        client.close()
-    assert relay.seen and not any(b"authorization" in head.lower() for head in relay.seen)
-    good = taskfarm.Client(lambda: access_of(farm, url=relay.url))
-    good.ask("GET", "/api/runs")
-    good.ask("GET", "/api/runs")
-    good.close()
-    assert sum(b"authorization" in head.lower() for head in relay.seen) == 2
-    assert sum(b"/livez" in head for head in relay.seen) == 3, "one proof a connection"
-    relay.close()
+class Squatter:
+    """Somebody else's port: it keeps all that comes, in the clear, and answers as a farm would, or by one *behind*."""
+
+    def __init__(self, context: Optional[ssl.SSLContext] = None, behind: int = 0) -> None:
+        self.context, self.behind = context, behind
+        self.heard, self.connections = b"", 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "https://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            sock = undo.enter_context(self.context.wrap_socket(sock, server_side=True) if self.context else sock)
+            behind = undo.enter_context(socket.create_connection(("127.0.0.1", self.behind))) if self.behind else None
+            if behind:
+                threading.Thread(target=self._pass, args=(behind, sock), daemon=True).start()
+            for data in iter(lambda: sock.recv(65536), b""):
+                self.heard += data
+                if behind:
+                    behind.sendall(data)
+                else:
+                    sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"token": 1}')
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                target.sendall(data)
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+@pytest.fixture(params=["plain", "TLS", "relay"])
+def squatter(request: Any, farm: Live) -> Iterator[Squatter]:
+    context = None if request.param == "plain" else anothers()[1]
+    with contextlib.closing(Squatter(context, farm.port if request.param == "relay" else 0)) as squatting:
+        yield squatting
+
+
+def test_a_login_goes_to_nobody_who_has_not_the_farms_certificate(farm: Live, squatter: Squatter) -> None:
+    for pin in (farm.service.certificate, taskfarm.fingerprint(farm.service.certificate), "system", ""):
+        for login in ({"token": "tf1.secret"}, {"token": "", "password": "secret"}):
+            access = access_of(farm, url=squatter.url, certificate=pin, **login)
+            with contextlib.closing(taskfarm.Client(lambda: access)) as client:    # noqa: B023
+                for path in ("/api/runs", "/api/token"):
+                    with pytest.raises(taskfarm.OtherFarm, match="no login was sent"):
+                        client.ask("GET", path)
+    assert squatter.connections == 16
+    assert not re.search(rb"(?i)authorization|secret|HTTP/1", squatter.heard), "not even a request"
+
+
+def test_verbs_and_workers_send_a_squatter_nothing(farm: Live, squatter: Squatter, tmp_path: Path) -> None:
+    run = make_run(farm, 2)
+    mine = tmp_path / ".config/taskfarm/access.json"
+    script = "import taskfarm; taskfarm.SCRIPT_RETRY_S = 0.1; taskfarm.TaskFarm(%snumTasks=3)"
+    moved, given = dict(file_of(farm), url=squatter.url), file_of(farm)
+    for content, environ in ((moved, {}), (given, {"TASKFARM_URL": squatter.url}),
+                             (given, {"TASKFARM_URL": squatter.url, "TASKFARM_TOKEN": farm.token}),
+                             (given, {"TASKFARM_URL": squatter.url, "TASKFARM_TOKEN": farm.token,
+                                      "TASKFARM_FINGERPRINT": as_ada(farm)["TASKFARM_FINGERPRINT"]})):
+        taskfarm.write_access(str(mine), content)
+        tried = squatter.connections
+        work = [sys.executable, "-c", "import taskfarm; taskfarm.WORKER_RETRY_S = 0.1; taskfarm.VERB_PATIENCE_S = 0.1; "
+                "import sys; sys.exit(taskfarm.main())"]
+        for words in (["list"], ["work", run, "--", "true"]):
+            done = subprocess.run([*work, *words], capture_output=True, text=True, timeout=60, cwd=str(HERE),
+                                  env=dict(os.environ, HOME=str(tmp_path), **environ))
+            assert done.returncode == 5 and "no login was sent" in done.stderr and farm.token not in done.stderr
+            assert "login %s" % squatter.url in done.stderr or "does not speak TLS" in done.stderr
+            assert "Traceback" not in done.stderr
+        base = squatter.url.replace("https", "http") + "/api/"
+        for login in ("", "'ada', %r, url_base=%r, " % (Live.PASSWORD, base)):
+            done = subprocess.run([sys.executable, "-c", script % login], capture_output=True, text=True, timeout=60,
+                                  cwd=str(HERE), env=dict(os.environ, HOME=str(tmp_path), **environ))
+            assert done.returncode == 1 and "no login was sent" in done.stderr
+            assert farm.token not in done.stderr and (Live.PASSWORD not in done.stderr or login in done.stderr)
+        assert squatter.connections - tried >= 4
+    assert not re.search(rb"(?i)authorization|HTTP/1", squatter.heard)
+    assert farm.ask("GET", "/api/runs")[1]["data"][-1]["uuid"] == run
+
+
+def test_who_passes_the_bytes_on_reads_nothing(farm: Live) -> None:
+    with contextlib.closing(Squatter(behind=urllib.parse.urlsplit(farm.url).port or 0)) as wire, contextlib.closing(
+            taskfarm.Client(lambda: access_of(farm, url=wire.url))) as client:
+        assert client.ask("GET", "/api/runs") == {"data": []}
+        assert wire.heard and not re.search(rb"(?i)authorization|HTTP/1", wire.heard)
+
+
+def test_a_farm_that_has_moved_is_found_by_its_identity(farm: Live, tmp_path: Path) -> None:
+    path = str(tmp_path / "access.json")
+    taskfarm.write_access(path, file_of(farm))
+    environ = {"TASKFARM_ACCESS": path}
+    find = functools.partial(taskfarm.find_access, environ, farm=farm.service.store.identity)
+    with contextlib.closing(taskfarm.Client(find, 30.0)) as client, contextlib.closing(
+            Squatter(anothers()[1])) as squatting:
+        client.ask("GET", "/api/runs")
+        before = farm.url
+        farm.stop()
+        farm.local = threading.local()
+        farm.start()
+        taskfarm.write_access(path, dict(file_of(farm), url=squatting.url, farm="0" * 32,
+                                         certificate=anothers()[0]))        # another's farm
+        taskfarm.write_access(str(tmp_path / "access-ice.json"), file_of(farm))
+        assert client.ask("GET", "/api/runs") == {"data": []} and farm.url != before
+        assert squatting.connections == 0
+
+
+def test_a_login_in_the_environment_goes_where_the_certificate_is_the_known_one(farm: Live, tmp_path: Path) -> None:
+    path = str(tmp_path / "access.json")
+    environ = {"TASKFARM_ACCESS": path, "TASKFARM_URL": "https://elsewhere:1", "TASKFARM_TOKEN": "t"}
+    ours, other = taskfarm.fingerprint(farm.service.certificate), taskfarm.fingerprint(anothers()[0])
+    assert taskfarm.find_access(environ).certificate == "", "the system's authorities decide"
+    taskfarm.write_access(path, file_of(farm))
+    assert taskfarm.find_access(environ).certificate == farm.service.certificate
+    taskfarm.write_access(str(tmp_path / "access-b.json"), {"url": "https://elsewhere:1", "certificate": other})
+    assert taskfarm.find_access(environ).certificate == other
+    openssl = ours[7:].upper()
+    assert taskfarm.find_access(dict(environ, TASKFARM_FINGERPRINT=":".join(
+        openssl[at:at + 2] for at in range(0, 64, 2)))).certificate == ours
+    with pytest.raises(Refusal, match="64 hexadecimal digits"):
+        taskfarm.find_access(dict(environ, TASKFARM_FINGERPRINT="SHA256:00"))
+    del environ["TASKFARM_TOKEN"]
+    taskfarm.write_access(path, dict(file_of(farm), url="https://login1:5000", certificate="system"))
+    os.remove(str(tmp_path / "access-b.json"))
+    for url, found in (("https://elsewhere:5000", False), ("https://login1:6000", True), ("https://x@login1", False)):
+        environ["TASKFARM_URL"] = url
+        if found:
+            assert taskfarm.find_access(environ).token == farm.token
+        else:
+            with pytest.raises(Refusal, match="there is no login for " + url):
+                taskfarm.find_access(environ)
+
+
+def test_a_certificate_that_will_not_do_is_told_in_a_sentence(farm: Live) -> None:
+    key, expired = taskfarm.make_certificate(["localhost"], ["127.0.0.1"], time.time() - 21 * 366 * 86400)
+    key_2, early = taskfarm.make_certificate(["localhost"], ["127.0.0.1"], time.time() + 3 * 86400)
+    for certificate, its_key, sentence in ((expired, key, "has expired"), (early, key_2, "is not valid yet")):
+        with contextlib.closing(Squatter(taskfarm.server_context(certificate, its_key))) as old:
+            access = access_of(farm, url=old.url, certificate=certificate)
+            with contextlib.closing(taskfarm.Client(lambda: access)) as client:    # noqa: B023
+                with pytest.raises(taskfarm.OtherFarm, match=sentence + ", so no login was sent"):
+                    client.ask("GET", "/api/runs")
+            assert old.heard == b""
+    for nonsense in ("x", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
+        with contextlib.closing(taskfarm.Client(lambda: access_of(farm, certificate=nonsense))) as client:  # noqa: B023
+            with pytest.raises(Refusal, match="certificate in the test is none"):
+                client.ask("GET", "/api/runs")
+
+
+def test_a_server_that_is_silent_or_ends_in_the_handshake_is_told_as_such(farm: Live) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        access = access_of(farm, url="https://127.0.0.1:%d" % silent.getsockname()[1])
+        with pytest.raises(taskfarm.Unreachable, match="timed out"):
+            taskfarm.Client(lambda: access, timeout_s=0.1).ask("GET", "/api/runs")
+
+        def end() -> None:
+            for _ in range(2):
+                sock, _ = silent.accept()
+                sock.recv(1000)
+                sock.close()
+        threading.Thread(target=end, daemon=True).start()
+        with pytest.raises(taskfarm.Unreachable, match="ends the connection in the TLS handshake"):
+            for _ in range(2):          # the first is the one that has given up
+                taskfarm.Client(lambda: access, timeout_s=5).ask("GET", "/api/runs")
+
+
+def test_no_login_is_shown_by_what_a_traceback_shows(farm: Live) -> None:
+    access = access_of(farm, token="tf1.secret", password="sesame")
+    shown = repr(access) + repr(taskfarm.Client(lambda: access)) + str(access) + "%s" % ([access],)
+    assert "secret" not in shown and "sesame" not in shown and farm.url in shown
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o604])
+def test_an_access_file_that_others_can_open_is_closed_to_them(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int) -> None:
+    path = tmp_path / "access.json"
+    taskfarm.write_access(str(path), {"url": "https://a:1"})
+    path.chmod(mode)
+    assert taskfarm.read_access(str(path)) == {"url": "https://a:1"} and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "could be read by others (mode %03o)" % mode in caplog.text and caplog.text.count("\n") == 1
+    taskfarm.read_access(str(path))
+    assert caplog.text.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of other users are made by root alone")
+@pytest.mark.parametrize("of_link", [False, True])
+def test_an_access_file_of_another_user_is_refused(farm: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   of_link: bool) -> None:
+    path, mine = tmp_path / "access.json", tmp_path / "mine.json"
+    taskfarm.write_access(str(mine), file_of(farm))
+    if of_link:
+        path.symlink_to(mine)
+    else:
+        mine.rename(path)
+    os.chown(str(path), 12345, -1, follow_symlinks=False)
+    done = run_verb("list", TASKFARM_ACCESS=str(path))
+    assert done.returncode == 1 and "another user (12345)" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(Refusal, match="another user .12345."):
+        taskfarm.find_access({"TASKFARM_ACCESS": str(path)})
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert taskfarm.read_access(str(path)) == file_of(farm), "root's files are as good as ours"
+    monkeypatch.setenv("TASKFARM_ACCESS", str(path))
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(OSError, match="another user"):       # which the server logs, and serves on
+        taskfarm.publish_access(farm.service, farm.user("ada"), farm.path)
 
 
 def test_a_lost_answer_costs_nothing_and_nothing_is_given_twice(farm: Live) -> None:
     relay = LossyRelay(farm.port)
-    access, swallow = access_of(farm, url=relay.url), [False]
+    access, swallow = access_of(farm, url=relay.url, certificate=relay.certificate), [False]
     relay.swallow = lambda: bool(swallow) and swallow.pop()
     with contextlib.closing(taskfarm.Client(lambda: access, retry_s=20)) as client:
         swallow[:] = [True]
@@ -6328,7 +6875,7 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         assert answers[0]["numTasks"] == 1
         assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
         assert notices[0].endswith("; trying again for up to 60 s")
-    with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="http://127.0.0.1:1"))) as client:
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="https://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
 
@@ -6349,41 +6896,44 @@ def test_an_access_file_that_cannot_be_written_leaves_no_token_under_another_nam
 
 
 def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
-    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}
+    environ, pin = {"TASKFARM_ACCESS": str(tmp_path / "access.json")}, "SHA256:" + "0" * 64
     with pytest.raises(Refusal, match="TASKFARM_URL"):
         taskfarm.find_access(environ)
     with pytest.raises(Refusal, match="there is no login"):
-        taskfarm.find_access(dict(environ, TASKFARM_URL="http://a:1"))
-    taskfarm.write_access(environ["TASKFARM_ACCESS"], {"url": "http://home:5000", "user": "ada", "token": "t",
-                                                       "farm": "f", "proof": "aa"})
+        taskfarm.find_access(dict(environ, TASKFARM_URL="https://a:1"))
+    taskfarm.write_access(environ["TASKFARM_ACCESS"], {"url": "https://home:5000", "user": "ada", "token": "t",
+                                                       "farm": "f", "certificate": pin})
 
     def found(**more: str) -> Tuple[str, str, str, str, str]:
         access = taskfarm.find_access(dict(environ, **more))
-        return access.url, access.user, access.token, access.password, access.proof
+        return access.url, access.user, access.token, access.password, access.certificate
 
-    assert found() == ("http://home:5000", "ada", "t", "", "aa")
-    assert found(TASKFARM_URL="http://[::1]:6000/api/") == ("http://[::1]:6000", "ada", "t", "", "aa"), \
-        "a tunnel: the login goes only where the proof is given"
-    assert found(TASKFARM_TOKEN="u") == ("http://home:5000", "", "u", "", "aa")
-    assert found(TASKFARM_URL="http://b:1/", TASKFARM_USER="eve", TASKFARM_PASSWORD="p") == (
-        "http://b:1", "eve", "", "p", "")
+    assert found() == ("https://home:5000", "ada", "t", "", pin)
+    assert found(TASKFARM_URL="https://[::1]:6000/api/") == ("https://[::1]:6000", "ada", "t", "", pin), \
+        "a tunnel: the login goes only where the certificate is shown"
+    assert found(TASKFARM_TOKEN="u") == ("https://home:5000", "", "u", "", pin)
+    assert found(TASKFARM_URL="https://b:1/", TASKFARM_USER="eve", TASKFARM_PASSWORD="p") == (
+        "https://b:1", "eve", "", "p", pin)
     with pytest.raises(Refusal, match="TASKFARM_PASSWORD"):
         found(TASKFARM_USER="eve")
-    assert taskfarm.find_access(environ, "http://c:2", "bob", "pw")[:4] == ("http://c:2", "bob", "", "pw")
-    for url in ("home:5000", "http://", "ftp://x", "http://x:port", "http://[::1"):
+    assert taskfarm.find_access(environ, "https://c:2", "bob", "pw")[:4] == ("https://c:2", "bob", "", "pw")
+    for url in ("home:5000", "https://", "ftp://x", "https://x:port", "https://[::1", "http://home:5000"):
         with pytest.raises(Refusal, match="looks like"):
             taskfarm.Client(lambda: taskfarm.find_access(environ, url)).ask("GET", "/livez")   # noqa: B023
+    with pytest.raises(Refusal, match="looks like https://home:5000, not like 'http://home:5000'"):
+        taskfarm.Client(lambda: taskfarm.find_access(environ, "http://home:5000")).ask("GET", "/livez")
 
 
 @pytest.mark.parametrize("environ, sentence", [
     ({"TASKFARM_TOKEN": "tf1.x\r"}, "look at TASKFARM_TOKEN"),
     ({"TASKFARM_TOKEN": "tf1.\u20ac"}, "look at TASKFARM_TOKEN"),
-    ({"TASKFARM_TOKEN": "tf1.x", "TASKFARM_URL": "{url}/\u00e9"}, "looks like http://host:5000"),
+    ({"TASKFARM_TOKEN": "tf1.x", "TASKFARM_URL": "{url}/\u00e9"}, "looks like https://host:5000"),
     ({"TASKFARM_USER": "ad\udcff", "TASKFARM_PASSWORD": "\udcff"}, "or the password is wrong"),
 ])
 def test_what_cannot_be_sent_as_a_login_is_refused_in_a_sentence(shared_farm: Live, environ: Dict[str, str],
                                                                   sentence: str) -> None:
-    known = dict({"TASKFARM_URL": "{url}"}, **environ)
+    known = dict({"TASKFARM_URL": "{url}", "TASKFARM_FINGERPRINT": as_ada(shared_farm)["TASKFARM_FINGERPRINT"]},
+                 **environ)
     known = {name: value.replace("{url}", shared_farm.url) for name, value in known.items()}
     with contextlib.closing(taskfarm.Client(lambda: taskfarm.find_access(known))) as client:
         with pytest.raises((Refusal, FarmError), match=sentence):
@@ -6400,13 +6950,15 @@ def test_what_is_no_answer_of_a_taskfarm_is_refused_as_such(answer: bytes, monke
     monkeypatch.setattr(taskfarm, "ANSWER_LIMIT", 1 << 17)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         def serve() -> None:
-            with contextlib.suppress(OSError), contextlib.closing(listener.accept()[0]) as sock:
+            client, context = listener.accept()[0], anothers()[1]
+            with contextlib.suppress(OSError), context.wrap_socket(client, server_side=True) as sock:
                 sock.recv(65536)
                 sock.sendall(answer)
 
         thread = threading.Thread(target=serve)
         thread.start()
-        access = taskfarm.Access("http://127.0.0.1:%d" % listener.getsockname()[1], "", "tf1.x", "", "", "", "the test")
+        access = taskfarm.Access("https://127.0.0.1:%d" % listener.getsockname()[1], "", "tf1.x", "", anothers()[0], "",
+                                 "the test")
         with contextlib.closing(taskfarm.Client(lambda: access)) as client:
             with pytest.raises(taskfarm.Unreachable, match="does not answer as a taskfarm"):
                 client.ask("GET", "/api/runs")
@@ -6418,7 +6970,7 @@ def test_an_ipv6_address_and_a_host_name_work(tmp_path: Path) -> None:
         service = Service(str(tmp_path / "f"), host, 0)
         thread = threading.Thread(target=service.serve)
         thread.start()
-        access = taskfarm.Access(service.url, "", "", "", service.farm.proof_key(None).hex(), "", "the test")
+        access = taskfarm.Access(service.url, "", "", "", service.certificate, "", "the test")
         assert taskfarm.farm_answers(access)
         service.stop()
         thread.join(20)
@@ -6454,13 +7006,16 @@ def test_a_run_is_changed_by_its_whole_name_or_eight_digits_alone(farm: Live) ->
 
 
 @pytest.mark.parametrize("published", [False] if QUICK else [True, False])
-def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published: bool) -> None:
+def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published: bool, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     if published:
         import taskfarm_worker as module
     else:
         module = taskfarm
     login = ("ada", Live.PASSWORD)
-    base = farm.url + "/api/"
+    base = "http://127.0.0.1:%d/api/" % farm.port       # ours asks the same port by TLS
+    taskfarm.write_access(str(tmp_path / "access.json"), file_of(farm))
+    monkeypatch.setenv("TASKFARM_ACCESS", str(tmp_path / "access.json"))
     with pytest.raises(RuntimeError):
         module.TaskFarm("ada", "wrong", numTasks=1, url_base=base)
     with pytest.raises(RuntimeError):
@@ -6470,7 +7025,7 @@ def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published:
     run = module.TaskFarm(*login, None, 4, base)
     assert (run.numTasks, run.numWaiting, run.numDone, run.numComputing, run.percentDone) == (4, 4, 0, 0, 0)
     assert [entry["uuid"] for entry in module.tfRuns(*login, base)] == [run.uuid]
-    assert run.url("runs") == base + "runs" and run.info("")["uuid"] == run.uuid
+    assert run.url("runs") == (base if published else farm.url + "/api/") + "runs" and run.info("")["uuid"] == run.uuid
     worker = module.TaskFarmWorker(*login, run.uuid, base)
     done = []
     for task in worker.tasks:
@@ -6502,8 +7057,7 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
                                                          tmp_path: Path) -> None:
     monkeypatch.setenv("TASKFARM_ACCESS", str(tmp_path / "access.json"))
     monkeypatch.setattr(taskfarm, "HEARTBEAT_S", 0.02)
-    taskfarm.write_access(str(tmp_path / "access.json"), dict(zip(
-        ("url", "user", "token", "password", "proof", "farm"), access_of(farm))))
+    taskfarm.write_access(str(tmp_path / "access.json"), file_of(farm))
     run = taskfarm.TaskFarm(numTasks=3)
     worker = taskfarm.TaskFarmWorker(uuid=run.uuid)
     assert worker.task == 0
@@ -6641,7 +7195,24 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
         assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
         assert environ.pop("TASKFARM_FARM") and environ == {
             "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
-            "TASKFARM_URL": "http://127.0.0.1:%d" % server.port}, "and no secret"
+            "TASKFARM_URL": "https://127.0.0.1:%d" % server.port}, "and no secret"
+
+
+def test_a_login_of_the_workers_environment_is_not_handed_on_to_commands(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    access = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())
+    command = "env > %s/env; %s %s progress 50 2> %s/said" % (tmp_path, sys.executable, MODULE, tmp_path)
+    Work(server, run, "--", "sh", "-c", command, TASKFARM_ACCESS=str(tmp_path / "none"), TASKFARM_URL=access["url"],
+         TASKFARM_TOKEN=access["token"], TASKFARM_FINGERPRINT=taskfarm.fingerprint(access["certificate"])).end(0)
+    environ = (tmp_path / "env").read_text()
+    assert "TASKFARM_RUN=" + run in environ and "TASKFARM_TOKEN" not in environ and access["token"] not in environ
+    assert "not reported" in (tmp_path / "said").read_text()
+    known = {"TASKFARM_TOKEN": "tf1.x", "TASKFARM_USER": "ada", "TASKFARM_PASSWORD": "sesame", "TASKFARM_DB": "f"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        given = taskfarm.command_environment(taskfarm.parse_access({}, ""), run, "w")
+    assert given[b"TASKFARM_DB"] == b"f" and not set(given) & {name.encode() for name in list(known)[:3]}
 
 
 def test_a_file_of_commands_is_a_run(server: Process, tmp_path: Path) -> None:
@@ -6808,7 +7379,8 @@ def test_a_claim_is_the_same_one_however_often_it_is_tried(farm: Live) -> None:
     relay, swallow = LossyRelay(farm.port), [True] * 3
     relay.swallow = lambda: b"/tasks" in relay.seen[-1] and bool(swallow) and swallow.pop()
     run = new_run(farm, 20)
-    client = taskfarm.Client(lambda: access_of(farm, url=relay.url))        # without patience: each try is another
+    access = access_of(farm, url=relay.url, certificate=relay.certificate)
+    client = taskfarm.Client(lambda: access)        # without patience: each try is another
     reporter = taskfarm.Reporter(client, run, "w", lambda: None, False)
     reporter.idle = False
     reporter.thread.start()
@@ -6895,9 +7467,11 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     run = new_run(server, 400)
     relay, generator = LossyRelay(server.port), random.Random(1)
     relay.swallow = lambda: generator.random() < 0.3
+    taskfarm.write_access(str(tmp_path / "access.json"), {
+        "url": relay.url, "token": server.token, "certificate": relay.certificate})
     work = Work(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
                 tweak="taskfarm.SEND_S = 0.01; taskfarm.CLAIM_AHEAD_S = 0.05; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
-                TASKFARM_URL=relay.url)
+                TASKFARM_ACCESS=str(tmp_path / "access.json"))
     work.end(0)
     relay.close()
     assert relay.lost > 5
@@ -7106,7 +7680,7 @@ def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> No
     assert stranger.returncode == 1 and task_of(server, run, 0)["percentCompleted"] == 37.5
     alone = run_verb("progress", "90", HOME=server.home)
     assert alone.returncode == 0 and "not reported" in alone.stderr
-    away = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **dict(mine, TASKFARM_URL="http://127.0.0.1:1"))
+    away = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **dict(mine, TASKFARM_URL="https://127.0.0.1:1"))
     assert away.returncode == 0 and "not reported" in away.stderr
     with no_more_room(server):
         full = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **mine)
@@ -7316,8 +7890,8 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     nobody = Work(server, "harvest", "--", "true")
     assert nobody.end(4) == "" and "no run is called 'harvest'" in nobody.errors()
     Work(server, run, "-j", "5001", "--", "true").end(2)
-    Work(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:%d" % server.port, TASKFARM_TOKEN="tf1.x").end(6)
-    Work(server, run, "--", "true", TASKFARM_URL="http://127.0.0.1:1", tweak="taskfarm.WORKER_RETRY_S = 0.5").end(5)
+    Work(server, run, "--", "true", TASKFARM_TOKEN="tf1.x").end(6)
+    Work(server, run, "--", "true", TASKFARM_URL="https://127.0.0.1:1", tweak="taskfarm.WORKER_RETRY_S = 0.5").end(5)
     assert counts(server, run) == (3, 0, 0, 0)
     user = run_verb("user", "list", "--db", str(tmp_path / "f")).stdout.strip()
     assert run_verb("user", "passwd", user, "--db", str(tmp_path / "f"), stdin="sesame\n").returncode == 0
@@ -7474,15 +8048,14 @@ def test_doctor_says_what_does_not_work(tmp_path: Path) -> None:
     access = Path(server.home, ".config/taskfarm/access.json")
     good = json.loads(access.read_text())
     access.write_text(json.dumps(dict(good, token=good["token"][:-1] + "?")))
-    access.chmod(0o644)
     status, found = doctor(HOME=server.home)
     assert status == 1 and found["login"][0] == "FAIL" and "taskfarm.py login" in found["login"][1]
-    assert found["access file"][0] == "warn" and "chmod 600" in found["access file"][1]
-    access.write_text(json.dumps(dict(good, proof="00")))
+    access.write_text(json.dumps(dict(good, certificate=anothers()[0])))
     status, found = doctor(HOME=server.home)
     assert status == 1 and "is not the farm" in found["server"][1] and "login" not in found
+    assert "--advertise" not in found["server"][1], "it does answer"
     assert server.end(signal.SIGTERM) == 0
-    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "http://no.such.host.invalid:5000", HOME=str(tmp_path))
+    status, found = doctor("--db", "/nowhere/at/all/f", "--url", "https://no.such.host.invalid", HOME=str(tmp_path))
     assert status == 1 and found["file system"][0] == "FAIL" and "--advertise" in found["server"][1]
 
 
@@ -7517,8 +8090,8 @@ def test_doctor_says_who_has_the_port(tmp_path: Path) -> None:
 
 def test_doctor_takes_a_farm_for_yours_when_it_can_prove_it(farm: Live, tmp_path: Path) -> None:
     path = tmp_path / "access.json"
-    for proof, verdict in (("00" * 32, "warn"), (file_of(farm)["proof"], "ok")):
-        taskfarm.write_access(str(path), dict(file_of(farm), proof=proof))
+    for certificate, verdict in ((anothers()[0], "warn"), (farm.service.certificate, "ok")):
+        taskfarm.write_access(str(path), dict(file_of(farm), certificate=certificate))
         _, found = doctor("--port", str(farm.port), TASKFARM_ACCESS=str(path))
         assert found["port %d" % farm.port][0] == verdict
 
@@ -7734,7 +8307,8 @@ class Terminal:
 
 def as_ada(farm: Live) -> Dict[str, str]:
     """The environment in which verbs ask this farm."""
-    return {"TASKFARM_URL": farm.url, "TASKFARM_TOKEN": farm.token}
+    return {"TASKFARM_URL": farm.url, "TASKFARM_TOKEN": farm.token,
+            "TASKFARM_FINGERPRINT": taskfarm.fingerprint(farm.service.certificate)}
 
 
 def verb(farm: Live, *words: str, stdin: str = "", status: int = 0) -> str:
@@ -7809,7 +8383,7 @@ def test_what_workers_left_keeps_nobody_waiting_where_nothing_answers(tmp_path: 
     for number in range(20):
         taskfarm.write_access(str(tmp_path / ("taskfarm/unsent-%d.json" % number)), {
             "farm": "", "url": "http://127.0.0.1:1", "run": "r", "worker": "w", "reports": []})
-    done = run_verb("list", XDG_STATE_HOME=str(tmp_path), TASKFARM_URL="http://127.0.0.1:1", TASKFARM_TOKEN="tf1.x")
+    done = run_verb("list", XDG_STATE_HOME=str(tmp_path), TASKFARM_URL="https://127.0.0.1:1", TASKFARM_TOKEN="tf1.x")
     assert done.returncode == 5 and done.stderr.count("could not be sent") == 1 and done.stderr.count("\n") < 5
     assert len(list((tmp_path / "taskfarm").iterdir())) == 20
 
@@ -8011,21 +8585,13 @@ def test_delete_asks_and_takes_only_yes_for_an_answer(farm: Live) -> None:
 def file_of(farm: Live) -> Dict[str, str]:
     """What this farm's access file says, for ada."""
     return {"url": farm.url, "user": "ada", "token": farm.token, "farm": farm.service.store.identity,
-            "proof": farm.service.farm.known_by(farm.user("ada"))}
-
-
-def test_what_one_user_knows_does_not_feign_the_farm_to_another(farm: Live) -> None:
-    bob = farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
-    ours, bobs = file_of(farm)["proof"], farm.service.farm.known_by(bob)
-    assert ours.split(".")[1] != bobs.split(".")[1] and farm.service.farm.proof_key(None).hex() not in (ours + bobs)
-    for proof, answers in ((ours, True), (bobs, True), ("1." + bobs.split(".")[1], False), (ours.split(".")[1], False)):
-        assert taskfarm.farm_answers(taskfarm.parse_access(dict(file_of(farm), proof=proof), "")) is answers, proof
+            "certificate": farm.service.certificate}
 
 
 def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "access.json"
     environ = {"TASKFARM_ACCESS": str(path)}
-    words = ["login", farm.url + "/api/", "--user", "ada"]
+    words = ["login", farm.url + "/api/", "--user", "ada", "--fingerprint", as_ada(farm)["TASKFARM_FINGERPRINT"]]
     done = run_verb(*words, stdin="wrong\n", **environ)
     assert done.returncode == 6 and "user ada or the password is wrong" in done.stderr and not path.exists()
     assert "'python3 taskfarm.py user passwd ada --db FILE'" in done.stderr and "GET" not in done.stderr
@@ -8040,11 +8606,58 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     assert run_verb("new", "5", **environ).returncode == 0
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
     path.unlink()
-    terminal = Terminal(words, environ)
-    terminal.wait_for("password for ada: ")
-    terminal.type(Live.PASSWORD + "\r")
-    assert terminal.end() == 0 and Live.PASSWORD not in terminal.shown
-    assert json.loads(path.read_text())["url"] == farm.url
+    for known in (False, True):         # the second time nothing need be asked
+        terminal = Terminal(words[:4], environ)
+        if not known:
+            terminal.wait_for("[y/N] ")
+            assert re.search(r"\s%s\s" % words[-1], terminal.shown) and "printed when it was started" in terminal.shown
+            terminal.type("y\r")
+        terminal.wait_for("password for ada: ")
+        terminal.type(Live.PASSWORD + "\r")
+        assert terminal.end() == 0 and Live.PASSWORD not in terminal.shown and ("[y/N]" in terminal.shown) is not known
+        assert json.loads(path.read_text())["certificate"] == farm.service.certificate
+
+
+def test_login_asks_for_no_password_before_the_certificate_is_the_right_one(farm: Live, tmp_path: Path) -> None:
+    folder, secret = tmp_path / "config", Live.PASSWORD + "\n"
+    environ = {"TASKFARM_ACCESS": str(folder / "access.json")}
+    with contextlib.closing(Squatter(anothers()[1], farm.port)) as relay, contextlib.closing(Squatter()) as plain:
+        fingerprint = as_ada(farm)["TASKFARM_FINGERPRINT"]
+        for words, status, sentence in (
+                ([relay.url, "--fingerprint", fingerprint], 1, "shows another certificate, SHA256:"),
+                ([relay.url], 1, "no terminal to answer on: --fingerprint SHA256:"),
+                ([farm.url], 1, "no terminal to answer on: --fingerprint SHA256:"),
+                ([farm.url, "--fingerprint", "SHA256:00"], 1, "64 hexadecimal digits"),
+                ([plain.url, "--fingerprint", fingerprint], 5, "does not speak TLS"), ([plain.url], 5, "not speak TLS"),
+                (["http://127.0.0.1:%d" % farm.port], 1, "looks like https://127.0.0.1:%d, not like" % farm.port)):
+            done = run_verb("login", "--user", "ada", *words, stdin=secret, **environ)
+            assert done.returncode == status and sentence in done.stderr, done.stderr
+            assert done.stdout == "" and done.stderr.count("\n") == 1 and not folder.exists()
+        terminal = Terminal(["login", relay.url, "--user", "ada"], environ)
+        terminal.wait_for("[y/N] ")
+        assert taskfarm.fingerprint(anothers()[0]) in terminal.shown and "password" not in terminal.shown
+        terminal.type("\r")
+        assert terminal.end() == 1 and "no login was sent" in terminal.shown and not folder.exists()
+        taskfarm.write_access(environ["TASKFARM_ACCESS"], dict(file_of(farm), url=relay.url))
+        terminal = Terminal(["login", relay.url, "--user", "ada"], environ)
+        terminal.wait_for("[y/N] ")
+        assert "It is not the one that %s holds" % environ["TASKFARM_ACCESS"] in terminal.shown
+        terminal.type("n\r")
+        assert terminal.end() == 1
+        assert not re.search(rb"(?i)authorization|HTTP/1", relay.heard + plain.heard)
+
+
+def test_a_certificate_that_the_authorities_of_the_system_vouch_for_needs_no_question(farm: Live, tmp_path: Path
+                                                                                      ) -> None:
+    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json"), "SSL_CERT_FILE": str(tmp_path / "authorities")}
+    (tmp_path / "authorities").write_text(farm.service.certificate)
+    done = run_verb("login", "https://localhost:%d" % farm.port, "--user", "ada", stdin=Live.PASSWORD + "\n", **environ)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "access.json").read_text())["certificate"] == "system"
+    assert run_verb("list", **environ).returncode == 0
+    (tmp_path / "authorities").write_text(anothers()[0])
+    done = run_verb("list", **environ)
+    assert done.returncode == 5 and "authorities of this system" in done.stderr and "no login was sent" in done.stderr
 
 
 def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of_a_living_farm(
@@ -8057,7 +8670,8 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
     mine = tmp_path / ".config/taskfarm/access.json"
     taskfarm.write_access(str(mine), file_of(farm))
     with contextlib.closing(Live(str(tmp_path / "other.sqlite"))) as other:
-        done = run_verb("login", other.url, "--user", "ada", stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
+        done = run_verb("login", other.url, "--user", "ada", "--fingerprint", as_ada(other)["TASKFARM_FINGERPRINT"],
+                        stdin=Live.PASSWORD + "\n", HOME=str(tmp_path))
         assert done.returncode == 0 and json.loads(mine.read_text()) == file_of(farm)
         (beside,) = (path for path in mine.parent.iterdir() if path != mine)
         assert json.loads(beside.read_text())["url"] == other.url and "TASKFARM_ACCESS=%s" % beside in done.stdout
@@ -8073,7 +8687,7 @@ def test_login_asks_for_no_password_where_nothing_answers_and_spares_the_file_of
 def test_a_farm_that_is_not_the_one_of_the_given_url_is_not_waited_for(farm: Live, monkeypatch: pytest.MonkeyPatch
                                                                        ) -> None:
     monkeypatch.setattr(threading.Event, "wait", lambda *_: pytest.fail("it waits"))
-    access = access_of(farm, proof="00" * 32)._replace(url_given=True)
+    access = access_of(farm, certificate=anothers()[0])._replace(url_given=True)
     with contextlib.closing(taskfarm.Client(lambda: access, retry_s=60)) as client:
         with pytest.raises(taskfarm.OtherFarm, match="no login was sent: type 'python3 taskfarm.py login"):
             client.ask("GET", "/api/runs")
@@ -8153,7 +8767,7 @@ def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.Monk
     monkeypatch.setenv("TASKFARM_TOKEN", "tf1.x")
     with contextlib.closing(socket.socket()) as unused:
         unused.bind(("127.0.0.1", 0))
-        url = "http://127.0.0.1:%d" % unused.getsockname()[1]
+        url = "https://127.0.0.1:%d" % unused.getsockname()[1]
         for words in (["list"], ["new", "5"], ["status", "x", "--watch"], ["workers"], ["delete", "x", "--yes"]):
             assert taskfarm.main([*words, "--url", url]) == 5
             shown = capsys.readouterr()
@@ -8175,14 +8789,15 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
         server = Process(str(tmp_path / "f"))
     finally:
         os.umask(old)
-    assert re.fullmatch(r"taskfarm [0-9.]+ serves \S+ at http://127\.0\.0\.1:[0-9]+\n", server.line)
+    assert re.fullmatch(r"taskfarm [0-9.]+ serves \S+ at https://127\.0\.0\.1:[0-9]+\n", server.line)
+    assert server.process.stdout and server.process.stdout.readline() == "certificate %s\n" % fingerprint_of(server)
     access = Path(server.home, ".config/taskfarm/access.json")
     content = json.loads(access.read_text())
-    assert set(content) == {"url", "user", "token", "farm", "proof"}
+    assert set(content) == {"url", "user", "token", "farm", "certificate"}
     assert content["url"] == server.line.split()[-1]
     assert server.ask("GET", "/api/runs")[0] == 200
-    for proof, answers in ((content["proof"], True), ("00", False), ("", False)):
-        assert taskfarm.farm_answers(taskfarm.parse_access(dict(content, proof=proof), "")) is answers
+    for pin, answers in ((content["certificate"], True), (anothers()[0], False), ("", False), ("system", False)):
+        assert taskfarm.farm_answers(taskfarm.parse_access(dict(content, certificate=pin), "")) is answers
     for path in [access, *(tmp_path / name for name in ("f", "f-wal", "f.lock"))]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert "password" not in server.log() + server.line, "it is shown on a terminal only"
@@ -8242,9 +8857,9 @@ def on_another_machine(farm: Live, **changes: Any) -> bytes:
 
 
 @pytest.mark.parametrize("host, url, sentence", [
-    (None, "http://127.0.0.1:%d", "do not work between machines"),      # a name that two machines share
-    ("login2", "http://0.0.0.0:%d", "do not work between machines"),    # 0.0.0.0: it answers, and is no loopback name
-    ("login2", "http://127.0.0.1:%d", "cannot be asked from here")])
+    (None, "https://127.0.0.1:%d", "do not work between machines"),      # a name that two machines share
+    ("login2", "https://0.0.0.0:%d", "do not work between machines"),    # 0.0.0.0: it answers, and is no loopback name
+    ("login2", "https://127.0.0.1:%d", "cannot be asked from here")])
 def test_a_server_of_another_machine_keeps_its_file_where_locks_do_not_reach_that_far(
         farm: Live, host: Optional[str], url: str, sentence: str) -> None:
     host = host or socket.gethostname()
@@ -8260,14 +8875,24 @@ def test_a_server_of_another_machine_keeps_its_file_where_locks_do_not_reach_tha
     assert farm.ask("GET", "/api/runs")[0] == 200
 
 
+def test_the_secret_of_the_lock_file_goes_to_no_process_without_its_certificate(farm: Live, squatter: Squatter) -> None:
+    holder = taskfarm.read_holder(farm.path)
+    assert run_verb("user", "list", "--db", farm.path).stdout == "ada\n"
+    farm.service.lock.write(dict(holder, admin_url=squatter.url))
+    for words in (["user", "list"], ["user", "passwd", "ada"], ["check"]):
+        done = run_verb(*words, "--db", farm.path, stdin="new\n")
+        assert done.returncode == 1 and "does not answer here" in done.stderr and done.stderr.count("\n") == 1
+    assert squatter.connections >= 3 and not re.search(rb"(?i)authorization|HTTP/1", squatter.heard)
+
+
 @pytest.mark.parametrize("changes, warned", [
-    ({"host": "login2", "url": "http://0.0.0.0:1"}, True),              # nothing listens there
-    ({"host": "login2", "proof": "00"}, True),                          # another farm has the address
-    ({"host": socket.gethostname(), "url": "http://127.0.0.1:1"}, False),     # ours, before it was started again
+    ({"host": "login2", "url": "https://0.0.0.0:1"}, True),             # nothing listens there
+    ({"host": "login2", "certificate": anothers()[0]}, True),           # another farm has the address
+    ({"host": socket.gethostname(), "url": "https://127.0.0.1:1"}, False),     # ours, before it was started again
     ({"machine": taskfarm.machine_id()}, False), ({}, False)])
 def test_the_file_of_a_server_that_has_gone_is_taken_over(
         farm: Live, caplog: pytest.LogCaptureFixture, changes: Dict[str, Any], warned: bool) -> None:
-    left = dict({**taskfarm.read_holder(farm.path), "url": "http://0.0.0.0:%d" % farm.port, "machine": "another"},
+    left = dict({**taskfarm.read_holder(farm.path), "url": "https://0.0.0.0:%d" % farm.port, "machine": "another"},
                 **changes) \
         if changes else {}
     path = farm.path + "-elsewhere"
@@ -8280,15 +8905,15 @@ def test_the_file_of_a_server_that_has_gone_is_taken_over(
 def test_a_second_farm_leaves_the_access_file_of_one_that_answers(farm: Live, tmp_path: Path) -> None:
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path)
     try:
-        taskfarm.publish_access(farm.service.farm, farm.user("ada"), farm.url, farm.path)
+        taskfarm.publish_access(farm.service, farm.user("ada"), farm.path)
         first = (tmp_path / "taskfarm/access.json").read_text()
         other = Live(str(tmp_path / "other.sqlite"))
-        taskfarm.publish_access(other.service.farm, other.user("ada"), other.url, other.path)
+        taskfarm.publish_access(other.service, other.user("ada"), other.path)
         assert (tmp_path / "taskfarm/access.json").read_text() == first
         (beside,) = (tmp_path / "taskfarm").glob("access-other-*.json")
         assert json.loads(beside.read_text())["url"] == other.url
         farm.stop()
-        taskfarm.publish_access(other.service.farm, other.user("ada"), other.url, other.path)
+        taskfarm.publish_access(other.service, other.user("ada"), other.path)
         assert json.loads((tmp_path / "taskfarm/access.json").read_text())["url"] == other.url
         other.close()
         farm.start()
@@ -8298,14 +8923,14 @@ def test_a_second_farm_leaves_the_access_file_of_one_that_answers(farm: Live, tm
 
 def test_a_new_farm_at_the_address_of_one_that_is_gone_is_found_by_who_waits_for_it(farm: Live, tmp_path: Path) -> None:
     path = str(tmp_path / "access.json")
-    gone = dict(file_of(farm), farm="0" * 32, proof="1." + "00" * 32)
+    gone = dict(file_of(farm), farm="0" * 32, certificate=anothers()[0])
     taskfarm.write_access(path, gone)
     environ = {"TASKFARM_ACCESS": path}
     with contextlib.closing(taskfarm.Client(lambda: taskfarm.find_access(environ), 20.0)) as client:
         client.say = lambda _: taskfarm.write_access(path, file_of(farm))      # while it already waits
         assert client.ask("GET", "/api/runs") == {"data": []}
         client.say = print
-        taskfarm.write_access(path, dict(gone, url="http://127.0.0.1:1"))
+        taskfarm.write_access(path, dict(gone, url="https://127.0.0.1:1"))
         assert client.ask("GET", "/api/runs") == {"data": []} and not client._find_again(), "it stays with its farm"
     taskfarm.write_access(path, gone)
     assert taskfarm.farm_access_path(environ, "1" * 32, farm.url, farm.path) == path, "at our address only we answer"
