@@ -77,6 +77,8 @@ Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
+    Between the first two, whatever the path: 421 a Host by which the server does not know itself, 403 an Origin or a
+    Sec-Fetch-Site that tells of a page of another site.
     Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
     100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, or too many
     passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault, with an id that is in the log.
@@ -145,6 +147,7 @@ import hmac
 import heapq
 import html
 import http.client
+import ipaddress
 import itertools
 import json
 import logging
@@ -184,8 +187,8 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type,
-    Union)
+    Any, Callable, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+    Tuple, Type, Union)
 
 __version__ = "1.2.0"
 
@@ -260,7 +263,7 @@ class Unauthorized(FarmError):
 
 
 class Forbidden(FarmError):
-    """403: the login is good, but this is for admin."""
+    """403: the login is good, but this is for admin; or a browser asks for a page of another site."""
     status = 403
 
 
@@ -311,6 +314,11 @@ class UnsupportedMediaType(FarmError):
 class ExpectationFailed(FarmError):
     """417: an Expect other than 100-continue."""
     status = 417
+
+
+class Misdirected(FarmError):
+    """421: the Host field names another server."""
+    status = 421
 
 
 class Unprocessable(FarmError):
@@ -3964,7 +3972,8 @@ def parse_fields(block: Optional[bytes], minor: int) -> Fields:
             raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT)
         match = FIELD_LINE.fullmatch(line)
         if match is None:
-            raise BadRequest("this header line is malformed: %s" % shortened(ascii(line)[2:-1]))
+            # Its text is not shown: a login that is folded, or has a blank before its colon, would get into logs.
+            raise BadRequest("header line %d is malformed" % (lines.index(line) + 1))
         name, value = match[1].lower(), match[2].strip(b" \t")
         if name in headers:
             if name in SINGLE:
@@ -4004,6 +4013,55 @@ def path_of(target: str) -> str:
     if not path.startswith("/"):
         path = "/" + path.partition("://")[2].partition("/")[2]
     return re.sub("//+", "/", path) if "//" in path else path
+
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::[0-9]*)?")
+
+
+@functools.lru_cache(maxsize=64)        # of those that were accepted: a refusal is raised, and not remembered
+def check_host(host: bytes, names: FrozenSet[str]) -> None:
+    """Raise Misdirected when a Host field names neither an IP address, nor the loopback, nor one of *names*.
+
+    A page of evil.example may let that name lead to our address, and would then be of the same origin (DNS
+    rebinding). No page can do that with an address, or with a name that its maker does not own.
+    """
+    match = HOST.fullmatch(host.decode("latin-1"))
+    if match is None:
+        raise BadRequest("the Host field is malformed: it is a name or an address, and perhaps :PORT")
+    name = match[1].lower()
+    name = name[:-1] if name.endswith(".") else name
+    if not (name in names or name == "localhost" or name.endswith(".localhost") or is_address(name)):
+        raise Misdirected("this server does not know itself as %s: where that is its name, start it with --allow-host "
+                          "%s" % (shortened(name) or "a host without a name", shortened(name) or "NAME"))
+
+
+def is_address(name: str) -> bool:
+    """Whether a host is an IPv4 address, or an IPv6 address in brackets."""
+    try:
+        return ipaddress.ip_address(name.strip("[]")).version == (6 if name.startswith("[") else 4)
+    except ValueError:
+        return False
+
+
+def check_site(target: str, headers: Mapping[bytes, bytes], names: FrozenSet[str]) -> None:
+    """Raise Misdirected for another host than ours, Forbidden for what a page of another site has a browser send.
+
+    *names*: of this server. The host of a whole http:// address counts, where the target is one (RFC 9112, 3.2.2).
+    Other clients than browsers send neither Origin nor Sec-Fetch-Site (https://www.w3.org/TR/fetch-metadata/).
+    """
+    host = headers.get(b"host")
+    if host is not None:        # HTTP/1.0 may come without
+        check_host(host, names)
+    if not target.startswith("/"):
+        host = re.split("[/?]", target.partition("://")[2], maxsplit=1)[0].encode()
+        if target != "*":
+            check_host(host, names)
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    ours = origin is None or host is not None and origin.lower() in (b"http://" + host.lower(),
+                                                                     b"https://" + host.lower())
+    if not ours or site not in (None, b"same-origin", b"none"):
+        raise Forbidden("a page of another site has sent this: type the address of this server into the browser, and "
+                        "let a proxy pass the Host field on unchanged")
 
 
 def malformed_line(line: bytes) -> FarmError:
@@ -4535,14 +4593,17 @@ class Server(ThreadingHTTPServer):
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
     Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
     those refused that wait for others, its `give_way` waits for its writer. *access*: a file that gets a
-    line for each request, or None. Raises OSError when the address cannot be had.
+    line for each request, or None. *names*: of this server, in small letters, for check_host.
+    Raises OSError when the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
 
-    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, access: Any = None) -> None:
+    def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, access: Any = None,
+                 names: FrozenSet[str] = frozenset()) -> None:
         self.farm = farm
         self.routes = routes
+        self.names = names
         self.access = None if access is None else AccessLog(access)
         self.clock: Callable[[], Now] = farm.clock
         self.selector: selectors.BaseSelector = selectors.DefaultSelector()
@@ -5095,6 +5156,7 @@ class Server(ThreadingHTTPServer):
 
     def _admit(self, c: Connection, request: Request) -> None:
         """Judge the head, in the contract's order. Raises FarmError or NeedsHash."""
+        check_site(request.target, request.headers, self.names)
         by_method, request.variables = self.routes.find(path_of(request.target))
         route = by_method.get("GET" if request.method == "HEAD" else request.method)
         if route is None or route.access != OPEN:
@@ -5879,6 +5941,12 @@ def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
     return advertise or (socket.gethostname() if everywhere else host), local
 
 
+def names_of_server(*names: str) -> FrozenSet[str]:
+    """These names and the machine's, short and as it calls itself: its full one may take a name server minutes."""
+    own = socket.gethostname()
+    return frozenset(name.lower().rstrip(".") for name in (own, own.partition(".")[0], *names) if name)
+
+
 def machine_id() -> str:
     """What names the running kernel, within which locks surely work; the host name where it does not say.
 
@@ -5940,12 +6008,13 @@ class RetriedWrites:
 class Service:
     """A server: lock, store, address and threads, taken in the order in which each may be refused.
 
-    *take_lock*: gives the lock of the file, or raises Refusal. `files`: for what tells others about the server.
+    *take_lock*: gives the lock of the file, or raises Refusal. *allow_hosts*: names by which clients may ask, besides
+    those that the server knows itself. `files`: for what tells others about the server.
     Raises Refusal, with everything let go again and a file that was made for it removed.
     """
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
                  access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES,
-                 take_lock: Callable[[str], Lock] = Lock) -> None:
+                 take_lock: Callable[[str], Lock] = Lock, allow_hosts: Sequence[str] = ()) -> None:
         with contextlib.ExitStack() as undo:
             secret = secrets.token_urlsafe(32)
             self.lock = take_lock(db)
@@ -5956,7 +6025,8 @@ class Service:
             undo.callback(self.store.close)
             self.farm = Farm(self.store, secret, token_days)
             try:
-                self.server = Server((host, port), self.farm, routes, access_log)
+                self.server = Server((host, port), self.farm, routes, access_log, names_of_server(
+                    host, advertise, *allow_hosts))
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
@@ -9220,7 +9290,7 @@ class FairFarm:
 
 def burst(method: str, path: str) -> bytes:
     """95 kB of one request without a login, again and again."""
-    request = b"%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method.encode(), path.encode())
+    request = b"%s %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % (method.encode(), path.encode())
     return request * (95000 // len(request))
 
 
@@ -9326,7 +9396,7 @@ def half_heads(farm: FairFarm) -> str:
 
 def password_request(name: str, password: str) -> bytes:
     """A request with name and password."""
-    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
+    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
         ("%s:%s" % (name, password)).encode())
 
 
@@ -9406,7 +9476,7 @@ FAIR_CASES = {case.name: case for case in (
     FairCase("half_heads", "2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; "
              "then as many again", half_heads),
     FairCase("unread_log", "an access log on the standard output that nobody reads, and 2 000 requests",
-             lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000), unread_log=True),
+             lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 2000), unread_log=True),
     FairCase("wrong_logins", "400 wrong passwords on connections that are closed at once, then a right one",
              wrong_logins),
     FairCase("long_passwords", "20 passwords of 12 kB of combining characters",
@@ -9415,7 +9485,7 @@ FAIR_CASES = {case.name: case for case in (
     FairCase("long_paths", "4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server "
              "keeps of it",
              lambda farm: memory_growth(farm, [
-                 b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
+                 b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"x" * 16000, number)
                  for number in range(farm.size(4200))])),
     FairCase("token_passwords", "20 000 requests with one token, each with another password of 12 kB beside it: what "
              "the server keeps of it",
@@ -10715,7 +10785,8 @@ def cmd_serve(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
     raise_descriptor_limit()
     access_log = open_access_log(args.access_log)
-    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock)
+    service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock,
+                      allow_hosts=args.allow_host)
 
     def stop(*_: Any) -> None:
         notify_systemd("STOPPING=1")
@@ -11118,6 +11189,14 @@ whole_number = number_type(int, 0, 1e18, "a whole number from 0 on")        # th
 port_number = number_type(int, 0, 65535, "a port from 0 to 65535")
 
 
+def host_name(text: str) -> str:
+    """A host's name without scheme, port and path."""
+    if not re.fullmatch("[A-Za-z0-9._-]+", text):
+        raise argparse.ArgumentTypeError("a name as farm.example.org is wanted, without http:// and :PORT, not %r"
+                                         % text)
+    return text
+
+
 def numbers_of_clients(text: str) -> List[int]:
     """Whole numbers from 1 on, with commas between."""
     return [positive_number(word) for word in text.split(",")]
@@ -11288,6 +11367,10 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_env_option(serve, "--port PORT", "5000", "the port to listen on, 0 for any free one; by default 5000",
                    port_number)
     add_env_option(serve, "--advertise NAME", "", "the host name for clients, where it is not the address to listen on")
+    serve.add_argument("--allow-host", action="append", metavar="NAME", type=host_name,
+                       default=os.environ.get("TASKFARM_ALLOW_HOST", "").split(),
+                       help="another name by which clients reach it, as an alias or that of a proxy; may come again "
+                       "(TASKFARM_ALLOW_HOST, with blanks between)")
     add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
     add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
                    "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))

@@ -328,7 +328,7 @@ def basic(user: str, password: str, encoding: str = "utf-8") -> str:
 
 def request_bytes(method: str, path: str, body: Any = b"", **headers: str) -> bytes:
     """A request as bytes; header names have _ for -."""
-    lines = ["%s %s HTTP/1.1" % (method, path), "Host: farm"]
+    lines = ["%s %s HTTP/1.1" % (method, path), "Host: localhost"]
     lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
     if body:
         lines += ["Content-Length: %d" % len(body), "Content-Type: application/json"]
@@ -4258,7 +4258,7 @@ def test_a_name_that_looks_like_a_token_has_its_password_hidden_too(farm: Live) 
     assert get_with(farm, header)[0] == 200
     assert header.encode() not in farm.service.farm.logins.memory
     assert not taskfarm.TOKEN_FIELD.search(b"Authorization: " + header.encode())
-    assert taskfarm.TOKEN_FIELD.search(b"Host: f\r\nAuthorization: " + basic(farm.token, "").encode())
+    assert taskfarm.TOKEN_FIELD.search(b"Host: localhost\r\nAuthorization: " + basic(farm.token, "").encode())
 
 
 @pytest.mark.parametrize("algorithm", ["scrypt", "pbkdf2"])
@@ -4299,7 +4299,8 @@ REFUSALS = [
     ("no login", request_bytes("GET", "/api/runs"), 401),
     ("no login comes before an unknown path", request_bytes("GET", "/nothing"), 401),
     ("no login comes before a wrong method", request_bytes("POST", "/livez"), 401),
-    ("no login comes before the body", b"POST /api/run HTTP/1.1\r\nHost: f\r\nContent-Length: 99999999\r\n\r\n", 401),
+    ("no login comes before the body",
+     b"POST /api/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", 401),
     ("unknown path", request_bytes("GET", "/api/nothing", Authorization="{auth}"), 404),
     ("a path below a path", request_bytes("GET", "/api/runs/x/y/z", Authorization="{auth}"), 404),
     ("an empty segment", request_bytes("GET", "/api/runs/", Authorization="{auth}"), 404),
@@ -4315,8 +4316,8 @@ REFUSALS = [
     ("two lengths", request_bytes("POST", "/api/run", RUN_BODY, Authorization="{auth}", Content_Length="15"), 400),
     ("negative length", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Length="-1"), 400),
     ("length that is none", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Length="0x5"), 400),
-    ("no content type", b"POST /api/run HTTP/1.1\r\nHost: f\r\nAuthorization: {auth}\r\nContent-Length: 15\r\n\r\n"
-     + RUN_BODY, 415),
+    ("no content type", b"POST /api/run HTTP/1.1\r\nHost: localhost\r\nAuthorization: {auth}\r\n"
+     b"Content-Length: 15\r\n\r\n" + RUN_BODY, 415),
     ("another content type", request_bytes("POST", "/api/run", Authorization="{auth}", Content_Type="text/plain",
                                            Content_Length="15") + RUN_BODY, 415),
     ("no body", request_bytes("POST", "/api/run", Authorization="{auth}"), 400),
@@ -4325,13 +4326,13 @@ REFUSALS = [
     ("no Host", b"GET /livez HTTP/1.1\r\n\r\n", 400),
     ("two Hosts", request_bytes("GET", "/livez", Host="again"), 400),
     ("a space before the colon", request_bytes("GET", "/livez", X__="1").replace(b"X--:", b"X :"), 400),
-    ("a folded line", b"GET /livez HTTP/1.1\r\nHost: f\r\n folded\r\n\r\n", 400),
-    ("a bare LF", b"GET /livez HTTP/1.1\nHost: f\n\n", 400),
-    ("a NUL in a header", b"GET /livez HTTP/1.1\r\nHost: f\r\nX: a\0b\r\n\r\n", 400),
-    ("a bare CR in a header", b"GET /livez HTTP/1.1\r\nHost: f\r\nX: a\rb\r\n\r\n", 400),
+    ("a folded line", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n", 400),
+    ("a bare LF", b"GET /livez HTTP/1.1\nHost: localhost\n\n", 400),
+    ("a NUL in a header", b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n", 400),
+    ("a bare CR in a header", b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: a\rb\r\n\r\n", 400),
     ("no version", b"GET /livez\r\n\r\n", 400),
     ("another version", b"GET /livez HTTP/2.0\r\n\r\n", 505),
-    ("bytes that are not ASCII", b"GET /liv\xe9z HTTP/1.1\r\nHost: f\r\n\r\n", 400),
+    ("bytes that are not ASCII", b"GET /liv\xe9z HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ("noise", b"\x00\xff\x17", 400),
     ("a long request line", b"GET /" + b"x" * 17000, 414),
@@ -4397,7 +4398,7 @@ CLOSE = request_bytes("GET", "/livez", Connection="close")
     pytest.param(b"\r\n\r\n" + request_bytes("GET", "/readyz"), [200, 200], id="empty lines before a request"),
     pytest.param(request_bytes("POST", "/api/run", b"{}", Authorization="{auth}") + b"\r\n", [400, 200],
                  id="an empty line after a body"),
-    pytest.param(request_bytes("GET", "http://elsewhere/readyz?"), [200, 200], id="an absolute target"),
+    pytest.param(request_bytes("GET", "http://localhost/readyz?"), [200, 200], id="an absolute target"),
     pytest.param(request_bytes("GET", "/api/%72uns", Authorization="{auth}"), [404, 200], id="fixed words as they are"),
     pytest.param(request_bytes("GET", "/readyz", Connection="close"), [200], id="close is respected"),
     pytest.param(b"GET /readyz HTTP/1.0\r\n\r\n", [200], id="HTTP/1.0 closes"),
@@ -4406,6 +4407,100 @@ CLOSE = request_bytes("GET", "/livez", Connection="close")
 ])
 def test_what_follows_on_the_connection(shared_farm: Live, first: bytes, statuses: List[int]) -> None:
     assert exchange(shared_farm, first + CLOSE) == statuses
+
+
+OWN = socket.gethostname()
+HOSTS = [
+    # a Host field, and what becomes of a request with it
+    ("localhost", 200), ("LOCALHOST.", 200), ("localhost:1", 200), ("farm.localhost:5000", 200),
+    ("127.0.0.1:{port}", 200), ("10.1.2.3", 200), ("[::1]:5000", 200), ("[2001:db8::1]", 200),
+    (OWN, 200), (OWN.upper() + ":5000", 200),
+    (OWN.partition(".")[0], 200),
+    ("evil.example", 421), ("evil.example:5000", 421), ("localhost.evil.example", 421), ("127.0.0.1.evil.example", 421),
+    (OWN + ".evil.example", 421), ("", 421), (":5000", 421), ("127.1", 421), ("2130706433", 421), ("0x7f.0.0.1", 421),
+    ("[::g]", 400), ("[1]", 421), ("::1", 400), ("localhost@evil.example", 400), ("evil.example/localhost", 400),
+    ("localhost, evil.example", 400), ("evil.example#localhost", 400), ("localhost\xe9", 400), ("local host", 400)]
+
+
+@pytest.mark.parametrize("host, status", HOSTS)
+def test_a_request_is_for_this_server_or_refused(shared_farm: Live, host: str, status: int) -> None:
+    named = host.replace("{port}", str(shared_farm.port)).encode("latin-1")
+    for method, path in (("GET", "/livez"), ("GET", "/"), ("GET", "/api/runs"), ("OPTIONS", "*"), ("BREW", "/nothing")):
+        raw = shared_farm.raw(request_bytes(method, path, Authorization=basic(shared_farm.token, "")).replace(
+            b"Host: localhost", b"Host: " + named))
+        got, _, body = raw.answer()
+        assert got == (status if status != 200 or method == "GET" else 405 if path == "*" else 404), (method, path)
+        assert status != 421 or b"--allow-host" in body
+        raw.close()
+
+
+def test_more_names_of_a_server_are_told_by_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKFARM_ALLOW_HOST", "One.example two.example")
+    args = taskfarm.make_parser().parse_args(["serve", "--db", "f", "--allow-host", "three", "--allow-host", "four."])
+    service = Service(str(tmp_path / "f"), "localhost", 0, advertise="Front", allow_hosts=args.allow_host)
+    for host in (b"one.example", b"TWO.example:5000", b"three", b"four", b"front", b"localhost"):
+        taskfarm.check_host(host, service.server.names)
+    with pytest.raises(taskfarm.Misdirected):
+        taskfarm.check_host(b"five", service.server.names)
+    service.close()
+
+
+@pytest.mark.parametrize("target, statuses", [
+    ("http://evil.example/livez", [421]), ("http://evil.example", [421]), ("http://evil.example?/localhost/", [421]),
+    ("HTTPS://evil.example:5000//livez", [421]), ("http://localhost@evil.example/livez", [400]),
+    ("http:///livez", [421]), ("http://localhost%2f@evil.example/livez", [400]),
+    ("http://localhost/livez", [200]), ("//evil.example/livez", [401]), ("/%2e%2e/livez", [401]), ("/../livez", [401]),
+    ("/api/runs/%2e%2e%2flivez", [401]), ("/livez%0d%0aX:1", [401]), ("/livez%00", [401]), ("/./livez", [401])])
+def test_the_host_of_a_target_counts_and_a_path_is_taken_as_it_is(
+        shared_farm: Live, target: str, statuses: List[int]) -> None:
+    assert exchange(shared_farm, request_bytes("GET", target) + CLOSE) == [*statuses, 200]
+
+
+def test_an_absolute_target_excuses_no_wrong_host(shared_farm: Live) -> None:
+    wrong = request_bytes("GET", "http://localhost/livez").replace(b"Host: localhost", b"Host: evil.example")
+    assert exchange(shared_farm, wrong + CLOSE) == [421, 200]
+    assert exchange(shared_farm, b"GET http://evil.example/livez HTTP/1.0\r\n\r\n") == [421]
+    assert exchange(shared_farm, b"GET /livez HTTP/1.0\r\n\r\n") == [200]
+
+
+@pytest.mark.parametrize("site, refused", [
+    ({}, False), ({"Origin": "http://localhost"}, False), ({"Origin": "https://LOCALHOST"}, False),
+    ({"Sec_Fetch_Site": "same-origin"}, False), ({"Sec_Fetch_Site": "none"}, False),
+    ({"Origin": "http://localhost", "Sec_Fetch_Site": "same-origin"}, False),
+    ({"Origin": "http://evil.example"}, True), ({"Origin": "null"}, True), ({"Origin": ""}, True),
+    ({"Origin": "http://localhost:81"}, True), ({"Origin": "http://localhost.evil.example"}, True),
+    ({"Origin": "ftp://localhost"}, True), ({"Origin": "localhost"}, True), ({"Origin": "http://localhost/"}, True),
+    ({"Origin": "http://localhost", "ORIGIN": "http://evil.example"}, True),
+    ({"Sec_Fetch_Site": "cross-site"}, True), ({"Sec_Fetch_Site": "same-site"}, True), ({"Sec_Fetch_Site": ""}, True),
+    ({"Origin": "http://localhost", "Sec_Fetch_Site": "cross-site"}, True)])
+def test_a_page_of_another_site_can_do_nothing(farm: Live, site: Dict[str, str], refused: bool) -> None:
+    run = farm.ask("POST", "/api/run", {"numTasks": 3})[1]["uuid"]
+    farm.ask("PUT", "/api/runs/%s/tasks/0" % run, {"status": "done"})
+    login = {"Authorization": basic(farm.token, "")}
+    for method, path, body in (("GET", "/livez", b""), ("OPTIONS", "/api/run", b""), ("GET", "/api/runs", b""),
+                               ("PUT", "/api/runs/%s/tasks/1" % run, b'{"status": "done"}')):
+        raw = farm.raw(request_bytes(method, path, body, **login, **site))
+        assert (raw.answer()[0] == 403) == refused, (method, path)
+        raw.close()
+    # What a form can send: no type that has to be allowed first.
+    raw = farm.raw(request_bytes("POST", "/api/runs/%s/restart?all=True" % run, **login, **site,
+                                 **{"Content_Type": "application/x-www-form-urlencoded", "Content_Length": "0"}))
+    assert raw.answer()[0] == (403 if refused else 204)
+    raw.close()
+    assert farm.ask("GET", "/api/runs/%s?info=numDone" % run) == (200, {"numDone": 1 if refused else 0})
+
+
+def test_another_origin_is_refused_before_anybody_is_asked_for_a_login(shared_farm: Live) -> None:
+    assert exchange(shared_farm, request_bytes("GET", "/api/runs", Origin="http://evil.example") + CLOSE) == [403, 200]
+
+
+def test_a_header_line_that_is_malformed_is_not_shown(shared_farm: Live) -> None:
+    for line in (b"Authorization : Basic c2VjcmV0", b"Authorization: Basic\r\n c2VjcmV0",
+                 b"Authorization Basic c2VjcmV0"):
+        raw = shared_farm.raw(b"GET /api/runs HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n")
+        status, _, body = raw.answer()
+        assert status == 400 and b"c2VjcmV0" not in body and b"header line" in body
+        raw.close()
 
 
 def test_a_head_that_comes_byte_by_byte_is_looked_at_once() -> None:
@@ -4420,7 +4515,7 @@ def test_a_head_that_comes_byte_by_byte_is_looked_at_once() -> None:
 
 
 @pytest.mark.parametrize("data, kind", [
-    (b"GET /livez HTTP/1.1\n", taskfarm.BadRequest), (b"GET /livez HTTP/1.1\r\nHost: f\n", taskfarm.BadRequest),
+    (b"GET /livez HTTP/1.1\n", taskfarm.BadRequest), (b"GET /livez HTTP/1.1\r\nHost: a\n", taskfarm.BadRequest),
     (b"\r\n\x16", taskfarm.BadRequest), (b"{", taskfarm.BadRequest), (b"G" * 17000, taskfarm.UriTooLong),
     (b"GET / HTTP/1.1\r\nX: " + b"x" * 17000, taskfarm.HeadTooLarge),
     (b"GET / HTTP/1.1\r\n" + b"X: 1234567890\r\n" * 3000, taskfarm.HeadTooLarge)])
@@ -4434,7 +4529,7 @@ def test_what_can_become_no_request_is_refused_as_soon_as_it_shows(data: bytes, 
 
 
 def test_slashes_that_come_twice_are_one(farm: Live) -> None:
-    for path in ("//api/runs", "/api//runs", "//api///runs", "http://farm//api//runs"):
+    for path in ("//api/runs", "/api//runs", "//api///runs", "http://localhost//api//runs"):
         assert exchange(farm, request_bytes("GET", path, Authorization="{auth}") + CLOSE) == [200, 200], path
     assert exchange(farm, request_bytes("GET", "/api/runs//", Authorization="{auth}") + CLOSE) == [404, 200]
 
