@@ -77,11 +77,12 @@ Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
-    Between the first two, whatever the path: 421 a Host by which the server does not know itself, 403 an Origin or a
-    Sec-Fetch-Site that tells of a page of another site.
+    After the first column, whatever the path: 421 a Host that is neither an address nor a name that the server knows,
+    then 403 an Origin or a Sec-Fetch-Site that tells of a page of another site.
     Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
-    100-continue, 422 an Idempotency-Key that came with another request, 503 a disk that takes no write, or too many
-    passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault, with an id that is in the log.
+    100-continue, 422 an Idempotency-Key that came with another request, 429 too many wrong logins from this address
+    (with Retry-After), 503 a disk that takes no write, or too many passwords to be checked at once (with Retry-After),
+    505 another HTTP, 500 a fault, with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -324,6 +325,16 @@ class Misdirected(FarmError):
 class Unprocessable(FarmError):
     """422: the Idempotency-Key came with another request before."""
     status = 422
+
+
+class TooManyRequests(FarmError):
+    """429: too many wrong logins. Retry-After says for how long (RFC 6585, section 4)."""
+    status = 429
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__("too many wrong logins came from this address: the next one is looked at in %d s. A valid "
+                         "token is taken at any time" % math.ceil(wait_s))
+        self.headers = (("Retry-After", "%d" % math.ceil(wait_s)),)
 
 
 class HeadTooLarge(FarmError):
@@ -3283,8 +3294,9 @@ class Store:
 # Password hashes, signed tokens, and who a request comes from. Knows no SQL and no sockets.
 #
 # Anybody may send anything here, so before a login is accepted all work and all memory is bounded: a password is
-# not looked at beyond PASSWORD_LIMIT bytes, and what is remembered is small and counted. Another way to log in:
-# read it in read_authorization, judge it in Logins._verify.
+# not looked at beyond PASSWORD_LIMIT bytes, who was wrong too often is refused before a hash is made, and what is
+# remembered is small and counted. Another way to log in: read it in read_authorization, judge it in Logins._verify,
+# and count what is wrong in Logins._wrong.
 
 PASSWORD_LIMIT = 1000               # bytes of a password: normalizing 12 kB of combining characters took 109 ms
 NAME_LIMIT = 256                    # and of a name: 64 characters
@@ -3426,6 +3438,93 @@ def read_authorization(header: bytes) -> Tuple[str, Optional[str]]:
     return (user, None) if user.startswith(TOKEN_MARK) else (user, password)
 
 
+WRONG_PERIOD_S = 60.0
+WRONG_OF_USER = 5                   # wrong logins of a user from an address in that time, until the next has to wait;
+WRONG_OF_ADDRESS = 20               # hashes of wrong passwords from an address,
+WRONG_OF_ALL = 40                   # and from everywhere: more than one address gets
+LONGEST_WAIT_S = 60.0
+
+
+def network_of(address: str) -> str:
+    """What is counted as one address: of IPv6 the first 64 bits, since whoever has one address has all of those."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 4:
+        return address
+    assert isinstance(found, ipaddress.IPv6Address)
+    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
+
+
+class Failures:
+    """Wrong logins of one kind. After *most* in a minute, each makes the next one wait: 1, 2, 4 ... 60 s.
+
+    Forgotten a minute after the end of the last wait.
+    """
+    __slots__ = ("most", "ticks", "waits", "until")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.ticks: Tuple[float, ...] = ()      # of the last *most*
+        self.waits = 0                          # that there were
+        self.until = 0.0                        # the tick at which the present one ends
+
+    def add(self, tick: float) -> None:
+        """Count one."""
+        if tick >= self.until + WRONG_PERIOD_S:
+            self.waits = 0
+        self.ticks = (*self.ticks, tick)[-self.most:]
+        if self.waits or self.many(tick):
+            self.until = tick + min(2.0 ** min(self.waits, 10), LONGEST_WAIT_S)
+            self.waits += 1
+
+    def many(self, tick: float) -> bool:
+        """Whether there were *most* in the last minute."""
+        return len(self.ticks) == self.most and tick - self.ticks[0] < WRONG_PERIOD_S
+
+
+class Throttle:
+    """How long somebody has to wait who has sent wrong logins. *tick*: of a monotonic clock. For any thread.
+
+    Wrong answers are counted by address and user: a wrong password in a script holds up nobody else. Hashes of wrong
+    passwords are counted by address, whatever the user. While they are many from everywhere, an address waits the
+    longest time from its first one on: 100 addresses get 100 hashes a minute, less than a tenth of a core. An address
+    with no wrong login never waits, so nobody can keep a user out from elsewhere.
+    """
+    REMEMBERED = 4096       # addresses, and pairs of address and user; the oldest are forgotten first
+
+    def __init__(self) -> None:
+        self.pairs: Dict[Tuple[str, str], Failures] = {}
+        self.addresses: Dict[str, Failures] = {}
+        self.all = Failures(WRONG_OF_ALL)
+        self.busy = threading.Lock()
+
+    def wait_s(self, address: str, user: str, tick: float) -> float:
+        """Seconds until a password of that user is looked at; not above 0: now."""
+        network = network_of(address)
+        found = self.pairs.get((network, user)), self.addresses.get(network)
+        return max([failures.until - tick for failures in found if failures], default=0.0)
+
+    def answered(self, address: str, user: str, tick: float) -> None:
+        """Count an answer that a login is wrong."""
+        with self.busy:
+            self._entry(self.pairs, (network_of(address), user), WRONG_OF_USER).add(tick)
+
+    def hashed(self, address: str, tick: float) -> None:
+        """Count the hash of a wrong password."""
+        with self.busy:
+            entry = self._entry(self.addresses, network_of(address), WRONG_OF_ADDRESS)
+            entry.add(tick)
+            self.all.add(tick)
+            if self.all.many(tick):
+                entry.until = tick + LONGEST_WAIT_S
+
+    def _entry(self, memory: Dict[Any, Failures], key: Any, most: int) -> Failures:
+        entry = memory.pop(key, None) or Failures(most)
+        if len(memory) >= self.REMEMBERED:
+            del memory[next(iter(memory))]
+        memory[key] = entry
+        return entry
+
+
 Memory = Dict[bytes, Tuple[Optional[Login], float]]     # login or refusal, and until which tick
 
 
@@ -3434,7 +3533,8 @@ class Logins:
 
     *users*: gives the users by name. *key*: signs tokens. *clock*: gives a Now. *secret*: what the
     local verbs show. A password that was verified is remembered by an HMAC of the header under a key
-    of this process, so that it is not kept; all is forgotten when the users change.
+    of this process, so that it is not kept; all is forgotten when the users change. `failed` is called
+    with user, address and the time in seconds since 1970 whenever a login was wrong.
     """
     REMEMBERED = 20000
 
@@ -3447,28 +3547,42 @@ class Logins:
         self.memory: Memory = {}
         self.known = users()                                            # the users that the memory speaks of
         self.own_kind = hash_password(secrets.token_hex(16))            # where there is no user yet
+        self.throttle = Throttle()
+        self.failed: Callable[[str, str, float], None] = lambda *_: None
 
-    def who(self, header: bytes) -> Login:
-        """Who sent this Authorization field. Raises Unauthorized, or NeedsHash when a password has to be hashed."""
+    def who(self, header: bytes, address: str = "127.0.0.1") -> Login:
+        """Who sent this Authorization field, from that address.
+
+        Raises Unauthorized, TooManyRequests, or NeedsHash when a password has to be hashed.
+        """
         if self.users() is not self.known:
             self.known, self.memory = self.users(), {}
         now, key = self.clock(), header
         if header not in self.memory and not TOKEN_SHOWN.match(header):     # a token need not be hidden from a memory
             key = hmac.digest(self.memory_key, header, "sha256")            # that can sign tokens
         login, until = self.memory.get(key, (None, 0.0))
-        if until <= now.tick:
-            login = self._verify(header, key, now)
-        if login is None or 0 < login.expires <= now.utc:
+        if login is None or until <= now.tick:
+            login = self._verify(header, key, now, address, refused=until > now.tick)
+        if 0 < login.expires <= now.utc:
             raise Unauthorized()
         return login
 
-    def _verify(self, header: bytes, key: bytes, now: Now) -> Login:
+    def _verify(self, header: bytes, key: bytes, now: Now, address: str, refused: bool) -> Login:
         name, password = read_authorization(header)
         if password is not None:
-            raise NeedsHash(key, functools.partial(self._verify_password, self.known, self.memory, key, name, password))
+            wait_s = self.throttle.wait_s(address, normal(name), now.tick)
+            if wait_s > 0:
+                raise TooManyRequests(wait_s)
+            if refused:
+                raise self._wrong(normal(name), address, now)
+            raise NeedsHash(key, functools.partial(
+                self._verify_password, self.known, self.memory, key, name, password, address))
         if hmac.compare_digest(name.encode("utf-8", "surrogatepass"), self.secret):
             return Login(None, 0.0)
-        user_id, generation, expires = read_token(self.key, name)
+        try:
+            user_id, generation, expires = read_token(self.key, name)
+        except Unauthorized:
+            raise self._wrong(TOKEN_MARK, address, now)
         for user in self.known.values():
             if (user.id, user.generation) == (user_id, generation):
                 login = Login(user, expires)
@@ -3479,8 +3593,20 @@ class Logins:
                 return login
         raise Unauthorized()
 
-    def _verify_password(self, known: Dict[str, User], memory: Memory, key: bytes, name: str, password: str) -> None:
+    def _wrong(self, user: str, address: str, now: Now) -> FarmError:
+        """Count a wrong login; the error that it ends in. *user*: TOKEN_MARK for a token, which may say anything."""
+        wait_s = self.throttle.wait_s(address, user, now.tick) if user == TOKEN_MARK else 0.0
+        if wait_s > 0:
+            return TooManyRequests(wait_s)
+        self.throttle.answered(address, user, now.tick)
+        self.failed(user, address, now.utc)
+        return Unauthorized()
+
+    def _verify_password(self, known: Dict[str, User], memory: Memory, key: bytes, name: str, password: str,
+                         address: str) -> None:
         """Hash, and remember what comes of it, in the memory of the users it was judged by."""
+        if self.throttle.wait_s(address, normal(name), self.clock().tick) > 0:
+            return      # others were wrong since this one came; whoever waits for it asks again, and is told so
         user = known.get(normal(name))
         right = False
         try:
@@ -3489,6 +3615,7 @@ class Logins:
             if user is not None and right:
                 self._remember(memory, key, Login(user, 0.0), self.clock().tick + LOGIN_MEMORY_S)
             else:
+                self.throttle.hashed(address, self.clock().tick)
                 self._remember(memory, key, None, self.clock().tick + REFUSAL_MEMORY_S)
 
     def _stand_in(self, known: Dict[str, User], name: str) -> str:
@@ -4358,7 +4485,8 @@ GUEST_LIMIT = 4 * 1024 * 1024       # bytes in the buffers of all connections on
 GUEST_PIECE = 16 * 1024             # bytes read from one of those at a time
 STILL_S = 0.5                       # when the buffers are full, who has moved nothing for so long is closed:
 MOVED_BYTES = 16 * 1024             # nothing is less than that
-MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each
+MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
+HASHES_OF_ADDRESS = 4               # and of those, from one address
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
 LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
 LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
@@ -4524,7 +4652,8 @@ class Buffers:
 class PendingHash:
     """A password that is to be hashed, and who waits for it."""
 
-    def __init__(self, needs: NeedsHash) -> None:
+    def __init__(self, needs: NeedsHash, peer: str) -> None:
+        self.peer = peer        # who sent it first
         self.key = needs.key
         self.work = needs.work
         self.waiting: Set[Connection] = set()
@@ -4591,7 +4720,7 @@ class Server(ThreadingHTTPServer):
     """The HTTP server. `serve_forever` is the I/O thread.
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
-    Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
+    Login for an Authorization field and an address, its `submit` takes operations, its `stop_waiting` has
     those refused that wait for others, its `give_way` waits for its writer. *access*: a file that gets a
     line for each request, or None. *names*: of this server, in small letters, for check_host.
     Raises OSError when the address cannot be had.
@@ -5163,7 +5292,7 @@ class Server(ThreadingHTTPServer):
             authorization = request.headers.get(b"authorization")
             if authorization is None:
                 raise Unauthorized()
-            request.login = self.farm.who(authorization)
+            request.login = self.farm.who(authorization, c.peer)
             if not c.known:
                 self.guests.hold(c, 0, 0.0)
                 c.known = True
@@ -5190,12 +5319,13 @@ class Server(ThreadingHTTPServer):
         """Let a connection wait until its password has been hashed, once for all that sent it. Raises Unavailable."""
         pending = self.hashes.get(needs.key)
         if pending is None:
-            if len(self.hashes) >= MOST_HASHES:
+            of_address = sum(pending.peer == c.peer for pending in self.hashes.values())
+            if len(self.hashes) >= MOST_HASHES or of_address >= HASHES_OF_ADDRESS:
                 error = Unavailable("%d other passwords are being checked, and each takes a while: try again in a "
-                                    "second, or log in with a token, which takes none" % MOST_HASHES)
+                                    "second, or log in with a token, which takes none" % len(self.hashes))
                 error.headers = (("Retry-After", "1"),)
                 raise error
-            pending = self.hashes[needs.key] = PendingHash(needs)
+            pending = self.hashes[needs.key] = PendingHash(needs, c.peer)
             self.hashing.put(functools.partial(self._hash, pending))
         pending.waiting.add(c)
         c.pending = pending
@@ -6487,7 +6617,7 @@ class Progress:
 CLIENT_TIMEOUT_S = 10.0
 LOGIN_RETRY_S = 60.0                # a login that has worked is retried for so long: NFS may show an old access file
 ANSWER_LIMIT = 1 << 28              # bytes: no answer of a farm is longer
-RETRY_STATUSES = (408, 500, 502, 503, 504)      # a later try may succeed
+RETRY_STATUSES = (408, 429, 500, 502, 503, 504)      # a later try may succeed
 RETRY_PAUSES_S = (0.1, 10.0)        # between two tries: at first, and at most
 
 
@@ -9166,8 +9296,10 @@ class Dialogue:
     An answer counts when its status line is there. Its body is read while the next answer is waited for.
     """
 
-    def __init__(self, port: int, messages: Sequence[bytes], receive_buffer: int = 0) -> None:
+    def __init__(self, port: int, messages: Sequence[bytes], receive_buffer: int = 0, source: str = "127.0.0.1"
+                 ) -> None:
         self.sock = socket.socket()
+        self.sock.bind((source, 0))
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.connect(("127.0.0.1", port))
@@ -9235,13 +9367,16 @@ class FairFarm:
         return done_many(self.request("PUT", "runs/held/tasks"), "holder", "differing")([
             (b"%d" % task, b"1") for task in range(first, first + count)])
 
-    def send(self, *messages_of_each: Sequence[bytes], repeat: bool = False) -> List[Dialogue]:
+    def send(self, *messages_of_each: Sequence[bytes], repeat: bool = False, sources: Sequence[str] = ("127.0.0.1",)
+             ) -> List[Dialogue]:
         """Hold dialogues at once, each on a connection of its own. A message is sent when the last one was answered.
 
         *repeat*: each begins anew at its end, for `seconds`. Else all end, or are given up after `limit_s`.
+        *sources*: the addresses that they come from, in turns.
         """
         end = time.perf_counter() + (self.seconds if repeat else self.limit_s)
-        dialogues = [Dialogue(self.server.port, messages) for messages in messages_of_each]
+        dialogues = [Dialogue(self.server.port, messages, source=source)
+                     for messages, source in zip(messages_of_each, itertools.cycle(sources))]
         with selectors.DefaultSelector() as selector:
             for dialogue in dialogues:
                 dialogue.began = time.perf_counter()
@@ -9406,8 +9541,22 @@ def wrong_logins(farm: FairFarm) -> str:
     for number in range(farm.size(400)):
         for sock in farm.connect(1, password_request("ada", "wrong%d" % number)):
             sock.close()
-    (dialogue,) = farm.send([password_request("ada", "right")])
+    (dialogue,) = farm.send([password_request("ada", "right")], sources=["127.0.0.2"])
     return "the right one: %s, %.1f s of CPU" % (dialogue.last_answer(), farm.cpu_s() - cpu_s)
+
+
+def guessers(farm: FairFarm) -> str:
+    """A right password from another address, after wrong ones from many."""
+    cpu_s, began, addresses = farm.cpu_s(), time.perf_counter(), farm.size(100)
+    dialogues = farm.send(*([password_request("ada", "wrong%d.%d" % (address, number)) for number in range(100)]
+                            for address in range(addresses)), sources=["127.0.1.%d" % (address + 1)
+                                                                       for address in range(addresses)])
+    seconds, cpu_s = time.perf_counter() - began, farm.cpu_s() - cpu_s
+    (dialogue,) = farm.send([password_request("ada", "right")], sources=["127.0.0.2"])
+    statuses = Counter(status for each in dialogues for status in each.statuses)
+    return "%s in %.1f s, %.1f s of CPU: %.0f %% of a core in a minute; the right one: %s" % (
+        ", ".join("%d with %d" % (number, status) for status, number in sorted(statuses.items())), seconds, cpu_s,
+        cpu_s / 0.6, dialogue.last_answer())
 
 
 def memory_growth(farm: FairFarm, requests: Sequence[bytes]) -> str:
@@ -9479,6 +9628,8 @@ FAIR_CASES = {case.name: case for case in (
              lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 2000), unread_log=True),
     FairCase("wrong_logins", "400 wrong passwords on connections that are closed at once, then a right one",
              wrong_logins),
+    FairCase("guessers", "10 000 wrong passwords from 100 addresses, as fast as they are answered; then a right one "
+             "from another address", guessers),
     FairCase("long_passwords", "20 passwords of 12 kB of combining characters",
              lambda farm: farm.send(
                  [password_request("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)])),

@@ -177,8 +177,8 @@ class Caller:
         """The Retry-After of this thread's last answer."""
         return self.local.retry_after
 
-    def raw(self, data: bytes, ended: bool = False) -> "Raw":
-        return Raw(self.port, data, ended)
+    def raw(self, data: bytes, ended: bool = False, source: str = "127.0.0.1") -> "Raw":
+        return Raw(self.port, data, ended, source)
 
 
 class Live(Caller):
@@ -289,8 +289,8 @@ def stepped(tmp_path: Path) -> Iterator[Stepped]:
 class Raw:
     """A socket that has sent some bytes."""
 
-    def __init__(self, port: int, data: bytes, ended: bool = False) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+    def __init__(self, port: int, data: bytes, ended: bool = False, source: str = "127.0.0.1") -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20, source_address=(source, 0))
         if data:
             self.sock.sendall(data)
         if ended:
@@ -4069,6 +4069,7 @@ def test_logins_that_are_refused_alike(farm: Live) -> None:
                    basic("ada", "wrong"), basic("nobody", Live.PASSWORD), basic("", ""), "Bearer", "Bearer x",
                    "Bearer tf1.", "Bearer tf1.1.1.0.", "Bearer " + token[:-1], "Bearer " + token + "A",
                    "Bearer " + token.replace("tf1.1", "tf1.2"), "Bearer " + other, basic(other, "")):
+        farm.service.farm.logins.throttle = taskfarm.Throttle()
         status, headers, body = get_with(farm, header)
         assert status == 401, header
         assert headers["www-authenticate"] == 'Basic realm="taskfarm", charset="UTF-8"'
@@ -4115,7 +4116,7 @@ def test_a_thousand_logins_with_one_password_cost_one_hash(farm: Live, monkeypat
     monkeypatch.setattr(taskfarm, "verify_password", lambda *args: hashes.append(1) or verify(*args))   # type: ignore
     raws = [farm.raw(request_bytes("GET", "/api/token", Authorization=basic("ada", Live.PASSWORD))) for _ in range(300)]
     assert {raw.answer()[0] for raw in raws} == {200}
-    assert {get_with(farm, basic("ada", "wrong"))[0] for _ in range(20)} == {401}
+    assert {get_with(farm, basic("ada", "wrong"))[0] for _ in range(taskfarm.WRONG_OF_USER)} == {401}
     assert len(hashes) == 2
     for raw in raws:
         raw.close()
@@ -4168,6 +4169,160 @@ def test_a_token_is_one_login_whatever_password_stands_beside_it(store: Direct) 
     assert len(logins.memory) == 2
 
 
+class Guesser:
+    """Somebody at an address, whose passwords are checked at once; `status` is what the last one ended in."""
+
+    def __init__(self, logins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.logins, self.hashes, self.wait_s = logins, 0, 0
+        monkeypatch.setattr(taskfarm, "verify_password", self.verify)
+
+    def verify(self, password: str, stored: str) -> bool:
+        self.hashes += 1
+        return password == Live.PASSWORD and stored == ADAS_HASH
+
+    def status(self, header: str, address: str = "10.0.0.1") -> int:
+        for _ in range(2):
+            try:
+                self.logins.who(header.encode(), address)
+                return 200
+            except taskfarm.NeedsHash as needed:
+                needed.work()
+            except FarmError as error:
+                self.wait_s = int(dict(error.headers).get("Retry-After", 0))
+                return error.status
+        raise AssertionError("it is to be hashed again")
+
+    def guess(self, number: int, user: str = "ada", address: str = "10.0.0.1") -> int:
+        return self.status(basic(user, "wrong %d" % number), address)
+
+
+@pytest.fixture
+def guesser(store: Direct, monkeypatch: pytest.MonkeyPatch) -> Guesser:
+    store.store.call(taskfarm.add_user("ada", ADAS_HASH))
+    return Guesser(store.farm.logins, monkeypatch)
+
+
+RIGHT = basic("ada", Live.PASSWORD)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["many passwords", "one password"])
+def test_after_five_wrong_logins_each_one_waits_twice_as_long(guesser: Guesser, store: Direct, same: bool) -> None:
+    clock: Any = store.clock
+    assert [guesser.guess(0 if same else number) for number in range(7)] == [401] * 5 + [429] * 2
+    waits = []
+    for number in range(10, 20):
+        waits.append(guesser.wait_s)
+        clock.pass_time(guesser.wait_s - 0.01)
+        assert guesser.guess(0 if same else number) == 429, "nor does asking make the wait longer"
+        assert guesser.status(RIGHT) == 429 and guesser.wait_s == 1
+        clock.pass_time(0.01)
+        assert [guesser.guess(0 if same else number), guesser.guess(0 if same else 99)] == [401, 429]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    assert guesser.hashes <= 15, "who has to wait costs no hash"
+    clock.pass_time(60)
+    assert guesser.status(RIGHT) == 200
+    clock.pass_time(60)
+    assert [guesser.guess(number) for number in range(6)] == [401] * 5 + [429], "a minute later all is forgotten"
+
+
+def test_wrong_logins_that_are_rare_cost_nothing(guesser: Guesser, store: Direct) -> None:
+    clock: Any = store.clock
+    for number in range(20):
+        clock.pass_time(15)
+        assert guesser.guess(number) == 401
+
+
+def test_wrong_logins_hold_up_their_address_and_user_alone(guesser: Guesser, store: Direct) -> None:
+    token = "Bearer " + store.farm.token(store.store.users["ada"], 0)
+    for number in range(6):
+        last = guesser.guess(number)
+    assert last == 429
+    assert guesser.status(RIGHT, "10.0.0.2") == 200, "elsewhere"
+    assert guesser.guess(0, "ann") == 401, "another user at the same address"
+    assert guesser.status(token) == 200
+    assert guesser.status(RIGHT) == 200, "what was right a short while ago is remembered"
+
+
+def test_one_address_gets_few_hashes_whatever_users_it_names(guesser: Guesser) -> None:
+    most = taskfarm.WRONG_OF_ADDRESS
+    assert [guesser.guess(0, "user%d" % number) for number in range(200)] == [401] * (most - 1) + [429] * (201 - most)
+    assert guesser.hashes == most
+    assert guesser.status(RIGHT) == 429
+    assert [guesser.guess(number, "ada", "10.0.0.2") for number in range(3)] == [401] * 3, "elsewhere nothing changes"
+    assert guesser.status(RIGHT, "10.0.0.2") == 200
+
+
+def test_while_many_guess_each_address_has_one_hash_a_minute(guesser: Guesser, store: Direct) -> None:
+    clock: Any = store.clock
+    for minute in range(3):
+        before = guesser.hashes
+        for number in range(10000):
+            assert guesser.guess(number + minute * 10000, "ada", "10.0.1.%d" % (number % 100)) in (401, 429)
+            clock.pass_time(0.006)
+        assert guesser.hashes - before <= 100 + taskfarm.WRONG_OF_ALL
+    assert guesser.status(RIGHT, "10.0.0.2") == 200, "who was never wrong is not held up"
+    clock.pass_time(61)
+    assert [guesser.guess(number, "ann", "10.0.0.3") for number in range(3)] == [401] * 3, "it ends when they do"
+
+
+def test_wrong_tokens_wait_and_hold_up_no_password(guesser: Guesser, store: Direct) -> None:
+    token = store.farm.token(store.store.users["ada"], 0)
+    assert [guesser.status("Bearer tf1.1.1.0.%d" % number) for number in range(6)] == [401] * 5 + [429]
+    assert guesser.status(basic(token, "")) == guesser.status(RIGHT) == 200
+    expired = "Bearer " + taskfarm.make_token(store.store.signing_key, store.store.users["ada"], 1.0)
+    assert guesser.status(expired) == 401, "a worker whose token has expired is told so"
+
+
+@pytest.mark.parametrize("address, network", [
+    ("10.0.0.1", "10.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+    ("fe80::1%eth0", "fe80::")])
+def test_what_counts_as_one_address(address: str, network: str) -> None:
+    assert taskfarm.network_of(address) == network
+
+
+def test_the_memory_of_wrong_logins_is_bounded_and_its_oldest_go_first() -> None:
+    throttle = taskfarm.Throttle()
+    for number in range(20000):
+        throttle.answered("10.1.%d.%d" % divmod(number, 256), "ada", 0.0)
+        throttle.hashed("10.1.%d.%d" % divmod(number, 256), 0.0)
+    assert len(throttle.pairs) == len(throttle.addresses) == throttle.REMEMBERED
+    assert throttle.wait_s("10.1.78.31", "ada", 0.0) > 0 and throttle.wait_s("10.1.0.1", "ada", 0.0) == 0
+
+
+def test_a_hash_is_not_made_for_who_was_wrong_too_often_since_it_came(guesser: Guesser) -> None:
+    works = []
+    for number in range(8):
+        with pytest.raises(taskfarm.NeedsHash) as needed:
+            guesser.logins.who(basic("ada", "wrong %d" % number).encode(), "10.0.0.1")
+        works.append(needed.value.work)
+    assert [guesser.guess(number) for number in range(10, 15)] == [401] * 5
+    for work in works:
+        work()
+    assert guesser.hashes == 5
+
+
+def test_each_wrong_login_is_told(guesser: Guesser, store: Direct) -> None:
+    told: List[Any] = []
+    guesser.logins.failed = lambda *words: told.append(words)
+    guesser.guess(1)
+    guesser.status("Bearer tf1.1.1.0.x")
+    guesser.status(RIGHT)
+    assert told == [("ada", "10.0.0.1", 1.7e9), ("tf1.", "10.0.0.1", 1.7e9)]
+
+
+def test_a_wrong_login_is_counted_at_the_address_it_comes_from(farm: Live) -> None:
+    def status(password: str, source: str) -> Tuple[int, Dict[str, str], bytes]:
+        raw = farm.raw(token_request(password), source=source)
+        answer = raw.answer()
+        raw.close()
+        return answer
+    assert [status("wrong", "127.0.0.3")[0] for _ in range(5)] == [401] * 5
+    code, headers, body = status(Live.PASSWORD, "127.0.0.3")
+    assert (code, headers["content-type"], json.loads(body)["status"]) == (429, "application/problem+json", 429)
+    assert 1 <= int(headers["retry-after"]) <= 60
+    assert status(Live.PASSWORD, "127.0.0.4")[0] == 200
+
+
 class SlowHash:
     """Password checks that wait for `let`; each is noted."""
 
@@ -4183,18 +4338,24 @@ class SlowHash:
         monkeypatch.setattr(taskfarm, "verify_password", wait)
 
 
-def token_request(password: str) -> bytes:
-    return request_bytes("GET", "/api/token", Authorization=basic("ada", password))
+def token_request(password: str, user: str = "ada") -> bytes:
+    return request_bytes("GET", "/api/token", Authorization=basic(user, password))
 
 
 def test_few_passwords_wait_to_be_hashed_and_others_are_told_so(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes, server = SlowHash(monkeypatch), farm.service.server
-    raws = [farm.raw(token_request("wrong %d" % number)) for number in range(taskfarm.MOST_HASHES)]
-    wait_until(lambda: len(server.hashes) == taskfarm.MOST_HASHES)
+    raws = [farm.raw(token_request("wrong", "ada%d" % number)) for number in range(taskfarm.HASHES_OF_ADDRESS)]
+    wait_until(lambda: len(server.hashes) == taskfarm.HASHES_OF_ADDRESS)
     more = farm.raw(token_request("another"))
-    status, headers, body = more.answer()
-    assert (status, headers["retry-after"]) == (503, "1") and b"passwords" in body
-    same = farm.raw(token_request("wrong 7"))
+    assert more.answer()[0] == 503, "one address cannot take all places"
+    raws += [farm.raw(token_request("wrong", "ada%d" % number), source="127.0.0.2")
+             for number in range(taskfarm.HASHES_OF_ADDRESS, taskfarm.MOST_HASHES)]
+    wait_until(lambda: len(server.hashes) == taskfarm.MOST_HASHES)
+    third = farm.raw(token_request("another"), source="127.0.0.3")
+    status, headers, body = third.answer()
+    assert (status, headers["retry-after"]) == (503, "1") and b"8 other passwords" in body
+    third.close()
+    same = farm.raw(token_request("wrong", "ada7"))
     wait_until(lambda: 2 in [len(pending.waiting) for pending in list(server.hashes.values())])
     hashes.let.set()
     assert [raw.answer()[0] for raw in [*raws, same]] == [401] * (taskfarm.MOST_HASHES + 1)
