@@ -2514,6 +2514,7 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
                     "temp_store = MEMORY", "cache_size = -32000"):
         connection.execute("PRAGMA " + setting)
     (wrong,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    keep_database_private(path)     # again: only now has SQLite opened the log, by its name, and nothing is in it yet
     if wrong != "ok":
         raise Refusal("%s is damaged (%s): restore it from a backup, or save what can be read by sqlite3 .recover"
                       % (path, wrong.replace("\n", " ")))
@@ -2571,6 +2572,52 @@ def sync_folder(path: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def owners_of(path: str) -> Set[int]:
+    """Who may own the files of a database: us. root may keep the farm of another user: then its owner too."""
+    owners = {os.geteuid()}
+    with contextlib.suppress(OSError):
+        owners |= {os.stat(path).st_uid} if os.geteuid() == 0 else set()
+    return owners
+
+
+def keep_private(file: Union[int, str], name: str, owners: Set[int]) -> None:
+    """Have a file that holds secrets closed to others, and say so. *file*: its descriptor, or its name.
+
+    Raises Refusal for a link, for another's file, and where the mode stays as it is. Raises OSError.
+    """
+    status = os.stat(file) if isinstance(file, int) else os.lstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise Refusal("%s is not a plain file: remove it" % name)
+    if status.st_uid not in owners:
+        owner = user_name(status.st_uid)
+        raise Refusal("%s belongs to user %s, who can read and change what is in it: run this as %s, or have a copy of "
+                      "your own" % (name, owner, owner))
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        with contextlib.suppress(OSError):
+            os.chmod(file, 0o600)
+        if os.stat(file).st_mode & 0o077:
+            raise Refusal("%s can be opened by others (mode %03o), and its mode cannot be changed: put it on a file "
+                          "system with modes" % (name, mode))
+        log.warning("%s could be opened by others (mode %03o): it is closed to them now", name, mode)
+
+
+def keep_database_private(path: str) -> None:
+    """Have the files of a database closed to others: they hold password hashes and the key of all tokens.
+
+    A journal that somebody else has laid beside the database would be read into it. Raises Refusal.
+    """
+    for name in (path, path + "-wal", path + "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            keep_private(name, name, owners_of(path))
+
+
+def refuse_link(path: str, owners: Set[int]) -> None:
+    """Raise Refusal for a link that another user has laid."""
+    if os.path.islink(path) and os.lstat(path).st_uid not in owners | {0}:
+        raise Refusal("%s is a link of user %s: name the file itself" % (path, user_name(os.lstat(path).st_uid)))
 
 
 def user_name(uid: int) -> str:
@@ -2633,6 +2680,8 @@ def first_page_in_log(path: str) -> bytes:
     Frames of the present log carry the salts of its header (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
     """
     newest = candidate = b""
+    if not os.path.isfile(path):        # what is no file may never end
+        return newest
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -2719,13 +2768,11 @@ class Lock:
 def open_lock_file(path: str) -> int:
     """Open the lock file of a database, made 0600 where there is none. Raises Refusal.
 
-    A secret is written into it, so it must belong to who runs this. root may keep the farm of another user: then it
-    may belong to the owner of the database too.
+    A secret is written into it, so it must belong to who runs this, or to owners_of the database.
     """
-    name, own = lock_path(path), {os.geteuid()}
+    name, own = lock_path(path), owners_of(path)
     flags = os.O_RDWR | os.O_NOFOLLOW       # a service whose users root keeps could have laid a link to any file
-    with contextlib.suppress(OSError):
-        own |= {os.stat(path).st_uid} if os.geteuid() == 0 else set()
+    refuse_link(path, own)
     try:
         file = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -2839,6 +2886,7 @@ class Store:
         self.at_work = threading.Lock()                 # held from BEGIN to COMMIT
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
+        keep_database_private(path)
         for name in glob.glob(glob.escape(path) + Copy.MARK + "*"):
             remove_if_there(name)
         self.made = make_file(path)
@@ -3440,8 +3488,9 @@ def read_authorization(header: bytes) -> Tuple[str, Optional[str]]:
 
 WRONG_PERIOD_S = 60.0
 WRONG_OF_USER = 5                   # wrong logins of a user from an address in that time, until the next has to wait;
-WRONG_OF_ADDRESS = 20               # hashes of wrong passwords from an address,
-WRONG_OF_ALL = 40                   # and from everywhere: more than one address gets
+WRONG_OF_ADDRESS = 10               # hashes of wrong passwords from an address,
+WRONG_OF_ALL = 20                   # and from everywhere: more than one address gets
+DOUBTFUL_HASH_S = 1.0               # while there are so many, between one and the next for those who were wrong
 LONGEST_WAIT_S = 60.0
 
 
@@ -3486,8 +3535,8 @@ class Throttle:
 
     Wrong answers are counted by address and user: a wrong password in a script holds up nobody else. Hashes of wrong
     passwords are counted by address, whatever the user. While they are many from everywhere, an address waits the
-    longest time from its first one on: 100 addresses get 100 hashes a minute, less than a tenth of a core. An address
-    with no wrong login never waits, so nobody can keep a user out from elsewhere.
+    longest time from its first one on, and all such addresses share a hash a second: 4 % of a core, however many they
+    are. An address with no wrong password never waits, so nobody can keep a user out from elsewhere.
     """
     REMEMBERED = 4096       # addresses, and pairs of address and user; the oldest are forgotten first
 
@@ -3497,11 +3546,15 @@ class Throttle:
         self.all = Failures(WRONG_OF_ALL)
         self.busy = threading.Lock()
 
-    def wait_s(self, address: str, user: str, tick: float) -> float:
-        """Seconds until a password of that user is looked at; not above 0: now."""
+    def check(self, address: str, user: str, tick: float, hashing: bool) -> None:
+        """Raise TooManyRequests when it is too early for another login of that user. *hashing*: it costs a hash."""
         network = network_of(address)
-        found = self.pairs.get((network, user)), self.addresses.get(network)
-        return max([failures.until - tick for failures in found if failures], default=0.0)
+        pair, of_address = self.pairs.get((network, user)), self.addresses.get(network) if hashing else None
+        until = max([failures.until for failures in (pair, of_address) if failures], default=0.0)
+        if of_address and self.all.many(tick):
+            until = max(until, self.all.ticks[-1] + DOUBTFUL_HASH_S)
+        if until > tick:
+            raise TooManyRequests(until - tick)
 
     def answered(self, address: str, user: str, tick: float) -> None:
         """Count an answer that a login is wrong."""
@@ -3570,9 +3623,7 @@ class Logins:
     def _verify(self, header: bytes, key: bytes, now: Now, address: str, refused: bool) -> Login:
         name, password = read_authorization(header)
         if password is not None:
-            wait_s = self.throttle.wait_s(address, normal(name), now.tick)
-            if wait_s > 0:
-                raise TooManyRequests(wait_s)
+            self.throttle.check(address, normal(name), now.tick, hashing=not refused)
             if refused:
                 raise self._wrong(normal(name), address, now)
             raise NeedsHash(key, functools.partial(
@@ -3582,6 +3633,7 @@ class Logins:
         try:
             user_id, generation, expires = read_token(self.key, name)
         except Unauthorized:
+            self.throttle.check(address, TOKEN_MARK, now.tick, hashing=False)
             raise self._wrong(TOKEN_MARK, address, now)
         for user in self.known.values():
             if (user.id, user.generation) == (user_id, generation):
@@ -3593,11 +3645,8 @@ class Logins:
                 return login
         raise Unauthorized()
 
-    def _wrong(self, user: str, address: str, now: Now) -> FarmError:
+    def _wrong(self, user: str, address: str, now: Now) -> Unauthorized:
         """Count a wrong login; the error that it ends in. *user*: TOKEN_MARK for a token, which may say anything."""
-        wait_s = self.throttle.wait_s(address, user, now.tick) if user == TOKEN_MARK else 0.0
-        if wait_s > 0:
-            return TooManyRequests(wait_s)
         self.throttle.answered(address, user, now.tick)
         self.failed(user, address, now.utc)
         return Unauthorized()
@@ -3605,7 +3654,9 @@ class Logins:
     def _verify_password(self, known: Dict[str, User], memory: Memory, key: bytes, name: str, password: str,
                          address: str) -> None:
         """Hash, and remember what comes of it, in the memory of the users it was judged by."""
-        if self.throttle.wait_s(address, normal(name), self.clock().tick) > 0:
+        try:
+            self.throttle.check(address, normal(name), self.clock().tick, hashing=True)
+        except TooManyRequests:
             return      # others were wrong since this one came; whoever waits for it asks again, and is told so
         user = known.get(normal(name))
         right = False
@@ -3730,13 +3781,14 @@ def render_piece(reply: Reply, chunks: bool) -> bytes:
 class Field:
     """One value that a body or query may name; children say which values will do.
 
-    *refusal*: the error that another value ends in.
+    *refusal*: the error that another value ends in, which does not show it if it is *secret*.
     """
     expected = ""
 
-    def __init__(self, required: bool = True, refusal: Type[FarmError] = BadRequest) -> None:
+    def __init__(self, required: bool = True, refusal: Type[FarmError] = BadRequest, secret: bool = False) -> None:
         self.required = required
         self.refusal = refusal
+        self.secret = secret
 
     def check(self, name: str, value: Any) -> Any:
         """The value as handlers want it. Raises the refusal."""
@@ -3744,6 +3796,8 @@ class Field:
 
     def wrong(self, name: str, value: Any) -> FarmError:
         """The error for a value that will not do."""
+        if self.secret:
+            return self.refusal("%s must be %s" % (name, self.expected))
         shown = "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
         return self.refusal("%s must be %s, not %s" % (name, self.expected, shortened(shown)))
 
@@ -4490,6 +4544,9 @@ HASHES_OF_ADDRESS = 4               # and of those, from one address
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
 LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
 LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
+
+# What would let its reader in, of a target: a token, and user and password before the host.
+SECRET_PART = re.compile(r"(?<=tf1\.)[^&/?]+|(?<=://)[^/?]+(?=@)")
 
 # Phases of a connection; all but the first have a deadline. RENEWED: another deadline begins, whatever the phase.
 IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
@@ -5408,7 +5465,8 @@ class Server(ThreadingHTTPServer):
         self.access.note('%s %s [%s] "%s" %d %d %.6f\n' % (
             c.peer, request.login.name if request and request.login else "-",
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "%s %s" % (request.method, request.target.replace('"', "%22")) if request else "-", reply.status,
+            "%s %s" % (request.method, SECRET_PART.sub("***", request.target).replace('"', "%22")) if request else "-",
+            reply.status,
             c.body_bytes or len(reply.body), time.monotonic() - request.began if request else 0.0))
         c.body_bytes = 0
 
@@ -5940,7 +5998,7 @@ def all_users(req: Request) -> Operation:
     return list_users().shown_as(lambda users: json_reply(200, {"data": [user.name for user in users]}))
 
 
-PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}")
+PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}", secret=True)
 
 
 def show_renewed(user: User, farm: Farm, status: int) -> Reply:
@@ -10905,23 +10963,6 @@ def notify_systemd(state: str) -> None:
             sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
-def warn_if_open(path: str) -> None:
-    """Warn of files that others may read or own: they hold password hashes, signing keys and secrets.
-
-    A database of another owner is served. Its owner has given us the right to write it, as in a folder that a group
-    shares.
-    """
-    for name in (path, path + "-wal", lock_path(path)):
-        with contextlib.suppress(OSError):
-            status = os.stat(name)
-            mode = stat.S_IMODE(status.st_mode)
-            if mode & 0o077:
-                log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
-            if name == path and status.st_uid != os.geteuid():
-                log.warning("%s belongs to user %s, who can make logins of every user of this farm", name,
-                            user_name(status.st_uid))
-
-
 def cmd_serve(args: argparse.Namespace) -> int:
     """serve a farm from one file (the verb that runs when none is given)
 
@@ -10947,7 +10988,6 @@ def cmd_serve(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)        # the end of the terminal is not the end of the farm
     with contextlib.ExitStack() as undo:
         undo.callback(service.close)
-        warn_if_open(args.db)
         announce(service, args.db)
         undo.pop_all()
     service.serve()
@@ -11052,8 +11092,13 @@ def open_access_log(name: str) -> Any:
     """The access log: a file to append to, or the standard output for "-", or None for "". Raises Refusal."""
     if name in ("", "-"):
         return sys.stdout if name else None
+    refuse_link(name, {os.geteuid()})
+    follow = 0 if os.path.islink(name) else os.O_NOFOLLOW
     try:
-        return open(name, "a", encoding="utf-8")
+        descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | follow, 0o600)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            keep_private(descriptor, name, {os.geteuid()})
+        return os.fdopen(descriptor, "a", encoding="utf-8")
     except OSError as error:
         raise Refusal("the access log %s cannot be opened: %s" % (name, error.strerror))
 
