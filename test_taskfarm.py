@@ -1766,6 +1766,91 @@ def test_a_lock_file_is_taken_from_nobody_but_us(
     assert lock.read_text() == "left" and stat.S_IMODE(lock.stat().st_mode) == 0o666
 
 
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["f", "f-wal", "f.lock"])
+def test_a_file_with_secrets_that_others_could_open_is_closed_to_them(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path, file = str(tmp_path / "f"), tmp_path / name
+    Store(path).close()
+    taskfarm.Lock(path).close()
+    file.touch()
+    file.chmod(0o644)
+    with contextlib.closing(taskfarm.Lock(path)), contextlib.closing(Store(path)):
+        assert {mode_of(each) for each in tmp_path.iterdir()} == {0o600}
+    assert ("%s could be opened by others (mode 644)" % file in caplog.text) == (name != "f.lock")
+    if name == "f":
+        file.chmod(0o640)
+        monkeypatch.setattr(os, "chmod", lambda *_: None)
+        assert "can be opened by others (mode 640), and its mode cannot be changed" in refused(file)
+
+
+@pytest.mark.parametrize("name", ["f", "f-wal", "f-journal"])
+def test_a_file_of_another_user_is_not_opened_as_a_database_or_its_log(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).chmod(0o666)
+    us = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: us + 1)
+    with pytest.raises(Refusal, match="belongs to user "):
+        Store(str(tmp_path / "f"))
+    assert [(each.name, each.read_bytes(), mode_of(each)) for each in tmp_path.iterdir()] == [(name, b"", 0o666)]
+
+
+def test_what_lies_beside_a_database_must_be_a_plain_file(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("f-wal", "f-journal"):
+        for lay in (lambda path: path.symlink_to(victim), os.mkfifo):
+            lay(tmp_path / name)
+            with pytest.raises(Refusal, match="not a plain file"):
+                Store(str(tmp_path / "f"))
+            (tmp_path / name).unlink()
+    assert victim.read_text() == "precious" and list(tmp_path.iterdir()) == [victim]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="runs as another user")
+def test_a_log_that_was_laid_while_the_file_was_opened_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:       # the parents of tmp_path are closed to other users
+        path, laid = os.path.join(folder, "f"), os.path.join(folder, "laid")
+        Store(path).close()
+        Path(laid).touch()
+        for name, owner in ((folder, 12345), (path, 12345), (laid, 0)):
+            os.chown(name, owner, -1)
+        os.chmod(laid, 0o666)
+        make = taskfarm.make_file
+
+        def lay(name: str) -> bool:
+            os.rename(laid, path + "-wal")
+            return make(name)
+
+        def open_it() -> str:
+            os.setuid(12345)
+            try:
+                Store(path).close()
+            except Refusal as refusal:
+                return str(refusal)
+            return "opened"
+        monkeypatch.setattr(taskfarm, "make_file", lay)
+        _, result = taskfarm.fork_call(open_it)
+        assert "f-wal belongs to user root" in result()
+
+
+def test_a_link_is_followed_when_its_owner_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    taskfarm.Lock(str(tmp_path / "link")).close()
+    assert (tmp_path / "f.lock").exists()
+    (tmp_path / "f.lock").unlink()
+    os.lchown(tmp_path / "link", 12345 if os.geteuid() == 0 else os.geteuid(), -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    for use in (taskfarm.Lock, taskfarm.open_access_log):
+        with pytest.raises(Refusal, match="is a link of user "):
+            use(str(tmp_path / "link"))
+    assert [each.name for each in tmp_path.iterdir()] == ["link"]
+
+
 def test_who_is_refused_the_lock_changes_nothing_in_it(tmp_path: Path) -> None:
     path = str(tmp_path / "f")
     with contextlib.closing(taskfarm.Lock(path)) as first:
@@ -5375,6 +5460,54 @@ def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> None:
     lines = log.getvalue().splitlines()
     assert [line.split('"')[1:3][0] for line in lines] == ["GET /livez", "GET /api/runs"]
     assert re.fullmatch(r'127\.0\.0\.1 - \[[0-9T:Z-]+\] "GET /livez" 200 18 [0-9.]+', lines[0])
+
+
+def test_an_access_log_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    for mode in (None, 0o644):
+        if mode:
+            log.chmod(mode)
+        with taskfarm.open_access_log(str(log)) as file:
+            file.write("a line\n")
+        assert mode_of(log) == 0o600
+    assert log.read_text() == "a line\n" * 2
+    taskfarm.open_access_log("/dev/stdout").close()     # a link of root, to what is no file
+    us = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: us + 1)
+    with pytest.raises(Refusal, match="log belongs to user"):
+        taskfarm.open_access_log(str(log))
+
+
+def test_no_secret_gets_into_a_log_or_an_error(farm: Live, caplog: pytest.LogCaptureFixture,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """What everybody sends goes wrong in every way; only the sender of a wrong login knows what was in it."""
+    server, log = farm.service.server, io.StringIO()
+    server.access = taskfarm.AccessLog(log)
+    server.access.thread.start()
+    secret = farm.service.farm.logins.secret.decode()
+    password, hashed = "pa55word", taskfarm.hash_password("pa55word")
+    monkeypatch.setattr(taskfarm, "verify_password", lambda *_: 1 / 0)
+    answers = []
+    for data in (
+            request_bytes("GET", "/api/runs", Authorization=basic("ada", password)),
+            request_bytes("GET", "/api/runs?token=" + farm.token), request_bytes("GET", "/api/" + farm.token),
+            request_bytes("GET", "/livez?x=1&t=" + farm.token + "&u=2"),
+            request_bytes("GET", "http://ada:%s@localhost/livez" % password),
+            request_bytes("GET", "/nothing", Authorization="Bearer " + farm.token),
+            request_bytes("GET", "/api/runs", Authorization="Basic :" + password),
+            request_bytes("GET", "/api/runs", Authorization="\x01" + farm.token),
+            request_bytes("POST", "/api/users", json.dumps({"name": "x", "password": hashed + "x"}).encode(),
+                          Authorization="Bearer " + secret),
+            request_bytes("PUT", "/api/users/x", json.dumps({"password": password}).encode(),
+                          Authorization="Bearer " + secret)):
+        raw = farm.raw(data)
+        answers.append(raw.answer())
+        raw.close()
+    assert [status for status, _, _ in answers] == [401, 401, 401, 400, 400, 404, 401, 400, 400, 400]
+    wait_until(lambda: log.getvalue().count("\n") == len(answers) and "ZeroDivisionError" in caplog.text)
+    text = caplog.text + log.getvalue() + "".join(str(answer) for at, answer in enumerate(answers) if at != 3)
+    for each in (password, hashed, hashed[-20:], secret, farm.token, farm.token[4:]):
+        assert each not in text
 
 
 def test_a_quote_in_a_target_does_not_end_it_in_the_access_log(tmp_path: Path) -> None:
