@@ -80,10 +80,12 @@ Errors common to all (RFC 9457 problem details), judged in this order
     400 malformed request    401 no login             411 chunked body       400 not a JSON object,
     414 request line         404 unknown path         413 body too large         unknown field,
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
-    Also: 403 what is for admin, or plain HTTP from another machine, 408 not whole in time, 409 (said below each
-    endpoint), 417 another Expect than 100-continue, 422 an Idempotency-Key that came with another request, 503 a disk
-    that takes no write, or too many passwords to be checked at once (with Retry-After), 505 another HTTP, 500 a fault,
-    with an id that is in the log.
+    After the first column, whatever the path: 403 plain HTTP from another machine, 421 a Host that is neither an
+    address nor a name that the server knows, 403 an Origin or a Sec-Fetch-Site that tells of a page of another site.
+    Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
+    100-continue, 422 an Idempotency-Key that came with another request, 429 too many wrong logins from this address
+    (with Retry-After), 503 a disk that takes no write, or too many passwords to be checked at once (with Retry-After),
+    505 another HTTP, 500 a fault, with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -191,8 +193,8 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Type,
-    Union)
+    Any, Callable, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+    Tuple, Type, Union)
 
 __version__ = "1.2.0"
 
@@ -265,7 +267,7 @@ class Unauthorized(FarmError):
 
 
 class Forbidden(FarmError):
-    """403: the login is good, but this is for admin; or it came by plain HTTP from another machine."""
+    """403: what is for admin, from a page of another site, or by plain HTTP from another machine."""
     status = 403
 
 
@@ -318,9 +320,24 @@ class ExpectationFailed(FarmError):
     status = 417
 
 
+class Misdirected(FarmError):
+    """421: the Host field names another server."""
+    status = 421
+
+
 class Unprocessable(FarmError):
     """422: the Idempotency-Key came with another request before."""
     status = 422
+
+
+class TooManyRequests(FarmError):
+    """429: too many wrong logins. Retry-After says for how long (RFC 6585, section 4)."""
+    status = 429
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__("too many wrong logins came from this address: the next one is looked at in %d s. A valid "
+                         "token is taken at any time" % math.ceil(wait_s))
+        self.headers = (("Retry-After", "%d" % math.ceil(wait_s)),)
 
 
 class HeadTooLarge(FarmError):
@@ -2514,6 +2531,7 @@ def prepare(connection: sqlite3.Connection, path: str) -> None:
                     "temp_store = MEMORY", "cache_size = -32000"):
         connection.execute("PRAGMA " + setting)
     (wrong,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    keep_database_private(path)     # again: only now has SQLite opened the log, by its name, and nothing is in it yet
     if wrong != "ok":
         raise Refusal("%s is damaged (%s): restore it from a backup, or save what can be read by sqlite3 .recover"
                       % (path, wrong.replace("\n", " ")))
@@ -2571,6 +2589,52 @@ def sync_folder(path: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def owners_of(path: str) -> Set[int]:
+    """Who may own the files of a database: us. root may keep the farm of another user: then its owner too."""
+    owners = {os.geteuid()}
+    with contextlib.suppress(OSError):
+        owners |= {os.stat(path).st_uid} if os.geteuid() == 0 else set()
+    return owners
+
+
+def keep_private(file: Union[int, str], name: str, owners: Set[int]) -> None:
+    """Have a file that holds secrets closed to others, and say so. *file*: its descriptor, or its name.
+
+    Raises Refusal for a link, for another's file, and where the mode stays as it is. Raises OSError.
+    """
+    status = os.stat(file) if isinstance(file, int) else os.lstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise Refusal("%s is not a plain file: remove it" % name)
+    if status.st_uid not in owners:
+        owner = user_name(status.st_uid)
+        raise Refusal("%s belongs to user %s, who can read and change what is in it: run this as %s, or have a copy of "
+                      "your own" % (name, owner, owner))
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        with contextlib.suppress(OSError):
+            os.chmod(file, 0o600)
+        if os.stat(file).st_mode & 0o077:
+            raise Refusal("%s can be opened by others (mode %03o), and its mode cannot be changed: put it on a file "
+                          "system with modes" % (name, mode))
+        log.warning("%s could be opened by others (mode %03o): it is closed to them now", name, mode)
+
+
+def keep_database_private(path: str) -> None:
+    """Have the files of a database closed to others: they hold password hashes and the key of all tokens.
+
+    A journal that somebody else has laid beside the database would be read into it. Raises Refusal.
+    """
+    for name in (path, path + "-wal", path + "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            keep_private(name, name, owners_of(path))
+
+
+def refuse_link(path: str, owners: Set[int]) -> None:
+    """Raise Refusal for a link that another user has laid."""
+    if os.path.islink(path) and os.lstat(path).st_uid not in owners | {0}:
+        raise Refusal("%s is a link of user %s: name the file itself" % (path, user_name(os.lstat(path).st_uid)))
 
 
 def user_name(uid: int) -> str:
@@ -2633,6 +2697,8 @@ def first_page_in_log(path: str) -> bytes:
     Frames of the present log carry the salts of its header (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
     """
     newest = candidate = b""
+    if not os.path.isfile(path):        # what is no file may never end
+        return newest
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -2723,13 +2789,11 @@ class Lock:
 def open_lock_file(path: str) -> int:
     """Open the lock file of a database, made 0600 where there is none. Raises Refusal.
 
-    A secret is written into it, so it must belong to who runs this. root may keep the farm of another user: then it
-    may belong to the owner of the database too.
+    A secret is written into it, so it must belong to who runs this, or to owners_of the database.
     """
-    name, own = lock_path(path), {os.geteuid()}
+    name, own = lock_path(path), owners_of(path)
     flags = os.O_RDWR | os.O_NOFOLLOW       # a service whose users root keeps could have laid a link to any file
-    with contextlib.suppress(OSError):
-        own |= {os.stat(path).st_uid} if os.geteuid() == 0 else set()
+    refuse_link(path, own)
     try:
         file = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -2843,6 +2907,7 @@ class Store:
         self.at_work = threading.Lock()                 # held from BEGIN to COMMIT
         self.writer: Optional[threading.Thread] = None
         refuse_foreign(path)
+        keep_database_private(path)
         for name in glob.glob(glob.escape(path) + Copy.MARK + "*"):
             remove_if_there(name)
         self.made = make_file(path)
@@ -3297,8 +3362,9 @@ class Store:
 # Password hashes, signed tokens, and who a request comes from. Knows no SQL and no sockets.
 #
 # Anybody may send anything here, so before a login is accepted all work and all memory is bounded: a password is
-# not looked at beyond PASSWORD_LIMIT bytes, and what is remembered is small and counted. Another way to log in:
-# read it in read_authorization, judge it in Logins._verify.
+# not looked at beyond PASSWORD_LIMIT bytes, who was wrong too often is refused before a hash is made, and what is
+# remembered is small and counted. Another way to log in: read it in read_authorization, judge it in Logins._verify,
+# and count what is wrong in Logins._wrong.
 
 PASSWORD_LIMIT = 1000               # bytes of a password: normalizing 12 kB of combining characters took 109 ms
 NAME_LIMIT = 256                    # and of a name: 64 characters
@@ -3440,6 +3506,98 @@ def read_authorization(header: bytes) -> Tuple[str, Optional[str]]:
     return (user, None) if user.startswith(TOKEN_MARK) else (user, password)
 
 
+WRONG_PERIOD_S = 60.0
+WRONG_OF_USER = 5                   # wrong logins of a user from an address in that time, until the next has to wait;
+WRONG_OF_ADDRESS = 10               # hashes of wrong passwords from an address,
+WRONG_OF_ALL = 20                   # and from everywhere: more than one address gets
+DOUBTFUL_HASH_S = 1.0               # while there are so many, between one and the next for those who were wrong
+LONGEST_WAIT_S = 60.0
+
+
+def network_of(address: str) -> str:
+    """What is counted as one address: of IPv6 the first 64 bits, since whoever has one address has all of those."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 4:
+        return address
+    assert isinstance(found, ipaddress.IPv6Address)
+    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
+
+
+class Failures:
+    """Wrong logins of one kind. After *most* in a minute, each makes the next one wait: 1, 2, 4 ... 60 s.
+
+    Forgotten a minute after the end of the last wait.
+    """
+    __slots__ = ("most", "ticks", "waits", "until")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.ticks: Tuple[float, ...] = ()      # of the last *most*
+        self.waits = 0                          # that there were
+        self.until = 0.0                        # the tick at which the present one ends
+
+    def add(self, tick: float) -> None:
+        """Count one."""
+        if tick >= self.until + WRONG_PERIOD_S:
+            self.waits = 0
+        self.ticks = (*self.ticks, tick)[-self.most:]
+        if self.waits or self.many(tick):
+            self.until = tick + min(2.0 ** min(self.waits, 10), LONGEST_WAIT_S)
+            self.waits += 1
+
+    def many(self, tick: float) -> bool:
+        """Whether there were *most* in the last minute."""
+        return len(self.ticks) == self.most and tick - self.ticks[0] < WRONG_PERIOD_S
+
+
+class Throttle:
+    """How long somebody has to wait who has sent wrong logins. *tick*: of a monotonic clock. For any thread.
+
+    Wrong answers are counted by address and user: a wrong password in a script holds up nobody else. Hashes of wrong
+    passwords are counted by address, whatever the user. While they are many from everywhere, an address waits the
+    longest time from its first one on, and all such addresses share a hash a second: 4 % of a core, however many they
+    are. An address with no wrong password never waits, so nobody can keep a user out from elsewhere.
+    """
+    REMEMBERED = 4096       # addresses, and pairs of address and user; the oldest are forgotten first
+
+    def __init__(self) -> None:
+        self.pairs: Dict[Tuple[str, str], Failures] = {}
+        self.addresses: Dict[str, Failures] = {}
+        self.all = Failures(WRONG_OF_ALL)
+        self.busy = threading.Lock()
+
+    def check(self, address: str, user: str, tick: float, hashing: bool) -> None:
+        """Raise TooManyRequests when it is too early for another login of that user. *hashing*: it costs a hash."""
+        network = network_of(address)
+        pair, of_address = self.pairs.get((network, user)), self.addresses.get(network) if hashing else None
+        until = max([failures.until for failures in (pair, of_address) if failures], default=0.0)
+        if of_address and self.all.many(tick):
+            until = max(until, self.all.ticks[-1] + DOUBTFUL_HASH_S)
+        if until > tick:
+            raise TooManyRequests(until - tick)
+
+    def answered(self, address: str, user: str, tick: float) -> None:
+        """Count an answer that a login is wrong."""
+        with self.busy:
+            self._entry(self.pairs, (network_of(address), user), WRONG_OF_USER).add(tick)
+
+    def hashed(self, address: str, tick: float) -> None:
+        """Count the hash of a wrong password."""
+        with self.busy:
+            entry = self._entry(self.addresses, network_of(address), WRONG_OF_ADDRESS)
+            entry.add(tick)
+            self.all.add(tick)
+            if self.all.many(tick):
+                entry.until = tick + LONGEST_WAIT_S
+
+    def _entry(self, memory: Dict[Any, Failures], key: Any, most: int) -> Failures:
+        entry = memory.pop(key, None) or Failures(most)
+        if len(memory) >= self.REMEMBERED:
+            del memory[next(iter(memory))]
+        memory[key] = entry
+        return entry
+
+
 Memory = Dict[bytes, Tuple[Optional[Login], float]]     # login or refusal, and until which tick
 
 
@@ -3448,7 +3606,8 @@ class Logins:
 
     *users*: gives the users by name. *key*: signs tokens. *clock*: gives a Now. *secret*: what the
     local verbs show. A password that was verified is remembered by an HMAC of the header under a key
-    of this process, so that it is not kept; all is forgotten when the users change.
+    of this process, so that it is not kept; all is forgotten when the users change. `failed` is called
+    with user, address and the time in seconds since 1970 whenever a login was wrong.
     """
     REMEMBERED = 20000
 
@@ -3461,28 +3620,41 @@ class Logins:
         self.memory: Memory = {}
         self.known = users()                                            # the users that the memory speaks of
         self.own_kind = hash_password(secrets.token_hex(16))            # where there is no user yet
+        self.throttle = Throttle()
+        self.failed: Callable[[str, str, float], None] = lambda *_: None
 
-    def who(self, header: bytes) -> Login:
-        """Who sent this Authorization field. Raises Unauthorized, or NeedsHash when a password has to be hashed."""
+    def who(self, header: bytes, address: str = "127.0.0.1") -> Login:
+        """Who sent this Authorization field, from that address.
+
+        Raises Unauthorized, TooManyRequests, or NeedsHash when a password has to be hashed.
+        """
         if self.users() is not self.known:
             self.known, self.memory = self.users(), {}
         now, key = self.clock(), header
         if header not in self.memory and not TOKEN_SHOWN.match(header):     # a token need not be hidden from a memory
             key = hmac.digest(self.memory_key, header, "sha256")            # that can sign tokens
         login, until = self.memory.get(key, (None, 0.0))
-        if until <= now.tick:
-            login = self._verify(header, key, now)
-        if login is None or 0 < login.expires <= now.utc:
+        if login is None or until <= now.tick:
+            login = self._verify(header, key, now, address, refused=until > now.tick)
+        if 0 < login.expires <= now.utc:
             raise Unauthorized()
         return login
 
-    def _verify(self, header: bytes, key: bytes, now: Now) -> Login:
+    def _verify(self, header: bytes, key: bytes, now: Now, address: str, refused: bool) -> Login:
         name, password = read_authorization(header)
         if password is not None:
-            raise NeedsHash(key, functools.partial(self._verify_password, self.known, self.memory, key, name, password))
+            self.throttle.check(address, normal(name), now.tick, hashing=not refused)
+            if refused:
+                raise self._wrong(normal(name), address, now)
+            raise NeedsHash(key, functools.partial(
+                self._verify_password, self.known, self.memory, key, name, password, address))
         if hmac.compare_digest(name.encode("utf-8", "surrogatepass"), self.secret):
             return Login(None, 0.0)
-        user_id, generation, expires = read_token(self.key, name)
+        try:
+            user_id, generation, expires = read_token(self.key, name)
+        except Unauthorized:
+            self.throttle.check(address, TOKEN_MARK, now.tick, hashing=False)
+            raise self._wrong(TOKEN_MARK, address, now)
         for user in self.known.values():
             if (user.id, user.generation) == (user_id, generation):
                 login = Login(user, expires)
@@ -3493,8 +3665,19 @@ class Logins:
                 return login
         raise Unauthorized()
 
-    def _verify_password(self, known: Dict[str, User], memory: Memory, key: bytes, name: str, password: str) -> None:
+    def _wrong(self, user: str, address: str, now: Now) -> Unauthorized:
+        """Count a wrong login; the error that it ends in. *user*: TOKEN_MARK for a token, which may say anything."""
+        self.throttle.answered(address, user, now.tick)
+        self.failed(user, address, now.utc)
+        return Unauthorized()
+
+    def _verify_password(self, known: Dict[str, User], memory: Memory, key: bytes, name: str, password: str,
+                         address: str) -> None:
         """Hash, and remember what comes of it, in the memory of the users it was judged by."""
+        try:
+            self.throttle.check(address, normal(name), self.clock().tick, hashing=True)
+        except TooManyRequests:
+            return      # others were wrong since this one came; whoever waits for it asks again, and is told so
         user = known.get(normal(name))
         right = False
         try:
@@ -3503,6 +3686,7 @@ class Logins:
             if user is not None and right:
                 self._remember(memory, key, Login(user, 0.0), self.clock().tick + LOGIN_MEMORY_S)
             else:
+                self.throttle.hashed(address, self.clock().tick)
                 self._remember(memory, key, None, self.clock().tick + REFUSAL_MEMORY_S)
 
     def _stand_in(self, known: Dict[str, User], name: str) -> str:
@@ -3843,13 +4027,14 @@ def render_piece(reply: Reply, chunks: bool) -> bytes:
 class Field:
     """One value that a body or query may name; children say which values will do.
 
-    *refusal*: the error that another value ends in.
+    *refusal*: the error that another value ends in, which does not show it if it is *secret*.
     """
     expected = ""
 
-    def __init__(self, required: bool = True, refusal: Type[FarmError] = BadRequest) -> None:
+    def __init__(self, required: bool = True, refusal: Type[FarmError] = BadRequest, secret: bool = False) -> None:
         self.required = required
         self.refusal = refusal
+        self.secret = secret
 
     def check(self, name: str, value: Any) -> Any:
         """The value as handlers want it. Raises the refusal."""
@@ -3857,6 +4042,8 @@ class Field:
 
     def wrong(self, name: str, value: Any) -> FarmError:
         """The error for a value that will not do."""
+        if self.secret:
+            return self.refusal("%s must be %s" % (name, self.expected))
         shown = "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
         return self.refusal("%s must be %s, not %s" % (name, self.expected, shortened(shown)))
 
@@ -4212,7 +4399,8 @@ def parse_fields(block: Optional[bytes], minor: int) -> Fields:
             raise HeadTooLarge("a header line has at most %d bytes" % LINE_LIMIT)
         match = FIELD_LINE.fullmatch(line)
         if match is None:
-            raise BadRequest("this header line is malformed: %s" % shortened(ascii(line)[2:-1]))
+            # Its text is not shown: a login that is folded, or has a blank before its colon, would get into logs.
+            raise BadRequest("header line %d is malformed" % (lines.index(line) + 1))
         name, value = match[1].lower(), match[2].strip(b" \t")
         if name in headers:
             if name in SINGLE:
@@ -4252,6 +4440,47 @@ def path_of(target: str) -> str:
     if not path.startswith("/"):
         path = "/" + path.partition("://")[2].partition("/")[2]
     return re.sub("//+", "/", path) if "//" in path else path
+
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::[0-9]*)?")
+
+
+@functools.lru_cache(maxsize=64)        # of those that were accepted: a refusal is raised, and not remembered
+def check_host(host: bytes, names: FrozenSet[str]) -> None:
+    """Raise Misdirected when a Host field names neither an IP address, nor the loopback, nor one of *names*.
+
+    A page of evil.example may let that name lead to our address, and would then be of the same origin (DNS
+    rebinding). No page can do that with an address, or with a name that its maker does not own.
+    """
+    match = HOST.fullmatch(host.decode("latin-1"))
+    if match is None:
+        raise BadRequest("the Host field is malformed: it is a name or an address, and perhaps :PORT")
+    name = match[1].lower()
+    name = name[:-1] if name.endswith(".") else name
+    if not (name in names or name == "localhost" or name.endswith(".localhost") or is_address(name.strip("[]"))):
+        raise Misdirected("this server does not know itself as %s: where that is its name, start it with --allow-host "
+                          "%s" % (shortened(name) or "a host without a name", shortened(name) or "NAME"))
+
+
+def check_site(target: str, headers: Mapping[bytes, bytes], names: FrozenSet[str]) -> None:
+    """Raise Misdirected for another host than ours, Forbidden for what a page of another site has a browser send.
+
+    *names*: of this server. The host of a whole http:// address counts, where the target is one (RFC 9112, 3.2.2).
+    Other clients than browsers send neither Origin nor Sec-Fetch-Site (https://www.w3.org/TR/fetch-metadata/).
+    """
+    host = headers.get(b"host")
+    if host is not None:        # HTTP/1.0 may come without
+        check_host(host, names)
+    if not target.startswith("/"):
+        host = re.split("[/?]", target.partition("://")[2], maxsplit=1)[0].encode()
+        if target != "*":
+            check_host(host, names)
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    ours = origin is None or host is not None and origin.lower() in (b"http://" + host.lower(),
+                                                                     b"https://" + host.lower())
+    if not ours or site not in (None, b"same-origin", b"none"):
+        raise Forbidden("a page of another site has sent this: type the address of this server into the browser, and "
+                        "let a proxy pass the Host field on unchanged")
 
 
 def malformed_line(line: bytes) -> FarmError:
@@ -4547,10 +4776,14 @@ GUEST_LIMIT = 4 * 1024 * 1024       # bytes in the buffers of all connections on
 GUEST_PIECE = 16 * 1024             # bytes read from one of those at a time
 STILL_S = 0.5                       # when the buffers are full, who has moved nothing for so long is closed:
 MOVED_BYTES = 16 * 1024             # nothing is less than that
-MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each
+MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
+HASHES_OF_ADDRESS = 4               # and of those, from one address
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
 LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
 LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
+
+# What would let its reader in, of a target: a token, and user and password before the host.
+SECRET_PART = re.compile(r"(?<=tf1\.)[^&/?]+|(?<=://)[^/?]+(?=@)")
 
 # Phases of a connection; all but the first have a deadline. RENEWED: another deadline begins, whatever the phase.
 IDLE, NEW, ARRIVING, ANSWERING, CLOSING, RENEWED = range(6)
@@ -4751,7 +4984,8 @@ class Buffers:
 class PendingHash:
     """A password that is to be hashed, and who waits for it."""
 
-    def __init__(self, needs: NeedsHash) -> None:
+    def __init__(self, needs: NeedsHash, peer: str) -> None:
+        self.peer = peer        # who sent it first
         self.key = needs.key
         self.work = needs.work
         self.waiting: Set[Connection] = set()
@@ -4824,20 +5058,21 @@ class Server(ThreadingHTTPServer):
     """The HTTP server. `serve_forever` is the I/O thread.
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
-    Login for an Authorization field, its `submit` takes operations, its `stop_waiting` has
+    Login for an Authorization field and an address, its `submit` takes operations, its `stop_waiting` has
     those refused that wait for others, its `give_way` waits for its writer. *context*: for TLS. *access*: a
-    file that gets a line for each request, or None. *plain_http*: from other machines too. Raises OSError when
-    the address cannot be had.
+    file that gets a line for each request, or None. *plain_http*: from other machines too. *names*: of this
+    server, in small letters, for check_host. Raises OSError when the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
 
     def __init__(self, address: Tuple[str, int], farm: Any, routes: Routes, context: ssl.SSLContext,
-                 access: Any = None, plain_http: bool = False) -> None:
+                 access: Any = None, plain_http: bool = False, names: FrozenSet[str] = frozenset()) -> None:
         self.farm = farm
         self.context = context          # of new connections
         self.plain_http = plain_http
         self.routes = routes
+        self.names = names
         self.access = None if access is None else AccessLog(access)
         self.clock: Callable[[], Now] = farm.clock
         self.selector: selectors.BaseSelector = selectors.DefaultSelector()
@@ -5408,13 +5643,14 @@ class Server(ThreadingHTTPServer):
 
     def _admit(self, c: Connection, request: Request) -> None:
         """Judge the head, in the contract's order. Raises FarmError or NeedsHash."""
+        check_site(request.target, request.headers, self.names)
         by_method, request.variables = self.routes.find(path_of(request.target))
         route = by_method.get("GET" if request.method == "HEAD" else request.method)
         if route is None or route.access != OPEN:
             authorization = request.headers.get(b"authorization")
             if authorization is None:
                 raise Unauthorized()
-            request.login = self.farm.who(authorization)
+            request.login = self.farm.who(authorization, c.peer)
             if not c.known:
                 self.guests.hold(c, 0, 0.0)
                 c.known = True
@@ -5441,12 +5677,13 @@ class Server(ThreadingHTTPServer):
         """Let a connection wait until its password has been hashed, once for all that sent it. Raises Unavailable."""
         pending = self.hashes.get(needs.key)
         if pending is None:
-            if len(self.hashes) >= MOST_HASHES:
+            of_address = sum(pending.peer == c.peer for pending in self.hashes.values())
+            if len(self.hashes) >= MOST_HASHES or of_address >= HASHES_OF_ADDRESS:
                 error = Unavailable("%d other passwords are being checked, and each takes a while: try again in a "
-                                    "second, or log in with a token, which takes none" % MOST_HASHES)
+                                    "second, or log in with a token, which takes none" % len(self.hashes))
                 error.headers = (("Retry-After", "1"),)
                 raise error
-            pending = self.hashes[needs.key] = PendingHash(needs)
+            pending = self.hashes[needs.key] = PendingHash(needs, c.peer)
             self.hashing.put(functools.partial(self._hash, pending))
         pending.waiting.add(c)
         c.pending = pending
@@ -5529,7 +5766,8 @@ class Server(ThreadingHTTPServer):
         self.access.note('%s %s [%s] "%s" %d %d %.6f\n' % (
             c.peer, request.login.name if request and request.login else "-",
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "%s %s" % (request.method, request.target.replace('"', "%22")) if request else "-", reply.status,
+            "%s %s" % (request.method, SECRET_PART.sub("***", request.target).replace('"', "%22")) if request else "-",
+            reply.status,
             c.body_bytes or len(reply.body), time.monotonic() - request.began if request else 0.0))
         c.body_bytes = 0
 
@@ -6032,7 +6270,7 @@ def all_users(req: Request) -> Operation:
     return list_users().shown_as(lambda users: json_reply(200, {"data": [user.name for user in users]}))
 
 
-PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}")
+PASSWORD = Text(1000, r"(scrypt|pbkdf2)\$[0-9,]+\$[0-9a-f]+\$[0-9a-f]{64}", secret=True)
 
 
 def show_renewed(user: User, farm: Farm, status: int) -> Reply:
@@ -6163,6 +6401,12 @@ def reachable_as(host: str, advertise: str) -> Tuple[str, str]:
     return advertise or (socket.gethostname() if everywhere else host), local
 
 
+def names_of_server(*names: str) -> FrozenSet[str]:
+    """These names and the machine's, short and as it calls itself: its full one may take a name server minutes."""
+    own = socket.gethostname()
+    return frozenset(name.lower().rstrip(".") for name in (own, own.partition(".")[0], *names) if name)
+
+
 def machine_id() -> str:
     """What names the running kernel, within which locks surely work; the host name where it does not say.
 
@@ -6225,14 +6469,14 @@ class Service:
     """A server: lock, store, address and threads, taken in the order in which each may be refused.
 
     *take_lock*: gives the lock of the file, or raises Refusal. *tls_files*: certificate and key of the site, where
-    the farm's own is not to be served. `certificate`: the one that is served. `files`: for what tells others about
-    the server.
+    the farm's own is not to be served. *allow_hosts*: names by which clients may ask, besides those that the server
+    knows itself. `certificate`: the one that is served. `files`: for what tells others about the server.
     Raises Refusal, with everything let go again and a file that was made for it removed.
     """
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
                  access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES,
                  take_lock: Callable[[str], Lock] = Lock, plain_http: bool = False,
-                 tls_files: Optional[Tuple[str, str]] = None) -> None:
+                 tls_files: Optional[Tuple[str, str]] = None, allow_hosts: Sequence[str] = ()) -> None:
         self.tls_files = tls_files
         self.certificate_renewed: Callable[[], None] = lambda: None
         with contextlib.ExitStack() as undo:
@@ -6247,7 +6491,8 @@ class Service:
                 own_certificate(self.store, host) if tls_files is None else site_certificate(*tls_files))
             self.farm = Farm(self.store, secret, token_days)
             try:
-                self.server = Server((host, port), self.farm, routes, context, access_log, plain_http)
+                self.server = Server((host, port), self.farm, routes, context, access_log, plain_http,
+                                     names_of_server(host, advertise, *allow_hosts))
             except OSError as error:
                 raise Refusal(address_refused(host, port, error))
             undo.callback(self.server.server_close)
@@ -6751,7 +6996,7 @@ class Progress:
 CLIENT_TIMEOUT_S = 10.0
 LOGIN_RETRY_S = 60.0                # a login that has worked is retried for so long: NFS may show an old access file
 ANSWER_LIMIT = 1 << 28              # bytes: no answer of a farm is longer
-RETRY_STATUSES = (408, 500, 502, 503, 504)      # a later try may succeed
+RETRY_STATUSES = (408, 429, 500, 502, 503, 504)      # a later try may succeed
 RETRY_PAUSES_S = (0.1, 10.0)        # between two tries: at first, and at most
 
 
@@ -6801,31 +7046,12 @@ def access_path(environ: Mapping[str, str]) -> str:
     return environ.get("TASKFARM_ACCESS") or os.path.join(base, "taskfarm", "access.json")
 
 
-def keep_private(path: str, file: int) -> None:
-    """See to it that no other user can read an open file that tells whom to trust. Raises Refusal where they wrote it.
-
-    *path*: by which it was opened; a link that others laid there could lead to any file.
-    """
-    status = os.fstat(file)
-    owners = {status.st_uid, os.lstat(path).st_uid} - {os.geteuid(), 0}     # root can write all files anyway
-    if owners:
-        raise Refusal("%s belongs to another user (%d), who could send your work and your login elsewhere: remove it, "
-                      "or have TASKFARM_ACCESS name a file of your own" % (path, owners.pop()))
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        try:
-            os.fchmod(file, 0o600)
-        except OSError as error:
-            raise Refusal("%s can be read by others, and its mode cannot be changed (%s): chmod 600 %s" % (
-                path, error.strerror, path))
-        log.warning("%s could be read by others (mode %03o), and now by you alone: another password ('user passwd') "
-                    "makes the login in it void", path, stat.S_IMODE(status.st_mode))
-
-
 def read_access(path: str) -> Dict[str, Any]:
     """The access file: url, user, token, farm, certificate. Empty when there is none. Raises Refusal if not ours."""
     try:
         with open(path, encoding="utf-8") as file:
-            keep_private(path, file.fileno())
+            refuse_link(path, {os.geteuid()})
+            keep_private(file.fileno(), path, {os.geteuid(), 0})    # root can write all files anyway
             access = json.load(file)
         return access if isinstance(access, dict) else {}
     except (OSError, ValueError):
@@ -9537,8 +9763,10 @@ class Dialogue:
     An answer counts when its status line is there. Its body is read while the next answer is waited for.
     """
 
-    def __init__(self, port: int, messages: Sequence[bytes], receive_buffer: int = 0) -> None:
+    def __init__(self, port: int, messages: Sequence[bytes], receive_buffer: int = 0, source: str = "127.0.0.1"
+                 ) -> None:
         self.sock = socket.socket()
+        self.sock.bind((source, 0))
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.connect(("127.0.0.1", port))
@@ -9606,13 +9834,16 @@ class FairFarm:
         return done_many(self.request("PUT", "runs/held/tasks"), "holder", "differing")([
             (b"%d" % task, b"1") for task in range(first, first + count)])
 
-    def send(self, *messages_of_each: Sequence[bytes], repeat: bool = False) -> List[Dialogue]:
+    def send(self, *messages_of_each: Sequence[bytes], repeat: bool = False, sources: Sequence[str] = ("127.0.0.1",)
+             ) -> List[Dialogue]:
         """Hold dialogues at once, each on a connection of its own. A message is sent when the last one was answered.
 
         *repeat*: each begins anew at its end, for `seconds`. Else all end, or are given up after `limit_s`.
+        *sources*: the addresses that they come from, in turns.
         """
         end = time.perf_counter() + (self.seconds if repeat else self.limit_s)
-        dialogues = [Dialogue(self.server.port, messages) for messages in messages_of_each]
+        dialogues = [Dialogue(self.server.port, messages, source=source)
+                     for messages, source in zip(messages_of_each, itertools.cycle(sources))]
         with selectors.DefaultSelector() as selector:
             for dialogue in dialogues:
                 dialogue.began = time.perf_counter()
@@ -9661,7 +9892,7 @@ class FairFarm:
 
 def burst(method: str, path: str) -> bytes:
     """95 kB of one request without a login, again and again."""
-    request = b"%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (method.encode(), path.encode())
+    request = b"%s %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % (method.encode(), path.encode())
     return request * (95000 // len(request))
 
 
@@ -9767,7 +9998,7 @@ def half_heads(farm: FairFarm) -> str:
 
 def password_request(name: str, password: str) -> bytes:
     """A request with name and password."""
-    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
+    return b"GET /api/runs/run0 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic %s\r\n\r\n" % base64.b64encode(
         ("%s:%s" % (name, password)).encode())
 
 
@@ -9777,8 +10008,22 @@ def wrong_logins(farm: FairFarm) -> str:
     for number in range(farm.size(400)):
         for sock in farm.connect(1, password_request("ada", "wrong%d" % number)):
             sock.close()
-    (dialogue,) = farm.send([password_request("ada", "right")])
+    (dialogue,) = farm.send([password_request("ada", "right")], sources=["127.0.0.2"])
     return "the right one: %s, %.1f s of CPU" % (dialogue.last_answer(), farm.cpu_s() - cpu_s)
+
+
+def guessers(farm: FairFarm) -> str:
+    """A right password from another address, after wrong ones from many."""
+    cpu_s, began, addresses = farm.cpu_s(), time.perf_counter(), farm.size(100)
+    dialogues = farm.send(*([password_request("ada", "wrong%d.%d" % (address, number)) for number in range(100)]
+                            for address in range(addresses)), sources=["127.0.1.%d" % (address + 1)
+                                                                       for address in range(addresses)])
+    seconds, cpu_s = time.perf_counter() - began, farm.cpu_s() - cpu_s
+    (dialogue,) = farm.send([password_request("ada", "right")], sources=["127.0.0.2"])
+    statuses = Counter(status for each in dialogues for status in each.statuses)
+    return "%s in %.1f s, %.1f s of CPU: %.0f %% of a core in a minute; the right one: %s" % (
+        ", ".join("%d with %d" % (number, status) for status, number in sorted(statuses.items())), seconds, cpu_s,
+        cpu_s / 0.6, dialogue.last_answer())
 
 
 def memory_growth(farm: FairFarm, requests: Sequence[bytes]) -> str:
@@ -9847,16 +10092,18 @@ FAIR_CASES = {case.name: case for case in (
     FairCase("half_heads", "2 300 half heads without a login fill the buffers; a batch of somebody logged in comes; "
              "then as many again", half_heads),
     FairCase("unread_log", "an access log on the standard output that nobody reads, and 2 000 requests",
-             lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"] * 2000), unread_log=True),
+             lambda farm: farm.send([b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 2000), unread_log=True),
     FairCase("wrong_logins", "400 wrong passwords on connections that are closed at once, then a right one",
              wrong_logins),
+    FairCase("guessers", "10 000 wrong passwords from 100 addresses, as fast as they are answered; then a right one "
+             "from another address", guessers),
     FairCase("long_passwords", "20 passwords of 12 kB of combining characters",
              lambda farm: farm.send(
                  [password_request("ada", "%d" % number + "\u0300\u0316" * 2990) for number in range(20)])),
     FairCase("long_paths", "4 200 requests for /api/runs/<16 kB and an emoji>/x without a login: what the server "
              "keeps of it",
              lambda farm: memory_growth(farm, [
-                 b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 16000, number)
+                 b"GET /api/runs/%s%d%%F0%%9F%%98%%80/x HTTP/1.1\r\nHost: localhost\r\n\r\n" % (b"x" * 16000, number)
                  for number in range(farm.size(4200))])),
     FairCase("token_passwords", "20 000 requests with one token, each with another password of 12 kB beside it: what "
              "the server keeps of it",
@@ -11149,23 +11396,6 @@ def notify_systemd(state: str) -> None:
             sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
-def warn_if_open(path: str) -> None:
-    """Warn of files that others may read or own: they hold password hashes, signing keys and secrets.
-
-    A database of another owner is served. Its owner has given us the right to write it, as in a folder that a group
-    shares.
-    """
-    for name in (path, path + "-wal", lock_path(path)):
-        with contextlib.suppress(OSError):
-            status = os.stat(name)
-            mode = stat.S_IMODE(status.st_mode)
-            if mode & 0o077:
-                log.warning("%s can be opened by others (mode %03o): chmod 600 %s", name, mode, name)
-            if name == path and status.st_uid != os.geteuid():
-                log.warning("%s belongs to user %s, who can make logins of every user of this farm", name,
-                            user_name(status.st_uid))
-
-
 def cmd_serve(args: argparse.Namespace) -> int:
     """serve a farm from one file (the verb that runs when none is given)
 
@@ -11183,7 +11413,8 @@ def cmd_serve(args: argparse.Namespace) -> int:
     if bool(args.tls_cert) != bool(args.tls_key):
         raise Refusal("--tls-cert and --tls-key go together: the certificate, and the key that it is for")
     service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock,
-                      plain_http=args.plain_http, tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None)
+                      plain_http=args.plain_http, tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None,
+                      allow_hosts=args.allow_host)
 
     def stop(*_: Any) -> None:
         notify_systemd("STOPPING=1")
@@ -11194,7 +11425,6 @@ def cmd_serve(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, lambda *_: service.read_certificate_again())
     with contextlib.ExitStack() as undo:
         undo.callback(service.close)
-        warn_if_open(args.db)
         announce(service, args.db)
         undo.pop_all()
     service.serve()
@@ -11301,8 +11531,13 @@ def open_access_log(name: str) -> Any:
     """The access log: a file to append to, or the standard output for "-", or None for "". Raises Refusal."""
     if name in ("", "-"):
         return sys.stdout if name else None
+    refuse_link(name, {os.geteuid()})
+    follow = 0 if os.path.islink(name) else os.O_NOFOLLOW
     try:
-        return open(name, "a", encoding="utf-8")
+        descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | follow, 0o600)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            keep_private(descriptor, name, {os.geteuid()})
+        return os.fdopen(descriptor, "a", encoding="utf-8")
     except OSError as error:
         raise Refusal("the access log %s cannot be opened: %s" % (name, error.strerror))
 
@@ -11589,6 +11824,14 @@ whole_number = number_type(int, 0, 1e18, "a whole number from 0 on")        # th
 port_number = number_type(int, 0, 65535, "a port from 0 to 65535")
 
 
+def host_name(text: str) -> str:
+    """A host's name without scheme, port and path."""
+    if not re.fullmatch("[A-Za-z0-9._-]+", text):
+        raise argparse.ArgumentTypeError("a name as farm.example.org is wanted, without http:// and :PORT, not %r"
+                                         % text)
+    return text
+
+
 def numbers_of_clients(text: str) -> List[int]:
     """Whole numbers from 1 on, with commas between."""
     return [positive_number(word) for word in text.split(",")]
@@ -11761,6 +12004,10 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_env_option(serve, "--port PORT", "5000", "the port to listen on, 0 for any free one; by default 5000",
                    port_number)
     add_env_option(serve, "--advertise NAME", "", "the host name for clients, where it is not the address to listen on")
+    serve.add_argument("--allow-host", action="append", metavar="NAME", type=host_name,
+                       default=os.environ.get("TASKFARM_ALLOW_HOST", "").split(),
+                       help="another name by which clients reach it, as an alias or that of a proxy; may come again "
+                       "(TASKFARM_ALLOW_HOST, with blanks between)")
     add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
     add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
                    "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))
