@@ -97,6 +97,7 @@ class Direct:
 
     def __init__(self, path: str, clock: Callable[[], Now]) -> None:
         self.path, self.clock = path, clock
+        self.user: Optional[User] = User(1, "ada", "", 1)       # who asks; None: administration
         self.start()
 
     def start(self) -> None:
@@ -111,7 +112,7 @@ class Direct:
         """One request. *key*: its Idempotency-Key. The Retry-After of the answer is kept in retry_after."""
         request = taskfarm.Request.__new__(taskfarm.Request)
         request.farm, request.method, request.target, request.key = self.farm, method, path, key
-        request.login = taskfarm.Login(User(1, "ada", "", 1), 0.0)
+        request.login = taskfarm.Login(self.user, 0.0)
         self.retry_after: Optional[str] = None
         try:
             by_method, request.variables = taskfarm.ROUTES.find(path.partition("?")[0])
@@ -121,6 +122,7 @@ class Direct:
             answer = route.handler(request, *request.variables)
             if isinstance(answer, Operation):
                 assert answer.show
+                answer.caller = self.farm.caller(request.login, "192.0.2.1")
                 answer = answer.show(self.store.call(answer), *answer.extra)
         except FarmError as error:
             return error.status, None
@@ -1156,7 +1158,7 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 # ---------------------------------------------------------------- CONTRACT
 
-VERBS = [["serve"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
+VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
          ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["doctor"]]
 SOURCE = MODULE.read_text()
@@ -3837,6 +3839,7 @@ def test_keys_are_forgotten_after_a_day(store: Direct) -> None:
 
 def test_keys_are_kept_in_bounded_number(store: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "KEYS_REMEMBERED", 20)
+    monkeypatch.setattr(taskfarm, "AUDIT_LINES", 5)
     run = a_run(store, 9)
     for number in range(100):
         assert store.ask("POST", "/api/runs/%s/restart" % run, None, "key %d" % number)[0] == 204
