@@ -2450,7 +2450,7 @@ class Lives:
 
 
 @given(seed=st.integers(0, 2 ** 32))
-@settings(max_examples=5 if QUICK else 40, deadline=None, database=None)
+@settings(max_examples=5 if QUICK else 25, deadline=None, database=None)
 def test_what_a_user_of_a_private_farm_is_told_does_not_depend_on_others(seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lives = []
