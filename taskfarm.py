@@ -11545,7 +11545,8 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
     add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
                    "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))
-    serve.add_argument("--private", action="store_true", default=bool(os.environ.get("TASKFARM_PRIVATE")),
+    serve.add_argument("--private", action="store_true",
+                       default=os.environ.get("TASKFARM_PRIVATE", "0") not in ("", "0"),
                        help="users see and touch their own runs and workers only (TASKFARM_PRIVATE=1)")
     add_verb(verbs, "audit", cmd_audit).add_argument("--json", action="store_true", help="print JSON")
     add_verb(verbs, "check", cmd_check)
