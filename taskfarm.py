@@ -20,7 +20,8 @@ Words
     failure   an attempt that was reported failed; a loss: one that was started, and whose lease ran out
     fencing   a report that names worker or attempt counts only for the claim that holds the task
     restart   to let tasks of a run wait again
-    user      somebody with a password; every user may do everything
+    user      somebody with a password; every user may do everything, unless the farm is private
+    private   for a user there are their own runs and workers alone: what others made is answered as what there is not
     token     a signed text that stands for a user until it expires or the password changes
 
 States of a task
@@ -44,7 +45,7 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /readyz                        open  200 when work can be written down, else 503
     GET    /api/token                     a token for the user who asks
     POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
-    GET    /api/runs                      all runs, in order of creation, as {"data": [...]}
+    GET    /api/runs                      all runs, in order of creation, as {"data": [...]}; user: who made it
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
     POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
@@ -62,7 +63,8 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/users                     admin  names of the users
     POST   /api/users                     admin  a new user, with a password hash
     PUT    /api/users/<user>              admin  another password hash; ends the user's tokens
-    DELETE /api/users/<user>              admin  the user is gone, with every token
+    DELETE /api/users/<user>              admin  the user is gone, with every token; the runs stay
+    GET    /api/audit                     admin  a page of who did what, when and from where
     POST   /api/backup                    admin  begin a consistent copy of the file
     GET    /api/backup                    admin  how far the copy is
     DELETE /api/backup                    admin  nobody waits for the copy any more
@@ -92,7 +94,7 @@ Promises
     2. A task is given to exactly one worker at a time; the lowest waiting number comes first.
     3. numWaiting + numComputing + numDone + numFailed = numTasks, always.
     4. percentDone is the exact mean of percentCompleted over all tasks.
-    5. A refused request has changed nothing; reading never writes.
+    5. A refused request has changed nothing; reading never writes (but for the audit, that somebody has logged in).
     6. A run costs the same to create whatever its size, and ids are never used again.
     7. A restart or a deletion happens wholly or not at all, as clients see it.
     8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
@@ -240,6 +242,10 @@ KEYS_REMEMBERED = 100000            # but no more than so many of them
 REPORTS_REMEMBERED = 8              # attempts of a task whose last report is known when it comes again
 WORKER_MEMORY_S = 30 * 86400.0      # a worker that holds nothing is forgotten this long after its last request
 FORGET_CHECK_S = 3600.0             # between two searches for workers to forget
+AUDIT_LINES = 20000                 # of each action, in the audit
+FAILED_S = 60.0                     # failed logins are written down so often at most,
+FAILED_LINES = 20                   # in so many lines: of one user and address each, and one for all others
+LOGINS_REMEMBERED = 20000           # users and addresses whose login of the day is written down
 DAY_S = 86400.0
 
 
@@ -603,10 +609,12 @@ CREATE TABLE worker (
     created REAL NOT NULL,
     lease INTEGER CHECK (lease BETWEEN 1 AND 86400),            -- seconds; NULL: never timed out
     state INTEGER NOT NULL DEFAULT 0 CHECK (state BETWEEN 0 AND 2),     -- alive, expired, signed off
-    heard REAL NOT NULL                         -- written once a day at most; memory knows better
+    heard REAL NOT NULL,                        -- written once a day at most; memory knows better
+    user INTEGER                                -- the id of who registered it first; NULL: administration
 );
 CREATE INDEX worker_living ON worker (state) WHERE state = 0;   -- lists the living ones
 CREATE INDEX worker_heard ON worker (heard);                    -- finds who was silent for long
+CREATE INDEX worker_own ON worker (user, state);                -- lists those of a user
 -- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs no number. Tasks that nothing
 -- has happened to are no rows: they are the interval from head to head_end - 1 and the intervals of table untouched,
 -- all of which lie above it.
@@ -630,9 +638,12 @@ CREATE TABLE run (
     name TEXT,
     max_failures INTEGER NOT NULL,              -- 0: never too many
     max_losses INTEGER NOT NULL,                -- 0: never too many
+    user INTEGER,                               -- the id of who made it; NULL: administration
+    user_name TEXT,                             -- kept, since the user may be gone
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
 CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
+CREATE INDEX run_own ON run (user);             -- lists those of a user, in order of their ids
 CREATE TABLE untouched (
     last INTEGER PRIMARY KEY,                   -- keyed by the end: claims take from the start, in place
     first INTEGER NOT NULL CHECK (first <= last)
@@ -690,6 +701,18 @@ CREATE TABLE last_claim (
     request BLOB NOT NULL,
     given TEXT NOT NULL                         -- first:last:attempt,... in ids of tasks
 );
+-- Who did what, written with what it tells of. Bounded by action: what is done often does not push out the rest.
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY,
+    action TEXT NOT NULL,
+    number INTEGER NOT NULL,                    -- of the lines with this action
+    utc REAL NOT NULL,
+    user TEXT,                                  -- the name; NULL: administration, '': nobody who is known
+    object TEXT NOT NULL,                       -- what it was done to
+    address TEXT NOT NULL,                      -- of the client; '': a verb that has the file itself
+    times INTEGER NOT NULL,                     -- how often
+    UNIQUE (action, number)
+);
 -- For people who look into the file. (For sweep IS NOT 'delete' older SQLite, 3.26, takes the index run_sweep, and
 -- there is no run in it.)
 CREATE VIEW tasks AS
@@ -714,14 +737,15 @@ class Run:
     Many tasks of one run change in one batch; its row is then written once.
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
-                 "millionths", "head", "head_end", "sweep", "last_report", "name", "limits")
+                 "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name")
     id: int
     first_id: int
     num_tasks: int
     millionths: int
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
-        num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses"""
+        num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses,
+        user, user_name"""
     SAVE = """
         UPDATE run
         SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
@@ -731,14 +755,14 @@ class Run:
     def __init__(self, row: Row) -> None:
         (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
          self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
-         self.last_report, self.name, max_failures, max_losses) = row
+         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name) = row
         self.counts = [waiting, computing, done, failed]
         self.limits = Limits(max_failures, max_losses)
 
     def row(self) -> Row:
         """The values of COLUMNS."""
         return (self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1], self.name,
-                *self.limits)
+                *self.limits, self.user, self.user_name)
 
     def saved(self) -> Row:
         """What SAVE takes."""
@@ -757,17 +781,17 @@ class Run:
 
 class Worker:
     """A registered worker in the writer's memory."""
-    __slots__ = ("id", "uuid", "hostname", "pid", "lease", "state", "heard", "shown")
+    __slots__ = ("id", "uuid", "hostname", "pid", "lease", "state", "heard", "user", "shown")
 
-    COLUMNS = "id, uuid, hostname, pid, lease, state, heard"
+    COLUMNS = "id, uuid, hostname, pid, lease, state, heard, user"
 
     def __init__(self, row: Row) -> None:
-        self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard = row
+        self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard, self.user = row
         self.shown = ""                 # uuid and hostname as JSON, kept by who shows them
 
     def snapshot(self) -> "Worker":
         """A copy that later operations do not change."""
-        return Worker((self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard))
+        return Worker((self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard, self.user))
 
 
 class User(NamedTuple):
@@ -776,6 +800,17 @@ class User(NamedTuple):
     name: str
     password: str           # the stored hash, see LOGIN
     generation: int
+
+
+class AuditLine(NamedTuple):
+    """Who did what to what, when and from where; see the table."""
+    id: int
+    utc: float
+    user: Optional[str]
+    action: str
+    object: str
+    address: str
+    times: int
 
 
 class ShownTask(NamedTuple):
@@ -998,14 +1033,27 @@ class Continue(NamedTuple):
     args: Tuple[Any, ...]
 
 
+class Caller(NamedTuple):
+    """Who has an operation run, and from where."""
+    user: Optional[int] = None      # the id of the user; None: administration
+    name: Optional[str] = None      # and the name; None likewise, "" for nobody who is known
+    address: str = ""               # of the client; "" for a verb that has the file itself
+    owner: Optional[int] = None     # the id of the user whose runs and workers there are for them; None: all there are
+
+
+ADMINISTRATION = Caller()
+NOBODY = Caller(0, "", "", 0)       # no user has this id
+
+
 class Operation:
     """One call of a store operation, named but not yet run.
 
     *show(result, \\*extra)* turns the result into a reply; *done(operation, outcome)* is called by
     the writer after COMMIT with the result, or with the exception that the operation ended in.
+    *caller*: for whom it is run; the I/O thread says so of each.
     """
     __slots__ = ("function", "args", "reads", "show", "extra", "big_answer", "large", "begun", "came", "worker",
-                 "unwanted", "done")
+                 "caller", "unwanted", "done")
 
     def __init__(self, function: Callable[..., Any], args: Tuple[Any, ...], reads: bool) -> None:
         self.function = function
@@ -1018,6 +1066,7 @@ class Operation:
         self.begun = False              # a slice of its work is on the disk
         self.came = 0.0                 # the tick at which the request came; 0 before that
         self.worker: Optional[int] = None       # the id of the worker that the request has named
+        self.caller = ADMINISTRATION
         self.unwanted = False           # its client has gone
         self.done: Optional[Callable[["Operation", Any], None]] = None
 
@@ -1074,6 +1123,7 @@ class Transaction:
         self.slice_end = 0.0                    # the tick at which the present slice of work is to end
         self.large = False                      # the operation that is running is one that takes long
         self.heard_worker: Optional[int] = None         # whose lease the operation that is running has renewed
+        self.caller = ADMINISTRATION            # for whom it is run
 
     def steady_utc(self, tick: float) -> float:
         """UTC seconds that go on evenly from the start, for what is kept some days: no step of the clock ends it."""
@@ -1181,7 +1231,7 @@ class Transaction:
 # ---------------------------------------------------------------- ROWS
 # Rows found and changed, with the figures that follow from them. `change` and `change_many` alone write tasks one by
 # one; what writes many by one statement (first claims of a batch, `done` for consecutive tasks, restarts) stands in
-# OPERATIONS, and a test holds it to the rules.
+# OPERATIONS, and a test holds it to the rules. `find_run` and `find_worker` alone judge whose they are.
 
 def shortened(text: str) -> str:
     """Something a client sent, fit for a sentence."""
@@ -1194,11 +1244,16 @@ def milliseconds(utc: float) -> int:
 
 
 def find_run(sql: Transaction, run_uuid: str, reading: bool = False) -> Run:
-    """The run of that uuid. Raises NotFound; unless for reading, RunBusy while it is being restarted."""
-    run = sql.runs.get(run_uuid)
-    if run is None:
-        row = sql.one("SELECT " + Run.COLUMNS + " FROM run WHERE uuid = ? AND coalesce(sweep, '') <> 'delete'",
-                      run_uuid)
+    """The run of that uuid, if it is one for the caller. Raises NotFound; unless for reading, RunBusy while it is
+    being restarted.
+
+    One that is not for the caller is looked for in the file like one that there is not: the same answer, as soon.
+    """
+    run, owner = sql.runs.get(run_uuid), sql.caller.owner
+    if run is None or owner is not None and run.user != owner:
+        row = sql.one("SELECT " + Run.COLUMNS + """
+            FROM run
+            WHERE uuid = ? AND (? IS NULL OR user = ?) AND coalesce(sweep, '') <> 'delete'""", run_uuid, owner, owner)
         if row is None:
             raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
         run = sql.keep_run(Run(row))
@@ -1254,10 +1309,11 @@ def shown(sql: Transaction, run: Run, task: Task) -> ShownTask:
 
 
 def find_worker(sql: Transaction, worker_uuid: str) -> Worker:
-    """The worker of that uuid. Raises NotFound."""
-    worker = sql.workers.get(worker_uuid)
-    if worker is None:
-        row = sql.one("SELECT " + Worker.COLUMNS + " FROM worker WHERE uuid = ?", worker_uuid)
+    """The worker of that uuid, if it is one for the caller, as with runs. Raises NotFound."""
+    worker, owner = sql.workers.get(worker_uuid), sql.caller.owner
+    if worker is None or owner is not None and worker.user != owner:
+        row = sql.one("SELECT " + Worker.COLUMNS + " FROM worker WHERE uuid = ? AND (? IS NULL OR user = ?)",
+                      worker_uuid, owner, owner)
         if row is None:
             raise NotFound("there is no worker %s: POST /api/worker registers one" % shortened(worker_uuid))
         worker = sql.keep_worker(Worker(row))
@@ -1305,6 +1361,19 @@ def shown_worker(sql: Transaction, now: Now, worker: Worker) -> ShownWorker:
     tick = sql.leases.heard.get(worker.id)
     heard = worker.heard if tick is None else now.utc - (now.tick - tick)
     return ShownWorker(worker.snapshot(), heard, sql.holds.number(worker.id), sql.leases.revision_of(worker.id))
+
+
+def audit(sql: Transaction, now: Now, action: str, what: str = "", times: int = 1,
+          caller: Optional[Caller] = None) -> None:
+    """Write down that the caller has done something, once it is done. *action*: the words of the verb for it.
+
+    *what*: what it was done to, and never a secret. Of each action the latest AUDIT_LINES are kept.
+    """
+    who = caller or sql.caller
+    number = 1 + (sql.value("SELECT max(number) FROM audit WHERE action = ?", action) or 0)
+    sql.execute("INSERT INTO audit (action, number, utc, user, object, address, times) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (action, number, now.utc, who.name, what, who.address, times))
+    sql.execute("DELETE FROM audit WHERE action = ? AND number <= ?", (action, number - AUDIT_LINES))
 
 
 def change(sql: Transaction, run: Run, before: Task, after: Task) -> None:
@@ -1460,13 +1529,14 @@ INTERVAL = "SELECT last, first FROM untouched WHERE last >= ? ORDER BY last LIMI
 
 @read_operation
 def list_runs(sql: Transaction, now: Now, after: int, limit: int) -> List[Row]:
-    """Up to *limit* runs with ids above *after*, in order of creation, as rows that class Run takes."""
+    """Up to *limit* of the caller's runs with ids above *after*, in order of creation, as rows that Run takes."""
     sql.flush()
-    return sql.all("SELECT " + Run.COLUMNS + """
-        FROM run
-        WHERE id > ? AND coalesce(sweep, '') <> 'delete'
+    owner = sql.caller.owner
+    whose, values = ("WHERE", ()) if owner is None else ("INDEXED BY run_own WHERE user = ? AND", (owner,))
+    return sql.all("SELECT " + Run.COLUMNS + " FROM run " + whose + """
+        id > ? AND coalesce(sweep, '') <> 'delete'
         ORDER BY id
-        LIMIT ?""", after, limit)
+        LIMIT ?""", *values, after, limit)
 
 
 @read_operation
@@ -1484,11 +1554,21 @@ def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTa
 
 @read_operation
 def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: int) -> Page:
-    """A page of workers by id: ShownWorker of each. *everyone*: also those that have expired or signed off."""
+    """A page of the caller's workers by id: ShownWorker of each. *everyone*: also those that expired or signed off."""
     sql.takes_long(limit)
-    workers = [Worker(row) for row in sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
-        "WHERE id > ? ORDER BY id LIMIT ?" if everyone else
-        "INDEXED BY worker_living WHERE state = 0 AND id > ? ORDER BY id LIMIT ?"), after, limit)]
+    owner = sql.caller.owner
+    if owner is None:
+        rows = sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
+            "WHERE id > ? ORDER BY id LIMIT ?" if everyone else
+            "INDEXED BY worker_living WHERE state = 0 AND id > ? ORDER BY id LIMIT ?"), after, limit)
+    else:
+        rows = sorted(row for state in ((ALIVE, EXPIRED, SIGNED_OFF) if everyone else (ALIVE,))
+                      for row in sql.all("SELECT " + Worker.COLUMNS + """
+                          FROM worker INDEXED BY worker_own
+                          WHERE user = ? AND state = ? AND id > ?
+                          ORDER BY id
+                          LIMIT ?""", owner, state, after, limit))[:limit]
+    workers = [Worker(row) for row in rows]
     return Page([shown_worker(sql, now, worker) for worker in workers],
                 str(workers[-1].id) if len(workers) == limit else None)
 
@@ -1497,7 +1577,8 @@ def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: 
 def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after: int) -> Tuple[ShownWorker, Page]:
     """A worker, and a page of the tasks that it holds by id: (run uuid, ShownTask) of each. Raises NotFound.
 
-    What a restart or a deletion takes from it is not shown, also while rows of that follow: the page may be short.
+    What a restart or a deletion takes from it is not shown, also while rows of that follow, nor tasks of runs that
+    are not for the caller: the page may be short.
     """
     worker = find_worker(sql, worker_uuid)
     sql.takes_long(limit)
@@ -1512,6 +1593,8 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
     entries = []
     for task in tasks:
         run = run_of_task(sql, task.run or 0)
+        if sql.caller.owner not in (None, run.user):
+            continue
         if run.sweep != DELETE and is_held(as_swept(sql, run, task)):
             entries.append((run.uuid, shown(sql, run, task)))
     return shown_worker(sql, now, worker), Page(entries, str(tasks[-1].id) if len(tasks) == limit else None)
@@ -1617,6 +1700,17 @@ def by_time(sql: Transaction, run: Run, status: Optional[int], order: str, limit
     return tasks, "%d.%d" % time_of(tasks[-1]) if len(tasks) == limit else None
 
 
+@read_operation
+def list_audit(sql: Transaction, now: Now, limit: int, after: int) -> Page:
+    """A page of the audit, AuditLine of each, the oldest first."""
+    lines = [AuditLine(*row) for row in sql.all("""
+        SELECT id, utc, user, action, object, address, times FROM audit
+        WHERE id > ?
+        ORDER BY id
+        LIMIT ?""", after, limit)]
+    return Page(lines, str(lines[-1].id) if len(lines) == limit else None)
+
+
 TASKS_BETWEEN = "SELECT count(*) FROM task WHERE id >= ? AND id < ?"
 
 
@@ -1710,7 +1804,8 @@ def recount(sql: Transaction, run: Run) -> Iterator[str]:
 # changed nothing. It asks RULES what a task becomes, and ROWS to write that.
 #
 # Another operation: a function here, in the order of the contract, and a handler in API that names it. What may
-# change more than SMALL tasks says so by `takes_long`, looks at `over` between slices, and gives Continue.
+# change more than SMALL tasks says so by `takes_long`, looks at `over` between slices, and gives Continue. What a
+# keeper would want to know later calls `audit` at its end.
 
 SLICE = 200                     # tasks between two looks at the clock
 Place = Tuple[int, int]         # hold and id: how far a walk over what a worker holds, or held, has come
@@ -1725,9 +1820,15 @@ def create_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int, name: 
         raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
     sql.execute("UPDATE farm SET next_task_id = ?", (first_id + num_tasks,))
     row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
-           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses)
+           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name)
     cursor = sql.execute("INSERT INTO run (%s) VALUES (NULL%s)" % (Run.COLUMNS, ", ?" * len(row)), row)
+    audit(sql, now, "new", titled(run_uuid, name))
     return sql.keep_run(Run((cursor.lastrowid,) + row)).snapshot()
+
+
+def titled(run_uuid: str, name: Optional[str]) -> str:
+    """A run in the audit, where it should be known when it is gone."""
+    return "%s %s" % (run_uuid, name) if name else run_uuid
 
 
 @operation
@@ -1737,6 +1838,7 @@ def delete_run(sql: Transaction, now: Now, run_uuid: str) -> None:
     end_holds(sql, run, {})
     sql.begin_sweep(run, DELETE)
     del sql.runs[run_uuid]
+    audit(sql, now, DELETE, titled(run_uuid, run.name))
 
 
 @operation
@@ -1767,6 +1869,7 @@ def restart_run(sql: Transaction, now: Now, run_uuid: str, which: str) -> None:
         run.counts = [run.num_tasks - run.num_complete - computing, computing, run.num_complete, 0]
         end_holds(sql, run, spared)
     sql.begin_sweep(run, which)
+    audit(sql, now, which, titled(run_uuid, run.name))
 
 
 def end_holds(sql: Transaction, run: Run, spared: Mapping[int, int]) -> None:
@@ -2192,9 +2295,13 @@ def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str,
     try:
         worker = find_worker(sql, worker_uuid)
     except NotFound:
-        cursor = sql.execute("INSERT INTO worker (uuid, hostname, pid, created, lease, heard) VALUES (?,?,?,?,?,?)",
-                             (worker_uuid, hostname, pid, now.utc, lease, heard))
-        worker = sql.keep_worker(Worker((cursor.lastrowid, worker_uuid, hostname, pid, lease, ALIVE, heard)))
+        if sql.one("SELECT 1 FROM worker WHERE uuid = ?", worker_uuid):
+            raise Conflict("worker %s is another's: a new worker needs a uuid of its own" % worker_uuid)
+        user = sql.caller.user
+        cursor = sql.execute(
+            "INSERT INTO worker (uuid, hostname, pid, created, lease, heard, user) VALUES (?,?,?,?,?,?,?)",
+            (worker_uuid, hostname, pid, now.utc, lease, heard, user))
+        worker = sql.keep_worker(Worker((cursor.lastrowid, worker_uuid, hostname, pid, lease, ALIVE, heard, user)))
     if (worker.hostname, worker.pid) != (hostname, pid):
         raise Conflict("worker %s is process %d on %s: a new worker needs a uuid of its own"
                        % (worker_uuid, worker.pid, shortened(worker.hostname)))
@@ -2320,6 +2427,7 @@ def add_user(sql: Transaction, now: Now, name: str, password: str) -> User:
         raise Conflict("there is a user %s already: 'python3 taskfarm.py user passwd %s --db FILE' sets another "
                        "password" % (name, name))
     sql.execute("INSERT INTO user (name, password, created) VALUES (?, ?, ?)", (name, password, now.utc))
+    audit(sql, now, "user add", name)
     learn_users(sql)
     return find_user(sql, name)
 
@@ -2329,6 +2437,7 @@ def set_password(sql: Transaction, now: Now, name: str, password: str) -> User:
     """Another password hash; every token the user had is void. Raises NotFound."""
     find_user(sql, name)
     sql.execute("UPDATE user SET password = ?, generation = generation + 1 WHERE name = ?", (password, name))
+    audit(sql, now, "user passwd", name)
     learn_users(sql)
     return find_user(sql, name)
 
@@ -2338,6 +2447,7 @@ def remove_user(sql: Transaction, now: Now, name: str) -> None:
     """The user is gone, with every token. Raises NotFound."""
     find_user(sql, name)
     sql.execute("DELETE FROM user WHERE name = ?", (name,))
+    audit(sql, now, "user remove", name)
     learn_users(sql)
 
 
@@ -2377,6 +2487,12 @@ def read_certificate(sql: Transaction, now: Now) -> Tuple[str, str]:
     """Key and certificate for TLS, in PEM. Both are empty before the first start of a server."""
     key, certificate = sql.one("SELECT tls_key, tls_certificate FROM farm")
     return key, certificate
+
+
+@operation
+def note_login(sql: Transaction, now: Now) -> None:
+    """The caller has logged in."""
+    audit(sql, now, "login")
 
 
 @operation
@@ -2899,6 +3015,10 @@ class Store:
         self.try_again = 0.0                            # the tick of the next write, after one that failed
         self.chore_at = 0.0                             # the tick of the next look for workers to forget
         self.unsaved_starts = 0                         # the number of this start, where a full disk did not take it
+        self.failed: Dict[Tuple[str, str], Tuple[float, int]] = {}  # logins that failed and are not written down yet,
+                                                                    # by user and address: time of the last, number
+        self.failed_at = -math.inf                      # the tick from which they may be
+        self.counting = threading.Lock()                # of them
         self.heard_until = 0.0                          # requests that came by that tick have all been run
         self.awake = stopwatch()                        # when the writer last took operations in
         self.disk_s = 0.0                               # waited for the disk since: a slow one is no stop
@@ -2970,6 +3090,20 @@ class Store:
         """
         if self.at_work.acquire(timeout=seconds):
             self.at_work.release()
+
+    def note_failed(self, name: str, address: str, utc: float) -> None:
+        """Have a failed login written down, once for many: a flood costs some lines a minute. For any thread.
+
+        A name that is no user's is not: it may be a password that was typed in the wrong place.
+        """
+        key = name if name in self.users else "", address
+        with self.counting:
+            first = not self.failed
+            if key not in self.failed and len(self.failed) >= FAILED_LINES:
+                key = "", ""
+            self.failed[key] = utc, self.failed.get(key, (utc, 0))[1] + 1
+        if first:
+            self.queue.put([])      # the writer waits no longer than it may be
 
     def refuse_parked(self) -> None:
         """Answer what waits for a restart, now and from here on: the server stops. For any thread."""
@@ -3060,6 +3194,8 @@ class Store:
             wait = 0.0
         elif self.sql.leases.next_end() < math.inf:
             wait = min(CLOCK_CHECK_S, max(0.0, self.sql.leases.next_end() - now))
+        if self.failed:
+            wait = min(wait, max(0.0, self.failed_at - now))
         return None if wait == math.inf else max(wait, self.try_again - now, 0.0)
 
     def copy(self, copy: Copy, between: Callable[[], None]) -> None:
@@ -3101,6 +3237,8 @@ class Store:
             self.queue.put(None)
             self.writer.join()
             self.writer = None
+        if self.failed:
+            self._work_on(deque([self._note_failed]))
         self.connection.close()
 
     def apply(self, batch: List[Operation]) -> Outcomes:
@@ -3197,6 +3335,7 @@ class Store:
         unfinished: List[Tuple[Operation, Continue]] = []
         with self._transaction(begin) as (sql, now):
             for named in batch:
+                sql.caller = named.caller
                 try:
                     outcome = named.function(sql, now, *named.args)
                     if type(outcome) is Continue:
@@ -3229,6 +3368,7 @@ class Store:
         with self.at_work:
             sql, changes, sweeps = self.sql, self.connection.total_changes, list(self.sweeps)
             sql.execute(begin)
+            sql.caller = ADMINISTRATION
             try:
                 yield sql, self.clock()
                 sql.flush()
@@ -3255,7 +3395,7 @@ class Store:
 
     def turn(self, tick: Optional[float] = None) -> None:
         """What is done with no request, for SLICE_S at most: leases that ended by *tick*, by now if None; rows of
-        restarts and deletions, of each run in its turn; a look for workers to forget."""
+        restarts and deletions, of each run in its turn; a look for workers to forget; logins that failed."""
         now = self.clock()
         if now.tick < self.try_again or self.sql.trouble and self._copying():
             return
@@ -3269,6 +3409,8 @@ class Store:
             jobs.append(self._forget_workers)
         if self.unsaved_starts and not self.sql.trouble:
             jobs.append(self._save_starts)
+        if self.failed and now.tick >= self.failed_at:
+            jobs.append(self._note_failed)
         if jobs:
             self._work_on(jobs)
 
@@ -3341,6 +3483,21 @@ class Store:
         """Write the number of this start: revisions of the next one are to be above those of this one."""
         sql.execute("UPDATE farm SET starts = ?", (self.unsaved_starts,))
         sql.after_commit(lambda: setattr(self, "unsaved_starts", 0))
+        return False
+
+    def _note_failed(self, sql: Transaction, now: Now) -> bool:
+        """Write down the logins that failed; more of them only after FAILED_S."""
+        with self.counting:
+            failed = dict(self.failed)
+        for (name, address), (utc, number) in failed.items():
+            audit(sql, Now(utc, now.tick), "login failed", times=number, caller=Caller(0, name, address))
+
+        def noted() -> None:
+            with self.counting:
+                self.failed = {key: (utc, number - failed.get(key, (utc, 0))[1])
+                               for key, (utc, number) in self.failed.items() if number > failed.get(key, (utc, 0))[1]}
+            self.failed_at = now.tick + FAILED_S
+        sql.after_commit(noted)
         return False
 
     def _unpark(self) -> None:
@@ -4794,7 +4951,7 @@ class Connection:
     __slots__ = ("server", "sock", "peer", "inbox", "seen", "outbox", "request", "skip", "reader", "reading", "working",
                  "rest", "streaming", "body_bytes", "busy", "operation", "in_line", "pending", "known", "paused",
                  "ending", "eof", "gone", "shut", "spoken", "phase", "watching", "held", "moved", "last", "tls",
-                 "barred")
+                 "barred", "login", "caller")
 
     def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
         self.server = server
@@ -4829,6 +4986,8 @@ class Connection:
         self.last = time.monotonic()    # when it spoke last
         self.tls: Optional[TlsEnd] = None           # where the client speaks TLS
         self.barred = False             # plain HTTP will not do: it goes from machine to machine
+        self.login: Optional[Login] = None      # of its last request that had one,
+        self.caller = NOBODY                    # and who that is for the store
 
     def send(self, reply: Reply) -> None:
         """Answer the request in work, or give the next piece of the answer. What the client does not take waits."""
@@ -5058,10 +5217,10 @@ class Server(ThreadingHTTPServer):
     """The HTTP server. `serve_forever` is the I/O thread.
 
     *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
-    Login for an Authorization field and an address, its `submit` takes operations, its `stop_waiting` has
-    those refused that wait for others, its `give_way` waits for its writer. *context*: for TLS. *access*: a
-    file that gets a line for each request, or None. *plain_http*: from other machines too. *names*: of this
-    server, in small letters, for check_host. Raises OSError when the address cannot be had.
+    Login for an Authorization field and an address, its `admit` tells who that is for the store, its `submit` takes
+    operations, its `stop_waiting` has those refused that wait for others, its `give_way` waits for its writer.
+    *context*: for TLS. *access*: a file that gets a line for each request, or None. *plain_http*: from other machines
+    too. *names*: of this server, in small letters, for check_host. Raises OSError when the address cannot be had.
     """
     request_queue_size = 1024           # the default of 5 made a burst of workers wait seconds for a SYN sent again
     allow_reuse_address = True
@@ -5651,6 +5810,8 @@ class Server(ThreadingHTTPServer):
             if authorization is None:
                 raise Unauthorized()
             request.login = self.farm.who(authorization, c.peer)
+            if request.login is not c.login:
+                c.login, c.caller = request.login, self.farm.admit(request.login, c.peer)
             if not c.known:
                 self.guests.hold(c, 0, 0.0)
                 c.known = True
@@ -5738,6 +5899,7 @@ class Server(ThreadingHTTPServer):
         if c.eof:
             self.left[c] = self.clock().tick
         named.done = c.deliver
+        named.caller = c.caller if c.request and c.request.login else NOBODY
         if named.big_answer:
             named.came = self.clock().tick      # not only when the store is asked: it waits from here on
             self.big_waiting.append((c, named))
@@ -5789,16 +5951,49 @@ route = ROUTES.route
 class Farm:
     """What handlers work with: the store, who may log in, the clock and the settings.
 
-    *token_days*: how long a new token lasts. *secret*: what local verbs show to log in.
+    *token_days*: how long a new token lasts. *secret*: what local verbs show to log in. *private*: for users there are
+    their own runs and workers alone.
     """
-    def __init__(self, store: Store, secret: str, token_days: float = TOKEN_DAYS) -> None:
+    def __init__(self, store: Store, secret: str, token_days: float = TOKEN_DAYS, private: bool = False) -> None:
         self.store = store
         self.clock = store.clock
         self.token_days = token_days
+        self.private = private
+        self.noted: Dict[Tuple[Optional[int], str], int] = {}       # user and address, to the day of the last login
         self.renewed: Callable[[User], None] = lambda _: None       # told of a user with a new password
         self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret)
+        self.logins.failed = self.failed
         self.who = self.logins.who
         self.submit = store.submit
+
+    def caller(self, login: Login, address: str) -> Caller:
+        """Who that is for the store."""
+        user = login.user
+        if user is None:
+            return ADMINISTRATION._replace(address=address)
+        return Caller(user.id, user.name, address, user.id if self.private else None)
+
+    def admit(self, login: Login, address: str) -> Caller:
+        """The same for somebody who asks on a new connection: their first login of a day is written down."""
+        caller, day = self.caller(login, address), int(self.clock().utc // DAY_S)
+        key = caller.user, address
+        if self.noted.get(key) != day:
+            if len(self.noted) >= LOGINS_REMEMBERED:
+                self.noted.clear()
+            self.noted[key] = day
+            named = note_login()
+            named.caller = caller
+
+            def done(named: Operation, outcome: Any) -> None:
+                if isinstance(outcome, Exception):      # a full disk: the next login is written down
+                    self.noted.pop(key, None)
+            named.done = done
+            self.submit([named])
+        return caller
+
+    def failed(self, user: str, address: str, utc: float) -> None:
+        """A login failed: see `Store.note_failed`."""
+        self.store.note_failed(normal(user), address, utc)
 
     def give_way(self, seconds: float) -> None:
         """See `Store.give_way`."""
@@ -5859,7 +6054,7 @@ def run_json(run: Run) -> Dict[str, Any]:
     waiting, computing, done, failed = run.counts
     return {"id": run.id, "uuid": run.uuid, "numTasks": run.num_tasks, "percentDone": percent_done(run),
             "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed,
-            "name": run.name, "maxFailures": run.limits.failures, "maxLosses": run.limits.losses,
+            "name": run.name, "user": run.user_name, "maxFailures": run.limits.failures, "maxLosses": run.limits.losses,
             "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report)}
 
 
@@ -6048,7 +6243,7 @@ def show_runs(rows: List[Tuple[Any, ...]], after: int) -> Reply:
 
 @route("GET", "/api/runs")
 def all_runs(req: Request) -> Operation:
-    """All runs in order of creation, each once; with many it comes in pieces, as the client takes them.
+    """All runs (of a private farm one's own) in order of creation, each once; many come in pieces as they are taken.
 
     200: {"data": [run, ...]}
     """
@@ -6202,7 +6397,7 @@ def new_worker(req: Request) -> Operation:
     """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
 
     201: {"uuid", "id", "lease"}
-    errors: 409 the uuid belongs to another hostname or pid
+    errors: 409 the uuid belongs to another hostname or pid, or in a private farm to another user
     """
     fields = req.fields
     return once(req, register_worker(
@@ -6309,6 +6504,24 @@ def drop_user(req: Request, user: str) -> Operation:
     errors: 404 no such user
     """
     return remove_user(normal(user)).shown_as(show_nothing)
+
+
+@route("GET", "/api/audit", access=ADMIN, query=PAGE)
+def audit_page(req: Request) -> Operation:
+    """A page of who did what, when and from where, the oldest first; pass next as after for more.
+
+    user: null for administration, "" for nobody who is known; address: "" for a verb without a server
+
+    200: {"data": [{"utc", "user", "action", "object", "address", "times"}, ...], "next"}
+    """
+    limit = req.query.get("limit", DEFAULT_PAGE)
+    return list_audit(limit, req.query.get("after", 0)).shown_as(show_page, audit_json, big_answer=limit > BIG_PAGE)
+
+
+def audit_json(line: AuditLine) -> Dict[str, Any]:
+    """A line of the audit as clients see it."""
+    return {"utc": shown_seconds(line.utc), "user": line.user, "action": line.action, "object": line.object,
+            "address": line.address, "times": line.times}
 
 
 @route("POST", "/api/backup", access=ADMIN)
@@ -6476,7 +6689,8 @@ class Service:
     def __init__(self, db: str, host: str, port: int, advertise: str = "", token_days: float = TOKEN_DAYS,
                  access_log: Any = None, clock: Callable[[], Now] = system_clock, routes: Routes = ROUTES,
                  take_lock: Callable[[str], Lock] = Lock, plain_http: bool = False,
-                 tls_files: Optional[Tuple[str, str]] = None, allow_hosts: Sequence[str] = ()) -> None:
+                 tls_files: Optional[Tuple[str, str]] = None, allow_hosts: Sequence[str] = (),
+                 private: bool = False) -> None:
         self.tls_files = tls_files
         self.certificate_renewed: Callable[[], None] = lambda: None
         with contextlib.ExitStack() as undo:
@@ -6489,7 +6703,7 @@ class Service:
             undo.callback(self.store.close)
             self.certificate, context = (
                 own_certificate(self.store, host) if tls_files is None else site_certificate(*tls_files))
-            self.farm = Farm(self.store, secret, token_days)
+            self.farm = Farm(self.store, secret, token_days, private)
             try:
                 self.server = Server((host, port), self.farm, routes, context, access_log, plain_http,
                                      names_of_server(host, advertise, *allow_hosts))
@@ -10686,8 +10900,9 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
     def fitting(line: str) -> str:
         return cut(line, columns) if columns else line
     name = printable(run.get("name") or "run")
-    first = fitting("%s  %s   %s, made %s ago" % (
-        name, run["uuid"], count_text(run["numTasks"], "task"), time_since(run.get("created"), status.utc)))
+    first = fitting("%s  %s   %s, made %s ago%s" % (
+        name, run["uuid"], count_text(run["numTasks"], "task"), time_since(run.get("created"), status.utc),
+        " by " + printable(run["user"]) if run.get("user") else ""))
     share = percent_text(run["percentDone"], 100)
     lines = [screen.paint(first[:len(name)], "bold") + first[len(name):],
              "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
@@ -11050,10 +11265,12 @@ def cmd_list(args: argparse.Namespace) -> int:
     table = Table([
         Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, optional=True),
         Column("computing", True, optional=True), Column("done", True, optional=True), Column("failed", True),
-        Column("age", True, optional=True), Column("name", can_shrink=True)], screen.columns)
+        Column("age", True, optional=True), Column("user", optional=True), Column("name", can_shrink=True)],
+        screen.columns)
     print_table(screen, table, [
         (short, run["numTasks"], percent_text(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
-         run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("name"))
+         run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("user"),
+         run.get("name"))
         for run, short in zip(runs, short_uuids(runs, screen))])
     if not runs:
         print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
@@ -11406,6 +11623,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
       python3 taskfarm.py --db runs.sqlite                   for this machine
       python3 taskfarm.py --db runs.sqlite --host 0.0.0.0    for the whole cluster
       python3 taskfarm.py --db runs.sqlite --port 0          on any free port
+      python3 taskfarm.py --db runs.sqlite --private         to each user their own
     """
     logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
     raise_descriptor_limit()
@@ -11414,7 +11632,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
         raise Refusal("--tls-cert and --tls-key go together: the certificate, and the key that it is for")
     service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock,
                       plain_http=args.plain_http, tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None,
-                      allow_hosts=args.allow_host)
+                      allow_hosts=args.allow_host, private=args.private)
 
     def stop(*_: Any) -> None:
         notify_systemd("STOPPING=1")
@@ -11751,6 +11969,41 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_audit(args: argparse.Namespace) -> int:
+    """tell who logged in, failed to, and made, restarted or deleted what, the newest last
+
+    A login is listed the first time a day for each user and address; those that failed, once a minute at
+    most, with their number. "(administration)" is whoever can read the lock file: the verbs with --db.
+
+    examples:
+      python3 taskfarm.py audit --db runs.sqlite | tail
+      python3 taskfarm.py audit --db runs.sqlite --json
+    """
+    local, screen = LocalFarm(args.db), Screen(sys.stdout, os.environ)
+
+    def pages() -> Iterator[List[Dict[str, Any]]]:
+        after: Any = 0
+        with local.store() as store:
+            while after is not None:
+                if store:
+                    page = store.call(list_audit(ROWS_AT_ONCE, int(after)))
+                    lines, after = [audit_json(line) for line in page.entries], page.after
+                else:
+                    answer = local.ask_server("GET", "/api/audit?limit=%d&after=%s" % (ROWS_AT_ONCE, after))
+                    lines, after = answer["data"], answer["next"]
+                yield lines
+    if args.json:
+        print_json_rows(limit_rows(pages(), 0))
+        return 0
+    table = Table([Column("when"), Column("user"), Column("from", optional=True), Column("times", True, optional=True),
+                   Column("action"), Column("what", can_shrink=True)], screen.columns)
+    for lines in pages():
+        print_table(screen, table, [
+            (line["utc"], "(administration)" if line["user"] is None else line["user"] or "(unknown)", line["address"],
+             line["times"], line["action"], line["object"]) for line in lines])
+    return 0
+
+
 def cmd_doctor(args: argparse.Namespace) -> int:
     """say whether this node is fit to serve and to work, and what to do where it is not
 
@@ -11916,7 +12169,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 VERB_GROUPS = (
     ("work on tasks", ("new", "work", "status")),
     ("look and keep", ("list", "tasks", "workers", "restart", "delete", "progress")),
-    ("serve and set up", ("serve", "login", "doctor", "user", "check", "backup", "bench")),
+    ("serve and set up", ("serve", "login", "doctor", "user", "audit", "check", "backup", "bench")),
 )
 
 
@@ -12016,6 +12269,10 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_env_option(serve, "--tls-key FILE", "", "its key: PEM, without a password")
     serve.add_argument("--plain-http", action="store_true", help="take plain HTTP from other machines too, where "
                        "nobody can listen on the way")
+    serve.add_argument("--private", action="store_true",
+                       default=os.environ.get("TASKFARM_PRIVATE", "0") not in ("", "0"),
+                       help="users see and touch their own runs and workers only (TASKFARM_PRIVATE=1)")
+    add_verb(verbs, "audit", cmd_audit).add_argument("--json", action="store_true", help="print JSON")
     add_verb(verbs, "check", cmd_check)
     add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(

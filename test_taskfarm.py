@@ -100,6 +100,7 @@ class Direct:
 
     def __init__(self, path: str, clock: Callable[[], Now]) -> None:
         self.path, self.clock = path, clock
+        self.user: Optional[User] = User(1, "ada", "", 1)       # who asks; None: administration
         self.start()
 
     def start(self) -> None:
@@ -114,7 +115,7 @@ class Direct:
         """One request. *key*: its Idempotency-Key. The Retry-After of the answer is kept in retry_after."""
         request = taskfarm.Request.__new__(taskfarm.Request)
         request.farm, request.method, request.target, request.key = self.farm, method, path, key
-        request.login = taskfarm.Login(User(1, "ada", "", 1), 0.0)
+        request.login = taskfarm.Login(self.user, 0.0)
         self.retry_after: Optional[str] = None
         try:
             by_method, request.variables = taskfarm.ROUTES.find(path.partition("?")[0])
@@ -124,6 +125,7 @@ class Direct:
             answer = route.handler(request, *request.variables)
             if isinstance(answer, Operation):
                 assert answer.show
+                answer.caller = self.farm.caller(request.login, "192.0.2.1")
                 answer = answer.show(self.store.call(answer), *answer.extra)
         except FarmError as error:
             return error.status, None
@@ -152,7 +154,7 @@ class Direct:
 
 
 class Caller:
-    """A client of a server on a port, with a token."""
+    """A client of a server on a port, with a token, or the secret of the lock file."""
     port: int
     token: str
 
@@ -163,7 +165,7 @@ class Caller:
         """One request on this thread's connection. The Retry-After of the answer is kept in retry_after."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        headers = {"Authorization": basic(self.token, "")}
+        headers = {"Authorization": self.authorization}
         if key:
             headers["Idempotency-Key"] = key
         if body is not None:
@@ -174,6 +176,10 @@ class Caller:
         content = response.read()
         self.local.retry_after = response.headers["Retry-After"]
         return response.status, json.loads(content) if content and "json" in response.headers["Content-Type"] else None
+
+    @property
+    def authorization(self) -> str:
+        return basic(self.token, "") if self.token.startswith(taskfarm.TOKEN_MARK) else "Bearer " + self.token
 
     @property
     def retry_after(self) -> Optional[str]:
@@ -189,13 +195,13 @@ class Live(Caller):
     """A farm that is served on port 0 from a thread, with a user ada whose password is "enchantress"."""
     PASSWORD = "enchantress"
 
-    def __init__(self, path: str, clock: Callable[[], Now] = taskfarm.system_clock) -> None:
+    def __init__(self, path: str, clock: Callable[[], Now] = taskfarm.system_clock, private: bool = False) -> None:
         super().__init__()
-        self.path, self.clock = path, clock
+        self.path, self.clock, self.private = path, clock, private
         self.start()
 
     def start(self) -> None:
-        self.service = Service(self.path, "127.0.0.1", 0, clock=self.clock)
+        self.service = Service(self.path, "127.0.0.1", 0, clock=self.clock, private=self.private)
         self.port = self.service.server.server_port
         self.url = self.service.url
         if "ada" not in self.service.store.users:
@@ -1163,7 +1169,7 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 # ---------------------------------------------------------------- CONTRACT
 
-VERBS = [["serve"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
+VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
          ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["doctor"]]
 SOURCE = MODULE.read_text()
@@ -1674,6 +1680,11 @@ def test_hot_statements_search_by_key_and_never_scan(store: Direct) -> None:
     store.restart_server()
     store.store.connection.set_trace_callback(seen.append)
     claim(store, run)
+    store.farm.private = True
+    claim(store, run)
+    for path in ("/runs", "/workers?limit=1&after=1", "/workers?all=True&limit=1", "/worker/w", "/worker/x", "/runs/x",
+                 "/audit?after=1"):
+        store.ask("GET", "/api" + path)
     store.store.connection.set_trace_callback(None)
     plans: Dict[str, List[str]] = {}
     for statement in seen:
@@ -1681,6 +1692,29 @@ def test_hot_statements_search_by_key_and_never_scan(store: Direct) -> None:
             plans[statement] = [row[3] for row in store.store.connection.execute("EXPLAIN QUERY PLAN " + statement)]
     assert len(plans) > 8
     assert not [plan for plan in plans.items() if any("SCAN" in step or "TEMP B-TREE" in step for step in plan[1])]
+
+
+def test_lists_of_a_private_farm_walk_over_nothing_of_others(store: Direct) -> None:
+    sql = store.store.connection
+    sql.executescript("""
+        WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
+        INSERT INTO worker (uuid, hostname, pid, created, state, heard, user)
+        SELECT 'w' || n, 'h', 1, 0, n % 3, 1.7e9, CASE n % 2500 WHEN 0 THEN 1 ELSE n % 9 + 2 END FROM n;
+        WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
+        INSERT INTO run (uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
+            num_untouched, num_complete, millionths, head, head_end, max_failures, max_losses, user)
+        SELECT 'r' || n, n, 1, 0, 1, 0, 0, 0, 1, 0, 0, n, n + 1, 1, 5, CASE n % 2500 WHEN 0 THEN 1 ELSE n % 9 + 2 END
+        FROM n;
+        UPDATE farm SET next_task_id = 5001;""")
+    store.farm.private = True
+    steps: List[int] = []
+    sql.set_progress_handler(lambda: steps.append(1), 10)
+    for path, wanted in (("/runs", "r"), ("/workers?all=True", "w")):
+        steps.clear()
+        assert [entry["uuid"] for entry in store.ask("GET", "/api" + path)[1]["data"]] == [wanted + "2500",
+                                                                                           wanted + "5000"]
+        assert len(steps) < 100, path
+    sql.set_progress_handler(None, 0)
 
 
 def refused(path: Path) -> str:
@@ -2428,6 +2462,157 @@ def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
     clock.step_s = 0
     direct.settle()
     direct.close()
+
+
+# Whose runs and workers are, and who did what.
+
+class Lives:
+    """What several users of a private farm do, and what ada is told, with names for all that differs by chance."""
+
+    def __init__(self, path: str, without: str) -> None:
+        self.direct, self.without = Direct(path, FakeClock()), without
+        self.direct.farm.private = True
+        self.runs: List[str] = []
+        self.told: List[Tuple[str, Answer]] = []
+
+    def do(self, dice: random.Random) -> None:
+        who = dice.choice(["ada", "ada", "bob"])
+        run = dice.choice(self.runs) if self.runs else "none"
+        worker, mine = dice.choice(["ada-1", "ada-2", "bob-1", "bob-2"]), who + dice.choice(["-1", "-2"])
+        path, task = "/api/runs/" + run, {"status": dice.choice(taskfarm.STATUS)}
+        if dice.random() < 0.6:
+            task["worker_uuid"] = worker
+        method, path, body = dice.choice([
+            ("POST", "/api/run", {"numTasks": 3}), ("POST", path + "/task", {"worker_uuid": worker}),
+            ("POST", path + "/tasks", {"worker_uuid": worker, "count": 2}), ("GET", path, None),
+            ("PUT", path + "/tasks/%d" % dice.randrange(3), task), ("DELETE", path, None),
+            ("PUT", path + "/tasks", {"worker_uuid": worker, "data": [{"task": 1, "status": "done"}]}),
+            ("POST", path + "/restart" + dice.choice(["", "?all=True", "?status=failed"]), None),
+            ("POST", "/api/worker", {"uuid": mine, "hostname": "h", "pid": 1, "lease": dice.choice([1, 5])}),
+            ("POST", "/api/worker", {"uuid": mine, "hostname": "h", "pid": 1}), ("GET", path + "/tasks", None),
+            ("GET", "/api/worker/" + worker, None), ("PUT", "/api/worker/" + worker, None),
+            ("DELETE", "/api/worker/" + worker, None), ("GET", "/api/workers?all=True", None),
+            ("GET", "/api/workers", None), ("GET", "/api/runs", None), ("GET", path + "/tasks/2", None)])
+        key, later = dice.choice(["", "", "k1", "k2"]), dice.choice([0, 0, 0, 2])
+        if path == "/api/run" and who == "bob":
+            key = ""        # each such request is a run, and the numbers of runs are the same in both lives
+        if who == self.without:
+            if path == "/api/run":
+                self.runs.append("%032d" % len(self.runs))
+        else:
+            self.direct.user = User(1 if who == "ada" else 2, who, "", 1)
+            answer = self.direct.ask(method, path, body, key)
+            if path == "/api/run" and answer[0] == 201:     # or a key brought an earlier one again
+                self.runs.append(answer[1]["uuid"])
+            if who == "ada":
+                self.told.append(("%s %s %s" % (method, self.named(path), body), (answer[0], self.named(
+                    re.sub('"(id|revision)": [0-9]+', "", json.dumps(answer[1]))))))
+        if later:
+            self.direct.pass_time(later)
+
+    def named(self, text: str) -> str:
+        for number, run in enumerate(self.runs):
+            text = text.replace(run, "run %d" % number)
+        return text
+
+
+@given(seed=st.integers(0, 2 ** 32))
+@settings(max_examples=5 if QUICK else 25, deadline=None, database=None)
+def test_what_a_user_of_a_private_farm_is_told_does_not_depend_on_others(seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lives = []
+        for without in ("", "bob"):
+            life, dice = Lives(os.path.join(folder, "f" + without), without), random.Random(seed)
+            for _ in range(60):
+                life.do(dice)
+            life.direct.close()
+            lives.append(life.told)
+        assert lives[0] == lives[1]
+
+
+def audit_of(farm: Any) -> List[Tuple[Any, ...]]:
+    """User, action, object, address and times of each line."""
+    store = farm.store if isinstance(farm, Direct) else farm.service.store
+    return [line[2:] for line in store.call(taskfarm.list_audit(1000, 0)).entries]
+
+
+def test_what_is_made_changed_and_removed_is_in_the_audit_and_what_is_refused_is_not(store: Direct) -> None:
+    run = store.ask("POST", "/api/run", {"numTasks": 3, "name": "tiles"}, "key")[1]["uuid"]
+    store.ask("POST", "/api/run", {"numTasks": 3, "name": "tiles"}, "key")
+    enlist(store, "w")
+    take(store, run, "w")
+    for word in ("?status=failed", "", "?all=True"):
+        assert store.ask("POST", "/api/runs/%s/restart%s" % (run, word))[0] == 204
+        store.settle()
+    assert store.ask("DELETE", "/api/runs/" + run)[0] == 204
+    for method, path, status in (("DELETE", "", 404), ("POST", "/restart", 404), ("POST", "/restart?all=1", 404)):
+        assert store.ask(method, "/api/runs/" + run + path)[0] == status
+    store.user = None
+    assert store.ask("POST", "/api/users", {"name": "eve", "password": ADAS_HASH})[0] == 201
+    assert store.ask("POST", "/api/users", {"name": "eve", "password": ADAS_HASH})[0] == 409
+    assert store.ask("PUT", "/api/users/eve", {"password": ADAS_HASH})[0] == 204
+    assert store.ask("DELETE", "/api/users/eve")[0] == 204
+    store.store.call(taskfarm.add_user("ann", ADAS_HASH))
+    lines = audit_of(store)
+    assert lines == [("ada", action, run + " tiles", "192.0.2.1", 1) for action in (
+        "new", "restart failed", "restart", "restart all", "delete")] + [
+        (None, "user " + action, "eve", "192.0.2.1", 1) for action in ("add", "passwd", "remove")] + [
+        (None, "user add", "ann", "", 1)]
+    answers = [store.ask("GET", "/api/audit?limit=4&after=%d" % after)[1] for after in (0, 4, 8)]
+    assert [(len(answer["data"]), answer["next"]) for answer in answers] == [(4, "4"), (4, "8"), (1, None)]
+    assert answers[0]["data"][0] == {"utc": "2023-11-14T22:13:20.000Z", "user": "ada", "action": "new", "times": 1,
+                                     "object": run + " tiles", "address": "192.0.2.1"}
+
+
+def test_what_was_rolled_back_is_not_in_the_audit(store: Direct) -> None:
+    good, bad = taskfarm.create_run("1", 9), failing(taskfarm.create_run("2", 9), ZeroDivisionError())
+    assert [type(outcome) for outcome in store.store.call_all([bad, good])] == [ZeroDivisionError, taskfarm.Run]
+    assert [line[2] for line in audit_of(store)] == ["1"]
+
+
+def test_the_audit_keeps_the_latest_of_each_action(store: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "AUDIT_LINES", 5)
+    store.store.call(taskfarm.add_user("eve", ADAS_HASH))
+    for number in range(20):
+        store.store.call(taskfarm.create_run(str(number), 9))
+    assert [line[1:3] for line in audit_of(store)] == [("user add", "eve")] + [
+        ("new", str(number)) for number in range(15, 20)], "what is done often does not push out the rest"
+
+
+def test_failed_logins_are_a_few_lines_a_minute(store: Direct) -> None:
+    store.store.call(taskfarm.add_user("eve", ADAS_HASH))
+    failed, written = store.farm.failed, rows_changed(store)
+
+    def lines() -> List[Tuple[Any, ...]]:
+        return [(line[0], line[3], line[4]) for line in audit_of(store) if line[1] == "login failed"]
+    failed("eve", "192.0.2.1", 1.7e9)
+    store.pass_time(0)
+    assert lines() == [("eve", "192.0.2.1", 1)], "the first one at once"
+    for number in range(10000):
+        failed("eve", "192.0.2.%d" % (number % 100), 1.7e9 + number / 1000)
+        failed("hunter%d" % number, "192.0.2.1", 1.7e9)
+        store.store.turn()
+    assert rows_changed(store) - written < 3 and len(store.store.failed) <= taskfarm.FAILED_LINES + 1
+    store.pass_time(taskfarm.FAILED_S)
+    assert len(lines()) == taskfarm.FAILED_LINES + 2
+    assert lines()[1:3] == [("eve", "192.0.2.0", 100), ("", "192.0.2.1", 10000)], "a name may be a password"
+    assert lines()[-1] == ("", "", 20000 - 10000 - (taskfarm.FAILED_LINES - 1) * 100) and sum(
+        times for _, _, times in lines()) == 20001
+    store.pass_time(taskfarm.FAILED_S)
+    assert len(lines()) == taskfarm.FAILED_LINES + 2
+    failed("eve", "192.0.2.1", 1.7e9)
+    store.restart_server()
+    assert len(lines()) == taskfarm.FAILED_LINES + 3, "the end of the server loses none"
+
+
+def test_failed_logins_that_a_full_disk_did_not_take_are_counted_on(store: Direct) -> None:
+    store.farm.failed("eve", "192.0.2.1", 1.7e9)
+    with full_disk(1000):
+        store.pass_time(0)
+        assert store.store.sql.trouble
+    store.farm.failed("eve", "192.0.2.1", 1.7e9)
+    store.pass_time(taskfarm.RETRY_S)
+    assert audit_of(store) == [("", "login failed", "", "192.0.2.1", 2)]
 
 
 # Section 3 of the contract, sentence by sentence, on the store with a clock that stands still.
@@ -3928,6 +4113,7 @@ def test_keys_are_forgotten_after_a_day(store: Direct) -> None:
 
 def test_keys_are_kept_in_bounded_number(store: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "KEYS_REMEMBERED", 20)
+    monkeypatch.setattr(taskfarm, "AUDIT_LINES", 5)
     run = a_run(store, 9)
     for number in range(100):
         assert store.ask("POST", "/api/runs/%s/restart" % run, None, "key %d" % number)[0] == 204
@@ -6030,11 +6216,193 @@ def test_keys_are_each_users_own_and_may_be_long(farm: Live) -> None:
     first = farm.ask("POST", "/api/run", {"numTasks": 3}, key)
     assert first[0] == 201 and farm.ask("POST", "/api/run", {"numTasks": 3}, key) == first
     token, farm.token = farm.token, farm.service.farm.token(farm.user("bob"), 0)
+    same = farm.ask("POST", "/api/run", {"numTasks": 3}, key[:-1] + "2")
+    assert same[1]["user"] == "bob" and same != first
     second = farm.ask("POST", "/api/run", {"numTasks": 4}, key)
     assert second[0] == 201 and farm.ask("POST", "/api/run", {"numTasks": 4}, key) == second
     farm.token = token
     assert farm.ask("POST", "/api/run", {"numTasks": 3}, key) == first
-    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 2
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 3
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[Live]:
+    live = Live(str(tmp_path / "farm.sqlite"), private=True)
+    live.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    yield live
+    live.close()
+
+
+def as_user(farm: Live, name: str) -> None:
+    """From here on that user asks; "" for administration."""
+    farm.token = farm.service.farm.token(farm.user(name), 0) if name else str(farm.service.holder["secret"])
+
+
+# What a body may name, for requests that are right but for whose run and worker they name.
+SAMPLES: Dict[str, Any] = {"worker_uuid": "adas-worker", "count": 2, "data": [{"task": 0, "status": "done"}],
+                           "status": "done"}
+
+
+def exact(farm: Live, method: str, path: str, body: Any) -> Tuple[int, Dict[str, str], bytes]:
+    """Everything that is answered."""
+    raw = farm.raw(request_bytes(method, path, json.dumps(body).encode() if body else b"",
+                                 Authorization=farm.authorization))
+    status, headers, answer = raw.answer()
+    raw.close()
+    headers.pop("date", None)
+    return status, headers, answer
+
+
+@pytest.mark.parametrize("line", [line for line in taskfarm.ROUTES.table if "<run>" in line.path or (
+    "<worker>" in line.path) or "worker_uuid" in line.body], ids=lambda line: "%s %s" % (line.method, line.path))
+def test_a_run_or_worker_of_another_user_is_answered_as_one_that_there_is_not(private: Live, line: Any) -> None:
+    as_user(private, "ada")
+    run = new_run(private, 3, name="tiles")
+    enlist(private, "adas-worker", lease=60)
+    take(private, run, "adas-worker")
+    before = [private.ask("GET", path) for path in ("/api/runs/" + run, "/api/worker/adas-worker")]
+    as_user(private, "bob")
+    enlist(private, "bobs-worker")
+    own = new_run(private, 3)
+    cases = [(run, "adas-worker"), ("0" * 32, "nobody-here")]
+    if "worker_uuid" in line.body and "<run>" in line.path:
+        cases += [(own, "adas-worker"), (own, "nobody-here"), (run, "bobs-worker"), ("0" * 32, "bobs-worker")]
+    answers = []
+    for case_run, worker in cases:
+        path = line.path.replace("<run>", case_run).replace("<worker>", worker).replace("<task>", "1")
+        body = {name: SAMPLES[name] for name in line.body if name in SAMPLES or line.body[name].required}
+        if "worker_uuid" in body:
+            body["worker_uuid"] = worker
+        status, headers, answer = exact(private, line.method, path, body)
+        answers.append((status, headers, answer.replace(run.encode(), b"0" * 32).replace(
+            b"adas-worker", b"nobody-here")))
+    for others, missing in zip(answers[::2], answers[1::2]):
+        assert others == missing
+    assert answers[0][0] == 404
+    as_user(private, "ada")
+    assert [private.ask("GET", path) for path in ("/api/runs/" + run, "/api/worker/adas-worker")] == before
+    as_user(private, "")
+    assert exact(private, "GET", "/api/runs/" + run, None)[0] == 200
+
+
+def test_each_user_of_a_private_farm_has_lists_of_their_own(private: Live) -> None:
+    def seen() -> Tuple[List[str], List[str], List[str]]:
+        runs = private.ask("GET", "/api/runs")[1]["data"]
+        return ([run["uuid"] for run in runs], [run["user"] for run in runs],
+                [worker["uuid"] for worker in private.ask("GET", "/api/workers?all=True")[1]["data"]])
+    runs = {}
+    for name in ("ada", "bob"):
+        as_user(private, name)
+        enlist(private, name + "-1", name + "-2")
+        runs[name] = [new_run(private, 3) for _ in range(taskfarm.RUNS_PIECE // 2 + 1)]
+    uuid = {"uuid": "ada-1", "hostname": "node-ada-1", "pid": 1}
+    status, _, answer = exact(private, "POST", "/api/worker", uuid)
+    assert status == 409 and b"is another's" in answer and b"node" not in answer.replace(b"node-ada-1", b"")
+    assert private.ask("DELETE", "/api/worker/bob-1")[0] == 204
+    for name in ("ada", "bob"):
+        as_user(private, name)
+        assert seen() == (runs[name], [name] * len(runs[name]), [name + "-1", name + "-2"])
+    as_user(private, "")
+    everything = seen()
+    assert everything[0] == runs["ada"] + runs["bob"] and len(everything[2]) == 4
+    private.service.store.call(taskfarm.remove_user("bob"))
+    private.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    assert seen() == everything
+    as_user(private, "bob")
+    assert seen() == ([], [], []), "another bob"
+
+
+def test_who_is_on_a_connection_is_judged_anew_for_each_request(private: Live) -> None:
+    as_user(private, "ada")
+    run = new_run(private, 3)
+    headers = {}
+    for name in ("ada", "bob"):
+        as_user(private, name)
+        headers[name] = private.authorization
+    raw = private.raw(b"".join(request_bytes("GET", "/api/runs/" + run, Authorization=headers[name])
+                               for name in ("ada", "bob", "ada", "bob")))
+    assert [raw.answer()[0] for _ in range(4)] == [200, 404, 200, 404]
+    raw.close()
+
+
+def test_without_private_every_user_may_do_everything(farm: Live) -> None:
+    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    run = a_run(farm, 3)
+    enlist(farm, "w")
+    as_user(farm, "bob")
+    enlist(farm, "w")
+    assert take(farm, run, "w")["task"] == 0
+    assert farm.ask("GET", "/api/runs/" + run)[1]["user"] == "ada"
+    farm.private = True
+    farm.restart_server()
+    assert farm.ask("GET", "/api/worker/w")[0] == 200 and farm.ask("GET", "/api/runs/" + run)[0] == 200
+    as_user(farm, "bob")
+    assert farm.ask("GET", "/api/worker/w")[0] == 404 and farm.ask("DELETE", "/api/runs/" + run)[0] == 404
+
+
+def test_a_worker_shows_no_task_of_a_run_that_is_not_for_its_user(farm: Live) -> None:
+    run = a_run(farm, 3)
+    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    as_user(farm, "bob")
+    own = a_run(farm, 3)
+    enlist(farm, "w")
+    take(farm, run, "w")
+    take(farm, own, "w")
+    assert [task["run"] for task in farm.ask("GET", "/api/worker/w")[1]["data"]] == [run, own]
+    farm.private = True
+    farm.restart_server()
+    as_user(farm, "bob")
+    assert [task["run"] for task in farm.ask("GET", "/api/worker/w")[1]["data"]] == [own]
+
+
+def test_the_first_login_of_a_day_is_in_the_audit(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    live.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+
+    def logins() -> List[Tuple[Any, ...]]:
+        return [line for line in audit_of(live) if line[1].startswith("login")]
+    ada, bob = ("ada", "login", "", "127.0.0.1", 1), ("bob", "login", "", "127.0.0.1", 1)
+    for _ in range(5):
+        assert get_with(live, basic("ada", Live.PASSWORD))[0] == 200
+        assert get_with(live, basic("bob", Live.PASSWORD))[0] == 200
+        assert get_with(live, basic(live.token, ""))[0] == 200
+        assert get_with(live, basic("bob", "wrong"))[0] == 401
+    assert logins() == [ada, bob]
+    clock.pass_time(86400)
+    assert get_with(live, basic(live.token, ""))[0] == 200
+    as_user(live, "")
+    assert live.ask("GET", "/api/users")[0] == 200
+    assert logins() == [ada, bob, ada, (None, "login", "", "127.0.0.1", 1)]
+    live.close()
+
+
+def test_a_login_that_a_full_disk_did_not_take_is_in_the_audit_later(store: Direct) -> None:
+    def admit() -> None:
+        store.farm.admit(taskfarm.Login(User(1, "ada", "", 1), 0.0), "192.0.2.1")
+        store.store._round(0.0)
+    with full_disk(1000):
+        admit()
+        assert store.store.sql.trouble
+    store.pass_time(taskfarm.RETRY_S)
+    for _ in range(3):
+        admit()
+    assert audit_of(store) == [("ada", "login", "", "192.0.2.1", 1)]
+
+
+def test_no_secret_is_in_the_audit(farm: Live) -> None:
+    secrets = [Live.PASSWORD, ADAS_HASH, farm.token, farm.service.holder["secret"], "hunter2"]
+    for header in (basic("ada", Live.PASSWORD), basic("hunter2", "x"), basic(farm.token, "hunter2")):
+        get_with(farm, header)
+    farm.service.farm.failed("hunter2", "192.0.2.1", 1.7e9)
+    as_user(farm, "")
+    assert farm.ask("POST", "/api/users", {"name": "eve", "password": ADAS_HASH})[0] == 201
+    assert farm.ask("PUT", "/api/users/eve", {"password": ADAS_HASH})[0] == 204
+    as_user(farm, "ada")
+    a_run(farm, 3)
+    shown = wait_until(lambda: "login failed" in json.dumps(audit_of(farm)) and json.dumps(audit_of(farm)))
+    assert [secret for secret in secrets if secret in shown] == [] and "user passwd" in shown
+    assert farm.ask("GET", "/api/audit")[0] == 403
 
 
 def test_a_key_on_another_method_than_post_means_nothing(farm: Live) -> None:
@@ -9330,6 +9698,51 @@ def test_users_are_kept_by_verbs_with_and_without_a_server(tmp_path: Path, runni
     assert user("remove", "jürgen")[0] == 1
     if running:
         assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_the_audit_is_shown_with_and_without_a_server_and_steers_no_terminal(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
+    db = str(tmp_path / "f")
+    with contextlib.closing(Store(db)) as store:
+        for number in range(3):
+            store.call(taskfarm.create_run("r%d" % number, 9, "\x1b[2J\u202e tiles"))
+    server = Process(db) if running else None
+    monkeypatch.setattr(taskfarm, "ROWS_AT_ONCE", 2)
+    shown, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert taskfarm.main(["audit", "--db", db]) == 0
+    with contextlib.redirect_stdout(printed):
+        assert taskfarm.main(["audit", "--db", db, "--json"]) == 0
+    lines = json.loads(printed.getvalue())["data"]
+    assert [line["object"][:2] for line in lines[:3]] == ["r0", "r1", "r2"]
+    assert lines[0]["user"] is None and (lines[-1]["action"] == "login") is running
+    assert shown.getvalue().count("(administration)") >= 3 and "tiles" in shown.getvalue()
+    assert "\x1b" not in shown.getvalue() and "\u202e" not in shown.getvalue()
+    assert shown.getvalue().splitlines()[0].split() == ["when", "user", "from", "times", "action", "what"]
+    if server:
+        assert server.end(signal.SIGTERM) == 0
+
+
+def test_serve_private_gives_each_user_names_of_their_own(tmp_path: Path) -> None:
+    server = Process(str(tmp_path / "f"), "--private")
+    users = {}
+    for name in ("ann", "bob"):
+        assert run_verb("user", "add", name, "--db", str(tmp_path / "f"), stdin="secret\n").returncode == 0
+        users[name] = {"TASKFARM_URL": "http://127.0.0.1:%d" % server.port, "TASKFARM_USER": name,
+                       "TASKFARM_PASSWORD": "secret", "HOME": server.home}
+        assert run_verb("new", "3", "--name", "tiles", **users[name]).returncode == 0
+    run = run_verb("new", "2", "--name", "bobs", **users["bob"]).stdout.strip()
+    for name, runs in (("ann", 1), ("bob", 2)):
+        listed = json.loads(run_verb("list", "--json", **users[name]).stdout)["data"]
+        assert [entry["user"] for entry in listed] == [name] * runs
+        assert " by %s\n" % name in run_verb("status", "tiles", **users[name]).stdout
+        assert " %s " % name in run_verb("list", **users[name]).stdout
+    assert run_verb("status", "tiles", **users["bob"]).returncode == 0, "of two with that name, one is for bob"
+    for words in (("status", "bobs"), ("status", run), ("delete", run, "--yes"), ("restart", run)):
+        done, other = run_verb(*words, **users["ann"]), run_verb(words[0], "0" * 32, *words[2:], **users["ann"])
+        assert done.returncode == other.returncode == 1
+    assert server.end(signal.SIGTERM) == 0
 
 
 def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_path: Path) -> None:
