@@ -6893,8 +6893,8 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
     if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
-                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN"
-                      % path)
+                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL, TASKFARM_TOKEN and "
+                      "TASKFARM_FINGERPRINT" % path)
     if not (user or token):
         if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
             in_file = find_access_file(path, url=given_url) or in_file
@@ -10622,10 +10622,12 @@ def cmd_work(args: argparse.Namespace) -> int:
     the last line of the error output is its message. With --lines FILE, {line} is line number {task}
     of the file, from 0. A command that is {line} alone runs each line with sh.
 
-    Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
-    access file. On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends
-    its commands and gives their tasks back. After a second signal it does so at once. Slurm signals
-    the worker only when it is started by exec or srun, as below.
+    Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
+    _PASSWORD), else from the access file; no command is given the login.
+
+    On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends its commands
+    and gives their tasks back. After a second signal it does so at once. Slurm signals the worker only
+    when it is started by exec or srun, as below.
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
@@ -11344,6 +11346,9 @@ class LocalFarm:
         with contextlib.closing(Client(lambda: access)) as client:
             try:
                 return client.ask(method, path, body)
+            except OtherFarm:
+                raise Refusal("%s, but what answers at %s has another certificate than %s says: the secret was not "
+                              "sent" % (self.in_use, access.url, lock_path(self.db)))
             except Unreachable:
                 host = self.holder.get("host")
                 raise Refusal("%s, but it does not answer here: %s" % (self.in_use, (

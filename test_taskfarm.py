@@ -8824,7 +8824,7 @@ def test_the_secret_of_the_lock_file_goes_to_no_process_without_its_certificate(
     farm.service.lock.write(dict(holder, admin_url=squatter.url))
     for words in (["user", "list"], ["user", "passwd", "ada"], ["check"]):
         done = run_verb(*words, "--db", farm.path, stdin="new\n")
-        assert done.returncode == 1 and "does not answer here" in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 1 and "the secret was not sent" in done.stderr and done.stderr.count("\n") == 1
     assert squatter.connections >= 3 and not re.search(rb"(?i)authorization|HTTP/1", squatter.heard)
 
 
