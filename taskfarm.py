@@ -4036,13 +4036,14 @@ class TlsEnd:
     It works on bytes in memory, so each call ends soon. (A socket of `ssl` reads on for as long as the client sends
     records without content, and holds everybody up.)
     """
-    __slots__ = ("incoming", "outgoing", "end", "ended")
+    __slots__ = ("context", "incoming", "outgoing", "end", "ended")
     PIECE = 16 * 1024       # bytes at a time: the buffers of OpenSSL keep the size that they have once had
 
     def __init__(self, context: ssl.SSLContext) -> None:
+        self.context = context
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
-        self.end = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.end: Optional[ssl.SSLObject] = None    # from the first bytes on: it takes 40 KiB while hands are shaken
         self.ended = False              # the client has said that it sends no more
 
     def decrypt(self, data: bytes) -> bytes:
@@ -4050,6 +4051,8 @@ class TlsEnd:
 
         What is to be sent because of it, an alert too, is in `outgoing`.
         """
+        if self.end is None:
+            self.end = self.context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.incoming.write(data)
         content = b""
         with contextlib.suppress(ssl.SSLWantReadError):
@@ -4062,6 +4065,7 @@ class TlsEnd:
     def encrypt(self, content: Union[bytes, memoryview]) -> bytes:
         """Bytes to be sent for these."""
         if len(content) <= self.PIECE:
+            assert self.end is not None
             self.end.write(content)
             return self.outgoing.read()
         view = memoryview(content)
@@ -4069,9 +4073,15 @@ class TlsEnd:
 
     def goodbye(self) -> bytes:
         """Bytes that tell the client that nothing more comes."""
-        with contextlib.suppress(ssl.SSLError):     # the client has not said so, or the handshake is not over
-            self.end.unwrap()
+        if self.end is not None:
+            with contextlib.suppress(ssl.SSLError):     # the client has not said so, or the handshake is not over
+                self.end.unwrap()
         return self.outgoing.read()
+
+    @property
+    def shaken(self) -> bool:
+        """Whether the handshake is over."""
+        return self.end is not None and self.end.version() is not None
 
 
 def pinned_context(certificate_pem: str) -> ssl.SSLContext:
@@ -4924,6 +4934,7 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
 
 TURN_S = 0.005                      # for each line, and for outcomes, in each turn
 TLS_BYTE = b"\x16"                  # the first one of a client that speaks TLS (RFC 8446, section 5.1)
+MOST_HANDSHAKES = 2000              # at a time: an honest client answers within the time of some tens of others
 DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
 DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
 ACCEPTS = 64                        # new connections in a turn
@@ -5254,6 +5265,7 @@ class Server(ThreadingHTTPServer):
         self.guests = Buffers()
         self.bodies: Dict[Connection, None] = {}        # arriving, the first one first
         self.paused: Dict[Connection, None] = {}
+        self.shaking: Dict[Connection, None] = {}       # in a TLS handshake that has begun, the oldest first
         self.closed_still = False       # the buffers were full, and it was said
         self.posted: "deque[Callable[[], None]]" = deque()
         self.woken = False
@@ -5586,7 +5598,7 @@ class Server(ThreadingHTTPServer):
             self.selector.unregister(c.sock)
             c.watching = 0
         self._work_is_over(c)
-        for memory in (self.deadlines, self.left, self.bodies, self.paused):
+        for memory in (self.deadlines, self.left, self.bodies, self.paused, self.shaking):
             memory.pop(c, None)
         if c.operation is not None:
             c.operation.unwanted = True
@@ -5728,6 +5740,7 @@ class Server(ThreadingHTTPServer):
         c = connection
         if c.tls is not None and not (c.known or c.eof or c.outbox) and len(c.inbox) <= HEAD_LIMIT:
             c.receive()
+            self._note_handshake(c, c.tls)
         if c.busy or c.outbox:
             return
         if c.rest is not None:
@@ -5744,6 +5757,17 @@ class Server(ThreadingHTTPServer):
             more = True
         if more and (c.inbox or c.reader is not None or c.rest is not None) and not (c.busy or c.outbox):
             self._join(c)
+
+    def _note_handshake(self, c: Connection, tls: TlsEnd) -> None:
+        """End the handshake that is the oldest where there are too many: each has tens of KiB before any login."""
+        if tls.shaken:
+            self.shaking.pop(c, None)
+        else:
+            self.shaking[c] = None
+            if len(self.shaking) > MOST_HANDSHAKES:
+                oldest = next(iter(self.shaking))
+                oldest.gone = True
+                self.settle(oldest)
 
     def _step(self, c: Connection) -> bool:
         """One request's next step; False when more bytes must come."""
@@ -7333,8 +7357,8 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
     if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
-                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL and TASKFARM_TOKEN"
-                      % path)
+                      "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL, TASKFARM_TOKEN and "
+                      "TASKFARM_FINGERPRINT" % path)
     if not (user or token):
         if given_url and not farm and given_url != in_file.url:     # 'login' may have written it beside the first
             in_file = find_access_file(path, url=given_url) or in_file
@@ -9399,9 +9423,11 @@ Steps = Sequence[Step]
 class BenchClient:
     """One connection that sends the requests of a cycle in turn, as cheaply as Python can."""
 
-    def __init__(self, port: int, steps: Steps) -> None:
+    def __init__(self, port: int, steps: Steps, context: Optional[ssl.SSLContext] = None) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if context is not None:
+            self.sock = context.wrap_socket(self.sock)
         self.steps = steps
         self.position = 0               # of the next request in the cycle
         self.last_claim: Any = -1       # number of a task; of a batch a list of number and attempt
@@ -9478,7 +9504,7 @@ def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[by
     return request
 
 
-REQUEST_PROFILES = ("constant", "lean", "paper")
+REQUEST_PROFILES = ("constant", "lean", "paper", "tls")
 
 
 def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 1000, reports: str = "alike") -> Steps:
@@ -9496,6 +9522,7 @@ def bench_steps(profile: str, run: str, worker: str, token: str, batch: int = 10
     cycles: Dict[str, Steps] = {
         "constant": [fixed("constant", "POST", "constant", {"worker_uuid": worker})],
         "lean": [claim_one, done],
+        "tls": [claim_one, done],
         "paper": [claim_one, on_task("read", "GET", "?info=percentCompleted"),
                   *(on_task("update", "PUT", "", {"percentCompleted": 10 * (n + 1)}) for n in range(10)), done],
         "flat": [claim_one, on_task("update", "PUT", "", {"percentCompleted": 50}),
@@ -9513,9 +9540,9 @@ class Load(NamedTuple):
     cpu_s: float                                # that the clients used themselves
 
 
-def bench_load(port: int, cycles: Sequence[Steps], seconds: float) -> Load:
+def bench_load(port: int, cycles: Sequence[Steps], seconds: float, context: Optional[ssl.SSLContext] = None) -> Load:
     """Drive one connection for each cycle, for so many seconds; if these are infinite, until no task waits."""
-    clients = [BenchClient(port, steps) for steps in cycles]
+    clients = [BenchClient(port, steps, context) for steps in cycles]
     times_s = {step.name: array.array("d") for step in cycles[0]}
     cpu_s = time.process_time()
     end = time.perf_counter() + seconds
@@ -9695,10 +9722,11 @@ def bench_point(server: BenchServer, profile: str, clients: int, seconds: float,
     """Measure a profile with so many clients, in so many processes."""
     run = server.new_run(num_tasks, clients)
     elapsed_times()     # before the clients are forked: so each has them already
+    context = pinned_context(server.certificate) if profile == "tls" else None
     cycles = [bench_steps(profile, run, "w%d" % number, server.token, batch, reports) for number in range(clients)]
     before = server.ask("GET", "/api/used")
     began = time.perf_counter()
-    results = [fork_call(bench_load, server.port, cycles[number::processes], seconds)[1]
+    results = [fork_call(bench_load, server.port, cycles[number::processes], seconds, context)[1]
                for number in range(min(clients, processes))]
     loads: List[Load] = [result() for result in results]
     elapsed_s = time.perf_counter() - began
@@ -11084,10 +11112,12 @@ def cmd_work(args: argparse.Namespace) -> int:
     the last line of the error output is its message. With --lines FILE, {line} is line number {task}
     of the file, from 0. A command that is {line} alone runs each line with sh.
 
-    Farm and login come from TASKFARM_URL and TASKFARM_TOKEN (or _USER and _PASSWORD), else from the
-    access file. On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends
-    its commands and gives their tasks back. After a second signal it does so at once. Slurm signals
-    the worker only when it is started by exec or srun, as below.
+    Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
+    _PASSWORD), else from the access file; no command is given the login.
+
+    On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends its commands
+    and gives their tasks back. After a second signal it does so at once. Slurm signals the worker only
+    when it is started by exec or srun, as below.
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
@@ -11683,6 +11713,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
 
       constant  the same parser and login, a fixed answer: to compare others with
       lean      claim, done
+      tls       the same over TLS
       paper     as the published client's test: claim, read, ten updates, done
       batch     claims and results of up to 10 000 tasks, in the store and over HTTP
       life      one run from its first task to its last, in batches
@@ -11797,6 +11828,9 @@ class LocalFarm:
         with contextlib.closing(Client(lambda: access)) as client:
             try:
                 return client.ask(method, path, body)
+            except OtherFarm:
+                raise Refusal("%s, but what answers at %s has another certificate than %s says: the secret was not "
+                              "sent" % (self.in_use, access.url, lock_path(self.db)))
             except Unreachable:
                 host = self.holder.get("host")
                 raise Refusal("%s, but it does not answer here: %s" % (self.in_use, (
@@ -12120,7 +12154,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`."""
-    parser.add_argument("--profile", default=",".join(REQUEST_PROFILES), help="profiles, with commas between; by "
+    parser.add_argument("--profile", default="constant,lean,paper", help="profiles, with commas between; by "
                         "default constant,lean,paper")
     parser.add_argument("--clients", type=numbers_of_clients, default=[1, 16, 64, 256], metavar="N,...",
                         help="connections at a time; by default 1,16,64,256")
