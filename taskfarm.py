@@ -4238,8 +4238,9 @@ def check_site(target: str, headers: Mapping[bytes, bytes], names: FrozenSet[str
         if target != "*":
             check_host(host, names)
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
-    ours = origin is None or host is not None and origin.lower() in (b"http://" + host.lower(),
-                                                                     b"https://" + host.lower())
+    if site is None and origin is None:
+        return      # no browser
+    ours = origin is None or re.sub(b"^https?://", b"", origin.lower()) == (host or b"").lower() != origin.lower()
     if not ours or site not in (None, b"same-origin", b"none"):
         raise Forbidden("a page of another site has sent this: type the address of this server into the browser, and "
                         "let a proxy pass the Host field on unchanged")
