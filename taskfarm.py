@@ -4612,7 +4612,6 @@ def path_of(target: str) -> str:
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::[0-9]*)?")
 
 
-@functools.lru_cache(maxsize=64)        # of those that were accepted: a refusal is raised, and not remembered
 def check_host(host: bytes, names: FrozenSet[str]) -> None:
     """Raise Misdirected when a Host field names neither an IP address, nor the loopback, nor one of *names*.
 
@@ -4643,8 +4642,7 @@ def check_site(target: str, headers: Mapping[bytes, bytes], names: FrozenSet[str
         if target != "*":
             check_host(host, names)
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
-    ours = origin is None or host is not None and origin.lower() in (b"http://" + host.lower(),
-                                                                     b"https://" + host.lower())
+    ours = origin is None or re.sub(b"^https?://", b"", origin.lower()) == (host or b"").lower() != origin.lower()
     if not ours or site not in (None, b"same-origin", b"none"):
         raise Forbidden("a page of another site has sent this: type the address of this server into the browser, and "
                         "let a proxy pass the Host field on unchanged")
@@ -4946,6 +4944,7 @@ STILL_S = 0.5                       # when the buffers are full, who has moved n
 MOVED_BYTES = 16 * 1024             # nothing is less than that
 MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
 HASHES_OF_ADDRESS = 4               # and of those, from one address
+MOST_HOSTS = 64                     # that are remembered
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
 LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
 LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
@@ -5243,6 +5242,7 @@ class Server(ThreadingHTTPServer):
         self.plain_http = plain_http
         self.routes = routes
         self.names = names
+        self.hosts: Set[Optional[bytes]] = set()        # Host fields that were accepted
         self.access = None if access is None else AccessLog(access)
         self.clock: Callable[[], Now] = farm.clock
         self.selector: selectors.BaseSelector = selectors.DefaultSelector()
@@ -5826,7 +5826,13 @@ class Server(ThreadingHTTPServer):
 
     def _admit(self, c: Connection, request: Request) -> None:
         """Judge the head, in the contract's order. Raises FarmError or NeedsHash."""
-        check_site(request.target, request.headers, self.names)
+        headers = request.headers
+        if headers.get(b"host") not in self.hosts or b"origin" in headers or b"sec-fetch-site" in headers or (
+                request.target[0] != "/"):
+            check_site(request.target, headers, self.names)
+            if len(self.hosts) >= MOST_HOSTS:
+                self.hosts.clear()
+            self.hosts.add(headers.get(b"host"))
         by_method, request.variables = self.routes.find(path_of(request.target))
         route = by_method.get("GET" if request.method == "HEAD" else request.method)
         if route is None or route.access != OPEN:

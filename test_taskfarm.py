@@ -4960,6 +4960,15 @@ def test_a_request_is_for_this_server_or_refused(shared_farm: Live, host: str, s
         raw.close()
 
 
+def test_few_hosts_are_remembered(shared_farm: Live) -> None:
+    hosts = [b"127.0.0.%d" % number for number in range(200)]
+    data = b"".join(request_bytes("GET", "/livez").replace(b"localhost", host) for host in hosts)
+    assert exchange(shared_farm, data + CLOSE) == [200] * 201
+    assert 0 < len(shared_farm.service.server.hosts) <= taskfarm.MOST_HOSTS
+    evil = request_bytes("GET", "/livez").replace(b"localhost", b"evil.example")
+    assert exchange(shared_farm, evil * 2 + CLOSE) == [421, 421, 200], "what was refused is not remembered"
+
+
 def test_more_names_of_a_server_are_told_by_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKFARM_ALLOW_HOST", "One.example two.example")
     args = taskfarm.make_parser().parse_args(["serve", "--db", "f", "--allow-host", "three", "--allow-host", "four."])
