@@ -22,7 +22,8 @@ Words
     restart   to let tasks of a run wait again
     user      somebody with a password; every user may do everything, unless the farm is private
     private   for a user there are their own runs and workers alone: what others made is answered as what there is not
-    token     a signed text that stands for a user until it expires or the password changes
+    token     a signed text that stands for a user until it expires, is revoked, or the password changes
+    scope     what a token may do: read, work (read, claim, report, register workers), or full (all that its user may)
 
 States of a task
                   claim              report done
@@ -43,7 +44,10 @@ States of a task
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /livez                         open  200 while the server answers
     GET    /readyz                        open  200 when work can be written down, else 503
-    GET    /api/token                     a token for the user who asks
+    GET    /api/token                     a session for the user who asks; who shows a token gets that token
+    POST   /api/tokens                    a new token: scope, run, days, label
+    GET    /api/tokens                    a page of the user's tokens; for admin, of all users'
+    DELETE /api/tokens/<id>               the token is revoked
     POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
     GET    /api/runs                      all runs, in order of creation, as {"data": [...]}; user: who made it
     GET    /api/runs/<run>                one run, or ?info= one of its figures
@@ -74,6 +78,10 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
 
     One port speaks TLS (1.2 upward) and plain HTTP, as the first byte of the client tells. Plain HTTP is for clients
     on the server's own machine; others get 403 whatever they ask for, unless the keeper allows it (--plain-http).
+    A token of scope read may GET, but for tokens. One of scope work may also claim, report, register workers, beat and
+    sign them off. One for a run reaches that run alone: in lists it sees nothing else, and a worker that holds tasks of
+    another run is none of its business. One that was made with a token lasts no longer than that. A session is no row
+    of the list: it is of scope full, ends by itself (--token-days), and with the password.
 
     A user's POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
     and changes nothing more. Remembered for a day; of claims, the last key of each worker.
@@ -84,10 +92,10 @@ Errors common to all (RFC 9457 problem details), judged in this order
     431 header fields        405 wrong method         415 not declared JSON      wrong type, range
     After the first column, whatever the path: 403 plain HTTP from another machine, 421 a Host that is neither an
     address nor a name that the server knows, 403 an Origin or a Sec-Fetch-Site that tells of a page of another site.
-    Also: 403 what is for admin, 408 not whole in time, 409 (said below each endpoint), 417 another Expect than
-    100-continue, 422 an Idempotency-Key that came with another request, 429 too many wrong logins from this address
-    (with Retry-After), 503 a disk that takes no write, or too many passwords to be checked at once (with Retry-After),
-    505 another HTTP, 500 a fault, with an id that is in the log.
+    Also: 403 what is for admin, or beyond the scope or the run of the token, 408 not whole in time, 409 (said below
+    each endpoint), 417 another Expect than 100-continue, 422 an Idempotency-Key that came with another request, 429
+    too many wrong logins from this address (with Retry-After), 503 a disk that takes no write, or too many passwords
+    to be checked at once (with Retry-After), 505 another HTTP, 500 a fault, with an id that is in the log.
 
 Promises
     1. What a client was told is on the disk (SQLite in WAL mode, synchronous=FULL).
@@ -226,7 +234,12 @@ MAX_BATCH = 10000                   # tasks of one batch, and held by one worker
 RETRY_S = 1.0                       # between a write that met a full disk and the next one
 LOGIN_MEMORY_S = 300.0              # a login that was verified is remembered this long
 REFUSAL_MEMORY_S = 10.0             # a login that was refused is remembered this long
-TOKEN_DAYS = 365.0                  # the published client fetches one token and keeps it
+TOKEN_DAYS = 30.0                   # of GET /api/token: the published client fetches one and keeps it, and a job is no
+                                    # longer. It cannot be revoked by itself, so it does not last a year
+LOGIN_DAYS = 365                    # of the token that the verb login makes
+MAX_TOKEN_DAYS = 3650
+MAX_TOKENS = 1000                   # of one user
+LABEL_LIMIT = 100                   # characters that say what a token is for
 MAX_LEASE_S = 86400
 CLOCK_CHECK_S = 5.0                 # with leases running, the writer reads the clock at least this often
 STOPPED_S = 1.0                     # the writer woke this much too late: the process was stopped
@@ -269,16 +282,16 @@ class Unauthorized(FarmError):
     headers = (("WWW-Authenticate", 'Basic realm="taskfarm", charset="UTF-8"'),)
 
     def __init__(self) -> None:
-        super().__init__("log in with a user and password, or with a token from GET /api/token that is still valid")
+        super().__init__("log in with a user and password, or with a token that has not expired or been revoked")
 
 
 class Forbidden(FarmError):
-    """403: what is for admin, from a page of another site, or by plain HTTP from another machine."""
+    """403: for admin, beyond the scope of the token, from a page of another site, or by plain HTTP from elsewhere."""
     status = 403
 
 
 class NotFound(FarmError):
-    """404: no such path, run, task, worker, user or figure."""
+    """404: no such path, run, task, worker, user, token or figure."""
     status = 404
 
 
@@ -598,9 +611,21 @@ CREATE TABLE user (
     id INTEGER PRIMARY KEY AUTOINCREMENT,       -- a name that comes again is another user
     name TEXT NOT NULL UNIQUE,
     password TEXT NOT NULL,                     -- algorithm, parameters, salt and hash
-    generation INTEGER NOT NULL DEFAULT 1,      -- rises with each new password; tokens carry it
+    generation INTEGER NOT NULL DEFAULT 1,      -- rises with each new password; sessions carry it
     created REAL NOT NULL
 );
+-- What is signed and handed out is the id, so it is never used again. To revoke a token is to delete its row.
+CREATE TABLE token (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    user INTEGER NOT NULL,
+    scope TEXT NOT NULL CHECK (scope IN ('read', 'work', 'full')),
+    run TEXT CHECK (run IS NULL OR scope <> 'full'),            -- the uuid of the only run that it is for
+    label TEXT NOT NULL,
+    created REAL NOT NULL,
+    expires REAL                                -- NULL: never
+);
+CREATE INDEX token_user ON token (user);
+CREATE INDEX token_run ON token (run) WHERE run IS NOT NULL;
 CREATE TABLE worker (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     uuid TEXT NOT NULL UNIQUE,
@@ -811,6 +836,23 @@ class AuditLine(NamedTuple):
     object: str
     address: str
     times: int
+
+
+SCOPES = ("read", "work", "full")       # each may do what those before it may
+
+
+class Token(NamedTuple):
+    """A token that was handed out, with every column of its row."""
+    id: int
+    user: int                       # its id
+    scope: str                      # one of SCOPES
+    run: Optional[str]              # the uuid of the only run that it is for
+    label: str
+    created: float                  # seconds since 1970
+    expires: Optional[float]
+
+
+TOKEN_COLUMNS = ", ".join(Token._fields)
 
 
 class ShownTask(NamedTuple):
@@ -1039,6 +1081,7 @@ class Caller(NamedTuple):
     name: Optional[str] = None      # and the name; None likewise, "" for nobody who is known
     address: str = ""               # of the client; "" for a verb that has the file itself
     owner: Optional[int] = None     # the id of the user whose runs and workers there are for them; None: all there are
+    only_run: Optional[str] = None  # the uuid of the only run that their token is for
 
 
 ADMINISTRATION = Caller()
@@ -1120,6 +1163,7 @@ class Transaction:
         self.trouble: Optional[str] = None      # why the last write failed; None when it did not
         self.copy: Optional[Copy] = None        # the newest one
         self.users: Dict[str, User] = {}        # replaced, never changed, so that any thread may read it
+        self.tokens: Dict[int, Token] = {}      # by id, as on the disk; the I/O thread looks single ones up
         self.slice_end = 0.0                    # the tick at which the present slice of work is to end
         self.large = False                      # the operation that is running is one that takes long
         self.heard_worker: Optional[int] = None         # whose lease the operation that is running has renewed
@@ -1308,6 +1352,11 @@ def shown(sql: Transaction, run: Run, task: Task) -> ShownTask:
     return ShownTask(task, task.id - run.first_id, None if task.worker is None else worker_of_task(sql, task.worker))
 
 
+def every_token(sql: Transaction, which: str = "", *values: Any) -> List[Token]:
+    """The tokens that a condition names, all of them for none."""
+    return [Token._make(row) for row in sql.all("SELECT %s FROM token %s" % (TOKEN_COLUMNS, which), *values)]
+
+
 def find_worker(sql: Transaction, worker_uuid: str) -> Worker:
     """The worker of that uuid, if it is one for the caller, as with runs. Raises NotFound."""
     worker, owner = sql.workers.get(worker_uuid), sql.caller.owner
@@ -1317,6 +1366,21 @@ def find_worker(sql: Transaction, worker_uuid: str) -> Worker:
         if row is None:
             raise NotFound("there is no worker %s: POST /api/worker registers one" % shortened(worker_uuid))
         worker = sql.keep_worker(Worker(row))
+    return worker
+
+
+def find_own_worker(sql: Transaction, worker_uuid: str) -> Worker:
+    """The same for what is done to the worker itself: a caller with one run alone has nothing to do with others'.
+
+    Raises NotFound, also for that run, and Forbidden when the worker holds tasks of others. What it does not hold any
+    more, or not yet, is not looked at.
+    """
+    worker, only_run = find_worker(sql, worker_uuid), sql.caller.only_run
+    if only_run is not None:
+        of_run = sql.holds.workers_of(find_run(sql, only_run, reading=True).id)
+        if sql.holds.number(worker.id) != of_run.get(worker.id, 0):
+            raise Forbidden("worker %s holds tasks of other runs than %s, and this token is for that run alone"
+                            % (shortened(worker_uuid), only_run))
     return worker
 
 
@@ -1554,9 +1618,17 @@ def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTa
 
 @read_operation
 def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: int) -> Page:
-    """A page of the caller's workers by id: ShownWorker of each. *everyone*: also those that expired or signed off."""
+    """A page of the caller's workers by id: ShownWorker of each. *everyone*: also those that expired or signed off.
+
+    For a caller with one run alone those that hold tasks of it, and no others. Raises NotFound for that run.
+    """
     sql.takes_long(limit)
-    owner = sql.caller.owner
+    owner, only_run = sql.caller.owner, sql.caller.only_run
+    if only_run is not None:
+        holders = sql.holds.workers_of(find_run(sql, only_run, reading=True).id)
+        ids = heapq.nsmallest(limit, (worker_id for worker_id in holders if worker_id > after))
+        found = [worker for worker in (worker_of_task(sql, worker_id) for worker_id in ids) if worker is not None]
+        return Page([shown_worker(sql, now, worker) for worker in found], str(ids[-1]) if len(ids) == limit else None)
     if owner is None:
         rows = sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
             "WHERE id > ? ORDER BY id LIMIT ?" if everyone else
@@ -1580,7 +1652,7 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
     What a restart or a deletion takes from it is not shown, also while rows of that follow, nor tasks of runs that
     are not for the caller: the page may be short.
     """
-    worker = find_worker(sql, worker_uuid)
+    worker = find_own_worker(sql, worker_uuid)
     sql.takes_long(limit)
     tasks: List[Task] = []
     for hold in (HELD, STARTED):    # IS: with = newer planners (3.40) walk over all that is held, and sort it
@@ -1742,10 +1814,16 @@ def check(sql: Transaction, now: Now) -> List[str]:
                 WHERE NOT EXISTS (SELECT 1 FROM run WHERE run.id = task.run AND task.id >= run.first_id
                     AND task.id < run.first_id + run.num_tasks)"""),
              "%d tasks name a run that they are not of"),
+            (sql.value("""
+                SELECT count(*) FROM token
+                WHERE user NOT IN (SELECT id FROM user) OR run NOT IN (SELECT uuid FROM run)"""),
+             "%d tokens are of no user, or for no run"),
             (sql.value("SELECT count(*) FROM spared WHERE run NOT IN (SELECT id FROM run WHERE sweep IS NOT NULL)"),
              "%d workers are spared by no restart")):
         if count:
             wrong.append(sentence % count)
+    if {token.id: token for token in every_token(sql)} != sql.tokens:
+        wrong.append("the server remembers other tokens than the file has")
     if count_holds(sql).by_run != sql.holds.by_run:
         wrong.append("the server remembers that workers hold %s, and the file says %s" % (
             sql.holds.by_run, count_holds(sql).by_run))
@@ -1836,6 +1914,7 @@ def delete_run(sql: Transaction, now: Now, run_uuid: str) -> None:
     """The run is gone at once; its rows follow in slices. Raises NotFound."""
     run = find_run(sql, run_uuid)
     end_holds(sql, run, {})
+    end_tokens(sql, "run = ?", run_uuid)
     sql.begin_sweep(run, DELETE)
     del sql.runs[run_uuid]
     audit(sql, now, DELETE, titled(run_uuid, run.name))
@@ -2319,10 +2398,9 @@ def beat(sql: Transaction, now: Now, worker_uuid: str, place: Place = (LAPSED, 0
     """The worker lives: renew its lease, and give it back what has lapsed and nobody claimed since.
 
     Writes only if something has, and nothing while the disk takes no writes: the lease is renewed
-    all the same. Raises NotFound, and Conflict when it has signed off. *place*: how far the slices
-    before have come.
+    all the same. Raises NotFound, and Conflict when it has signed off. *place*: how far the slices before have come.
     """
-    worker = find_worker(sql, worker_uuid)
+    worker = find_own_worker(sql, worker_uuid)
     refuse_signed_off(worker)
     if sql.trouble:
         sql.leases.hear(worker, now)
@@ -2377,8 +2455,11 @@ def by_run(sql: Transaction, tasks: Sequence[Task]) -> List[Tuple[Run, List[Task
 
 @operation
 def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD, 0)) -> Optional[Continue]:
-    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound. *place*: see `release`."""
-    worker = find_worker(sql, worker_uuid)
+    """The worker ends: its tasks wait again, and it is no loss. Raises NotFound.
+
+    *place*: see `release`.
+    """
+    worker = find_own_worker(sql, worker_uuid)
     if worker.state == SIGNED_OFF:
         return None
     sql.takes_long(sql.holds.number(worker.id))
@@ -2435,7 +2516,7 @@ def add_user(sql: Transaction, now: Now, name: str, password: str) -> User:
 @operation
 def set_password(sql: Transaction, now: Now, name: str, password: str) -> User:
     """Another password hash; every token the user had is void. Raises NotFound."""
-    find_user(sql, name)
+    end_tokens(sql, "user = ?", find_user(sql, name).id)
     sql.execute("UPDATE user SET password = ?, generation = generation + 1 WHERE name = ?", (password, name))
     audit(sql, now, "user passwd", name)
     learn_users(sql)
@@ -2445,7 +2526,7 @@ def set_password(sql: Transaction, now: Now, name: str, password: str) -> User:
 @operation
 def remove_user(sql: Transaction, now: Now, name: str) -> None:
     """The user is gone, with every token. Raises NotFound."""
-    find_user(sql, name)
+    end_tokens(sql, "user = ?", find_user(sql, name).id)
     sql.execute("DELETE FROM user WHERE name = ?", (name,))
     audit(sql, now, "user remove", name)
     learn_users(sql)
@@ -2493,6 +2574,86 @@ def read_certificate(sql: Transaction, now: Now) -> Tuple[str, str]:
 def note_login(sql: Transaction, now: Now) -> None:
     """The caller has logged in."""
     audit(sql, now, "login")
+
+
+@operation
+def create_token(sql: Transaction, now: Now, user: User, scope: str, run_uuid: Optional[str], label: str,
+                 days: Optional[int], made_with: Optional[Token]) -> Token:
+    """A new token of a user, with no end where *days* is None; one that is made with a token lasts no longer than that.
+
+    Raises Unauthorized when that one is void by now, NotFound for the run, and as add_token.
+    """
+    if made_with is not None and not every_token(sql, "WHERE id = ?", made_with.id):
+        raise Unauthorized()
+    if run_uuid is not None:
+        find_run(sql, run_uuid, reading=True)
+    ends = [now.utc + days * DAY_S] if days is not None else []
+    ends += [made_with.expires] if made_with is not None and made_with.expires is not None else []
+    return add_token(sql, now, user, scope, run_uuid, label, min(ends, default=None))
+
+
+def add_token(sql: Transaction, now: Now, user: User, scope: str, run_uuid: Optional[str], label: str,
+              expires: Optional[float]) -> Token:
+    """Write a token; expired ones of the user go. Raises Conflict for one too many, and Unauthorized when the user is
+    gone or has another password by now."""
+    if not sql.one("SELECT 1 FROM user WHERE id = ? AND generation = ?", user.id, user.generation):
+        raise Unauthorized()
+    if sql.value("SELECT count(*) FROM token WHERE user = ? AND (expires IS NULL OR expires > ?)",
+                 user.id, now.utc) >= MAX_TOKENS:
+        raise Conflict("user %s has %d tokens, and nobody may have more: revoke some, 'python3 taskfarm.py token list' "
+                       "shows them" % (user.name, MAX_TOKENS))
+    end_tokens(sql, "user = ? AND expires <= ?", user.id, now.utc)
+    row = (user.id, scope, run_uuid, label, now.utc, expires)
+    cursor = sql.execute("INSERT INTO token (%s) VALUES (NULL%s)" % (TOKEN_COLUMNS, ", ?" * len(row)), row)
+    token = Token(int(cursor.lastrowid or 0), *row)
+    sql.after_commit(functools.partial(sql.tokens.__setitem__, token.id, token))
+    audit(sql, now, "token new", "%d of %s, scope %s%s" % (
+        token.id, user.name, scope, ", run %s" % run_uuid if run_uuid else ""))
+    return token
+
+
+ACCESS_LABEL = "access file that the server writes"
+
+
+@read_operation
+def access_token(sql: Transaction, now: Now, user: User) -> Token:
+    """The user's token for the access file that each start writes: the same one until it is revoked.
+
+    Raises Unavailable when one is to be made and the disk takes no writes, and as add_token.
+    """
+    for token in every_token(sql, "WHERE user = ? AND label = ? AND scope = 'full' AND expires IS NULL", user.id,
+                             ACCESS_LABEL):
+        return token
+    if sql.trouble:
+        raise Unavailable(sql.trouble)
+    return add_token(sql, now, user, "full", None, ACCESS_LABEL, None)
+
+
+@read_operation
+def list_tokens(sql: Transaction, now: Now, user_id: Optional[int], limit: int, after: int) -> Page:
+    """A page of a user's tokens by id, of all users' for None: (Token, name of its user) of each."""
+    sql.takes_long(limit)
+    names = {user.id: user.name for user in every_user(sql)}
+    mine, values = ("", ()) if user_id is None else ("user = ? AND ", (user_id,))
+    tokens = every_token(sql, "WHERE %s id > ? ORDER BY id LIMIT ?" % mine, *values, after, limit)
+    return Page([(token, names[token.user]) for token in tokens], str(tokens[-1].id) if len(tokens) == limit else None)
+
+
+@operation
+def revoke_token(sql: Transaction, now: Now, user_id: Optional[int], token_id: int) -> None:
+    """A token of the user, of any user for None, is void from now on. Raises NotFound."""
+    found = every_token(sql, "WHERE id = ?", token_id)
+    if not found or user_id not in (None, found[0].user):
+        raise NotFound("there is no token %d of yours: GET /api/tokens lists them" % token_id)
+    end_tokens(sql, "id = ?", token_id)
+    audit(sql, now, "token revoke", "%d, scope %s" % (token_id, found[0].scope))
+
+
+def end_tokens(sql: Transaction, which: str, *values: Any) -> None:
+    """The tokens that a condition names are void once the transaction is on the disk."""
+    gone = sql.all("SELECT id FROM token WHERE " + which, *values)
+    sql.execute_many("DELETE FROM token WHERE id = ?", gone)
+    sql.after_commit(lambda: [sql.tokens.pop(token_id) for token_id, in gone])
 
 
 @operation
@@ -3039,6 +3200,7 @@ class Store:
             self.identity, self.signing_key = self.sql.one("SELECT identity, signing_key FROM farm")
             learn_users(self.sql)
             self.sql.settle()
+            self.sql.tokens.update((token.id, token) for token in every_token(self.sql))
             self._begin_leases()
             self.sql.holds = count_holds(self.sql)
             self.sql.claim_keys = dict(self.sql.all("SELECT key, worker FROM last_claim"))
@@ -3074,6 +3236,11 @@ class Store:
     def users(self) -> Dict[str, User]:
         """Users by name, as they are on the disk; for any thread."""
         return self.sql.users
+
+    @property
+    def tokens(self) -> Dict[int, Token]:
+        """Tokens by id, as they are on the disk; for any thread, to look single ones up."""
+        return self.sql.tokens
 
     def submit(self, batch: List[Operation]) -> None:
         """Hand operations to the writer; the `done` of each is called after COMMIT. For any thread."""
@@ -3537,6 +3704,7 @@ class Login(NamedTuple):
     """Who asks."""
     user: Optional[User]        # None: a local verb that has read the lock file
     expires: float              # seconds since 1970, of the token that was shown; 0: never, or a password
+    token: Optional[Token] = None       # that was shown; None: a session, or a password
 
     @property
     def name(self) -> str:
@@ -3611,11 +3779,16 @@ def verify_password(password: str, stored: str) -> bool:
 
 
 def make_token(key: bytes, user: User, expires: float) -> str:
-    """A token: tf1.USER.GENERATION.EXPIRY.SIGNATURE, the last HMAC-SHA-256 (RFC 2104) over what stands before it.
+    """A session, a token without a row: tf1.USER.GENERATION.EXPIRY.SIGNATURE.
 
     *expires*: seconds since 1970; 0 lasts until the password changes.
     """
-    body = "%s%d.%d.%d" % (TOKEN_MARK, user.id, user.generation, math.ceil(expires))
+    return signed_token(key, user.id, user.generation, math.ceil(expires))
+
+
+def signed_token(key: bytes, *numbers: int) -> str:
+    """A token: tf1.ID.SIGNATURE, or a session. The signature is HMAC-SHA-256 (RFC 2104) over what stands before it."""
+    body = TOKEN_MARK + ".".join(map(str, numbers))
     return body + "." + signature(key, body)
 
 
@@ -3629,13 +3802,15 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def read_token(key: bytes, token: str) -> Tuple[int, int, float]:
-    """User id, generation and expiry of a token. Raises Unauthorized when the signature is not ours."""
+def read_token(key: bytes, token: str) -> Tuple[int, ...]:
+    """The numbers of a token: its id, or of a session user id, generation and expiry.
+
+    Raises Unauthorized when the signature is not ours.
+    """
     body, _, signed = token.rpartition(".")
     if not hmac.compare_digest(signature(key, body).encode(), signed.encode("utf-8", "surrogatepass")):
         raise Unauthorized()
-    user_id, generation, expires = body[len(TOKEN_MARK):].split(".")
-    return int(user_id), int(generation), float(expires)
+    return tuple(map(int, body[len(TOKEN_MARK):].split(".")))
 
 
 def read_authorization(header: bytes) -> Tuple[str, Optional[str]]:
@@ -3762,14 +3937,17 @@ class Logins:
     """Tells who a request comes from, and remembers it for some minutes.
 
     *users*: gives the users by name. *key*: signs tokens. *clock*: gives a Now. *secret*: what the
-    local verbs show. A password that was verified is remembered by an HMAC of the header under a key
-    of this process, so that it is not kept; all is forgotten when the users change. `failed` is called
-    with user, address and the time in seconds since 1970 whenever a login was wrong.
+    local verbs show. *tokens*: those that are not revoked, by id. A password that was verified is
+    remembered by an HMAC of the header under a key of this process, so that it is not kept; all is
+    forgotten when the users change. `failed` is called with user, address and the time in seconds
+    since 1970 whenever a login was wrong.
     """
     REMEMBERED = 20000
 
-    def __init__(self, users: Callable[[], Dict[str, User]], key: bytes, clock: Callable[[], Now], secret: str) -> None:
+    def __init__(self, users: Callable[[], Dict[str, User]], key: bytes, clock: Callable[[], Now], secret: str,
+                 tokens: Mapping[int, Token]) -> None:
         self.users = users
+        self.tokens = tokens
         self.key = key
         self.clock = clock
         self.secret = secret.encode()
@@ -3793,8 +3971,8 @@ class Logins:
         login, until = self.memory.get(key, (None, 0.0))
         if login is None or until <= now.tick:
             login = self._verify(header, key, now, address, refused=until > now.tick)
-        if 0 < login.expires <= now.utc:
-            raise Unauthorized()
+        if 0 < login.expires <= now.utc or login.token and login.token.id not in self.tokens:
+            raise Unauthorized()        # the last: it was revoked since it is remembered
         return login
 
     def _verify(self, header: bytes, key: bytes, now: Now, address: str, refused: bool) -> Login:
@@ -3808,18 +3986,25 @@ class Logins:
         if hmac.compare_digest(name.encode("utf-8", "surrogatepass"), self.secret):
             return Login(None, 0.0)
         try:
-            user_id, generation, expires = read_token(self.key, name)
+            numbers = read_token(self.key, name)
         except Unauthorized:
             self.throttle.check(address, TOKEN_MARK, now.tick, hashing=False)
             raise self._wrong(TOKEN_MARK, address, now)
+        login = self._login_with(*numbers)
+        # One login, one entry: of the many ways to write a token, with any password beside it, those that
+        # clients use are remembered. The others are verified again each time.
+        if header in (b"Bearer " + name.encode(), b"Basic " + base64.b64encode(name.encode() + b":")):
+            self._remember(self.memory, key, login, now.tick + LOGIN_MEMORY_S)
+        return login
+
+    def _login_with(self, *numbers: int) -> Login:
+        """The login that the numbers of a token stand for. Raises Unauthorized."""
+        token = self.tokens.get(numbers[0]) if len(numbers) == 1 else None
         for user in self.known.values():
-            if (user.id, user.generation) == (user_id, generation):
-                login = Login(user, expires)
-                # One login, one entry: of the many ways to write a token, with any password beside it, those that
-                # clients use are remembered. The others are verified again each time.
-                if header in (b"Bearer " + name.encode(), b"Basic " + base64.b64encode(name.encode() + b":")):
-                    self._remember(self.memory, key, login, now.tick + LOGIN_MEMORY_S)
-                return login
+            if token is not None and token.user == user.id:
+                return Login(user, token.expires or 0.0, token)
+            if numbers[:2] == (user.id, user.generation):
+                return Login(user, float(numbers[2]))
         raise Unauthorized()
 
     def _wrong(self, user: str, address: str, now: Now) -> Unauthorized:
@@ -4409,11 +4594,15 @@ class EntriesRead:
 
 
 class Route:
-    """A line of the API's table: method, path, who may ask, what the body and the query may name."""
-    __slots__ = ("method", "path", "handler", "access", "body", "query", "body_limit")
+    """A line of the API's table: method, path, who may ask, what the body and the query may name.
+
+    *scope*: that a token must have; by default read for GET and full for the rest. *minds_run*: the handler itself
+    sees to it that a token for one run reaches no other; where the path names the run, nothing need be seen to.
+    """
+    __slots__ = ("method", "path", "handler", "access", "body", "query", "body_limit", "scope", "minds_run")
 
     def __init__(self, method: str, path: str, handler: Callable[..., Any], access: str,
-                 body: Optional[Dict[str, Field]], query: Dict[str, Field]) -> None:
+                 body: Optional[Dict[str, Field]], query: Dict[str, Field], scope: str, minds_run: bool) -> None:
         self.method = method
         self.path = path
         self.handler = handler
@@ -4422,6 +4611,20 @@ class Route:
         self.query = query
         self.body_limit = BATCH_BODY_LIMIT if any(isinstance(field, Entries) for field in self.body.values()) else (
             BODY_LIMIT)
+        self.scope = scope or ("read" if method == "GET" else "full")
+        self.minds_run = minds_run
+
+    def judge(self, login: Login, variables: List[str]) -> None:
+        """Raise Forbidden, with what is missing, when the login is good, but not for this."""
+        if self.access == ADMIN and login.user:
+            raise Forbidden("this is for the verbs of taskfarm.py, on the server's own machine")
+        token = login.token
+        if token is None:
+            return
+        if SCOPES.index(token.scope) < SCOPES.index(self.scope):
+            raise Forbidden("this token may only %s: it needs the scope %s" % (token.scope, self.scope))
+        if token.run is not None and not self.minds_run and ("<run>" not in self.path or variables[0] != token.run):
+            raise Forbidden("this token is for run %s alone" % token.run)
 
 
 REMEMBERED_PATH = 100           # characters of a path: 4096 of them are 2 MB
@@ -4437,10 +4640,11 @@ class Routes:
         self.walked = functools.lru_cache(maxsize=4096)(self._walk)     # to all but the last segment, the same for many
 
     def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
-              query: Optional[Dict[str, Field]] = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+              query: Optional[Dict[str, Field]] = None, scope: str = "",
+              minds_run: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: the function answers this method and path, whose <names> are its arguments after the request."""
         def enter(handler: Callable[..., Any]) -> Callable[..., Any]:
-            self.add(Route(method, path, handler, access, body, query or {}))
+            self.add(Route(method, path, handler, access, body, query or {}, scope, minds_run))
             return handler
         return enter
 
@@ -5849,8 +6053,8 @@ class Server(ThreadingHTTPServer):
             if not by_method:
                 raise NotFound("there is nothing at %s: GET / says what there is" % shortened(path_of(request.target)))
             raise MethodNotAllowed(request.method, sorted([*by_method, *(["HEAD"] if "GET" in by_method else [])]))
-        if route.access == ADMIN and request.login and request.login.user:
-            raise Forbidden("this is for the verbs of taskfarm.py, on the server's own machine")
+        if request.login is not None:
+            route.judge(request.login, request.variables)
         request.route = route
         if request.length < 0:
             raise LengthRequired("a body must come with a Content-Length, not chunked")
@@ -5970,7 +6174,8 @@ class Server(ThreadingHTTPServer):
 #
 # Another endpoint: a line under "Endpoints" in the head of this file and one in README's table; a function here with
 # @route, which says what its body and query may name; an operation in OPERATIONS or QUERIES. An operation of a user's
-# POST goes through once(req, ...), or its Idempotency-Key is ignored; claims take the key themselves. An answer that
+# POST goes through once(req, ...), or its Idempotency-Key is ignored; claims take the key themselves. It says which
+# scope a token needs, and whether it minds the run that a token is for, see class Route. An answer that
 # takes some milliseconds to show, of more than BIG_PAGE entries or BIG_BATCH tasks, is a big_answer. Another field of
 # a report: in REPORT, which has the order of class Report, and in report_task.
 
@@ -5981,7 +6186,7 @@ route = ROUTES.route
 class Farm:
     """What handlers work with: the store, who may log in, the clock and the settings.
 
-    *token_days*: how long a new token lasts. *secret*: what local verbs show to log in. *private*: for users there are
+    *token_days*: how long a session lasts. *secret*: what local verbs show to log in. *private*: for users there are
     their own runs and workers alone.
     """
     def __init__(self, store: Store, secret: str, token_days: float = TOKEN_DAYS, private: bool = False) -> None:
@@ -5991,7 +6196,7 @@ class Farm:
         self.private = private
         self.noted: Dict[Tuple[Optional[int], str], int] = {}       # user and address, to the day of the last login
         self.renewed: Callable[[User], None] = lambda _: None       # told of a user with a new password
-        self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret)
+        self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret, store.tokens)
         self.logins.failed = self.failed
         self.who = self.logins.who
         self.submit = store.submit
@@ -6001,7 +6206,8 @@ class Farm:
         user = login.user
         if user is None:
             return ADMINISTRATION._replace(address=address)
-        return Caller(user.id, user.name, address, user.id if self.private else None)
+        return Caller(user.id, user.name, address, user.id if self.private else None,
+                      login.token.run if login.token else None)
 
     def admit(self, login: Login, address: str) -> Caller:
         """The same for somebody who asks on a new connection: their first login of a day is written down."""
@@ -6034,8 +6240,13 @@ class Farm:
         self.store.refuse_parked()
 
     def token(self, user: User, expires: float) -> str:
-        """A token of this farm for a user; *expires* as in make_token."""
+        """A session of a user; *expires* as in make_token."""
         return make_token(self.store.signing_key, user, expires)
+
+
+    def token_text(self, token_id: int) -> str:
+        """The text that stands for a token; always the same, so it is not kept anywhere."""
+        return signed_token(self.store.signing_key, token_id)
 
 
 def once(req: Request, named: Operation) -> Operation:
@@ -6222,18 +6433,87 @@ def ready(req: Request) -> Operation:
     return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
-@route("GET", "/api/token")
+@route("GET", "/api/token", minds_run=True)
 def give_token(req: Request) -> Reply:
-    """A token for the user who asks; one that was got with a token lasts no longer than that.
+    """A session for the user who asks; who shows a token, or a session, is given the same again.
+
+    The published client asks for one at each start. So a session is no row of the file, and nobody gets from a token
+    what would outlast it.
 
     200: {"token", "farm"}; farm is what clients know this farm by, wherever it is served
     """
-    login = req.login
-    if login is None or login.user is None:
+    login, farm = user_of(req), req.farm
+    if login.token:
+        token = farm.token_text(login.token.id)
+    else:
+        days = farm.token_days
+        token = farm.token(login.user, login.expires or (farm.clock().utc + days * DAY_S if days else 0))
+    return json_reply(200, {"token": token, "farm": farm.store.identity})
+
+
+def user_of(req: Request) -> Login:
+    """The login of a request for what a user alone can have. Raises Forbidden for admin."""
+    if req.login is None or req.login.user is None:
         raise Forbidden("a token stands for a user: ask for it as one")
-    days = req.farm.token_days
-    expires = login.expires or (req.farm.clock().utc + days * 86400 if days else 0)
-    return json_reply(200, {"token": req.farm.token(login.user, expires), "farm": req.farm.store.identity})
+    return req.login
+
+
+def token_json(token: Token, name: str) -> Dict[str, Any]:
+    """A token of the user of that name as clients see it: never the text that stands for it."""
+    return {"id": token.id, "user": name, "scope": token.scope, "run": token.run, "label": token.label,
+            "created": shown_seconds(token.created), "expires": shown_seconds(token.expires)}
+
+
+@route("POST", "/api/tokens", body={
+    "scope": Choice({scope: scope for scope in SCOPES}), "run": Text(64, UUID_PATTERN, required=False),
+    "days": Integer(1, MAX_TOKEN_DAYS, required=False), "label": Text(LABEL_LIMIT, required=False)})
+def new_token(req: Request) -> Operation:
+    """Make a token: for one run or all, for some days or until it is revoked; label says what it is for.
+
+    One that is made with a token lasts no longer than that.
+
+    201: the token, {"id", "user", "scope", "run", "label", "created", "expires", "token"}: the last is shown this once
+    errors: 400 scope full with a run, 404 no such run, 409 the user has all that a user may have
+    """
+    login, farm, fields = user_of(req), req.farm, req.fields
+    if fields["scope"] == "full" and "run" in fields:
+        raise BadRequest("a token for one run has the scope read or work: full is for making and deleting runs")
+    named = once(req, create_token(
+        login.user, fields["scope"], fields.get("run"), fields.get("label", ""), fields.get("days"), login.token,
+        ).shown_as(lambda token: json_reply(201, token_json(token, login.name))))
+    # Added last, so that no text of a token is kept with the answers to Idempotency-Keys.
+    show: Callable[..., Reply] = named.show     # type: ignore[assignment]
+
+    def with_text(*outcome: Any) -> Reply:
+        reply = show(*outcome)
+        shown = json.loads(reply.body)
+        return json_reply(reply.status, dict(shown, token=farm.token_text(shown["id"])))
+    return named.shown_as(with_text)
+
+
+@route("GET", "/api/tokens", query=PAGE, scope="full")
+def tokens_of_user(req: Request) -> Operation:
+    """A page of the user's tokens, for admin of all users', in the order in which they were made. Sessions are none.
+
+    200: {"data": [{"id", "user", "scope", "run", "label", "created", "expires"}, ...], "next"}
+    """
+    limit, user = req.query.get("limit", DEFAULT_PAGE), req.login and req.login.user
+    return list_tokens(user and user.id, limit, req.query.get("after", 0)).shown_as(
+        show_page, lambda entry: token_json(*entry), big_answer=limit > BIG_PAGE)
+
+
+TOKEN_ID = Count(0, 2 ** 62, refusal=NotFound)
+
+
+@route("DELETE", "/api/tokens/<id>")
+def drop_token(req: Request, token_id: str) -> Operation:
+    """Revoke a token, one's own; admin those of all users. From the answer on it is void.
+
+    204: it is
+    errors: 404 no such token, or somebody else's
+    """
+    user = req.login and req.login.user
+    return revoke_token(user and user.id, TOKEN_ID.check("id", token_id)).shown_as(show_nothing)
 
 
 @route("POST", "/api/run", body={
@@ -6271,12 +6551,15 @@ def show_runs(rows: List[Tuple[Any, ...]], after: int) -> Reply:
     return Reply(200, body, rest=runs_after(runs[-1].id))
 
 
-@route("GET", "/api/runs")
+@route("GET", "/api/runs", minds_run=True)
 def all_runs(req: Request) -> Operation:
     """All runs (of a private farm one's own) in order of creation, each once; many come in pieces as they are taken.
 
     200: {"data": [run, ...]}
     """
+    token = req.login.token if req.login else None
+    if token and token.run:
+        return read_run(token.run).shown_as(lambda run: json_reply(200, {"data": [run_json(run)]}))
     return runs_after(0)
 
 
@@ -6316,7 +6599,7 @@ def begin_again(req: Request, run: str) -> Operation:
     return once(req, restart_run(run, which).shown_as(show_nothing))
 
 
-@route("POST", "/api/runs/<run>/task", body={"worker_uuid": UUID})
+@route("POST", "/api/runs/<run>/task", scope="work", body={"worker_uuid": UUID})
 def claim_task(req: Request, run: str) -> Operation:
     """Hand out the lowest waiting task.
 
@@ -6327,7 +6610,7 @@ def claim_task(req: Request, run: str) -> Operation:
     return claim(run, req.fields["worker_uuid"], idempotency_key(req)).shown_as(show_claimed)
 
 
-@route("POST", "/api/runs/<run>/tasks", body={"worker_uuid": UUID, "count": Integer(1, MAX_BATCH)})
+@route("POST", "/api/runs/<run>/tasks", scope="work", body={"worker_uuid": UUID, "count": Integer(1, MAX_BATCH)})
 def claim_tasks(req: Request, run: str) -> Operation:
     """Hand out up to count of the lowest waiting tasks; one is started when its worker reports `computing` or progress.
 
@@ -6378,7 +6661,7 @@ def tasks_page(req: Request, run: str) -> Operation:
         show_page, task_json, big_answer=limit > BIG_PAGE)
 
 
-@route("PUT", "/api/runs/<run>/tasks", body={
+@route("PUT", "/api/runs/<run>/tasks", scope="work", body={
     "worker_uuid": Text(64, UUID_PATTERN, required=False),
     "data": Entries(MAX_BATCH, dict({"task": Integer(0, MAX_TASKS - 1)}, **REPORT), Report, will_not_do)})
 def report_tasks(req: Request, run: str) -> Operation:
@@ -6403,7 +6686,7 @@ def task_info(req: Request, run: str, task: str) -> Operation:
     return read_task(run, task_number(task)).shown_as(show_task, 200, req.query.get("info"))
 
 
-@route("PUT", "/api/runs/<run>/tasks/<task>", body=dict(
+@route("PUT", "/api/runs/<run>/tasks/<task>", scope="work", body=dict(
     {"worker_uuid": Text(64, UUID_PATTERN, required=False)}, **REPORT))
 def report_task(req: Request, run: str, task: str) -> Operation:
     """Report the state of a task; who names a worker or an attempt must hold it, who names none ends every hold.
@@ -6421,8 +6704,8 @@ def report_task(req: Request, run: str, task: str) -> Operation:
     return report(run, fields.get("worker_uuid"), said).shown_as(show_nothing)
 
 
-@route("POST", "/api/worker", body={"uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID),
-                                    "lease": Integer(1, MAX_LEASE_S, required=False)})
+@route("POST", "/api/worker", scope="work", minds_run=True, body={
+    "uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID), "lease": Integer(1, MAX_LEASE_S, required=False)})
 def new_worker(req: Request) -> Operation:
     """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
 
@@ -6435,7 +6718,7 @@ def new_worker(req: Request) -> Operation:
             lambda worker: json_reply(201, {"uuid": worker.uuid, "id": worker.id, "lease": worker.lease})))
 
 
-@route("GET", "/api/worker/<worker>", query=PAGE)
+@route("GET", "/api/worker/<worker>", minds_run=True, query=PAGE)
 def worker_info(req: Request, worker: str) -> Operation:
     """A worker and a page of the tasks that it holds.
 
@@ -6443,7 +6726,8 @@ def worker_info(req: Request, worker: str) -> Operation:
     errors: 404 no such worker
     """
     limit = req.query.get("limit", DEFAULT_PAGE)
-    return read_worker(worker, limit, req.query.get("after", 0)).shown_as(show_worker, big_answer=limit > BIG_PAGE)
+    return read_worker(worker, limit, req.query.get("after", 0)).shown_as(
+        show_worker, big_answer=limit > BIG_PAGE)
 
 
 def show_worker(seen: Tuple[ShownWorker, Page]) -> Reply:
@@ -6455,17 +6739,18 @@ def show_worker(seen: Tuple[ShownWorker, Page]) -> Reply:
     return show_page(seen[1], held, dict(worker_json(seen[0]), revision=seen[0].revision))
 
 
-@route("PUT", "/api/worker/<worker>")
+@route("PUT", "/api/worker/<worker>", scope="work", minds_run=True)
 def heartbeat(req: Request, worker: str) -> Operation:
     """Tell that a worker lives: its lease is renewed, and what lapsed comes back to it if nobody has claimed it.
 
     200: {"held": number of tasks, "revision": rises whenever one is taken from it}
     errors: 404 no such worker, 409 it has signed off
     """
-    return beat(worker).shown_as(lambda seen: json_reply(200, {"held": seen.held, "revision": seen.revision}))
+    return beat(worker).shown_as(
+        lambda seen: json_reply(200, {"held": seen.held, "revision": seen.revision}))
 
 
-@route("DELETE", "/api/worker/<worker>")
+@route("DELETE", "/api/worker/<worker>", scope="work", minds_run=True)
 def worker_leaves(req: Request, worker: str) -> Operation:
     """Sign a worker off: its tasks wait again.
 
@@ -6475,9 +6760,12 @@ def worker_leaves(req: Request, worker: str) -> Operation:
     return sign_off(worker).shown_as(show_nothing)
 
 
-@route("GET", "/api/workers", query=dict(PAGE, all=Choice({"True": True, "False": False}, required=False)))
+@route("GET", "/api/workers", minds_run=True, query=dict(
+    PAGE, all=Choice({"True": True, "False": False}, required=False)))
 def workers_page(req: Request) -> Operation:
     """A page of the workers that live, or with ?all=True of all, in order of registration; pass next as after for more.
+
+    A token for one run sees those that hold tasks of it.
 
     200: {"data": [{"uuid", "id", "hostname", "pid", "lease", "state", "heard", "held"}, ...], "next"}
     """
@@ -7407,8 +7695,8 @@ def refused_login(access: Access) -> FarmError:
     """The error of a login that the farm refuses, with what sets or gets another. The farm's own is for programs."""
     if access.token:
         return error_of_status(Unauthorized.status, (
-            "the token of {0.source} is refused: it has expired, or its user has another password now. 'python3 "
-            "taskfarm.py login {0.url}' gets another; unset TASKFARM_TOKEN where it is set".format(access)))
+            "the token of {0.source} is refused: it has expired or been revoked, or its user has another password. "
+            "'python3 taskfarm.py login {0.url}' gets another; unset TASKFARM_TOKEN where it is set".format(access)))
     return error_of_status(Unauthorized.status, (
         "user %s or the password is wrong. On the server's machine 'python3 taskfarm.py user passwd %s --db FILE' sets "
         "another password" % (printable(access.user), shlex.quote(printable(access.user)))))
@@ -11486,6 +11774,73 @@ def confirm(question: str, otherwise: str = "--yes answers yes") -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def cmd_token_new(args: argparse.Namespace) -> int:
+    """make a token, a login for a program, and print it
+
+    With the scope work it claims and reports tasks, with read it only looks, with full it may do all
+    that you may. With --run it reaches that run alone. It is shown this once: give it to a program in
+    TASKFARM_TOKEN, and TASKFARM_URL beside it, or as the user name of the published client.
+
+    examples:
+      python3 taskfarm.py token new --run antarctica --days 30 --label "GPU nodes"
+      TASKFARM_TOKEN=$(python3 taskfarm.py token new --scope read)
+    """
+    with open_client(args) as client:
+        body = {"scope": args.scope, "days": args.days, "label": args.label,
+                "run": find_run_uuid(client, args.run, changes=True) if args.run else None}
+        token = client.ask("POST", "/api/tokens", {name: value for name, value in body.items() if value is not None})
+    print(token["token"])
+    print_notice("token %d, scope %s, %s, %s: 'python3 taskfarm.py token revoke %d' ends it" % (
+        token["id"], token["scope"], "run %s alone" % token["run"] if token["run"] else "for all runs",
+        "until " + token["expires"] if token["expires"] else "with no end", token["id"]))
+    return 0
+
+
+def cmd_token_list(args: argparse.Namespace) -> int:
+    """list your tokens, but not the texts that log in
+
+    The one in the access file is among them. Sessions, which programs with a password get for
+    themselves, are not: they end by themselves, and with the password.
+
+    examples:
+      python3 taskfarm.py token list
+      python3 taskfarm.py token list --json
+    """
+    screen = Screen(sys.stdout, os.environ)
+    with open_client(args) as client:
+        pages = limit_rows(every_page(client, "/api/tokens", limit=ROWS_AT_ONCE), 0)
+        if args.json:
+            print_json_rows(pages)
+            return 0
+        table = Table([Column("id", True), Column("scope"), Column("run", can_shrink=True), Column("age", True),
+                       Column("ends"), Column("label", can_shrink=True)], screen.columns)
+        for tokens, _ in pages:
+            utc = time.time() + client.clock_ahead_s
+            print_table(screen, table, [
+                (token["id"], token["scope"], token["run"] or "all", time_since(token["created"], utc),
+                 token["expires"] and token["expires"][:10], token["label"]) for token in tokens])
+    return 0
+
+
+def cmd_token_revoke(args: argparse.Namespace) -> int:
+    """revoke tokens: from now on they log in nobody
+
+    Programs that use them are refused from their next request on. To change the password revokes all.
+
+    example:
+      python3 taskfarm.py token revoke 7 8
+    """
+    with open_client(args) as client:
+        own = "tf1.%d."
+        for token_id in sorted(args.ids, key=lambda token_id: client.access.token.startswith(own % token_id)):
+            client.ask("DELETE", "/api/tokens/%d" % token_id)
+            print("token %d is revoked" % token_id)
+        if any(client.access.token.startswith(own % token_id) for token_id in args.ids):
+            print_notice("one of them was this login, of %s: 'python3 taskfarm.py login %s' makes another, and so does "
+                         "the next start of the server" % (client.access.source, client.access.url))
+    return 0
+
+
 def cmd_login(args: argparse.Namespace) -> int:
     """make an access file for a server elsewhere, so that verbs and workers here find it
 
@@ -11510,6 +11865,8 @@ def cmd_login(args: argparse.Namespace) -> int:
     access = access._replace(certificate=certificate, password=read_password(user))
     with contextlib.closing(Client(lambda: access)) as client:
         answer = client.ask("GET", "/api/token")
+        answer["token"] = client.ask("POST", "/api/tokens", {
+            "scope": "full", "days": LOGIN_DAYS, "label": "login on " + printable(socket.gethostname())[:80]})["token"]
     path = login_path(os.environ, url)
     try:
         write_access(path, {"url": url, "user": user, "token": answer["token"], "farm": answer["farm"],
@@ -11611,14 +11968,18 @@ def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) 
 
 
 def publish_access(service: Service, user: User, db: str) -> None:
-    """Write the access file, with a token of *user* that lasts until the password changes. Raises OSError."""
+    """Write the access file, with a token of *user*, the same until it is revoked or the password changes.
+
+    Raises OSError, also when there is no token and the disk takes none.
+    """
     environ = dict(os.environ)
     identity = service.store.identity
     try:
         path = farm_access_path(environ, identity, service.url, db)
-    except Refusal as refused:
-        raise OSError(errno.EPERM, str(refused))
-    access = {"url": service.url, "user": user.name, "token": service.farm.token(user, 0), "farm": identity,
+        token = service.store.call(access_token(user))
+    except (Refusal, FarmError) as error:
+        raise OSError(errno.EPERM, str(error))
+    access = {"url": service.url, "user": user.name, "token": service.farm.token_text(token.id), "farm": identity,
               "certificate": service.certificate}
     try:
         write_access(path, access)
@@ -12209,7 +12570,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 VERB_GROUPS = (
     ("work on tasks", ("new", "work", "status")),
     ("look and keep", ("list", "tasks", "workers", "restart", "delete", "progress")),
-    ("serve and set up", ("serve", "login", "doctor", "user", "audit", "check", "backup", "bench")),
+    ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
 )
 
 
@@ -12266,6 +12627,18 @@ def add_client_verbs(verbs: Any) -> None:
     which.add_argument("--all", action="store_true", help="all tasks, also those that are done; asks first")
     which.add_argument("--failed", action="store_true", help="the failed tasks alone")
     add_client_verb(verbs, "delete", cmd_delete, run=True).add_argument("--yes", action="store_true", help="do not ask")
+    token = verbs.add_parser("token", description="make, list and revoke tokens: logins for programs; 'token VERB "
+                             "--help' says more, with an example", allow_abbrev=False)
+    tokens = token.add_subparsers(title="verbs", metavar="VERB", required=True)
+    new_token = add_client_verb(tokens, "new", cmd_token_new)
+    new_token.add_argument("--run", metavar="RUN", help="for this run alone: " + CHANGED_RUN)
+    new_token.add_argument("--scope", choices=SCOPES, default="work", help="what it may do; by default work")
+    new_token.add_argument("--days", type=positive_number, metavar="N", help="how long it lasts; by default until it "
+                           "is revoked")
+    new_token.add_argument("--label", metavar="TEXT", help="what it is for")
+    add_client_verb(tokens, "list", cmd_token_list, reads=True)
+    add_client_verb(tokens, "revoke", cmd_token_revoke).add_argument(
+        "ids", metavar="ID", nargs="+", type=positive_number, help="of a token, as 'token list' shows it")
     doctor = add_client_verb(verbs, "doctor", cmd_doctor, reads=True)
     add_env_option(doctor, "--db FILE", None, "the farm's file, which need not exist; by default one in this folder")
     add_env_option(doctor, "--host ADDRESS", "127.0.0.1", "the address that a server would listen on")
@@ -12302,8 +12675,9 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
                        help="another name by which clients reach it, as an alias or that of a proxy; may come again "
                        "(TASKFARM_ALLOW_HOST, with blanks between)")
     add_env_option(serve, "--access-log FILE", "", "a file that gets a line for each request, - for standard output")
-    add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long a new token is valid, 0 until the password "
-                   "changes; by default 365", number_type(float, 0, 36500, "a number of days from 0 to 36500"))
+    add_env_option(serve, "--token-days DAYS", str(TOKEN_DAYS), "how long the session of a program that logs in with a "
+                   "password lasts, 0 until the password changes; by default 30",
+                   number_type(float, 0, 36500, "a number of days from 0 to 36500"))
     add_env_option(serve, "--tls-cert FILE", "", "the site's certificate in place of the farm's own: PEM, with those "
                    "that signed it; read again on SIGHUP")
     add_env_option(serve, "--tls-key FILE", "", "its key: PEM, without a password")

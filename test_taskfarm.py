@@ -1171,7 +1171,8 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
-         ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["doctor"]]
+         ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"],
+         ["token", "revoke"], ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -1203,7 +1204,7 @@ def test_the_docstring_names_every_endpoint_and_no_other() -> None:
                      for route in taskfarm.ROUTES.table]
 
 
-@pytest.mark.parametrize("words", [[], ["user"], *VERBS], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["user"], ["token"], *VERBS], ids=" ".join)
 def test_help_fits_80_columns(words: List[str]) -> None:
     shown = run_verb(*words, "--help", COLUMNS="80").stdout
     assert shown and [line for line in shown.splitlines() if len(line) > 80] == []
@@ -1299,7 +1300,7 @@ def test_the_readme_names_every_route_and_verb() -> None:
     readme = (HERE / "README.md").read_text()
     for route in taskfarm.ROUTES.table:
         if route.access != taskfarm.ADMIN:
-            path = route.path.replace("<run>", "RUN").replace("<task>", "N").replace("<worker>", "WORKER")
+            path = re.sub("<(run|worker|id)>", lambda match: match[1].upper(), route.path).replace("<task>", "N")
             assert "| `%s %s`" % (route.method, path) in readme, path
     for verb in VERBS:
         assert "taskfarm.py %s" % " ".join(verb) in readme, verb
@@ -4411,7 +4412,7 @@ def test_an_unknown_user_costs_what_users_cost_also_where_their_hashes_are_of_an
         store: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     users = {name: User(number, name, taskfarm.hash_password("x", kind), 1) for number, name, kind in (
         (1, "ada", "pbkdf2"), (2, "ann", "pbkdf2"), (3, "bob", "scrypt"))}
-    logins = taskfarm.Logins(lambda: users, b"k" * 32, store.clock, "secret")
+    logins = taskfarm.Logins(lambda: users, b"k" * 32, store.clock, "secret", {})
     stand_ins = {name: logins._stand_in(users, name) for name in ("nobody%d" % n for n in range(50))}
     assert {text.split("$")[0] for text in stand_ins.values()} == {"pbkdf2", "scrypt"}
     assert all(logins._stand_in(users, name) == text for name, text in stand_ins.items()), "and is the same each time"
