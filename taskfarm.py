@@ -7019,8 +7019,9 @@ class Service:
             if self.store.made:
                 undo.callback(remove_database, self.store.path)     # a start that is refused leaves no empty farm
             undo.callback(self.store.close)
+            shown, local = reachable_as(host, advertise)
             self.certificate, context = (
-                own_certificate(self.store, host) if tls_files is None else site_certificate(*tls_files))
+                own_certificate(self.store, shown) if tls_files is None else site_certificate(*tls_files))
             self.farm = Farm(self.store, secret, token_days, private)
             try:
                 self.server = Server((host, port), self.farm, routes, context, access_log, plain_http,
@@ -7033,7 +7034,6 @@ class Service:
                 self.store.start()
             except RuntimeError:
                 raise Refusal("the system gives this user no more threads (ulimit -u): end some processes first")
-            shown, local = reachable_as(host, advertise)
             self.url = url_of(shown, self.server.server_port)
             self.holder = {"host": socket.gethostname(), "machine": machine_id(), "pid": os.getpid(), "url": self.url,
                            "admin_url": url_of(local, self.server.server_port), "secret": secret}
@@ -7081,15 +7081,17 @@ class Service:
         self.lock.close()
 
 
-def own_certificate(store: Store, host: str) -> Tuple[str, ssl.SSLContext]:
-    """The farm's own certificate, in PEM, and the server's end of TLS with it. It is made where there is none yet."""
+def own_certificate(store: Store, shown: str) -> Tuple[str, ssl.SSLContext]:
+    """The farm's own certificate, in PEM, and the server's end of TLS with it. It is made where there is none yet.
+
+    *shown*: the host that clients are told.
+    """
     key, certificate = store.call(read_certificate())
     if not certificate:
-        # The host's name as it is: to ask for a longer one may hang without DNS.
-        names, addresses = dict.fromkeys([socket.gethostname(), "localhost"]), dict.fromkeys(["127.0.0.1", "::1"])
-        if is_address(host):
-            addresses[host] = None
-        key, certificate = make_certificate([*names], [*addresses], store.clock().utc)
+        # The machine's name as it is: to ask for a longer one may hang without DNS.
+        hosts = dict.fromkeys([shown, socket.gethostname(), "localhost", "127.0.0.1", "::1"])
+        key, certificate = make_certificate([host for host in hosts if not is_address(host)],
+                                            [host for host in hosts if is_address(host)], store.clock().utc)
         store.call(keep_certificate(key, certificate))
     return certificate, server_context(certificate, key)
 

@@ -33,6 +33,7 @@ import functools
 import hashlib
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import os
@@ -4817,6 +4818,9 @@ def test_a_farm_makes_its_certificate_once(tmp_path: Path) -> None:
             service.close()
     first, (key, kept) = certificate()
     assert first == kept and taskfarm.server_context(kept, key) and certificate() == (first, (key, kept))
+    for address in ("127.0.0.1", "::1"):
+        assert ipaddress.ip_address(address).packed in taskfarm.certificate_der(first)
+    assert all(name.encode() in taskfarm.certificate_der(first) for name in (socket.gethostname(), "localhost"))
 
 
 # ---------------------------------------------------------------- HTTP
@@ -5327,8 +5331,8 @@ def test_a_big_answer_that_waits_for_a_restart_holds_up_no_other(stepped: Steppe
     stepped.service.farm.submit = asked.extend      # type: ignore[assignment]      # and nothing answers
     page = request_bytes("GET", "/api/workers?limit=1000", **stepped.login())
     raws = stepped.new(page, taskfarm.BIG_AT_ONCE + 2)
-    stepped.turn_until(lambda: len(asked) == taskfarm.BIG_AT_ONCE)
-    assert len(stepped.server.big_waiting) == 2, "few of them lie in memory"
+    stepped.turn_until(lambda: asked and all(raw.served.busy for raw in raws))
+    assert (len(asked), len(stepped.server.big_waiting)) == (taskfarm.BIG_AT_ONCE, 2), "few of them lie in memory"
     before = stepped.clock().tick
     assert all(0 < named.came <= before for _, named in stepped.server.big_waiting), "that it waits here counts"
     stepped.clock.pass_time(taskfarm.BIG_S)
