@@ -4347,7 +4347,7 @@ def test_while_many_guess_those_who_were_wrong_share_a_hash_a_second(guesser: Gu
             assert guesser.guess(number + before * 10000, "ada", "10.0.1.%d" % (number % 100)) in (401, 429)
             clock.pass_time(0.006)
         assert guesser.hashes - before <= most
-        assert guesser.guess(before, "eve", "10.0.2.%d" % (before % 256)) == 401      # so that the next hash has to wait
+        assert guesser.guess(before, "eve", "10.0.2.%d" % (before % 256)) == 401    # the next hash has to wait
         assert guesser.status(RIGHT, "10.0.0.2") == 200, "who was wrong long ago, or never, is not held up"
     clock.pass_time(61)
     assert [guesser.guess(number, "ann", "10.0.0.3") for number in range(3)] == [401] * 3, "it ends when they do"
