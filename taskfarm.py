@@ -3843,6 +3843,7 @@ WRONG_OF_USER = 5                   # wrong logins of a user from an address in 
 WRONG_OF_ADDRESS = 10               # hashes of wrong passwords from an address,
 WRONG_OF_ALL = 20                   # and from everywhere: more than one address gets
 DOUBTFUL_HASH_S = 1.0               # while there are so many, between one and the next for those who were wrong
+DOUBT_S = 600.0                     # not longer ago than this
 LONGEST_WAIT_S = 60.0
 
 
@@ -3903,7 +3904,7 @@ class Throttle:
         network = network_of(address)
         pair, of_address = self.pairs.get((network, user)), self.addresses.get(network) if hashing else None
         until = max([failures.until for failures in (pair, of_address) if failures], default=0.0)
-        if of_address and self.all.many(tick):
+        if of_address and tick - of_address.ticks[-1] < DOUBT_S and self.all.many(tick):
             until = max(until, self.all.ticks[-1] + DOUBTFUL_HASH_S)
         if until > tick:
             raise TooManyRequests(until - tick)

@@ -4533,13 +4533,16 @@ def test_one_address_gets_few_hashes_whatever_users_it_names(guesser: Guesser) -
 
 def test_while_many_guess_those_who_were_wrong_share_a_hash_a_second(guesser: Guesser, store: Direct) -> None:
     clock: Any = store.clock
+    assert guesser.guess(0, "ann", "10.0.0.2") == 401
+    clock.pass_time(taskfarm.DOUBT_S)
     for most in (100 + taskfarm.WRONG_OF_ALL, 61, 61):
         before = guesser.hashes
         for number in range(10000):
             assert guesser.guess(number + before * 10000, "ada", "10.0.1.%d" % (number % 100)) in (401, 429)
             clock.pass_time(0.006)
         assert guesser.hashes - before <= most
-    assert guesser.status(RIGHT, "10.0.0.2") == 200, "who was never wrong is not held up"
+        assert guesser.guess(before, "eve", "10.0.2.%d" % (before % 256)) == 401    # the next hash has to wait
+        assert guesser.status(RIGHT, "10.0.0.2") == 200, "who was wrong long ago, or never, is not held up"
     clock.pass_time(61)
     assert [guesser.guess(number, "ann", "10.0.0.3") for number in range(3)] == [401] * 3, "it ends when they do"
 
