@@ -1816,7 +1816,7 @@ def check(sql: Transaction, now: Now) -> List[str]:
              "%d tasks name a run that they are not of"),
             (sql.value("""
                 SELECT count(*) FROM token
-                WHERE user NOT IN (SELECT id FROM user) OR run NOT IN (SELECT uuid FROM run)"""),
+                WHERE user NOT IN (SELECT id FROM user) OR run IS NOT NULL AND run NOT IN (SELECT uuid FROM run)"""),
              "%d tokens are of no user, or for no run"),
             (sql.value("SELECT count(*) FROM spared WHERE run NOT IN (SELECT id FROM run WHERE sweep IS NOT NULL)"),
              "%d workers are spared by no restart")):

@@ -4369,9 +4369,9 @@ def test_tokens_expire_and_beget_none_that_last_longer(tmp_path: Path) -> None:
     clock = FakeClock()
     live = Live(str(tmp_path / "f"), clock)
     token = token_of(live, basic("ada", Live.PASSWORD))
-    clock.pass_time(100 * 86400)
+    clock.pass_time(20 * 86400)
     second = token_of(live, "Bearer " + token)
-    clock.pass_time(266 * 86400)
+    clock.pass_time(11 * 86400)
     assert [get_with(live, "Bearer " + each)[0] for each in (token, second)] == [401, 401]
     assert get_with(live, basic("ada", Live.PASSWORD))[0] == 200
     live.close()
@@ -4387,6 +4387,162 @@ def test_a_new_password_or_a_removal_ends_every_token_and_remembered_login(farm:
     store.call(taskfarm.add_user("ada", taskfarm.hash_password("another")))
     assert get_with(farm, token)[0] == 401, "a user who is added again is a new one"
     assert get_with(farm, basic("ada", "another"))[0] == 200
+
+
+def new_token(farm: Any, scope: str = "full", **more: Any) -> Dict[str, Any]:
+    status, token = farm.ask("POST", "/api/tokens", dict(more, scope=scope))
+    assert status == 201
+    return dict(token)
+
+
+@contextlib.contextmanager
+def asking_with(farm: Any, token: str) -> Iterator[None]:
+    """Requests show another token meanwhile."""
+    kept, farm.token = farm.token, token
+    yield
+    farm.token = kept
+
+
+def test_a_token_is_void_at_once_when_it_is_revoked_also_where_it_is_remembered(farm: Live) -> None:
+    token = new_token(farm)
+    headers = ["Bearer " + token["token"], basic(token["token"], ""), basic(token["token"], "any password")]
+    assert [get_with(farm, header)[0] for header in headers * 2] == [200] * 6
+    assert headers[0].encode() in farm.service.farm.logins.memory
+    assert farm.ask("DELETE", "/api/tokens/%d" % token["id"]) == (204, None)
+    assert headers[0].encode() in farm.service.farm.logins.memory, "it is judged each time, not only forgotten"
+    assert [get_with(farm, header)[0] for header in headers * 2] == [401] * 6
+    assert farm.ask("DELETE", "/api/tokens/%d" % token["id"])[0] == 404
+    farm.restart_server()
+    assert get_with(farm, headers[0])[0] == 401 and new_token(farm)["id"] > token["id"], "ids are never used again"
+
+
+def test_the_days_of_a_token_end_also_where_it_is_remembered(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    token = "Bearer " + new_token(live, "read", days=1)["token"]
+    clock.pass_time(86399)
+    assert get_with(live, token)[0] == 200
+    clock.pass_time(1)
+    assert get_with(live, token)[0] == 401
+    live.close()
+
+
+@pytest.mark.parametrize("end", ["password", "removal", "run"])
+def test_tokens_end_with_the_password_the_user_and_the_run(farm: Live, end: str) -> None:
+    run, store = make_run(farm, 3), farm.service.store
+    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    with asking_with(farm, farm.service.farm.token(farm.user("bob"), 0)):
+        bobs = new_token(farm, "read")["token"]
+    tokens = [new_token(farm, "work", run=run)["token"], new_token(farm)["token"]]
+    assert [get_with(farm, "Bearer " + token)[0] for token in [*tokens, bobs]] == [200] * 3
+    if end == "run":
+        assert farm.ask("DELETE", "/api/runs/" + run)[0] == 204
+    else:
+        store.call(taskfarm.set_password("ada", ADAS_HASH) if end == "password" else taskfarm.remove_user("ada"))
+    full = 200 if end == "run" else 401
+    assert [get_with(farm, "Bearer " + token)[0] for token in [*tokens, bobs]] == [401, full, 200]
+    assert len(store.tokens) == (2 if end == "run" else 1)
+    if end == "removal":
+        store.call(taskfarm.add_user("ada", ADAS_HASH))
+
+
+def test_a_token_shows_itself_to_those_who_ask_for_one_and_begets_none_that_lasts_longer(tmp_path: Path) -> None:
+    clock = FakeClock()
+    live = Live(str(tmp_path / "f"), clock)
+    mother = new_token(live, days=10)
+    with asking_with(live, mother["token"]):
+        assert live.ask("GET", "/api/token") == (200, {"token": mother["token"]})
+        children = [new_token(live), new_token(live, days=30), new_token(live, days=3)]
+        assert [child["expires"] for child in children[:2]] == [mother["expires"]] * 2
+        assert children[2]["expires"] < mother["expires"]
+    looks = new_token(live, "read")
+    with asking_with(live, looks["token"]):
+        assert live.ask("GET", "/api/token") == (200, {"token": looks["token"]})
+        assert live.ask("GET", "/api/token?proof=True")[0] == 403, "it could pass for the farm"
+    live.close()
+
+
+def test_what_was_revoked_or_renewed_meanwhile_makes_no_token(store: Direct) -> None:
+    user = store.store.call(taskfarm.add_user("ada", ADAS_HASH))
+    mother = store.store.call(taskfarm.create_token(user, "full", None, "", None, None))
+    child = taskfarm.create_token(user, "full", None, "", None, mother)
+    outcomes = store.store.call_all([taskfarm.revoke_token(user.id, mother.id), child])     # in one transaction
+    assert isinstance(outcomes[1], taskfarm.Unauthorized)
+    outcomes = store.store.call_all([taskfarm.set_password("ada", ADAS_HASH),
+                                     taskfarm.create_token(user, "full", None, "", None, None)])
+    assert isinstance(outcomes[1], taskfarm.Unauthorized) and store.store.tokens == {}
+
+
+def test_a_user_has_a_thousand_tokens_at_most_and_expired_ones_make_room(store: Direct) -> None:
+    user = store.store.call(taskfarm.add_user("ada", ADAS_HASH))
+    bob = store.store.call(taskfarm.add_user("bob", ADAS_HASH))
+
+    def make(user: User, days: Optional[int]) -> Operation:
+        return taskfarm.create_token(user, "read", None, "", days, None)
+    made = store.store.call_all([make(user, 2 if number < 10 else None) for number in range(1000)])
+    with pytest.raises(taskfarm.Conflict, match="revoke some"):
+        store.store.call(make(user, None))
+    store.store.call(make(bob, None))
+    store.store.call(taskfarm.revoke_token(user.id, made[-1].id))
+    store.store.call(make(user, None))
+    with pytest.raises(taskfarm.Conflict):
+        store.store.call(make(user, None))
+    store.pass_time(2 * 86400)
+    store.store.call(make(user, None))
+    assert len(store.store.tokens) == 992, "and they are gone"
+
+
+def test_the_text_of_a_token_is_kept_nowhere_and_its_key_gives_it_again(farm: Live, tmp_path: Path) -> None:
+    body = {"scope": "work", "label": "twice"}
+    first = farm.ask("POST", "/api/tokens", body, "k")
+    assert first[0] == 201 and farm.ask("POST", "/api/tokens", body, "k") == first
+    assert farm.ask("POST", "/api/tokens", dict(body, scope="full"), "k")[0] == 422
+    listed = farm.ask("GET", "/api/tokens")[1]["data"]
+    assert [dict(token, token=first[1]["token"]) for token in listed] == [first[1]]
+    signature = first[1]["token"].rpartition(".")[2]
+    farm.stop()
+    assert not [name for name in tmp_path.iterdir() if signature.encode() in name.read_bytes()]
+    farm.local = threading.local()
+    farm.start()
+    assert farm.ask("POST", "/api/tokens", body, "k") == first
+
+
+@pytest.mark.parametrize("body, status", [
+    ({"scope": "read", "label": "x" * 100, "days": 3650}, 201), ({"scope": "all"}, 400), ({}, 400),
+    ({"scope": "read", "label": "x" * 101}, 400), ({"scope": "read", "label": "a\x1b[31m"}, 400),
+    ({"scope": "read", "days": 3651}, 400), ({"scope": "read", "days": 0}, 400), ({"scope": "work", "run": "x"}, 404),
+    ({"scope": "full", "run": "x"}, 400), ({"scope": "read", "user": "bob"}, 400)])
+def test_what_a_token_may_be(shared_farm: Live, body: Any, status: int) -> None:
+    assert shared_farm.ask("POST", "/api/tokens", body)[0] == status
+
+
+def test_a_number_that_is_no_tokens_is_404(shared_farm: Live) -> None:
+    for text in ("0", "999999", "-1", "x", "1.5", "9" * 30):
+        assert shared_farm.ask("DELETE", "/api/tokens/" + text)[0] == 404, text
+
+
+def test_the_list_of_tokens_has_pages_and_shows_others_to_admin_alone(farm: Live) -> None:
+    farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    ids = [new_token(farm, "read")["id"] for _ in range(3)]
+    with asking_with(farm, farm.service.farm.token(farm.user("bob"), 0)):
+        bobs = new_token(farm, "work")["id"]
+        assert [token["id"] for token in farm.ask("GET", "/api/tokens")[1]["data"]] == [bobs]
+        assert farm.ask("DELETE", "/api/tokens/%d" % ids[0])[0] == 404
+    page = farm.ask("GET", "/api/tokens?limit=2")[1]
+    assert [token["id"] for token in page["data"]] == ids[:2] and page["next"] == str(ids[1])
+    assert farm.ask("GET", "/api/tokens?limit=2&after=" + page["next"])[1]["data"][0]["id"] == ids[2]
+    admin = "Bearer " + taskfarm.read_holder(farm.path)["secret"]
+    status, _, body = get_with(farm, admin, "/api/tokens")
+    shown = [(token["id"], token["user"]) for token in json.loads(body)["data"]]
+    assert status == 200 and shown == [(each, "ada") for each in ids] + [(bobs, "bob")]
+
+
+def test_a_token_of_a_transaction_that_fails_is_not_known(store: Direct) -> None:
+    user = store.store.call(taskfarm.add_user("ada", ADAS_HASH))
+    with pytest.raises(RuntimeError), store.store._transaction("BEGIN IMMEDIATE") as (sql, now):
+        taskfarm.add_token(sql, now, user, "full", None, "", None)
+        raise RuntimeError()
+    assert store.store.tokens == {}
 
 
 def test_a_thousand_logins_with_one_password_cost_one_hash(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6485,6 +6641,113 @@ def test_refusals_of_many_reports_are_encoded_one_by_one(farm: Live, monkeypatch
     assert answer["refused"][7]["task"] == 8 and "attempt" in answer["refused"][7]["detail"]
     assert max(lengths) < 200, "one call for all would hold up every other thread"
     assert farm.ask("PUT", "/api/runs/%s/tasks" % run, {"data": entries[7:8]}) == (200, {"accepted": 1, "refused": []})
+
+
+# Who may do what: for each endpoint a letter for each of these, L 401, F 403, N 404 and . success.
+CREDENTIALS = ("none", "wrong", "expired", "revoked", "read", "work", "here", "elsewhere", "other", "full", "admin")
+ANYBODY, LOGINS = "...........", "LLLL......."
+READS, WORKS, FULLS, ADMINS = "LLLL...F...", "LLLLF..F...", "LLLLFFFF...", "LLLLFFFFFF."
+WHO_MAY: Dict[Tuple[str, str], Tuple[str, Any]] = {
+    ("GET", "/"): (ANYBODY, None),
+    ("GET", "/livez"): (ANYBODY, None),
+    ("GET", "/readyz"): (ANYBODY, None),
+    ("GET", "/api/token"): ("LLLL......F", None),
+    ("POST", "/api/tokens"): ("LLLLFFFF..F", {"scope": "read"}),
+    ("GET", "/api/tokens"): (FULLS, None),
+    ("DELETE", "/api/tokens/<id>"): ("LLLLFFFFN..", None),
+    ("POST", "/api/run"): (FULLS, {"numTasks": 3}),
+    ("GET", "/api/runs"): (LOGINS, None),
+    ("GET", "/api/runs/<run>"): (READS, None),
+    ("DELETE", "/api/runs/<run>"): (FULLS, None),
+    ("POST", "/api/runs/<run>/restart"): (FULLS, None),
+    ("POST", "/api/runs/<run>/task"): (WORKS, {"worker_uuid": "{worker}"}),
+    ("POST", "/api/runs/<run>/tasks"): (WORKS, {"worker_uuid": "{worker}", "count": 1}),
+    ("GET", "/api/runs/<run>/tasks"): (READS, None),
+    ("PUT", "/api/runs/<run>/tasks"): (WORKS, {"data": [{"task": 0, "status": "done"}]}),
+    ("GET", "/api/runs/<run>/tasks/<task>"): (READS, None),
+    ("PUT", "/api/runs/<run>/tasks/<task>"): (WORKS, {"status": "done"}),
+    ("POST", "/api/worker"): ("LLLLF......", {"uuid": "{new}", "hostname": "node1", "pid": 1}),
+    ("GET", "/api/worker/<worker>"): (READS, None),
+    ("PUT", "/api/worker/<worker>"): (WORKS, None),
+    ("DELETE", "/api/worker/<worker>"): (WORKS, None),
+    ("GET", "/api/workers"): (LOGINS, None),
+    ("GET", "/api/users"): (ADMINS, None),
+    ("POST", "/api/users"): (ADMINS, {"name": "{new}", "password": "{hash}"}),
+    ("PUT", "/api/users/<user>"): (ADMINS, {"password": "{hash}"}),
+    ("DELETE", "/api/users/<user>"): (ADMINS, None),
+    ("POST", "/api/backup"): (ADMINS, None),
+    ("GET", "/api/backup"): (ADMINS, None),
+    ("DELETE", "/api/backup"): (ADMINS, {"path": "nowhere"}),
+}
+SHOWN = {401: "L", 403: "F", 404: "N"}
+
+
+def credentials(farm: Live, run: str, other_run: str) -> Dict[str, Optional[str]]:
+    """What a client may show, by its name in CREDENTIALS."""
+    assert isinstance(farm.clock, FakeClock)
+    if "bob" not in farm.service.store.users:
+        farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    expired, revoked, full = new_token(farm, days=1), new_token(farm), new_token(farm)["token"]
+    farm.clock.pass_time(86400)
+    assert farm.ask("DELETE", "/api/tokens/%d" % revoked["id"])[0] == 204
+    made = {"none": None, "expired": expired["token"], "revoked": revoked["token"], "full": full,
+            "wrong": full[:-4] + ("AAAA" if full[-4:] != "AAAA" else "BBBB"), "read": new_token(farm, "read")["token"],
+            "work": new_token(farm, "work")["token"], "here": new_token(farm, "work", run=run)["token"],
+            "elsewhere": new_token(farm, "work", run=other_run)["token"],
+            "admin": taskfarm.read_holder(farm.path)["secret"]}
+    with asking_with(farm, farm.service.farm.token(farm.user("bob"), 0)):
+        made["other"] = new_token(farm)["token"]
+    return made
+
+
+@pytest.mark.parametrize("method, path", [(route.method, route.path) for route in taskfarm.ROUTES.table],
+                         ids=lambda word: word)
+def test_every_endpoint_with_every_kind_of_credential(tmp_path: Path, method: str, path: str) -> None:
+    assert (method, path) in WHO_MAY, "a new endpoint: say here who may use it"
+    expected, body = WHO_MAY[method, path]
+    farm = Live(str(tmp_path / "farm.sqlite"), FakeClock())
+    if (method, path) == ("GET", "/api/backup"):
+        farm.service.store.call(taskfarm.begin_copy("copy"))
+    other_run, shown = make_run(farm, 3), ""
+    for kind in CREDENTIALS:
+        run = make_run(farm, 3)
+        shows = credentials(farm, run, other_run)[kind]
+        name, worker_uuid = "new-" + kind, "worker-" + kind
+        farm.ask("POST", "/api/worker", {"uuid": worker_uuid, "hostname": "node1", "pid": 1})
+        assert farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": worker_uuid})[0] == 201
+        if "<user>" in path:
+            farm.service.store.call(taskfarm.add_user(name, ADAS_HASH))
+        asked = path.replace("<run>", run).replace("<task>", "1").replace("<worker>", worker_uuid).replace(
+            "<user>", name).replace("<id>", str(new_token(farm, "read")["id"]))
+        text = json.dumps(body).replace("{worker}", worker_uuid).replace("{new}", name).replace("{hash}", ADAS_HASH)
+        header = {"Authorization": "Bearer " + shows} if shows else {}
+        raw = farm.raw(request_bytes(method, asked, text.encode() if body is not None else b"", **header))
+        status, _, answer = raw.answer()
+        raw.close()
+        shown += "." if 200 <= status < 300 else SHOWN.get(status, str(status))
+        if status == 403:
+            assert re.search(r"needs the scope|is for run|holds tasks of other runs|the verbs of taskfarm|as one",
+                             json.loads(answer)["detail"]), answer
+    farm.close()
+    assert shown == expected, dict(zip(CREDENTIALS, shown))
+
+
+def test_a_token_for_a_run_sees_nothing_of_others(farm: Live) -> None:
+    mine, other = make_run(farm, 3), make_run(farm, 3)
+    for name in ("here", "both", "there", "idle"):
+        farm.ask("POST", "/api/worker", {"uuid": name, "hostname": "node1", "pid": 1})
+    for run, name in ((mine, "here"), (mine, "both"), (other, "both"), (other, "there")):
+        assert farm.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": name})[0] == 201
+    with asking_with(farm, new_token(farm, "work", run=mine)["token"]):
+        assert [run["uuid"] for run in farm.ask("GET", "/api/runs")[1]["data"]] == [mine]
+        page = farm.ask("GET", "/api/workers?limit=1")[1]
+        rest = farm.ask("GET", "/api/workers?limit=1000&after=" + page["next"])[1]
+        assert [worker["uuid"] for worker in page["data"] + rest["data"]] == ["here", "both"] and rest["next"] is None
+        for name, status in (("here", 200), ("both", 403), ("there", 403), ("idle", 200)):
+            assert farm.ask("GET", "/api/worker/" + name)[0] == farm.ask("PUT", "/api/worker/" + name)[0] == status
+        assert farm.ask("DELETE", "/api/worker/both")[0] == 403 and farm.ask("DELETE", "/api/worker/here")[0] == 204
+        assert farm.ask("GET", "/api/runs/%s/../%s" % (mine, other))[0] == 404
+        assert farm.ask("GET", "/api/runs/" + "0" * 32)[0] == 403, "whether there is one is not said either"
 
 
 def test_each_post_of_a_user_minds_its_idempotency_key() -> None:
@@ -9351,6 +9614,50 @@ def file_of(farm: Live) -> Dict[str, str]:
             "certificate": farm.service.certificate}
 
 
+def test_tokens_from_the_command_line(farm: Live) -> None:
+    run, other = make_run(farm, 4), make_run(farm, 4)
+    done = run_verb("token", "new", "--run", run[:12], "--days", "3", "--label", "GPU nodes", **as_ada(farm))
+    token, = done.stdout.splitlines()
+    assert done.returncode == 0 and "token 1, scope work, run %s alone, until 20" % run in done.stderr
+    assert token not in done.stderr
+    environ = dict(as_ada(farm), TASKFARM_TOKEN=token)
+    assert run_verb("work", run, "-j", "2", "--", "true", **environ).returncode == 0
+    assert farm.ask("GET", "/api/runs/" + run)[1]["numDone"] == 4
+    for words in (["status", run], ["list"], ["workers"], ["tasks", run, "--json"]):
+        shown = run_verb(*words, **environ)
+        assert shown.returncode == 0 and other[:8] not in shown.stdout, shown.stderr
+    refused = run_verb("work", other, "--", "true", **environ)
+    assert refused.returncode == 1 and "this token is for run %s alone" % run in refused.stderr
+    assert "needs the scope full" in run_verb("token", "new", **environ).stderr
+    farm.service.store.call(taskfarm.create_token(farm.user("ada"), "read", None, "a\x1b]0;x\x07\u202e", None, None))
+    table = verb(farm, "token", "list")
+    assert [line.split()[:2] for line in table.splitlines()] == [["id", "scope"], ["1", "work"], ["2", "read"]]
+    assert "GPU nodes" in table and token not in table and "\x1b" not in table and "\u202e" not in table
+    assert [entry["run"] for entry in json.loads(verb(farm, "token", "list", "--json"))["data"]] == [run, None]
+    own = verb(farm, "token", "new", "--scope", "full").strip()
+    done = run_verb("token", "revoke", "3", "1", **dict(as_ada(farm), TASKFARM_TOKEN=own))
+    assert done.stdout == "token 1 is revoked\ntoken 3 is revoked\n" and "login %s" % farm.url in done.stderr
+    assert run_verb("list", **environ).returncode == 6
+    assert "no token 1 of yours" in verb(farm, "token", "revoke", "1", status=1)
+
+
+def test_the_token_of_the_access_file_is_listed_and_stays_until_it_is_revoked(tmp_path: Path) -> None:
+    db, home = str(tmp_path / "f"), str(tmp_path / "home")
+    tokens = []
+    for _ in range(3):
+        server = Process(db, home=home)
+        tokens.append(server.token)
+        (listed,) = server.ask("GET", "/api/tokens")[1]["data"]
+        assert (listed["scope"], listed["run"], listed["expires"]) == ("full", None, None)
+        assert "access file" in listed["label"]
+        if len(tokens) == 2:
+            done = run_verb("token", "revoke", str(listed["id"]), HOME=home)
+            assert done.returncode == 0 and "next start of the server" in done.stderr
+            assert server.ask("GET", "/api/runs")[0] == 401
+        server.end(signal.SIGTERM)
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
 def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "access.json"
     environ = {"TASKFARM_ACCESS": str(path)}
@@ -9365,6 +9672,9 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
     assert dict(access, token=farm.token) == file_of(farm) and Live.PASSWORD not in path.read_text()
+    (listed,) = farm.ask("GET", "/api/tokens")[1]["data"]
+    assert listed["scope"] == "full" and listed["label"].startswith("login on ")
+    assert farm.service.farm.token_text(listed["id"]) == access["token"]
     assert taskfarm.farm_answers(taskfarm.parse_access(access, "")), "it can know the farm again"
     assert run_verb("new", "5", **environ).returncode == 0
     assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 1
