@@ -10705,7 +10705,7 @@ def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float
         """The file that a case begins with, and a token for it."""
         path = os.path.join(folder, fill.__name__ + ".sqlite")
         if fill is not fill_crowded:
-            shutil.copyfile(filled(fill_crowded)[0], path)
+            shutil.copy(filled(fill_crowded)[0], path)
         progress.what = "fair: filling"
         progress.show(0, 1)
         with contextlib.closing(Store(path)) as store:
@@ -10724,7 +10724,7 @@ def bench_fair(folder: str, cases: Sequence[FairCase], rows: int, seconds: float
             db = os.path.join(folder, "fair.sqlite")
             for name in glob.glob(glob.escape(db) + "*"):
                 os.remove(name)
-            shutil.copyfile(source, db)
+            shutil.copy(source, db)
             with open(db, "rb+") as copied:     # or the first commit of the server would wait for all of it
                 os.fsync(copied.fileno())
             tried.append(try_case(case, db, token, size, seconds))
