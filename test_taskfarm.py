@@ -4933,10 +4933,20 @@ def test_openssl_verifies_the_certificate_strictly(own: Tuple[str, str], tmp_pat
     assert done.stdout == "c.pem: OK\n", done.stderr
 
 
+@pytest.mark.parametrize("extension", [
+    "300f0603551d130101ff040530030101ff", "300e0603551d0f0101ff040403020284",
+    "30130603551d25040c300a06082b06010505070301", "301d0603551d0e04160414", "301f0603551d23041830168014"],
+    ids=["basicConstraints", "keyUsage", "extKeyUsage", "subjectKeyIdentifier", "authorityKeyIdentifier"])
+def test_the_certificate_has_each_extension_that_strict_programs_ask_for(own: Tuple[str, str], extension: str) -> None:
+    assert bytes.fromhex(extension) in taskfarm.certificate_der(own[1])
+
+
 def test_a_pin_accepts_its_certificate_under_any_name_and_no_other(own: Tuple[str, str]) -> None:
     key, other = taskfarm.make_certificate(["login1"], [], time.time())
     pinned = taskfarm.pinned_context(own[1])
-    assert shake_hands(pinned, taskfarm.server_context(own[1], own[0])).version() in ("TLSv1.2", "TLSv1.3")
+    server = taskfarm.server_context(own[1], own[0])
+    assert shake_hands(pinned, server).version() in ("TLSv1.2", "TLSv1.3")
+    assert pinned.minimum_version == server.minimum_version == ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLCertVerificationError):
         shake_hands(pinned, taskfarm.server_context(other, key))
     with pytest.raises(OSError):
@@ -5830,7 +5840,7 @@ def test_a_byte_now_and_then_begins_no_other_deadline(tmp_path: Path, began: byt
     live = Live(str(tmp_path / "f"), clock)
     server = live.service.server
     slow, silent = live.raw(began), live.raw(b"")
-    wait_until(lambda: len(server.deadlines) == 2)
+    wait_until(lambda: len(server.deadlines) == 2 and any(c.inbox or c.tls and c.tls.end for c in server.connections))
     clock.pass_time(taskfarm.REQUEST_S * 0.6)
     slow.sock.sendall(b"v")
     assert live.ask("GET", "/livez")[0] == live.ask("GET", "/livez")[0] == 200      # the byte has been read
@@ -5973,6 +5983,16 @@ def test_who_ends_their_half_of_a_tls_connection_gets_what_they_asked_for(shared
     data = request_bytes("GET", "/api/runs", Authorization=basic(shared_farm.token, "")) * 5
     raw = shared_farm.raw(data, ended=True, context=pinned(shared_farm))
     assert [raw.answer()[0] for _ in range(5)] == [200] * 5
+    raw.close()
+
+
+def test_who_says_by_tls_that_no_more_comes_is_let_go(farm: Live) -> None:
+    raw = farm.raw(request_bytes("GET", "/livez"), context=pinned(farm))
+    assert raw.answer()[0] == 200
+    raw.sock.settimeout(0.2)
+    with contextlib.suppress(OSError):
+        raw.sock.unwrap()
+    wait_until(lambda: not farm.service.server.connections)
     raw.close()
 
 
