@@ -256,7 +256,7 @@ class Stepped(Caller):
         self.port = self.server.server_port
         self.service.store.call(taskfarm.add_user("ada", ADAS_HASH))
         self.token = self.service.farm.token(self.service.store.users["ada"], 0)
-        self.service.farm.admit(self.service.farm.who(b"Bearer " + self.token.encode()), "127.0.0.1")   # noted for today
+        self.service.farm.admit(self.service.farm.who(b"Bearer " + self.token.encode()), "127.0.0.1")   # noted
         self.clock = FakeClock(step_s)
         self.server.clock = self.clock
         self.server.selector.register(self.server.socket, selectors.EVENT_READ, self.server.accept)
