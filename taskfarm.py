@@ -1370,18 +1370,23 @@ def find_worker(sql: Transaction, worker_uuid: str) -> Worker:
 
 
 def find_own_worker(sql: Transaction, worker_uuid: str) -> Worker:
-    """The same for what is done to the worker itself: a caller with one run alone has nothing to do with others'.
+    """The same for what a caller with one run alone may have nothing to do with. Raises as refuse_others_work too."""
+    worker = find_worker(sql, worker_uuid)
+    refuse_others_work(sql, worker)
+    return worker
 
-    Raises NotFound, also for that run, and Forbidden when the worker holds tasks of others. What it does not hold any
-    more, or not yet, is not looked at.
+
+def refuse_others_work(sql: Transaction, worker: Worker) -> None:
+    """Raise Forbidden when the caller's token is for one run, and the worker holds tasks of others.
+
+    What it does not hold any more, or not yet, is not looked at. Raises NotFound when that run is gone.
     """
-    worker, only_run = find_worker(sql, worker_uuid), sql.caller.only_run
+    only_run = sql.caller.only_run
     if only_run is not None:
         of_run = sql.holds.workers_of(find_run(sql, only_run, reading=True).id)
         if sql.holds.number(worker.id) != of_run.get(worker.id, 0):
             raise Forbidden("worker %s holds tasks of other runs than %s, and this token is for that run alone"
-                            % (shortened(worker_uuid), only_run))
-    return worker
+                            % (shortened(worker.uuid), only_run))
 
 
 def worker_of_task(sql: Transaction, worker_id: int) -> Optional[Worker]:
@@ -1627,7 +1632,8 @@ def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: 
     if only_run is not None:
         holders = sql.holds.workers_of(find_run(sql, only_run, reading=True).id)
         ids = heapq.nsmallest(limit, (worker_id for worker_id in holders if worker_id > after))
-        found = [worker for worker in (worker_of_task(sql, worker_id) for worker_id in ids) if worker is not None]
+        found = [worker for worker in (worker_of_task(sql, worker_id) for worker_id in ids)
+                 if worker is not None and owner in (None, worker.user)]
         return Page([shown_worker(sql, now, worker) for worker in found], str(ids[-1]) if len(ids) == limit else None)
     if owner is None:
         rows = sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
@@ -2056,7 +2062,7 @@ def take_untouched(sql: Transaction, run: Run, worker: Worker, count: int) -> Li
 
 def claimant(sql: Transaction, now: Now, worker_uuid: str) -> Worker:
     """The worker who claims, its lease renewed. Raises NotFound, and Conflict when it has signed off."""
-    worker = find_worker(sql, worker_uuid)
+    worker = find_own_worker(sql, worker_uuid)
     renew_lease(sql, now, worker)
     refuse_signed_off(worker)
     return worker
@@ -2325,6 +2331,7 @@ def reporting_worker(sql: Transaction, now: Now, worker_uuid: str) -> Optional[W
         worker = find_worker(sql, worker_uuid)
     except NotFound:
         return None
+    refuse_others_work(sql, worker)
     renew_lease(sql, now, worker)
     return worker
 
@@ -2381,6 +2388,7 @@ def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str,
             "INSERT INTO worker (uuid, hostname, pid, created, lease, heard, user) VALUES (?,?,?,?,?,?,?)",
             (worker_uuid, hostname, pid, now.utc, lease, heard, user))
         worker = sql.keep_worker(Worker((cursor.lastrowid, worker_uuid, hostname, pid, lease, ALIVE, heard, user)))
+    refuse_others_work(sql, worker)
     if (worker.hostname, worker.pid) != (hostname, pid):
         raise Conflict("worker %s is process %d on %s: a new worker needs a uuid of its own"
                        % (worker_uuid, worker.pid, shortened(worker.hostname)))
@@ -2578,17 +2586,18 @@ def note_login(sql: Transaction, now: Now) -> None:
 
 @operation
 def create_token(sql: Transaction, now: Now, user: User, scope: str, run_uuid: Optional[str], label: str,
-                 days: Optional[int], made_with: Optional[Token]) -> Token:
-    """A new token of a user, with no end where *days* is None; one that is made with a token lasts no longer than that.
+                 days: Optional[int], made_with: Optional[Token], login_ends: float = 0.0) -> Token:
+    """A new token of a user, with no end where *days* is None. It lasts no longer than the login that it is made with.
 
-    Raises Unauthorized when that one is void by now, NotFound for the run, and as add_token.
+    *made_with*: the token of that login, if it has one; *login_ends*: seconds since 1970, 0 for never. Raises
+    Unauthorized when that token is void by now, NotFound for the run, and as add_token.
     """
     if made_with is not None and not every_token(sql, "WHERE id = ?", made_with.id):
         raise Unauthorized()
     if run_uuid is not None:
         find_run(sql, run_uuid, reading=True)
     ends = [now.utc + days * DAY_S] if days is not None else []
-    ends += [made_with.expires] if made_with is not None and made_with.expires is not None else []
+    ends += [login_ends] if login_ends else []
     return add_token(sql, now, user, scope, run_uuid, label, min(ends, default=None))
 
 
@@ -3902,10 +3911,11 @@ class Throttle:
     def check(self, address: str, user: str, tick: float, hashing: bool) -> None:
         """Raise TooManyRequests when it is too early for another login of that user. *hashing*: it costs a hash."""
         network = network_of(address)
-        pair, of_address = self.pairs.get((network, user)), self.addresses.get(network) if hashing else None
-        until = max([failures.until for failures in (pair, of_address) if failures], default=0.0)
-        if of_address and tick - of_address.ticks[-1] < DOUBT_S and self.all.many(tick):
-            until = max(until, self.all.ticks[-1] + DOUBTFUL_HASH_S)
+        with self.busy:
+            pair, of_address = self.pairs.get((network, user)), self.addresses.get(network) if hashing else None
+            until = max([failures.until for failures in (pair, of_address) if failures], default=0.0)
+            if of_address and tick - of_address.ticks[-1] < DOUBT_S and self.all.many(tick):
+                until = max(until, self.all.ticks[-1] + DOUBTFUL_HASH_S)
         if until > tick:
             raise TooManyRequests(until - tick)
 
@@ -4847,8 +4857,9 @@ def check_site(target: str, headers: Mapping[bytes, bytes], names: FrozenSet[str
         if target != "*":
             check_host(host, names)
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
-    ours = origin is None or re.sub(b"^https?://", b"", origin.lower()) == (host or b"").lower() != origin.lower()
-    if not ours or site not in (None, b"same-origin", b"none"):
+    origin_host = None if origin is None else re.sub(b"^https?://", b"", origin.lower())
+    foreign = origin is not None and (origin_host == origin.lower() or origin_host != (host or b"").lower())
+    if foreign or site not in (None, b"same-origin", b"none"):
         raise Forbidden("a page of another site has sent this: type the address of this server into the browser, and "
                         "let a proxy pass the Host field on unchanged")
 
@@ -5222,7 +5233,10 @@ class Connection:
             self.request = None
 
     def put(self, data: bytes) -> None:
-        """Send bytes as they are, while none wait. What the client does not take waits."""
+        """Send bytes as they are. What the client does not take waits."""
+        if self.outbox:     # what TLS has to say of itself: an answer of ours waits until the outbox is empty
+            self.outbox = memoryview(bytes(self.outbox) + data)
+            return
         try:
             sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -6198,7 +6212,7 @@ class Farm:
         self.noted: Dict[Tuple[Optional[int], str], int] = {}       # user and address, to the day of the last login
         self.renewed: Callable[[User], None] = lambda _: None       # told of a user with a new password
         self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret, store.tokens)
-        self.logins.failed = self.failed
+        self.logins.failed = store.note_failed
         self.who = self.logins.who
         self.submit = store.submit
 
@@ -6211,7 +6225,7 @@ class Farm:
                       login.token.run if login.token else None)
 
     def admit(self, login: Login, address: str) -> Caller:
-        """The same for somebody who asks on a new connection: their first login of a day is written down."""
+        """The same for a login that a connection has not shown before: the first one of a day is written down."""
         caller, day = self.caller(login, address), int(self.clock().utc // DAY_S)
         key = caller.user, address
         if self.noted.get(key) != day:
@@ -6228,10 +6242,6 @@ class Farm:
             self.submit([named])
         return caller
 
-    def failed(self, user: str, address: str, utc: float) -> None:
-        """A login failed: see `Store.note_failed`."""
-        self.store.note_failed(normal(user), address, utc)
-
     def give_way(self, seconds: float) -> None:
         """See `Store.give_way`."""
         self.store.give_way(seconds)
@@ -6244,15 +6254,14 @@ class Farm:
         """A session of a user; *expires* as in make_token."""
         return make_token(self.store.signing_key, user, expires)
 
-
     def token_text(self, token_id: int) -> str:
         """The text that stands for a token; always the same, so it is not kept anywhere."""
         return signed_token(self.store.signing_key, token_id)
 
 
-def once(req: Request, named: Operation) -> Operation:
-    """The operation; with an Idempotency-Key, once for all requests that come with it."""
-    key = idempotency_key(req)
+def once(req: Request, named: Operation, *alike: Any) -> Operation:
+    """The operation; with an Idempotency-Key, once for all requests that come with it. *alike*: see there."""
+    key = idempotency_key(req, *alike)
     if key is None:
         return named
 
@@ -6263,13 +6272,16 @@ def once(req: Request, named: Operation) -> Operation:
     return answer_once(key, named, render).shown_as(lambda answer: Reply(*answer))
 
 
-def idempotency_key(req: Request) -> Optional[IdempotencyKey]:
-    """The Idempotency-Key of a request, which is its user's own, and what came with it; None without one."""
+def idempotency_key(req: Request, *alike: Any) -> Optional[IdempotencyKey]:
+    """The Idempotency-Key of a request, which is its user's own, and what came with it; None without one.
+
+    *alike*: what else must be the same when it comes again.
+    """
     if not req.key:
         return None
     user_id = req.login.user.id if req.login and req.login.user else 0
     return IdempotencyKey(digest("%d %s" % (user_id, req.key)),
-                          digest(encode_json([req.method, req.target, req.fields])))
+                          digest(encode_json([req.method, req.target, req.fields, *alike])))
 
 
 @functools.lru_cache(maxsize=256)
@@ -6471,7 +6483,7 @@ def token_json(token: Token, name: str) -> Dict[str, Any]:
 def new_token(req: Request) -> Operation:
     """Make a token: for one run or all, for some days or until it is revoked; label says what it is for.
 
-    One that is made with a token lasts no longer than that.
+    One that is made with a token, or in a session, lasts no longer than that.
 
     201: the token, {"id", "user", "scope", "run", "label", "created", "expires", "token"}: the last is shown this once
     errors: 400 scope full with a run, 404 no such run, 409 the user has all that a user may have
@@ -6481,7 +6493,8 @@ def new_token(req: Request) -> Operation:
         raise BadRequest("a token for one run has the scope read or work: full is for making and deleting runs")
     named = once(req, create_token(
         login.user, fields["scope"], fields.get("run"), fields.get("label", ""), fields.get("days"), login.token,
-        ).shown_as(lambda token: json_reply(201, token_json(token, login.name))))
+        login.expires).shown_as(lambda token: json_reply(201, token_json(token, login.name))),
+        login.token and login.token.id, login.expires)
     # Added last, so that no text of a token is kept with the answers to Idempotency-Keys.
     show: Callable[..., Reply] = named.show     # type: ignore[assignment]
 
@@ -6912,7 +6925,7 @@ def front_page() -> Reply:
 <p>This server hands out the numbered tasks of a run to workers over HTTP and remembers the state of each.</p>
 <table>
 %s</table>
-<p>JSON in, JSON out. All under /api wants a login: <code>curl -u USER:PASSWORD http://HOST:PORT/api/runs</code>.</p>
+<p>JSON in, JSON out. All under /api wants a login: <code>curl -u USER https://HOST:PORT/api/runs</code>.</p>
 """ % (html.escape(__version__), rows)).encode(), "text/html; charset=utf-8")
 
 
@@ -7085,7 +7098,7 @@ class Service:
 def own_certificate(store: Store, shown: str) -> Tuple[str, ssl.SSLContext]:
     """The farm's own certificate, in PEM, and the server's end of TLS with it. It is made where there is none yet.
 
-    *shown*: the host that clients are told.
+    *shown*: the host that clients are told. Raises Refusal when it cannot be kept, or not be handed to the system.
     """
     key, certificate = store.call(read_certificate())
     if not certificate:
@@ -7093,8 +7106,14 @@ def own_certificate(store: Store, shown: str) -> Tuple[str, ssl.SSLContext]:
         hosts = dict.fromkeys([shown, socket.gethostname(), "localhost", "127.0.0.1", "::1"])
         key, certificate = make_certificate([host for host in hosts if not is_address(host)],
                                             [host for host in hosts if is_address(host)], store.clock().utc)
-        store.call(keep_certificate(key, certificate))
-    return certificate, server_context(certificate, key)
+        try:
+            store.call(keep_certificate(key, certificate))
+        except FarmError as error:
+            raise Refusal("the farm's certificate cannot be kept: %s" % error)
+    try:
+        return certificate, server_context(certificate, key)
+    except OSError as error:
+        raise Refusal("the farm's certificate cannot be handed to OpenSSL: %s" % error)
 
 
 def site_certificate(certificate_path: str, key_path: str) -> Tuple[str, ssl.SSLContext]:
@@ -7683,7 +7702,9 @@ def check_fingerprint(text: str) -> str:
 
 def url_host(url: str) -> str:
     """The host in a URL, or the URL where there is none."""
-    return url.partition("://")[2].partition("/")[0].rpartition(":")[0] or url
+    with contextlib.suppress(ValueError):
+        return urllib.parse.urlsplit(url).hostname or url
+    return url
 
 
 def error_of_status(status: int, detail: str) -> FarmError:
@@ -7749,7 +7770,8 @@ def trust(access: Access) -> Tuple[ssl.SSLContext, str]:
 
 
 def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.client.HTTPSConnection:
-    """A connection to the URL whose handshake is done. Nothing has been sent over it. Raises Unreachable."""
+    """A connection to the URL whose handshake is done. Nothing has been sent over it. Raises Unreachable, and Refusal
+    for what is no address of a farm."""
     try:
         parts = urllib.parse.urlsplit(access.url)
         port = parts.port
@@ -11896,10 +11918,12 @@ def chosen_certificate(access: Access, wanted: str) -> str:
         certificate = shown_certificate(connection)
     shown = fingerprint(certificate)
     known = find_access_file(access_path(os.environ), url=access.url)
+    with contextlib.suppress(Refusal):      # the one that is known may be damaged, which is why somebody logs in again
+        wanted = wanted or (shown if known and trust(known)[1] == shown else "")
     if wanted and wanted != shown:
         raise Refusal("%s shows another certificate, %s: no login was sent. Compare with what the server printed when "
                       "it was started; if that is not it, somebody else's program answers there" % (access.url, shown))
-    if not wanted and not (known and trust(known)[1] == shown) and not confirm(
+    if not wanted and not confirm(
             "%s shows the certificate\n  %s\n%sIs this what the server printed when it was started?" % (
                 access.url, shown, "It is not the one that %s holds.\n" % known.source if known else ""),
             "--fingerprint SHA256:... says which certificate is right"):
@@ -12013,6 +12037,14 @@ def notify_systemd(state: str) -> None:
             sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
+def host_name(text: str) -> str:
+    """A host's name without scheme, port and path."""
+    if not re.fullmatch("[A-Za-z0-9._-]+", text):
+        raise argparse.ArgumentTypeError("a name as farm.example.org is wanted, without http:// and :PORT, not %r"
+                                         % text)
+    return text
+
+
 def cmd_serve(args: argparse.Namespace) -> int:
     """serve a farm from one file (the verb that runs when none is given)
 
@@ -12028,6 +12060,11 @@ def cmd_serve(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.INFO)
     raise_descriptor_limit()
     access_log = open_access_log(args.access_log)
+    for name in args.allow_host:        # the variable has not been looked at yet
+        try:
+            host_name(name)
+        except argparse.ArgumentTypeError as error:
+            raise Refusal("TASKFARM_ALLOW_HOST: %s" % error)
     if bool(args.tls_cert) != bool(args.tls_key):
         raise Refusal("--tls-cert and --tls-key go together: the certificate, and the key that it is for")
     service = Service(args.db, args.host, args.port, args.advertise, args.token_days, access_log, take_lock=take_lock,
@@ -12479,14 +12516,6 @@ some_seconds = number_type(float, 1e-6, 1e12, "a number of seconds above 0")
 positive_number = number_type(int, 1, 1e18, "a whole number from 1 on")
 whole_number = number_type(int, 0, 1e18, "a whole number from 0 on")        # the server refuses what is too large
 port_number = number_type(int, 0, 65535, "a port from 0 to 65535")
-
-
-def host_name(text: str) -> str:
-    """A host's name without scheme, port and path."""
-    if not re.fullmatch("[A-Za-z0-9._-]+", text):
-        raise argparse.ArgumentTypeError("a name as farm.example.org is wanted, without http:// and :PORT, not %r"
-                                         % text)
-    return text
 
 
 def numbers_of_clients(text: str) -> List[int]:

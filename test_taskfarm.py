@@ -2586,7 +2586,7 @@ def test_the_audit_keeps_the_latest_of_each_action(store: Direct, monkeypatch: p
 
 def test_failed_logins_are_a_few_lines_a_minute(store: Direct) -> None:
     store.store.call(taskfarm.add_user("eve", ADAS_HASH))
-    failed, written = store.farm.failed, rows_changed(store)
+    failed, written = store.store.note_failed, rows_changed(store)
 
     def lines() -> List[Tuple[Any, ...]]:
         return [(line[0], line[3], line[4]) for line in audit_of(store) if line[1] == "login failed"]
@@ -2611,11 +2611,11 @@ def test_failed_logins_are_a_few_lines_a_minute(store: Direct) -> None:
 
 
 def test_failed_logins_that_a_full_disk_did_not_take_are_counted_on(store: Direct) -> None:
-    store.farm.failed("eve", "192.0.2.1", 1.7e9)
+    store.store.note_failed("eve", "192.0.2.1", 1.7e9)
     with full_disk(1000):
         store.pass_time(0)
         assert store.store.sql.trouble
-    store.farm.failed("eve", "192.0.2.1", 1.7e9)
+    store.store.note_failed("eve", "192.0.2.1", 1.7e9)
     store.pass_time(taskfarm.RETRY_S)
     assert audit_of(store) == [("", "login failed", "", "192.0.2.1", 2)]
 
@@ -6606,7 +6606,7 @@ def test_no_secret_is_in_the_audit(farm: Live) -> None:
     secrets = [Live.PASSWORD, ADAS_HASH, farm.token, farm.service.holder["secret"], "hunter2"]
     for header in (basic("ada", Live.PASSWORD), basic("hunter2", "x"), basic(farm.token, "hunter2")):
         get_with(farm, header)
-    farm.service.farm.failed("hunter2", "192.0.2.1", 1.7e9)
+    farm.service.store.note_failed("hunter2", "192.0.2.1", 1.7e9)
     as_user(farm, "")
     assert farm.ask("POST", "/api/users", {"name": "eve", "password": ADAS_HASH})[0] == 201
     assert farm.ask("PUT", "/api/users/eve", {"password": ADAS_HASH})[0] == 204
@@ -6755,6 +6755,41 @@ def test_every_endpoint_with_every_kind_of_credential(tmp_path: Path, method: st
                              json.loads(answer)["detail"]), answer
     farm.close()
     assert shown == expected, dict(zip(CREDENTIALS, shown))
+
+
+def test_a_token_for_a_run_touches_no_worker_of_others(farm: Live) -> None:
+    run, other = new_run(farm, 3), new_run(farm, 3)
+    enlist(farm, "w", "v", lease=3600)
+    take(farm, run, "w")
+    take(farm, other, "w")
+    take(farm, run, "v")
+    with asking_with(farm, new_token(farm, "work", run=run)["token"]):
+        same = {"uuid": "w", "hostname": "node-w", "pid": 1, "lease": 1}
+        for method, path, body in (
+                ("POST", "/api/worker", same), ("GET", "/api/worker/w", None), ("PUT", "/api/worker/w", None),
+                ("DELETE", "/api/worker/w", None), ("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"}),
+                ("POST", "/api/runs/%s/tasks" % run, {"worker_uuid": "w", "count": 1}),
+                ("PUT", "/api/runs/%s/tasks/0" % run, {"worker_uuid": "w", "status": "done"})):
+            status, answer = farm.ask(method, path, body)
+            assert status == 403 and "holds tasks of other runs" in answer["detail"], (method, path)
+        assert take(farm, run, "v")["task"] == 2
+    assert farm.service.store.sql.leases.spans[1] == 3600 and figures(farm, other)[1] == 1
+
+
+def test_a_token_that_is_made_in_a_session_ends_with_it(store: Direct) -> None:
+    ada = store.store.call(taskfarm.add_user("eve", ADAS_HASH))
+    session = store.farm.logins.who(b"Bearer " + store.farm.token(ada, store.clock().utc + 60).encode())
+    token = store.store.call(taskfarm.create_token(ada, "full", None, "", 3650, None, session.expires))
+    assert token.expires == session.expires
+    assert store.store.call(taskfarm.create_token(ada, "full", None, "", None, None, 0.0)).expires is None
+
+
+def test_a_key_gives_the_token_again_to_the_login_alone_that_made_it(farm: Live) -> None:
+    body, short = {"scope": "read"}, new_token(farm, days=1)["token"]
+    status, made = farm.ask("POST", "/api/tokens", body, "once")
+    assert status == 201 and farm.ask("POST", "/api/tokens", body, "once") == (201, made)
+    with asking_with(farm, short):
+        assert farm.ask("POST", "/api/tokens", body, "once")[0] == 422
 
 
 def test_a_token_for_a_run_sees_nothing_of_others(farm: Live) -> None:
@@ -7815,7 +7850,7 @@ def test_a_login_in_the_environment_goes_where_the_certificate_is_the_known_one(
     del environ["TASKFARM_TOKEN"]
     taskfarm.write_access(path, dict(file_of(farm), url="https://login1:5000", certificate="system"))
     os.remove(str(tmp_path / "access-b.json"))
-    for url, found in (("https://elsewhere:5000", False), ("https://login1:6000", True), ("https://x@login1", False)):
+    for url, found in (("https://elsewhere:5000", False), ("https://login1:6000", True), ("https://login1.org", False)):
         environ["TASKFARM_URL"] = url
         if found:
             assert taskfarm.find_access(environ).token == farm.token
