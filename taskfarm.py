@@ -595,7 +595,8 @@ def restarted(task: Task, which: str, spared: bool) -> Task:
 APPLICATION_ID = 0x7461736B         # "task", in the header of the file
 SQLITE_VERSION = sqlite3.sqlite_version_info
 
-# Append only. PRAGMA user_version counts the scripts that were applied; each runs in one transaction with its number.
+# Append only, once a version is released. PRAGMA user_version counts the scripts that were applied; each runs in one
+# transaction with its number.
 SCHEMA = ["""
 CREATE TABLE farm (
     id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -2653,7 +2654,7 @@ def revoke_token(sql: Transaction, now: Now, user_id: Optional[int], token_id: i
     """A token of the user, of any user for None, is void from now on. Raises NotFound."""
     found = every_token(sql, "WHERE id = ?", token_id)
     if not found or user_id not in (None, found[0].user):
-        raise NotFound("there is no token %d of yours: GET /api/tokens lists them" % token_id)
+        raise NotFound("there is no token %d of yours: 'token list' or GET /api/tokens shows them" % token_id)
     end_tokens(sql, "id = ?", token_id)
     audit(sql, now, "token revoke", "%d, scope %s" % (token_id, found[0].scope))
 
@@ -7630,8 +7631,12 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
 
 
 def base_url(url: str) -> str:
-    """The URL of a farm without a slash or the /api/ of the published client's url_base at its end."""
+    """The URL of a farm without a slash or the /api/ of the published client's url_base at its end.
+
+    Of a host and a port alone, the https URL.
+    """
     url = url.rstrip("/")
+    url = "https://" + url if url and "://" not in url else url
     return (url[:-4] if url.endswith("/api") else url).rstrip("/")
 
 
@@ -7687,7 +7692,7 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     if given_url and given_url != in_file.url:
         in_file = find_access_file(path, url=given_url) or in_file._replace(url=given_url, farm="", url_given=True)
     certificate = environ.get("TASKFARM_FINGERPRINT", "")
-    return in_file._replace(user=user, token=token, password=password,
+    return in_file._replace(user=user, token=token, password=password, source="the environment",
                             certificate=check_fingerprint(certificate) if certificate else in_file.certificate)
 
 
@@ -11883,7 +11888,7 @@ def cmd_login(args: argparse.Namespace) -> int:
 
     The second one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """
-    url = base_url(args.url if "://" in args.url else "https://" + args.url)
+    url = base_url(args.url)
     user = args.user or default_user_name()
     access = Access(url, user, "", "", "system", "", "the argument")
     certificate = chosen_certificate(access, args.fingerprint and check_fingerprint(args.fingerprint))
@@ -11985,10 +11990,13 @@ def is_loopback(url: str) -> bool:
 
 
 def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
-    """Where this farm writes: the access file, or a file beside it when that is of another farm that answers."""
+    """Where this farm writes: the access file, or a file beside it when that is of another farm that answers.
+
+    Another one may be of this identity too: the server of the file that this one is a copy of.
+    """
     path = access_path(environ)
     access = parse_access(read_access(path), path)
-    if access.farm in ("", identity) or access.url == url or not farm_answers(access):
+    if not access.farm or access.url == url or not farm_answers(access):
         return path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
@@ -12014,8 +12022,8 @@ def publish_access(service: Service, user: User, db: str) -> None:
         if read_access(path) != access:     # else the last start wrote the same
             raise
     if path != access_path(environ):
-        log.warning("another farm answers at the address in %s, so this one's access file is %s: "
-                    "export TASKFARM_ACCESS=%s chooses it", access_path(environ), path, path)
+        log.warning("another farm, or another copy of this one, answers at the address in %s, so the access file is "
+                    "%s: export TASKFARM_ACCESS=%s chooses it", access_path(environ), path, path)
 
 
 def make_first_user(store: Store, db: str) -> User:
@@ -12099,8 +12107,9 @@ def announce(service: Service, db: str) -> None:
     publish(user)
     service.farm.renewed = lambda renewed: publish(renewed) if renewed.name == user.name else None
     service.certificate_renewed = lambda: publish(service.store.users.get(user.name, user))
-    print_started("taskfarm %s serves %s at %s\ncertificate %s" % (
-        __version__, db, service.url, fingerprint(service.certificate)))
+    print_started("taskfarm %s serves %s at %s\ncertificate %s%s" % (
+        __version__, db, service.url, fingerprint(service.certificate),
+        "\nprivate: users see and touch their own runs and workers only" if service.farm.private else ""))
     notify_systemd("READY=1\nSTATUS=serving %s at %s" % (db, service.url))
 
 

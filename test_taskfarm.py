@@ -7974,6 +7974,17 @@ def test_a_login_that_was_renewed_is_read_again(farm: Live) -> None:
         assert client.ask("GET", "/api/runs") == {"data": []}
 
 
+def test_a_copy_that_is_served_beside_the_original_leaves_its_access_file_alone(farm: Live, tmp_path: Path) -> None:
+    path, identity = str(tmp_path / "access.json"), farm.service.store.identity
+    environ = {"TASKFARM_ACCESS": path}
+    taskfarm.write_access(path, file_of(farm))
+    beside = str(tmp_path / ("access-copy-%s.json" % identity[:8]))
+    assert taskfarm.farm_access_path(environ, identity, "https://127.0.0.1:1", "/x/copy.sqlite") == beside
+    assert taskfarm.farm_access_path(environ, identity, farm.url, "/x/f") == path
+    farm.stop()
+    assert taskfarm.farm_access_path(environ, identity, "https://127.0.0.1:1", "/x/copy.sqlite") == path
+
+
 def test_an_access_file_that_cannot_be_written_leaves_no_token_under_another_name(tmp_path: Path) -> None:
     path = tmp_path / "access.json"
     taskfarm.write_access(str(path), {"token": "tf1.before"})
@@ -8005,7 +8016,7 @@ def test_farm_and_login_are_found_where_they_are(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="TASKFARM_PASSWORD"):
         found(TASKFARM_USER="eve")
     assert taskfarm.find_access(environ, "https://c:2", "bob", "pw")[:4] == ("https://c:2", "bob", "", "pw")
-    for url in ("home:5000", "https://", "ftp://x", "https://x:port", "https://[::1", "http://home:5000"):
+    for url in ("https://", "ftp://x", "https://x:port", "https://[::1", "http://home:5000"):
         with pytest.raises(Refusal, match="looks like"):
             taskfarm.Client(lambda: taskfarm.find_access(environ, url)).ask("GET", "/livez")   # noqa: B023
     with pytest.raises(Refusal, match="looks like https://home:5000, not like 'http://home:5000'"):
