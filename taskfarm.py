@@ -3858,12 +3858,13 @@ LONGEST_WAIT_S = 60.0
 
 
 def network_of(address: str) -> str:
-    """What is counted as one address: of IPv6 the first 64 bits, since whoever has one address has all of those."""
+    """What is counted as one address, since whoever has one has all of it: 64 bits of IPv6, and the loopback."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    if found.version == 4:
-        return address
-    assert isinstance(found, ipaddress.IPv6Address)
-    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is None and not found.is_loopback:
+            return str(ipaddress.IPv6Address(int(found) >> 64 << 64))
+        found = found.ipv4_mapped or ipaddress.IPv4Address("127.0.0.1")
+    return "127.0.0.1" if found.is_loopback else str(found)
 
 
 class Failures:
@@ -3907,11 +3908,12 @@ class Throttle:
         self.pairs: Dict[Tuple[str, str], Failures] = {}
         self.addresses: Dict[str, Failures] = {}
         self.all = Failures(WRONG_OF_ALL)
+        self.network: Callable[[str], str] = network_of
         self.busy = threading.Lock()
 
     def check(self, address: str, user: str, tick: float, hashing: bool) -> None:
         """Raise TooManyRequests when it is too early for another login of that user. *hashing*: it costs a hash."""
-        network = network_of(address)
+        network = self.network(address)
         with self.busy:
             pair, of_address = self.pairs.get((network, user)), self.addresses.get(network) if hashing else None
             until = max([failures.until for failures in (pair, of_address) if failures], default=0.0)
@@ -3923,12 +3925,12 @@ class Throttle:
     def answered(self, address: str, user: str, tick: float) -> None:
         """Count an answer that a login is wrong."""
         with self.busy:
-            self._entry(self.pairs, (network_of(address), user), WRONG_OF_USER).add(tick)
+            self._entry(self.pairs, (self.network(address), user), WRONG_OF_USER).add(tick)
 
     def hashed(self, address: str, tick: float) -> None:
         """Count the hash of a wrong password."""
         with self.busy:
-            entry = self._entry(self.addresses, network_of(address), WRONG_OF_ADDRESS)
+            entry = self._entry(self.addresses, self.network(address), WRONG_OF_ADDRESS)
             entry.add(tick)
             self.all.add(tick)
             if self.all.many(tick):
@@ -3983,9 +3985,13 @@ class Logins:
         login, until = self.memory.get(key, (None, 0.0))
         if login is None or until <= now.tick:
             login = self._verify(header, key, now, address, refused=until > now.tick)
-        if 0 < login.expires <= now.utc or login.token and login.token.id not in self.tokens:
-            raise Unauthorized()        # the last: it was revoked since it is remembered
+        self.judge(login)
         return login
+
+    def judge(self, login: Login) -> None:
+        """Raise Unauthorized when a login has expired, or its token was revoked, since it was known."""
+        if 0 < login.expires <= self.clock().utc or login.token and login.token.id not in self.tokens:
+            raise Unauthorized()
 
     def _verify(self, header: bytes, key: bytes, now: Now, address: str, refused: bool) -> Login:
         name, password = read_authorization(header)
@@ -4227,13 +4233,18 @@ def server_context(certificate_pem: str, key_pem: str) -> ssl.SSLContext:
     return context
 
 
+# Bytes of a client until the handshake is over; honest ones send some 2000. OpenSSL compares the curves that a client
+# names with each other: 64 KB of them held the interpreter for 90 ms.
+HANDSHAKE_LIMIT = 8192
+
+
 class TlsEnd:
     """The server's end of one TLS connection: bytes as they are sent to bytes as they are meant, and back.
 
     It works on bytes in memory, so each call ends soon. (A socket of `ssl` reads on for as long as the client sends
     records without content, and holds everybody up.)
     """
-    __slots__ = ("context", "incoming", "outgoing", "end", "ended")
+    __slots__ = ("context", "incoming", "outgoing", "end", "ended", "room")
     PIECE = 16 * 1024       # bytes at a time: the buffers of OpenSSL keep the size that they have once had
 
     def __init__(self, context: ssl.SSLContext) -> None:
@@ -4242,6 +4253,7 @@ class TlsEnd:
         self.outgoing = ssl.MemoryBIO()
         self.end: Optional[ssl.SSLObject] = None    # from the first bytes on: it takes 40 KiB while hands are shaken
         self.ended = False              # the client has said that it sends no more
+        self.room: Optional[int] = HANDSHAKE_LIMIT      # bytes that may come until the handshake is over, then None
 
     def decrypt(self, data: bytes) -> bytes:
         """What came, at most PIECE bytes, as far as it is whole; all of a handshake is none. Raises ssl.SSLError.
@@ -4250,13 +4262,19 @@ class TlsEnd:
         """
         if self.end is None:
             self.end = self.context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self.incoming.write(data)
         content = b""
-        with contextlib.suppress(ssl.SSLWantReadError):
-            while self.incoming.pending and not self.ended:
-                piece = self.end.read(self.PIECE)
-                self.ended = not piece
-                content = content + piece if content else piece
+        while data:
+            part, data = data[:self.room], data[len(data) if self.room is None else self.room:]
+            self.incoming.write(part)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while self.incoming.pending and not self.ended:
+                    piece = self.end.read(self.PIECE)
+                    self.ended = not piece
+                    content = content + piece if content else piece
+            if self.room is not None:
+                self.room = None if self.shaken else self.room - len(part)
+                if self.room == 0:
+                    raise ssl.SSLError("the handshake is too long")
         return content
 
     def encrypt(self, content: Union[bytes, memoryview]) -> bytes:
@@ -5373,8 +5391,8 @@ class Buffers:
 class PendingHash:
     """A password that is to be hashed, and who waits for it."""
 
-    def __init__(self, needs: NeedsHash, peer: str) -> None:
-        self.peer = peer        # who sent it first
+    def __init__(self, needs: NeedsHash, network: str) -> None:
+        self.network = network      # of who sent it first
         self.key = needs.key
         self.work = needs.work
         self.waiting: Set[Connection] = set()
@@ -6024,7 +6042,10 @@ class Server(ThreadingHTTPServer):
         body = b""
         if request.length:
             body = c.take(request.length)
-            self.bodies.pop(c, None)
+            if c in self.bodies:        # the head came some time ago
+                del self.bodies[c]
+                if request.login is not None:
+                    self.farm.logins.judge(request.login)
         request.length, request.expects = 0, False      # what was read need not be skipped when it is refused
         route = request.route
         assert route is not None
@@ -6088,13 +6109,14 @@ class Server(ThreadingHTTPServer):
         """Let a connection wait until its password has been hashed, once for all that sent it. Raises Unavailable."""
         pending = self.hashes.get(needs.key)
         if pending is None:
-            of_address = sum(pending.peer == c.peer for pending in self.hashes.values())
+            network = self.farm.network(c.peer)
+            of_address = sum(pending.network == network for pending in self.hashes.values())
             if len(self.hashes) >= MOST_HASHES or of_address >= HASHES_OF_ADDRESS:
                 error = Unavailable("%d other passwords are being checked, and each takes a while: try again in a "
                                     "second, or log in with a token, which takes none" % len(self.hashes))
                 error.headers = (("Retry-After", "1"),)
                 raise error
-            pending = self.hashes[needs.key] = PendingHash(needs, c.peer)
+            pending = self.hashes[needs.key] = PendingHash(needs, network)
             self.hashing.put(functools.partial(self._hash, pending))
         pending.waiting.add(c)
         c.pending = pending
@@ -6228,7 +6250,7 @@ class Farm:
     def admit(self, login: Login, address: str) -> Caller:
         """The same for a login that a connection has not shown before: the first one of a day is written down."""
         caller, day = self.caller(login, address), int(self.clock().utc // DAY_S)
-        key = caller.user, address
+        key = caller.user, self.network(address)
         if self.noted.get(key) != day:
             if len(self.noted) >= LOGINS_REMEMBERED:
                 self.noted.clear()
@@ -6242,6 +6264,10 @@ class Farm:
             named.done = done
             self.submit([named])
         return caller
+
+    def network(self, address: str) -> str:
+        """What is counted as one address: see `network_of`."""
+        return self.logins.throttle.network(address)
 
     def give_way(self, seconds: float) -> None:
         """See `Store.give_way`."""
@@ -7633,10 +7659,11 @@ def write_access(path: str, access: Dict[str, Any]) -> None:
 def base_url(url: str) -> str:
     """The URL of a farm without a slash or the /api/ of the published client's url_base at its end.
 
-    Of a host and a port alone, the https URL.
+    Of a host with a port alone, the https URL.
     """
     url = url.rstrip("/")
-    url = "https://" + url if url and "://" not in url else url
+    if re.match(r"[^:/]+:[0-9]+(/|$)|\[[^/]+\]:[0-9]+(/|$)", url):
+        url = "https://" + url
     return (url[:-4] if url.endswith("/api") else url).rstrip("/")
 
 
@@ -9993,6 +10020,7 @@ class BenchServer:
         routes.route("GET", "/api/used")(lambda _: json_reply(200, {
             "cpu_s": time.process_time(), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
         service = Service(db, "127.0.0.1", 0, access_log=access_log, routes=routes)
+        service.farm.logins.throttle.network = str      # loopback addresses stand for those of other machines
 
         def stop_with_parent() -> None:
             os.read(parent_end, 1)
@@ -11888,7 +11916,7 @@ def cmd_login(args: argparse.Namespace) -> int:
 
     The second one is for the near end of a tunnel: ssh -L 5000:localhost:5000 login1
     """
-    url = base_url(args.url)
+    url = base_url(args.url if "://" in args.url else "https://" + args.url)
     user = args.user or default_user_name()
     access = Access(url, user, "", "", "system", "", "the argument")
     certificate = chosen_certificate(access, args.fingerprint and check_fingerprint(args.fingerprint))

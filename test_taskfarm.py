@@ -4717,7 +4717,7 @@ def test_wrong_tokens_wait_and_hold_up_no_password(guesser: Guesser, store: Dire
 
 @pytest.mark.parametrize("address, network", [
     ("10.0.0.1", "10.0.0.1"), ("::ffff:10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
-    ("fe80::1%eth0", "fe80::")])
+    ("fe80::1%eth0", "fe80::"), ("127.7.8.9", "127.0.0.1"), ("::ffff:127.2.0.1", "127.0.0.1"), ("::1", "127.0.0.1")])
 def test_what_counts_as_one_address(address: str, network: str) -> None:
     assert taskfarm.network_of(address) == network
 
@@ -4760,6 +4760,7 @@ def test_a_wrong_login_is_counted_at_the_address_it_comes_from(farm: Live) -> No
         answer = raw.answer()
         raw.close()
         return answer
+    farm.service.farm.logins.throttle.network = str     # loopback addresses stand for those of other machines
     assert [status("wrong", "127.0.0.3")[0] for _ in range(5)] == [401] * 5
     code, headers, body = status(Live.PASSWORD, "127.0.0.3")
     assert (code, headers["content-type"], json.loads(body)["status"]) == (429, "application/problem+json", 429)
@@ -4788,6 +4789,7 @@ def token_request(password: str, user: str = "ada") -> bytes:
 
 def test_few_passwords_wait_to_be_hashed_and_others_are_told_so(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes, server = SlowHash(monkeypatch), farm.service.server
+    farm.service.farm.logins.throttle.network = str
     raws = [farm.raw(token_request("wrong", "ada%d" % number)) for number in range(taskfarm.HASHES_OF_ADDRESS)]
     wait_until(lambda: len(server.hashes) == taskfarm.HASHES_OF_ADDRESS)
     more = farm.raw(token_request("another"))
@@ -5241,6 +5243,16 @@ def test_what_can_become_no_request_is_refused_as_soon_as_it_shows(data: bytes, 
                 taskfarm.cut_head(inbox, seen)
 
 
+def test_a_token_that_is_revoked_while_its_body_comes_is_refused(farm: Live) -> None:
+    token = new_token(farm)
+    raw = farm.raw(request_bytes("POST", "/api/run", RUN_BODY, Authorization=basic(token["token"], ""))[:-5])
+    wait_until(lambda: farm.service.server.bodies)
+    assert farm.ask("DELETE", "/api/tokens/%d" % token["id"])[0] == 204
+    raw.sock.sendall(RUN_BODY[-5:])
+    assert raw.answer()[0] == 401 and farm.ask("GET", "/api/runs")[1]["data"] == []
+    raw.close()
+
+
 def test_slashes_that_come_twice_are_one(farm: Live) -> None:
     for path in ("//api/runs", "/api//runs", "//api///runs", "http://localhost//api//runs"):
         assert exchange(farm, request_bytes("GET", path, Authorization="{auth}") + CLOSE) == [200, 200], path
@@ -5439,6 +5451,14 @@ def test_the_front_page_says_what_this_is(shared_farm: Live) -> None:
 
 
 # ---------------------------------------------------------------- SERVER
+
+def test_a_handshake_that_goes_on_and_on_is_not_kept_until_it_is_whole(farm: Live) -> None:
+    hello = b"\x16\x03\x01\x40\x00\x01\x01\x00\x00\x03\x03" + b"x" * 16378        # announces 64 KiB
+    end = taskfarm.TlsEnd(farm.service.server.context)
+    assert end.decrypt(hello[:taskfarm.HANDSHAKE_LIMIT - 1]) == b""
+    with pytest.raises(ssl.SSLError, match="too long"):
+        end.decrypt(hello[taskfarm.HANDSHAKE_LIMIT - 1:])
+
 
 def test_a_burst_of_requests_is_served_in_turns_that_others_come_between(stepped: Stepped) -> None:
     one = request_bytes("GET", "/livez")
