@@ -7819,7 +7819,7 @@ def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.
         connection.connect()
     except ssl.SSLCertVerificationError as error:
         raise OtherFarm(not_trusted(access, error))
-    except ssl.SSLEOFError:
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):       # the second before Python 3.10
         raise Unreachable("%s ends the connection in the TLS handshake: the server there is being stopped, or it is no "
                           "taskfarm" % access.url)
     except ssl.SSLError as error:
