@@ -2485,13 +2485,16 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD,
 def release(sql: Transaction, worker_id: int, rule: Callable[[Run, Task], Task], place: Place) -> Optional[Place]:
     """Take from a worker what it holds from *place* on, while there is time; how far that came, None if to the end.
 
-    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left.
+    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left. What an earlier
+    slice has passed over is not behind for ever: then it begins anew.
     """
     reached = walk_holds(sql, worker_id, place, STARTED, rule)
     if reached is not None:
         return reached
     busy = sql.value("SELECT run FROM task INDEXED BY task_held WHERE worker = ? AND hold <= 2 AND hold <= 4",
                      worker_id)
+    if busy is not None and place != (HELD, 0):
+        return HELD, 0
     if busy is not None:
         raise RunBusy(run_of_task(sql, busy).uuid)
     return None
