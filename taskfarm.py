@@ -78,10 +78,10 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
 
     One port speaks TLS (1.2 upward) and plain HTTP, as the first byte of the client tells. Plain HTTP is for clients
     on the server's own machine; others get 403 whatever they ask for, unless the keeper allows it (--plain-http).
-    A token of scope read may GET, but for tokens. One of scope work may also claim, report, register workers, beat and
-    sign them off. One for a run reaches that run alone: in lists it sees nothing else, and a worker that holds tasks of
-    another run is none of its business. One that was made with a token lasts no longer than that. A session is no row
-    of the list: it is of scope full, ends by itself (--token-days), and with the password.
+    A token of scope read may GET, but for tokens. One of scope work may also claim, report, register workers, send
+    their heartbeats and sign them off. One for a run reaches that run alone: lists show it nothing else, and to name a
+    worker that holds tasks of another run is 403. One that was made with a token lasts no longer than that. A session
+    is not in the list of tokens: it is of scope full, ends by itself (--token-days), and with the password.
 
     A user's POST may bring an Idempotency-Key: when it comes again with the same request, it gets the same answer
     and changes nothing more. Remembered for a day; of claims, the last key of each worker.
@@ -2485,19 +2485,19 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD,
 def release(sql: Transaction, worker_id: int, rule: Callable[[Run, Task], Task], place: Place) -> Optional[Place]:
     """Take from a worker what it holds from *place* on, while there is time; how far that came, None if to the end.
 
-    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left. What an earlier
-    slice has passed over is not behind for ever: then it begins anew.
+    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left. When an earlier
+    slice has passed them over, the walk begins anew: the restart may be over, and *place* lies behind them.
     """
     reached = walk_holds(sql, worker_id, place, STARTED, rule)
     if reached is not None:
         return reached
     busy = sql.value("SELECT run FROM task INDEXED BY task_held WHERE worker = ? AND hold <= 2 AND hold <= 4",
                      worker_id)
-    if busy is not None and place != (HELD, 0):
+    if busy is None:
+        return None
+    if place != (HELD, 0):
         return HELD, 0
-    if busy is not None:
-        raise RunBusy(run_of_task(sql, busy).uuid)
-    return None
+    raise RunBusy(run_of_task(sql, busy).uuid)
 
 
 def expire(sql: Transaction, now: Now, worker_id: int, place: Place) -> Optional[Place]:
@@ -2646,9 +2646,10 @@ def access_token(sql: Transaction, now: Now, user: User) -> Token:
 def list_tokens(sql: Transaction, now: Now, user_id: Optional[int], limit: int, after: int) -> Page:
     """A page of a user's tokens by id, of all users' for None: (Token, name of its user) of each."""
     sql.takes_long(limit)
-    names = {user.id: user.name for user in every_user(sql)}
     mine, values = ("", ()) if user_id is None else ("user = ? AND ", (user_id,))
     tokens = every_token(sql, "WHERE %s id > ? ORDER BY id LIMIT ?" % mine, *values, after, limit)
+    names = {user_id: sql.value("SELECT name FROM user WHERE id = ?", user_id) for user_id in {
+        token.user for token in tokens}}
     return Page([(token, names[token.user]) for token in tokens], str(tokens[-1].id) if len(tokens) == limit else None)
 
 
@@ -3262,7 +3263,7 @@ class Store:
             named.came = named.came or tick
         self.queue.put(batch)
 
-    def give_way(self, seconds: float) -> None:
+    def wait_for_commit(self, seconds: float) -> None:
         """Wait for the end of the present transaction, so long at most. For a thread that computes without pause.
 
         SQLite lets other threads run at each row, and a writer beside such a one waits 5 ms for each, until
@@ -3971,6 +3972,7 @@ class Logins:
         self.memory_key = secrets.token_bytes(32)
         self.memory: Memory = {}
         self.known = users()                                            # the users that the memory speaks of
+        self.by_id = {user.id: user for user in self.known.values()}
         self.own_kind = hash_password(secrets.token_hex(16))            # where there is no user yet
         self.throttle = Throttle()
         self.failed: Callable[[str, str, float], None] = lambda *_: None
@@ -3982,18 +3984,19 @@ class Logins:
         """
         if self.users() is not self.known:
             self.known, self.memory = self.users(), {}
+            self.by_id = {user.id: user for user in self.known.values()}
         now, key = self.clock(), header
         if header not in self.memory and not TOKEN_SHOWN.match(header):     # a token need not be hidden from a memory
             key = hmac.digest(self.memory_key, header, "sha256")            # that can sign tokens
         login, until = self.memory.get(key, (None, 0.0))
         if login is None or until <= now.tick:
             login = self._verify(header, key, now, address, refused=until > now.tick)
-        self.judge(login)
+        self.judge(login, now.utc)
         return login
 
-    def judge(self, login: Login) -> None:
-        """Raise Unauthorized when a login has expired, or its token was revoked, since it was known."""
-        if 0 < login.expires <= self.clock().utc or login.token and login.token.id not in self.tokens:
+    def judge(self, login: Login, utc: float) -> None:
+        """Raise Unauthorized when a login that was known has expired by now, or its token was revoked."""
+        if 0 < login.expires <= utc or login.token and login.token.id not in self.tokens:
             raise Unauthorized()
 
     def _verify(self, header: bytes, key: bytes, now: Now, address: str, refused: bool) -> Login:
@@ -4021,11 +4024,11 @@ class Logins:
     def _login_with(self, *numbers: int) -> Login:
         """The login that the numbers of a token stand for. Raises Unauthorized."""
         token = self.tokens.get(numbers[0]) if len(numbers) == 1 else None
-        for user in self.known.values():
-            if token is not None and token.user == user.id:
-                return Login(user, token.expires or 0.0, token)
-            if numbers[:2] == (user.id, user.generation):
-                return Login(user, float(numbers[2]))
+        user = self.by_id.get(token.user if token else numbers[0])
+        if user is not None and token is not None:
+            return Login(user, token.expires or 0.0, token)
+        if user is not None and numbers[1:2] == (user.generation,):
+            return Login(user, float(numbers[2]))
         raise Unauthorized()
 
     def _wrong(self, user: str, address: str, now: Now) -> Unauthorized:
@@ -4254,7 +4257,7 @@ class TlsEnd:
         self.context = context
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
-        self.end: Optional[ssl.SSLObject] = None    # from the first bytes on: it takes 40 KiB while hands are shaken
+        self.end: Optional[ssl.SSLObject] = None    # from the first bytes on: 40 KiB until the handshake is over
         self.ended = False              # the client has said that it sends no more
         self.room: Optional[int] = HANDSHAKE_LIMIT      # bytes that may come until the handshake is over, then None
 
@@ -4275,7 +4278,7 @@ class TlsEnd:
                     self.ended = not piece
                     content = content + piece if content else piece
             if self.room is not None:
-                self.room = None if self.shaken else self.room - len(part)
+                self.room = None if self.established else self.room - len(part)
                 if self.room == 0:
                     raise ssl.SSLError("the handshake is too long")
         return content
@@ -4289,7 +4292,7 @@ class TlsEnd:
         view = memoryview(content)
         return b"".join(self.encrypt(view[at:at + self.PIECE]) for at in range(0, len(view), self.PIECE))
 
-    def goodbye(self) -> bytes:
+    def close_notify(self) -> bytes:
         """Bytes that tell the client that nothing more comes."""
         if self.end is not None:
             with contextlib.suppress(ssl.SSLError):     # the client has not said so, or the handshake is not over
@@ -4297,7 +4300,7 @@ class TlsEnd:
         return self.outgoing.read()
 
     @property
-    def shaken(self) -> bool:
+    def established(self) -> bool:
         """Whether the handshake is over."""
         return self.end is not None and self.end.version() is not None
 
@@ -4629,13 +4632,13 @@ class EntriesRead:
 class Route:
     """A line of the API's table: method, path, who may ask, what the body and the query may name.
 
-    *scope*: that a token must have; by default read for GET and full for the rest. *minds_run*: the handler itself
+    *scope*: that a token must have; by default read for GET and full for the rest. *checks_run*: the handler itself
     sees to it that a token for one run reaches no other; where the path names the run, nothing need be seen to.
     """
-    __slots__ = ("method", "path", "handler", "access", "body", "query", "body_limit", "scope", "minds_run")
+    __slots__ = ("method", "path", "handler", "access", "body", "query", "body_limit", "scope", "checks_run")
 
     def __init__(self, method: str, path: str, handler: Callable[..., Any], access: str,
-                 body: Optional[Dict[str, Field]], query: Dict[str, Field], scope: str, minds_run: bool) -> None:
+                 body: Optional[Dict[str, Field]], query: Dict[str, Field], scope: str, checks_run: bool) -> None:
         self.method = method
         self.path = path
         self.handler = handler
@@ -4645,7 +4648,7 @@ class Route:
         self.body_limit = BATCH_BODY_LIMIT if any(isinstance(field, Entries) for field in self.body.values()) else (
             BODY_LIMIT)
         self.scope = scope or ("read" if method == "GET" else "full")
-        self.minds_run = minds_run
+        self.checks_run = checks_run
 
     def judge(self, login: Login, variables: List[str]) -> None:
         """Raise Forbidden, with what is missing, when the login is good, but not for this."""
@@ -4656,7 +4659,7 @@ class Route:
             return
         if SCOPES.index(token.scope) < SCOPES.index(self.scope):
             raise Forbidden("this token may only %s: it needs the scope %s" % (token.scope, self.scope))
-        if token.run is not None and not self.minds_run and ("<run>" not in self.path or variables[0] != token.run):
+        if token.run is not None and not self.checks_run and ("<run>" not in self.path or variables[0] != token.run):
             raise Forbidden("this token is for run %s alone" % token.run)
 
 
@@ -4674,10 +4677,10 @@ class Routes:
 
     def route(self, method: str, path: str, access: str = USER, body: Optional[Dict[str, Field]] = None,
               query: Optional[Dict[str, Field]] = None, scope: str = "",
-              minds_run: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+              checks_run: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: the function answers this method and path, whose <names> are its arguments after the request."""
         def enter(handler: Callable[..., Any]) -> Callable[..., Any]:
-            self.add(Route(method, path, handler, access, body, query or {}, scope, minds_run))
+            self.add(Route(method, path, handler, access, body, query or {}, scope, checks_run))
             return handler
         return enter
 
@@ -5164,7 +5167,7 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
 #
 # Nobody makes others wait. In each turn of the thread a connection takes one step: a request, or a slice of a large
 # body. What it has besides waits in a line. Each line, and the outcomes that the writer handed back, have TURN_S in a
-# turn; of the big answers one is shown. When a line is not done then, the writer may end its transaction first. What
+# turn; of the big answers one is shown. When a line is not done then, the writer may commit first. What
 # may wait for a disk or takes long goes to threads of its own: password hashes, the access log, Reply.first. A new
 # limit in time or bytes belongs into the table below.
 
@@ -5341,7 +5344,7 @@ class Connection:
     def end_sending(self) -> None:
         """Tell the client that no more comes. Raises OSError when it is not there any more."""
         if self.tls is not None:
-            self.sock.send(self.tls.goodbye())
+            self.sock.send(self.tls.close_notify())
         self.sock.shutdown(socket.SHUT_WR)
 
     def take(self, count: int) -> bytes:
@@ -5467,9 +5470,10 @@ Works = Any     # a SimpleQueue of functions to call, ended by None; Python 3.9'
 class Server(ThreadingHTTPServer):
     """The HTTP server. `serve_forever` is the I/O thread.
 
-    *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a
-    Login for an Authorization field and an address, its `admit` tells who that is for the store, its `submit` takes
-    operations, its `stop_waiting` has those refused that wait for others, its `give_way` waits for its writer.
+    *address*: (host, port), port 0 picks one. *farm*: what handlers work with; its `who` gives a Login for an
+    Authorization field and an address, its `judge` looks at one again, its `admit` tells who that is for the store, its
+    `network` what counts as one address; its `submit` takes operations, its `stop_waiting` has those refused that wait
+    for others, its `wait_for_commit` waits for its writer.
     *context*: for TLS. *access*: a file that gets a line for each request, or None. *plain_http*: from other machines
     too. *names*: of this server, in small letters, for check_host. Raises OSError when the address cannot be had.
     """
@@ -5506,7 +5510,7 @@ class Server(ThreadingHTTPServer):
         self.guests = Buffers()
         self.bodies: Dict[Connection, None] = {}        # arriving, the first one first
         self.paused: Dict[Connection, None] = {}
-        self.shaking: Dict[Connection, None] = {}       # in a TLS handshake that has begun, the oldest first
+        self.handshakes: Dict[Connection, None] = {}       # in a TLS handshake that has begun, the oldest first
         self.closed_still = False       # the buffers were full, and it was said
         self.posted: "deque[Callable[[], None]]" = deque()
         self.woken = False
@@ -5581,7 +5585,7 @@ class Server(ThreadingHTTPServer):
             for line in self.lines:
                 self._serve_line(line)
             if any(self.lines):
-                self.farm.give_way(TURN_S)
+                self.farm.wait_for_commit(TURN_S)
         if self.deadlines:
             self._expire()
         if self.left:
@@ -5616,7 +5620,7 @@ class Server(ThreadingHTTPServer):
         self.settle(connection)
 
     def _read(self, c: Connection) -> None:
-        """Read what has come. Of a guest who speaks TLS it is read in line: to shake hands takes a millisecond."""
+        """Read what has come. Of a guest who speaks TLS it is read in line: a handshake takes a millisecond."""
         if not c.known and c.speaks_tls():
             self._join(c)
             self._watch(c)
@@ -5839,7 +5843,7 @@ class Server(ThreadingHTTPServer):
             self.selector.unregister(c.sock)
             c.watching = 0
         self._work_is_over(c)
-        for memory in (self.deadlines, self.left, self.bodies, self.paused, self.shaking):
+        for memory in (self.deadlines, self.left, self.bodies, self.paused, self.handshakes):
             memory.pop(c, None)
         if c.operation is not None:
             c.operation.unwanted = True
@@ -6001,12 +6005,12 @@ class Server(ThreadingHTTPServer):
 
     def _note_handshake(self, c: Connection, tls: TlsEnd) -> None:
         """End the handshake that is the oldest where there are too many: each has tens of KiB before any login."""
-        if tls.shaken:
-            self.shaking.pop(c, None)
+        if tls.established:
+            self.handshakes.pop(c, None)
         else:
-            self.shaking[c] = None
-            if len(self.shaking) > MOST_HANDSHAKES:
-                oldest = next(iter(self.shaking))
+            self.handshakes[c] = None
+            if len(self.handshakes) > MOST_HANDSHAKES:
+                oldest = next(iter(self.handshakes))
                 oldest.gone = True
                 self.settle(oldest)
 
@@ -6048,7 +6052,7 @@ class Server(ThreadingHTTPServer):
             if c in self.bodies:        # the head came some time ago
                 del self.bodies[c]
                 if request.login is not None:
-                    self.farm.logins.judge(request.login)
+                    self.farm.judge(request.login, self.clock().utc)
         request.length, request.expects = 0, False      # what was read need not be skipped when it is refused
         route = request.route
         assert route is not None
@@ -6216,7 +6220,7 @@ class Server(ThreadingHTTPServer):
 # Another endpoint: a line under "Endpoints" in the head of this file and one in README's table; a function here with
 # @route, which says what its body and query may name; an operation in OPERATIONS or QUERIES. An operation of a user's
 # POST goes through once(req, ...), or its Idempotency-Key is ignored; claims take the key themselves. It says which
-# scope a token needs, and whether it minds the run that a token is for, see class Route. An answer that
+# scope a token needs, and whether it checks the run that a token is for, see class Route. An answer that
 # takes some milliseconds to show, of more than BIG_PAGE entries or BIG_BATCH tasks, is a big_answer. Another field of
 # a report: in REPORT, which has the order of class Report, and in report_task.
 
@@ -6239,7 +6243,7 @@ class Farm:
         self.renewed: Callable[[User], None] = lambda _: None       # told of a user with a new password
         self.logins = Logins(lambda: store.users, store.signing_key, store.clock, secret, store.tokens)
         self.logins.failed = store.note_failed
-        self.who = self.logins.who
+        self.who, self.judge = self.logins.who, self.logins.judge
         self.submit = store.submit
 
     def caller(self, login: Login, address: str) -> Caller:
@@ -6272,9 +6276,9 @@ class Farm:
         """What is counted as one address: see `network_of`."""
         return self.logins.throttle.network(address)
 
-    def give_way(self, seconds: float) -> None:
-        """See `Store.give_way`."""
-        self.store.give_way(seconds)
+    def wait_for_commit(self, seconds: float) -> None:
+        """See `Store.wait_for_commit`."""
+        self.store.wait_for_commit(seconds)
 
     def stop_waiting(self) -> None:
         """Have what waits for the restart of a run refused: the server stops. For any thread."""
@@ -6476,7 +6480,7 @@ def ready(req: Request) -> Operation:
     return probe().shown_as(lambda _: json_reply(200, {"status": "ready"}))
 
 
-@route("GET", "/api/token", minds_run=True)
+@route("GET", "/api/token", checks_run=True)
 def give_token(req: Request) -> Reply:
     """A session for the user who asks; who shows a token, or a session, is given the same again.
 
@@ -6515,7 +6519,7 @@ def new_token(req: Request) -> Operation:
 
     One that is made with a token, or in a session, lasts no longer than that.
 
-    201: the token, {"id", "user", "scope", "run", "label", "created", "expires", "token"}: the last is shown this once
+    201: the token, {"id", "user", "scope", "run", "label", "created", "expires", "token"}; only here is the last shown
     errors: 400 scope full with a run, 404 no such run, 409 the user has all that a user may have
     """
     login, farm, fields = user_of(req), req.farm, req.fields
@@ -6595,7 +6599,7 @@ def show_runs(rows: List[Tuple[Any, ...]], after: int) -> Reply:
     return Reply(200, body, rest=runs_after(runs[-1].id))
 
 
-@route("GET", "/api/runs", minds_run=True)
+@route("GET", "/api/runs", checks_run=True)
 def all_runs(req: Request) -> Operation:
     """All runs (of a private farm one's own) in order of creation, each once; many come in pieces as they are taken.
 
@@ -6748,7 +6752,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
     return report(run, fields.get("worker_uuid"), said).shown_as(show_nothing)
 
 
-@route("POST", "/api/worker", scope="work", minds_run=True, body={
+@route("POST", "/api/worker", scope="work", checks_run=True, body={
     "uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID), "lease": Integer(1, MAX_LEASE_S, required=False)})
 def new_worker(req: Request) -> Operation:
     """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
@@ -6762,7 +6766,7 @@ def new_worker(req: Request) -> Operation:
             lambda worker: json_reply(201, {"uuid": worker.uuid, "id": worker.id, "lease": worker.lease})))
 
 
-@route("GET", "/api/worker/<worker>", minds_run=True, query=PAGE)
+@route("GET", "/api/worker/<worker>", checks_run=True, query=PAGE)
 def worker_info(req: Request, worker: str) -> Operation:
     """A worker and a page of the tasks that it holds.
 
@@ -6770,8 +6774,7 @@ def worker_info(req: Request, worker: str) -> Operation:
     errors: 404 no such worker
     """
     limit = req.query.get("limit", DEFAULT_PAGE)
-    return read_worker(worker, limit, req.query.get("after", 0)).shown_as(
-        show_worker, big_answer=limit > BIG_PAGE)
+    return read_worker(worker, limit, req.query.get("after", 0)).shown_as(show_worker, big_answer=limit > BIG_PAGE)
 
 
 def show_worker(seen: Tuple[ShownWorker, Page]) -> Reply:
@@ -6783,18 +6786,17 @@ def show_worker(seen: Tuple[ShownWorker, Page]) -> Reply:
     return show_page(seen[1], held, dict(worker_json(seen[0]), revision=seen[0].revision))
 
 
-@route("PUT", "/api/worker/<worker>", scope="work", minds_run=True)
+@route("PUT", "/api/worker/<worker>", scope="work", checks_run=True)
 def heartbeat(req: Request, worker: str) -> Operation:
     """Tell that a worker lives: its lease is renewed, and what lapsed comes back to it if nobody has claimed it.
 
     200: {"held": number of tasks, "revision": rises whenever one is taken from it}
     errors: 404 no such worker, 409 it has signed off
     """
-    return beat(worker).shown_as(
-        lambda seen: json_reply(200, {"held": seen.held, "revision": seen.revision}))
+    return beat(worker).shown_as(lambda seen: json_reply(200, {"held": seen.held, "revision": seen.revision}))
 
 
-@route("DELETE", "/api/worker/<worker>", scope="work", minds_run=True)
+@route("DELETE", "/api/worker/<worker>", scope="work", checks_run=True)
 def worker_leaves(req: Request, worker: str) -> Operation:
     """Sign a worker off: its tasks wait again.
 
@@ -6804,7 +6806,7 @@ def worker_leaves(req: Request, worker: str) -> Operation:
     return sign_off(worker).shown_as(show_nothing)
 
 
-@route("GET", "/api/workers", minds_run=True, query=dict(
+@route("GET", "/api/workers", checks_run=True, query=dict(
     PAGE, all=Choice({"True": True, "False": False}, required=False)))
 def workers_page(req: Request) -> Operation:
     """A page of the workers that live, or with ?all=True of all, in order of registration; pass next as after for more.
@@ -7701,7 +7703,7 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     if farm and in_file.farm != farm:
         in_file = find_access_file(path, farm=farm) or parse_access({}, path)
     given_url = base_url(url or environ.get("TASKFARM_URL", ""))
-    token = "" if user else environ.get("TASKFARM_TOKEN", "")
+    token, source = ("", "the arguments") if user else (environ.get("TASKFARM_TOKEN", ""), "the environment")
     if not user and not token:
         user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
         if user and not password:
@@ -7722,7 +7724,7 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     if given_url and given_url != in_file.url:
         in_file = find_access_file(path, url=given_url) or in_file._replace(url=given_url, farm="", url_given=True)
     certificate = environ.get("TASKFARM_FINGERPRINT", "")
-    return in_file._replace(user=user, token=token, password=password, source="the environment",
+    return in_file._replace(user=user, token=token, password=password, source=source,
                             certificate=check_fingerprint(certificate) if certificate else in_file.certificate)
 
 
@@ -11840,7 +11842,8 @@ def cmd_token_new(args: argparse.Namespace) -> int:
 
     With the scope work it claims and reports tasks, with read it only looks, with full it may do all
     that you may. With --run it reaches that run alone. It is shown this once: give it to a program in
-    TASKFARM_TOKEN, and TASKFARM_URL beside it, or as the user name of the published client.
+    TASKFARM_TOKEN, or as the user name of the published client. Where there is no access file, verbs and
+    workers also need TASKFARM_URL, and TASKFARM_FINGERPRINT as the start of the server prints it.
 
     examples:
       python3 taskfarm.py token new --run antarctica --days 30 --label "GPU nodes"
