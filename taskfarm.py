@@ -12454,7 +12454,7 @@ def cmd_user_remove(args: argparse.Namespace) -> int:
 
 
 def cmd_audit(args: argparse.Namespace) -> int:
-    """tell who logged in, failed to, and made, restarted or deleted what, the newest last
+    """tell who logged in, failed to, and made, restarted, deleted or revoked what, the newest last
 
     A login is listed the first time a day for each user and address; those that failed, once a minute at
     most, with their number. "(administration)" is whoever can read the lock file: the verbs with --db.
