@@ -2472,7 +2472,12 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD,
     if worker.state == SIGNED_OFF:
         return None
     sql.takes_long(sql.holds.number(worker.id))
-    reached = release(sql, worker.id, lambda _, task: given_up(task), place)
+    try:
+        reached = release(sql, worker.id, lambda _, task: given_up(task), place)
+    except RunBusy:
+        if place == (HELD, 0):
+            raise
+        reached = HELD, 0       # *place* lies behind tasks that were passed over, and the restart may be over by now
     if reached is not None:
         return Continue((worker_uuid, reached))
     worker.state, worker.heard = SIGNED_OFF, sql.steady_utc(now.tick)
@@ -2485,19 +2490,16 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD,
 def release(sql: Transaction, worker_id: int, rule: Callable[[Run, Task], Task], place: Place) -> Optional[Place]:
     """Take from a worker what it holds from *place* on, while there is time; how far that came, None if to the end.
 
-    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left. When an earlier
-    slice has passed them over, the walk begins anew: the restart may be over, and *place* lies behind them.
+    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left.
     """
     reached = walk_holds(sql, worker_id, place, STARTED, rule)
     if reached is not None:
         return reached
     busy = sql.value("SELECT run FROM task INDEXED BY task_held WHERE worker = ? AND hold <= 2 AND hold <= 4",
                      worker_id)
-    if busy is None:
-        return None
-    if place != (HELD, 0):
-        return HELD, 0
-    raise RunBusy(run_of_task(sql, busy).uuid)
+    if busy is not None:
+        raise RunBusy(run_of_task(sql, busy).uuid)
+    return None
 
 
 def expire(sql: Transaction, now: Now, worker_id: int, place: Place) -> Optional[Place]:
