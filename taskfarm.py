@@ -58,7 +58,8 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?limit=, ?after=
     PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
-    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed
+    PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed;
+                                                 of an end: memory, cpu; of a failure: exitCode, message, log
     POST   /api/worker                    register a worker: uuid, hostname, pid, lease
     GET    /api/worker/<worker>           a worker and a page of what it holds
     PUT    /api/worker/<worker>           a heartbeat
@@ -249,6 +250,8 @@ MAX_TRIES = 1000                    # the largest maxFailures and maxLosses
 DEFAULT_PAGE, MAX_PAGE = 100, 1000  # entries of a page
 PAGE_ROWS = 10000                   # rows read for a page: a rare status makes short pages, not slow ones
 MESSAGE_LIMIT = 2000                # characters of a failure's message
+LOG_LIMIT = 1024                    # characters of the path of its log
+MAX_MEMORY = 2 ** 53                # bytes that a task may have used
 KEY_LIMIT = 128                     # characters of an Idempotency-Key
 KEY_MEMORY_S = 86400.0              # an answer is remembered this long,
 KEYS_REMEMBERED = 100000            # but no more than so many of them
@@ -440,6 +443,9 @@ class Task(NamedTuple):
     finished: Optional[int] = None  # and when it ended in done or failed
     exit_code: Optional[int] = None     # of the last failure
     message: Optional[str] = None
+    memory: Optional[int] = None    # bytes at its peak: of the last attempt that was reported done or failed
+    cpu_ms: Optional[int] = None    # milliseconds of all its processors: likewise
+    log: Optional[str] = None       # the path of what the last failure wrote
 
 
 class Report(NamedTuple):
@@ -451,6 +457,9 @@ class Report(NamedTuple):
     exit_code: Optional[int] = None
     message: Optional[str] = None
     elapsed_ms: Optional[int] = None        # since the attempt was begun, by the worker's clock
+    memory: Optional[int] = None            # as in Task
+    cpu_ms: Optional[int] = None
+    log: Optional[str] = None
 
 
 class Limits(NamedTuple):
@@ -473,11 +482,11 @@ def claimed(task: Task, worker: int, started: Optional[int]) -> Task:
     """The worker holds the task, in another attempt.
 
     *started*: milliseconds since 1970; None when it is claimed ahead, and begun later. What the last failure said
-    is kept until the task is done.
+    is kept until the task is done, and what the last end used until the next one.
     """
-    task_id, run, _, millionths, _, attempt, _, failures, losses, _, _, exit_code, message = task
+    task_id, run, _, millionths, _, attempt, _, failures, losses, _, _ = task[:11]
     return Task(task_id, run, COMPUTING, millionths, worker, attempt + 1, HELD if started is None else STARTED,
-                failures, losses, started, None, exit_code, message)
+                failures, losses, started, None, *task[11:])
 
 
 def is_news(task: Task, report: Report, hold: Optional[int], worker_uuid: Optional[str]) -> bool:
@@ -523,8 +532,9 @@ def overruled(task: Task, report: Report, limits: Limits, now_ms: int) -> Task:
 
 def _reported(task: Task, report: Report, limits: Limits, now_ms: int, status: int, begins: bool,
               hold: Optional[int], losses: int) -> Task:
-    """What all reports have in common: percentage, times, failures."""
-    task_id, run, _, millionths, worker, attempt, _, failures, _, started, finished, exit_code, message = task
+    """What all reports have in common: percentage, times, failures, what an end used."""
+    task_id, run, _, millionths, worker, attempt, _, failures, _, started, finished = task[:11]
+    said: Tuple[Any, ...] = task[11:]       # of the last end
     if report.millionths is not None:
         millionths = report.millionths
     elif status == DONE:
@@ -532,15 +542,14 @@ def _reported(task: Task, report: Report, limits: Limits, now_ms: int, status: i
     if begins or report.elapsed_ms is not None and status != WAITING:
         started = now_ms - (report.elapsed_ms or 0)
     if report.status == DONE or report.status == FAILED:    # a percentage alone is no other end of what has ended
-        finished, exit_code, message = now_ms, report.exit_code, report.message
+        finished, said = now_ms, (report.exit_code, report.message, report.memory, report.cpu_ms, report.log)
     if status == COMPUTING:
         finished = None
     if report.status == FAILED:
         failures += 1
         if not 0 < limits.failures <= failures:
             status = WAITING
-    return Task(task_id, run, status, millionths, worker, attempt, hold, failures, losses, started, finished, exit_code,
-                message)
+    return Task(task_id, run, status, millionths, worker, attempt, hold, failures, losses, started, finished, *said)
 
 
 def lapsed(task: Task, limits: Limits, now_ms: int) -> Task:
@@ -689,7 +698,10 @@ CREATE TABLE task (
     started INTEGER,                            -- milliseconds since 1970, like finished
     finished INTEGER,
     exit_code INTEGER,                          -- of the last failure
-    message TEXT
+    message TEXT,
+    memory INTEGER CHECK (memory >= 0),         -- bytes at its peak: of the last end that was reported
+    cpu_ms INTEGER CHECK (cpu_ms >= 0),         -- milliseconds of all its processors: likewise
+    log TEXT                                    -- the path of what the last failure wrote
 );
 CREATE INDEX task_open ON task (status) WHERE status <> 2;                  -- the lowest that waits; pages by status
 CREATE INDEX task_held ON task (worker, hold) WHERE hold <= 4;              -- what a worker holds, or may take back
@@ -746,7 +758,8 @@ CREATE VIEW tasks AS
         CASE task.status WHEN 0 THEN 'waiting' WHEN 1 THEN 'computing' WHEN 2 THEN 'done' ELSE 'failed' END AS status,
         task.millionths / 1e6 AS percent, worker.hostname, worker.pid, task.attempt, task.failures, task.losses,
         strftime('%Y-%m-%dT%H:%M:%SZ', task.started / 1000, 'unixepoch') AS started,
-        strftime('%Y-%m-%dT%H:%M:%SZ', task.finished / 1000, 'unixepoch') AS finished, task.exit_code, task.message
+        strftime('%Y-%m-%dT%H:%M:%SZ', task.finished / 1000, 'unixepoch') AS finished, task.exit_code, task.message,
+        task.memory, task.cpu_ms / 1000.0 AS cpu, task.log
     FROM run
     JOIN task ON task.id >= run.first_id AND task.id < run.first_id + run.num_tasks
     LEFT JOIN worker ON worker.id = task.worker
@@ -2312,8 +2325,10 @@ def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, first: Rep
     if count != last.number - first.number + 1:
         return False
     sql.execute("""
-        UPDATE task SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = NULL, message = NULL
-        WHERE id BETWEEN ? AND ?""", (millionths, milliseconds(now.utc), *span))
+        UPDATE task
+        SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = NULL, message = NULL, memory = ?,
+            cpu_ms = ?, log = NULL
+        WHERE id BETWEEN ? AND ?""", (millionths, milliseconds(now.utc), first.memory, first.cpu_ms, *span))
     for task_id in range(span[0], span[1] + 1):
         sql.held.pop(task_id, None)
     sql.changed[run.id] = run
@@ -2740,7 +2755,7 @@ SWEEPS = {
     RESTART_ALL: ("""
         UPDATE task
         SET status = 0, millionths = 0, failures = 0, losses = 0, started = NULL, finished = NULL, exit_code = NULL,
-            message = NULL, hold = CASE WHEN hold > 5 THEN hold END
+            message = NULL, memory = NULL, cpu_ms = NULL, log = NULL, hold = CASE WHEN hold > 5 THEN hold END
         WHERE""", " id BETWEEN :first AND :last"),
     RESTART_FAILED: ("""
         UPDATE task
@@ -6360,7 +6375,8 @@ def task_json(seen: ShownTask) -> Dict[str, Any]:
             "percentCompleted": task.millionths / 1000000, "attempt": task.attempt,
             "worker": worker and worker.uuid, "hostname": worker and worker.hostname,
             "failures": task.failures, "losses": task.losses, "started": shown_time(task.started),
-            "finished": shown_time(task.finished), "exitCode": task.exit_code, "message": task.message}
+            "finished": shown_time(task.finished), "exitCode": task.exit_code, "message": task.message,
+            "memory": task.memory, "cpu": None if task.cpu_ms is None else task.cpu_ms / 1000, "log": task.log}
 
 
 def worker_json(seen: ShownWorker) -> Dict[str, Any]:
@@ -6392,7 +6408,7 @@ def show_claimed(given: Union[ShownTask, NothingWaiting]) -> Reply:
     if isinstance(given, NothingWaiting):
         return show_nothing_waiting(given)
     task, number, worker = given
-    if worker is None or task.started is None or (task.finished, task.exit_code, task.message) != (None,) * 3:
+    if worker is None or task.started is None or task[10:] != (None,) * 6:     # from `finished` on
         return show_task(given, 201)
     if not worker.shown:
         worker.shown = '"worker":%s,"hostname":%s' % (encode_json(worker.uuid), encode_json(worker.hostname))
@@ -6401,7 +6417,8 @@ def show_claimed(given: Union[ShownTask, NothingWaiting]) -> Reply:
 
 
 CLAIMED = ('{"id":%d,"task":%d,"status":"computing","percentCompleted":%r,"attempt":%d,%s,"failures":%d,"losses":%d,'
-           '"started":"%s","finished":null,"exitCode":null,"message":null}')
+           '"started":"%s","finished":null,"exitCode":null,"message":null,"memory":null,'
+           '"cpu":null,"log":null}')
 
 
 def show_batch(given: Union[List[Tuple[int, int, int]], NothingWaiting]) -> Reply:
@@ -6681,15 +6698,22 @@ REPORT = {
     "percentCompleted": Percent(required=False),
     "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
     "message": Message(MESSAGE_LIMIT, required=False),
-    "elapsed": Seconds(MAX_ELAPSED_S, required=False)}
+    "elapsed": Seconds(MAX_ELAPSED_S, required=False),
+    "memory": Integer(0, MAX_MEMORY, required=False),
+    "cpu": Seconds(MAX_ELAPSED_S, required=False),
+    "log": Message(LOG_LIMIT, required=False)}
 
 
 def will_not_do(said: Report) -> Optional[str]:
     """What is wrong with a report whose fields are right one by one; None when nothing is."""
     if said.status is None and said.millionths is None:
         return "a report names percentCompleted, status or both"
-    if said.status != FAILED and (said.exit_code is not None or said.message is not None):
-        return "exitCode and message go with status failed"
+    if said.status == FAILED:
+        return None
+    if (said.exit_code, said.message, said.log) != (None,) * 3:
+        return "exitCode, message and log go with status failed"
+    if said.status != DONE and (said.memory, said.cpu_ms) != (None,) * 2:
+        return "memory and cpu go with status done or failed"
     return None
 
 
@@ -6747,7 +6771,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
     fields = req.fields
     get = fields.get
     said = Report(task_number(task), get("attempt"), get("status"), get("percentCompleted"), get("exitCode"),
-                  get("message"), get("elapsed"))
+                  get("message"), get("elapsed"), get("memory"), get("cpu"), get("log"))
     sentence = will_not_do(said)
     if sentence:
         raise BadRequest(sentence)

@@ -455,7 +455,7 @@ FULL = 100000000        # 100 percent, as the model keeps it
 UNKNOWN = "?"           # in the model: the contract leaves open what a field shows
 FRESH: Dict[str, Any] = {
     "status": "waiting", "millionths": 0, "attempt": 0, "worker": None, "failures": 0, "losses": 0, "exitCode": None,
-    "message": None, "started": False, "finished": False,
+    "message": None, "memory": None, "cpu": None, "log": None, "started": False, "finished": False,
     "hold": "",             # or "active"; lapsed: "expired", "signed off", "restarted"
     "begun": False,         # the attempt was started: by a single claim, or by a report of who holds it
     "lost": False,          # the lapse counted a loss
@@ -509,7 +509,7 @@ class Model:
         return {"task": number, "status": task["status"], "percentCompleted": task["millionths"] / 1000000,
                 "hostname": worker and worker["hostname"],
                 **{name: task[name] for name in ("attempt", "worker", "failures", "losses", "exitCode", "message",
-                                                 "started", "finished")}}
+                                                 "memory", "cpu", "log", "started", "finished")}}
 
     def renew_lease(self, worker: Optional[str]) -> None:
         """Renew the worker's lease: a request named it, or a task was taken back for it."""
@@ -650,13 +650,13 @@ class Model:
             task["ends"][task["attempt"]] = (task["worker"], status)
         if not task["started"]:
             task["started"] = UNKNOWN
+        if status in ("done", "failed"):
+            task.update({name: body.get(name) for name in ("exitCode", "message", "memory", "cpu", "log")},
+                        status=status, finished=True)
         if status == "failed":
             task["failures"] += 1
-            task.update(status="failed" if 0 < most <= task["failures"] else "waiting", finished=True,
-                        exitCode=body.get("exitCode"), message=body.get("message"))
-        elif status == "done":
-            task.update(status="done", finished=True, exitCode=None, message=None)
-        elif status:
+            task["status"] = "failed" if 0 < most <= task["failures"] else "waiting"
+        elif status in ("waiting", "computing"):
             task["status"] = status
             task["finished"] = task["finished"] and UNKNOWN
 
@@ -668,7 +668,8 @@ class Model:
             if everything is True:
                 self.note_taken(task)
                 task.update(status="waiting", millionths=0, failures=0, losses=0, exitCode=None, message=None, hold="",
-                            lost=False, finished=False, started=task["started"] and UNKNOWN)
+                            memory=None, cpu=None, log=None, lost=False, finished=False,
+                            started=task["started"] and UNKNOWN)
             elif everything == "failed" and task["status"] != "failed":
                 continue
             elif task["hold"] == "active" and self.has_running_lease(task["worker"]):
@@ -750,6 +751,7 @@ BAD_BODIES = [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b"\xef\xbb\x
 BAD_ENTRIES = [{"task": 0, "status": "done"}, {"task": 1}, {"task": -1, "status": "done"}, {"status": "done"}, 7, None,
                {"task": 2 ** 31, "status": "done"}, {"task": "1", "status": "done"}, {"task": 1, "status": "Done"},
                {"task": 1, "status": "done", "exitCode": 0}, {"task": 1, "status": "waiting", "message": ""},
+               {"task": 1, "status": "done", "log": ""}, {"task": 1, "percentCompleted": 1, "memory": 1},
                {"task": 1, "percentCompleted": 101}, {"task": 1, "status": "done", "more": 1},
                {"task": 1, "attempt": 1}, {"task": 1, "status": "done", "attempt": "1"},
                {"task": 1, "status": "done", "worker_uuid": "first"}]
@@ -758,8 +760,10 @@ numbers = st.sampled_from([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 999, 2 ** 31 - 2])     
 statuses = st.sampled_from([None, "waiting", "computing", "done", "failed"])
 names = st.sampled_from(["a", "a", "a", "b", "b", "b", "first", "D" * 64])      # all but the last register first
 dices = st.randoms(use_true_random=True)    # more even than draws, which like to repeat themselves
-failures = st.fixed_dictionaries({}, optional={"exitCode": st.sampled_from([0, 1, -9, 2 ** 31 - 1]),
-                                               "message": st.sampled_from(["", "no space left\non device", "\0ü"])})
+ends = st.fixed_dictionaries({}, optional={     # what a report says of an end; the first three of a failure alone
+    "exitCode": st.sampled_from([0, 1, -9, 2 ** 31 - 1]), "log": st.sampled_from(["", "/logs/7.log"]),
+    "message": st.sampled_from(["", "no space left\non device", "\0ü"]),
+    "memory": st.sampled_from([0, 1, 2 ** 53]), "cpu": st.sampled_from([0, 0.5, 1000000000])})
 
 
 class Machine(RuleBasedStateMachine):
@@ -902,7 +906,7 @@ class Machine(RuleBasedStateMachine):
             shown = plain_task(task)
             assert shown == {name: shown[name] if value == UNKNOWN else value for name, value in expected[1].items()}
 
-    @rule(run=runs, number=numbers, percent=st.none() | percents, status=statuses, more=failures)
+    @rule(run=runs, number=numbers, percent=st.none() | percents, status=statuses, more=ends)
     def report(self, run: str, number: int, percent: Optional[float], status: Optional[str],
                more: Dict[str, Any]) -> None:
         """A report that names no worker."""
@@ -912,9 +916,10 @@ class Machine(RuleBasedStateMachine):
 
     def body_of(self, percent: Optional[float], status: Optional[str], more: Dict[str, Any],
                 **names: Any) -> Dict[str, Any]:
-        """A report without what is None; exit code and message only of a failure."""
+        """A report without what is None; exit code, message and log only of a failure."""
         body = {name: value for name, value in (("percentCompleted", percent), ("status", status)) if value is not None}
-        body.update(more if status == "failed" else {})
+        body.update({name: value for name, value in more.items() if status == "failed" or (
+            status == "done" and name in ("memory", "cpu"))})
         body.update({name: value for name, value in names.items() if value is not None and body})
         return body
 
@@ -938,7 +943,7 @@ class Machine(RuleBasedStateMachine):
             return dice.choice([None, "nobody", *self.model.workers]), max(1, task["attempt"] + dice.choice([-1, 0, 1]))
         return (task["worker"] if kind != "attempt" else None), (task["attempt"] if kind != "worker" else None)
 
-    @rule(dice=dices, percent=st.none() | percents, status=statuses, more=failures)
+    @rule(dice=dices, percent=st.none() | percents, status=statuses, more=ends)
     def report_fenced(self, dice: random.Random, percent: Optional[float], status: Optional[str],
                       more: Dict[str, Any]) -> None:
         """A report of a worker that holds the task, held it, or never did."""
@@ -950,7 +955,7 @@ class Machine(RuleBasedStateMachine):
                 got = self.farm.ask("PUT", self.task_path(*task), body)[0]
                 assert got == self.model.report(*task, body)[0]
 
-    @rule(dice=dices, named=st.booleans(), more=failures, percent=st.none() | percents)
+    @rule(dice=dices, named=st.booleans(), more=ends, percent=st.none() | percents)
     def report_batch(self, dice: random.Random, named: bool, more: Dict[str, Any], percent: Optional[float]) -> None:
         task = self.choose_task(dice)
         if not task:
@@ -1034,7 +1039,8 @@ class Machine(RuleBasedStateMachine):
             elif act == "report":
                 self.report_fenced(dice, 50, None, {})
             elif act == "end":
-                self.report_fenced(dice, None, dice.choice(["done", "done", "failed", "waiting"]), {"exitCode": 1})
+                self.report_fenced(dice, None, dice.choice(["done", "done", "failed", "waiting"]), {
+                    "exitCode": 1, "log": "l", "memory": 1})
             elif act == "silence":
                 self.time_passes(dice.choice([1, 2]), dice.choice([{"a", "b"} - {worker}, set(), {rival}]))
             elif act == "beat":
@@ -1326,9 +1332,12 @@ RESTARTS = [taskfarm.RESTART, taskfarm.RESTART_ALL, taskfarm.RESTART_FAILED]
 def some_report(dice: random.Random, number: int = 0) -> Report:
     """What a client might say of a task."""
     status = dice.choice([None, taskfarm.WAITING, taskfarm.COMPUTING, taskfarm.DONE, taskfarm.FAILED])
-    blame = (dice.choice([None, 1]), dice.choice([None, "why"])) if status == taskfarm.FAILED else (None, None)
-    return Report(number, None, status, dice.choice([None, None, 0, FULL // 3, FULL]), *blame,
-                  dice.choice([None, None, 700]))
+    exit_code, message, log = ((dice.choice([None, 1]), dice.choice([None, "why"]), dice.choice([None, "/l"]))
+                               if status == taskfarm.FAILED else (None, None, None))
+    memory, cpu = ((dice.choice([None, 5]), dice.choice([None, 6])) if status in (taskfarm.DONE, taskfarm.FAILED) else
+                   (None, None))
+    return Report(number, None, status, dice.choice([None, None, 0, FULL // 3, FULL]), exit_code, message,
+                  dice.choice([None, None, 700]), memory, cpu, log)
 
 
 class Life:
@@ -1453,9 +1462,10 @@ def every_task() -> Iterator[Task]:
     for status, hold in itertools.product(range(4), [None, *range(1, 9)]):
         allowed = range(4) if hold is None or hold > 5 else [1] if hold <= 2 else [0, 3]
         if status in allowed:
+            said: Any
             for millionths, blame, started, finished, said, worker in itertools.product(
                     [0, FULL // 3, FULL], [(0, 0), (1, 0), (0, 1), (2, 2)], [None, 10 ** 12], [None, 10 ** 12 + 5],
-                    [(None, None), (3, "why")], [1, 2]):
+                    [(None,) * 5, (3, "why", 7, 8, "/log")], [1, 2]):
                 yield Task(0, 1, status, millionths, worker, 3, hold, *blame, started, finished, *said)
 
 
@@ -1501,7 +1511,8 @@ def test_long_lives_agree_with_the_model(seed: int) -> None:
         run = machine.begin(dice.randint(1, 4), dice.randint(1, 2))
         for _ in range(25):
             machine.one_workers_life(run, dice.choice("aab"), dice.choice(["a", "b", "b", "first"]), dice)
-            machine.report_batch(dice, dice.random() < 0.7, {"exitCode": 2}, dice.choice([None, 50, 100]))
+            machine.report_batch(dice, dice.random() < 0.7, {"exitCode": 2, "cpu": 1.5},
+                                 dice.choice([None, 50, 100]))
             machine.list_tasks(run, dice.choice([None, "waiting", "computing", "done", "failed"]), 2)
             machine.repeat_key(dice, dice.random() < 0.8)
             machine.figures_agree()
@@ -2277,15 +2288,16 @@ def test_what_becomes_of_all_that_a_worker_holds_is_what_the_rule_makes_of_each(
 
 
 @given(tasks=some_tasks, limits=some_limits, dice=dices, percent=st.sampled_from([None, 0, 7, FULL]),
-       attempt=st.sampled_from([None, 3, 3, 2]))
+       attempt=st.sampled_from([None, 3, 3, 2]), used=st.sampled_from([(None, None), (5, 6), (None, 0)]))
 @many_trials
 def test_done_for_consecutive_tasks_is_what_the_rule_makes_of_each(
         trials: Direct, tasks: List[Optional[Task]], limits: Limits, dice: random.Random, percent: Optional[int],
-        attempt: Optional[int]) -> None:
+        attempt: Optional[int], used: Tuple[Optional[int], Optional[int]]) -> None:
     with trial_of(trials) as trial:
         planted = trial.plant([
             dice.choice(HELD_BY[1] if dice.random() < 0.95 else [task, *HELD_BY[2]]) for task in tasks], limits)
-        reports = [Report(number, attempt, taskfarm.DONE, percent) for number in range(len(tasks))]
+        reports = [Report(number, attempt, taskfarm.DONE, percent, memory=used[0], cpu_ms=used[1])
+                   for number in range(len(tasks))]
         all_held = attempt != 2 and all(is_held(task) and task.worker == 1 for task in planted)
         worker = taskfarm.find_worker(trial.sql, "a")
         assert all_held == taskfarm.finish_span(trial.sql, trial.now, trial.run, worker, reports[0], reports[-1])
@@ -2302,7 +2314,7 @@ def test_a_batch_of_reports_comes_to_what_single_ones_come_to(
                for number in range(len(tasks)) if dice.random() < 0.9]
     if reports and dice.random() < 0.5:     # alike, as those of a batch mostly are, and of tasks that the worker holds
         status = dice.choice([reports[0].status, taskfarm.DONE])
-        reports = [reports[0]._replace(number=said.number, status=status, exit_code=None, message=None)
+        reports = [reports[0]._replace(number=said.number, status=status, exit_code=None, message=None, log=None)
                    for said in reports]
         tasks = [task if dice.random() < 0.05 else dice.choice(HELD_BY[2 if by == "b" else 1]) for task in tasks]
     ends: List[Any] = []
@@ -3755,6 +3767,10 @@ BAD_BATCHES: List[Any] = [
         {"status": "failed", "exitCode": 2 ** 31}, {"status": "failed", "exitCode": -2 ** 31 - 1},
         {"status": "failed", "exitCode": "1"}, {"status": "failed", "exitCode": 1.5},
         {"status": "failed", "message": "x" * 2001}, {"status": "failed", "message": 5},
+        {"status": "done", "log": "x"}, {"status": "failed", "log": "x" * 1025}, {"status": "failed", "log": 5},
+        {"status": "waiting", "memory": 1}, {"percentCompleted": 1, "cpu": 1}, {"memory": 1, "cpu": 1},
+        {"status": "done", "memory": -1}, {"status": "done", "memory": 2 ** 53 + 1}, {"status": "done", "memory": 1.5},
+        {"status": "done", "cpu": -0.1}, {"status": "done", "cpu": 1e9 + 1}, {"status": "done", "cpu": "1"},
         {"status": "lost"}, {"worker_uuid": "a"}, {"attempt": 1}, {"worker_uuid": "a", "attempt": 1},
         {"status": "done", "attempt": "1"}, {"status": "done", "attempt": -1}, {"status": "done", "attempt": 1.5},
         {"status": "done", "worker_uuid": ""}, {"status": "done", "worker_uuid": "a b"}, {"status": "done",
@@ -4028,6 +4044,34 @@ def test_a_report_may_say_how_long_the_attempt_has_run(store: Direct) -> None:
     assert report(store, run, 4, worker_uuid="a", elapsed=5) == 400, "it says nothing of the task"
 
 
+def test_an_end_says_what_the_attempt_used_and_a_failure_where_its_log_is(store: Direct) -> None:
+    def used(number: int = 0) -> Tuple[Any, ...]:
+        return look(store, run, number, "memory", "cpu", "log")
+    run = a_run(store, 4, maxFailures=9)
+    take(store, run, "a")
+    assert report(store, run, 0, worker_uuid="a", status="failed", memory=2 ** 53, cpu=1.2345, log="/logs/" + "x" * 1018
+                  ) == 204
+    failed = (2 ** 53, 1.234, "/logs/" + "x" * 1018)
+    assert used() == failed
+    for happens in (lambda: take(store, run, "b"), lambda: report(store, run, 0, worker_uuid="b", percentCompleted=50),
+                    lambda: report(store, run, 0, worker_uuid="b", status="waiting"), lambda: take(store, run, "b"),
+                    lambda: store.ask("POST", "/api/runs/%s/restart" % run)):
+        happens()
+        assert used() == failed, "kept until the next end"
+    take(store, run, "b")
+    assert report(store, run, 0, worker_uuid="b", status="done", cpu=7) == 204
+    assert used() == (None, 7.0, None), "and what another end does not say is not that of the one before"
+    take_batch(store, run, "a", 3)
+    assert tell_batch(store, run, {"task": 1, "status": "done", "memory": 4096, "cpu": 0.5},
+                      {"task": 2, "status": "done"}, {"task": 3, "status": "failed", "memory": 5, "log": ""},
+                      worker_uuid="a") == (3, [])
+    assert [used(number) for number in (1, 2, 3)] == [(4096, 0.5, None), (None, None, None), (5, None, "")]
+    assert store.store.connection.execute("SELECT task, memory, cpu, log FROM tasks ORDER BY task").fetchall() == [
+        (0, None, 7.0, None), (1, 4096, 0.5, None), (2, None, None, None), (3, 5, None, "")]
+    store.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    assert {used(number) for number in range(4)} == {(None, None, None)}
+
+
 def test_a_report_without_a_status_keeps_a_held_task_computing(store: Direct) -> None:
     run = a_run(store, 1)
     take(store, run, "a")
@@ -4234,7 +4278,7 @@ def test_a_run_says_its_name_and_its_times(store: Direct) -> None:
 
 
 TASK_FIELDS = {"id", "task", "status", "percentCompleted", "attempt", "worker", "hostname", "failures", "losses",
-               "started", "finished", "exitCode", "message"}
+               "started", "finished", "exitCode", "message", "memory", "cpu", "log"}
 
 
 def test_a_task_says_the_same_everywhere(store: Direct) -> None:
@@ -4242,7 +4286,7 @@ def test_a_task_says_the_same_everywhere(store: Direct) -> None:
     fresh = store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
     assert fresh == {"id": 1, "task": 0, "status": "waiting", "percentCompleted": 0.0, "attempt": 0, "worker": None,
                      "hostname": None, "failures": 0, "losses": 0, "started": None, "finished": None, "exitCode": None,
-                     "message": None}
+                     "message": None, "memory": None, "cpu": None, "log": None}
     store.pass_time(1)
     task = take(store, run, "a")
     assert task == store.ask("GET", "/api/runs/%s/tasks/0" % run)[1]
@@ -6845,10 +6889,10 @@ def test_each_post_of_a_user_minds_its_idempotency_key() -> None:
 
 def test_the_fields_of_a_report_come_in_the_order_of_its_class() -> None:
     body = {"task": 7, "elapsed": 1.5, "message": "m", "exitCode": 2, "percentCompleted": 3, "status": "failed",
-            "attempt": 4}
+            "attempt": 4, "log": "l", "cpu": 0.25, "memory": 9}
     (said,) = taskfarm.read_body(task_route(), json.dumps({"data": [body]}).encode())["data"]
     assert said == taskfarm.Report(number=7, attempt=4, status=taskfarm.FAILED, millionths=3000000, exit_code=2,
-                                   message="m", elapsed_ms=1500)
+                                   message="m", elapsed_ms=1500, memory=9, cpu_ms=250, log="l")
 
 
 PUBLISHED_WORKER = """
