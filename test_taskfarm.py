@@ -4058,7 +4058,6 @@ def test_an_end_says_what_the_attempt_used_and_a_failure_where_its_log_is(store:
                     lambda: store.ask("POST", "/api/runs/%s/restart" % run)):
         happens()
         assert used() == failed, "kept until the next end"
-    take(store, run, "b")
     assert report(store, run, 0, worker_uuid="b", status="done", cpu=7) == 204
     assert used() == (None, 7.0, None), "and what another end does not say is not that of the one before"
     take_batch(store, run, "a", 3)
