@@ -484,9 +484,9 @@ def claimed(task: Task, worker: int, started: Optional[int]) -> Task:
     *started*: milliseconds since 1970; None when it is claimed ahead, and begun later. What the last failure said
     is kept until the task is done, and what the last end used until the next one.
     """
-    task_id, run, _, millionths, _, attempt, _, failures, losses, _, _ = task[:11]
+    task_id, run, _, millionths, _, attempt, _, failures, losses, _, _, code, message, memory, cpu_ms, log_path = task
     return Task(task_id, run, COMPUTING, millionths, worker, attempt + 1, HELD if started is None else STARTED,
-                failures, losses, started, None, *task[11:])
+                failures, losses, started, None, code, message, memory, cpu_ms, log_path)
 
 
 def is_news(task: Task, report: Report, hold: Optional[int], worker_uuid: Optional[str]) -> bool:
@@ -533,8 +533,8 @@ def overruled(task: Task, report: Report, limits: Limits, now_ms: int) -> Task:
 def _reported(task: Task, report: Report, limits: Limits, now_ms: int, status: int, begins: bool,
               hold: Optional[int], losses: int) -> Task:
     """What all reports have in common: percentage, times, failures, what an end used."""
-    task_id, run, _, millionths, worker, attempt, _, failures, _, started, finished = task[:11]
-    said: Tuple[Any, ...] = task[11:]       # of the last end
+    (task_id, run, _, millionths, worker, attempt, _, failures, _, started, finished, code, message, memory, cpu_ms,
+     log_path) = task
     if report.millionths is not None:
         millionths = report.millionths
     elif status == DONE:
@@ -542,14 +542,16 @@ def _reported(task: Task, report: Report, limits: Limits, now_ms: int, status: i
     if begins or report.elapsed_ms is not None and status != WAITING:
         started = now_ms - (report.elapsed_ms or 0)
     if report.status == DONE or report.status == FAILED:    # a percentage alone is no other end of what has ended
-        finished, said = now_ms, (report.exit_code, report.message, report.memory, report.cpu_ms, report.log)
+        finished, code, message = now_ms, report.exit_code, report.message
+        memory, cpu_ms, log_path = report.memory, report.cpu_ms, report.log
     if status == COMPUTING:
         finished = None
     if report.status == FAILED:
         failures += 1
         if not 0 < limits.failures <= failures:
             status = WAITING
-    return Task(task_id, run, status, millionths, worker, attempt, hold, failures, losses, started, finished, *said)
+    return Task(task_id, run, status, millionths, worker, attempt, hold, failures, losses, started, finished, code,
+                message, memory, cpu_ms, log_path)
 
 
 def lapsed(task: Task, limits: Limits, now_ms: int) -> Task:
