@@ -3465,6 +3465,8 @@ class Store:
                 continue
             taken.append(named)
             yield named
+            if named.large:         # it turned out to take long, and has done nothing: its turn comes below
+                taken.pop()
             if len(taken) % 8 == 0 and sql.over():
                 break
         if self.large:
@@ -3530,7 +3532,8 @@ class Store:
                 except RunBusy as busy:
                     parked.append((busy.args[0], named))
                 except TakesLong:
-                    large.append(named)
+                    named.large = True
+                    self.large.append(named)
                 if sql.heard_worker is not None:
                     named.worker, sql.heard_worker = sql.heard_worker, None
         for named, rest in unfinished:
