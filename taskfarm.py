@@ -2249,12 +2249,10 @@ REPORTS_SLICE = 1000    # reports between two looks at the clock: 2 ms when they
 def report_slice(sql: Transaction, now: Now, run: Run, worker_uuid: Optional[str], worker: Optional[Worker],
                  reports: List[Report]) -> Refused:
     """Judge and write reports in order of their numbers; those that are refused."""
-    others = [said for said in reports if said.elapsed_ms is not None]
-    if len(others) < len(reports):
-        for alike in spans_alike([said for said in reports if said.elapsed_ms is None]):
-            if len(alike) == 1 or worker is None or not finish_span(sql, now, run, worker, alike[0], alike[-1]):
-                others += alike
-        others.sort()
+    others: List[Report] = []
+    for span in spans_alike(reports):
+        if len(span) == 1 or worker is None or not finish_span(sql, now, run, worker, span):
+            others += span
     refusals: List[Tuple[int, str]] = []
     changes: List[Tuple[Task, Task]] = []
     for task, said in zip(tasks_by_id(sql, [run.first_id + said.number for said in others]), others):
@@ -2271,15 +2269,17 @@ def report_slice(sql: Transaction, now: Now, run: Run, worker_uuid: Optional[str
 
 
 def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
-    """Reports in order of number, those of consecutive tasks that say the same together."""
+    """Reports in order of number, those of consecutive tasks together that say the same but for what it took."""
     span: List[Report] = []
+    kind: Tuple[Any, ...] = ()
     for said in reports:
-        if span and said[1:] == span[0][1:] and said.number == span[-1].number + 1:
+        this_kind = (*said[1:6], said.elapsed_ms is None)
+        if span and this_kind == kind and said.number == span[-1].number + 1:
             span.append(said)
         else:
             if span:
                 yield span
-            span = [said]
+            span, kind = [said], this_kind
     if span:
         yield span
 
@@ -2299,21 +2299,29 @@ def tasks_by_id(sql: Transaction, task_ids: Sequence[int]) -> List[Task]:
     return [tasks.get(task_id) or Task(task_id) for task_id in task_ids]
 
 
-def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, first: Report, last: Report) -> bool:
+def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, reports: List[Report]) -> bool:
     """Take `done` for consecutive tasks that the worker holds: `reported`, by one statement. False if it cannot be."""
+    first = reports[0]
     if first.status != DONE:
         return False
-    millionths = FULL if first.millionths is None else first.millionths
-    span = run.first_id + first.number, run.first_id + last.number
+    millionths, now_ms = FULL if first.millionths is None else first.millionths, milliseconds(now.utc)
+    span = run.first_id + first.number, run.first_id + reports[-1].number
     count, before = sql.one("""
         SELECT count(*), sum(millionths) FROM task
         WHERE id BETWEEN ? AND ? AND worker = ? AND hold <= 2 AND attempt = coalesce(?, attempt)""",
                             *span, worker.id, first.attempt)
-    if count != last.number - first.number + 1:
+    if count != len(reports):
         return False
-    sql.execute("""
-        UPDATE task SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = NULL, message = NULL
-        WHERE id BETWEEN ? AND ?""", (millionths, milliseconds(now.utc), *span))
+    ended = now_ms, first.exit_code, first.message
+    if first.elapsed_ms is None:
+        sql.execute("""
+            UPDATE task SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = ?, message = ?
+            WHERE id BETWEEN ? AND ?""", (millionths, *ended, *span))
+    else:
+        sql.execute_many("""
+            UPDATE task SET status = 2, millionths = ?, hold = 6, started = ?, finished = ?, exit_code = ?, message = ?
+            WHERE id = ?""", [(millionths, now_ms - (said.elapsed_ms or 0), *ended, run.first_id + said.number)
+                              for said in reports])
     for task_id in range(span[0], span[1] + 1):
         sql.held.pop(task_id, None)
     sql.changed[run.id] = run

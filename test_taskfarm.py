@@ -2277,20 +2277,21 @@ def test_what_becomes_of_all_that_a_worker_holds_is_what_the_rule_makes_of_each(
 
 
 @given(tasks=some_tasks, limits=some_limits, dice=dices, percent=st.sampled_from([None, 0, 7, FULL]),
-       attempt=st.sampled_from([None, 3, 3, 2]))
+       attempt=st.sampled_from([None, 3, 3, 2]), timed=st.booleans(), said=st.sampled_from([(None, None), (0, "m")]))
 @many_trials
 def test_done_for_consecutive_tasks_is_what_the_rule_makes_of_each(
         trials: Direct, tasks: List[Optional[Task]], limits: Limits, dice: random.Random, percent: Optional[int],
-        attempt: Optional[int]) -> None:
+        attempt: Optional[int], timed: bool, said: Tuple[Optional[int], Optional[str]]) -> None:
     with trial_of(trials) as trial:
         planted = trial.plant([
             dice.choice(HELD_BY[1] if dice.random() < 0.95 else [task, *HELD_BY[2]]) for task in tasks], limits)
-        reports = [Report(number, attempt, taskfarm.DONE, percent) for number in range(len(tasks))]
+        reports = [Report(number, attempt, taskfarm.DONE, percent, *said, dice.randrange(9) if timed else None)
+                   for number in range(len(tasks))]
         all_held = attempt != 2 and all(is_held(task) and task.worker == 1 for task in planted)
         worker = taskfarm.find_worker(trial.sql, "a")
-        assert all_held == taskfarm.finish_span(trial.sql, trial.now, trial.run, worker, reports[0], reports[-1])
-        assert trial.rows() == [taskfarm.reported(task, said, limits, NOW_MS) if all_held else task
-                                for task, said in zip(planted, reports)]
+        assert all_held == taskfarm.finish_span(trial.sql, trial.now, trial.run, worker, reports)
+        assert trial.rows() == [taskfarm.reported(task, report, limits, NOW_MS) if all_held else task
+                                for task, report in zip(planted, reports)]
         trial.promises_hold()
 
 
@@ -2302,8 +2303,9 @@ def test_a_batch_of_reports_comes_to_what_single_ones_come_to(
                for number in range(len(tasks)) if dice.random() < 0.9]
     if reports and dice.random() < 0.5:     # alike, as those of a batch mostly are, and of tasks that the worker holds
         status = dice.choice([reports[0].status, taskfarm.DONE])
-        reports = [reports[0]._replace(number=said.number, status=status, exit_code=None, message=None)
-                   for said in reports]
+        reports = [reports[0]._replace(number=said.number, status=status, exit_code=None,
+                                       message=dice.choice([None] * 9 + ["m"]),
+                                       elapsed_ms=dice.choice([None, said.elapsed_ms])) for said in reports]
         tasks = [task if dice.random() < 0.05 else dice.choice(HELD_BY[2 if by == "b" else 1]) for task in tasks]
     ends: List[Any] = []
     for batched in (True, False):
