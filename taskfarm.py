@@ -122,7 +122,8 @@ Contents
     LOGIN               password hashes, signed tokens, remembered logins
     TLS                 a certificate of the farm's own, and the settings of both ends
     HTTP                requests and replies as bytes; knows no socket, no run and no task
-    SERVER              connections, and the thread that serves them in turn
+    CONNECTIONS         bytes that came from a client, and bytes that are to go
+    SERVER              the thread that serves all connections in turn
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
     SERVICE             lock, store and address made into one server
@@ -5170,38 +5171,17 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
     return BadRequest("the %s %s is missing: %s" % (kind, name, field.expected))
 
 
-# ---------------------------------------------------------------- SERVER
-# Connections, and the one thread that serves them (the I/O thread). Knows bytes and times, no run and no task.
+# ---------------------------------------------------------------- CONNECTIONS
+# A client's connection: bytes that came, a request in work, bytes that are to go; and the buffers and the log of them
+# all. Knows bytes and times, and not in which order connections are served. All is for the I/O thread but
+# Connection.deliver and AccessLog.
 #
-# The I/O thread owns the selector and all connections: it accepts, reads, parses, shows and sends. A handler does not
-# wait: it gives a reply, or names a store operation, whose outcome the writer hands back after COMMIT. (Previously the
-# writer sent the answers itself: each of its system calls passed the interpreter back and forth, and 64 clients got
-# 16 000 requests a second, not 23 000.)
-#
-# Nobody makes others wait. In each turn of the thread a connection takes one step: a request, or a slice of a large
-# body. What it has besides waits in a line. Each line, and the outcomes that the writer handed back, have TURN_S in a
-# turn; of the big answers one is shown. When a line is not done then, the writer may commit first. What
-# may wait for a disk or takes long goes to threads of its own: password hashes, the access log, Reply.first. A new
-# limit in time or bytes belongs into the table below.
+# Another phase of a connection: the names below; its deadline is set in Server.settle.
 
-TURN_S = 0.005                      # for each line, and for outcomes, in each turn
 TLS_BYTE = b"\x16"                  # the first one of a client that speaks TLS (RFC 8446, section 5.1)
-MOST_HANDSHAKES = 2000              # at a time: an honest client answers within the time of some tens of others
-DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
-DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
-ACCEPTS = 64                        # new connections in a turn
-BIG_AT_ONCE = 4                     # big answers that the store is asked for at a time,
-BIG_S = 0.1                         # not counting those that it has not given after so long: a restart may hold them up
-GUEST_LIMIT = 4 * 1024 * 1024       # bytes in the buffers of all connections on which nobody has logged in
-GUEST_PIECE = 16 * 1024             # bytes read from one of those at a time
-STILL_S = 0.5                       # when the buffers are full, who has moved nothing for so long is closed:
-MOVED_BYTES = 16 * 1024             # nothing is less than that
-MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
-HASHES_OF_ADDRESS = 4               # and of those, from one address
-MOST_HOSTS = 64                     # that are remembered
+GUEST_PIECE = 16 * 1024             # bytes read at a time from a connection on which nobody has logged in
+MOVED_BYTES = 16 * 1024             # fewer than that in STILL_S are as good as none
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
-LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
-LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
 
 # What would let its reader in, of a target: a token, and user and password before the host.
 SECRET_PART = re.compile(r"(?<=tf1\.)[^&/?]+|(?<=://)[^/?]+(?=@)")
@@ -5476,6 +5456,35 @@ def from_this_machine(peer: str, own: str) -> bool:
     address = ipaddress.ip_address(peer)
     return peer == own or (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
+
+# ---------------------------------------------------------------- SERVER
+# The one thread that serves all connections in turn (the I/O thread). Knows bytes and times, no run and no task.
+#
+# The I/O thread owns the selector and all connections: it accepts, reads, parses, shows and sends. A handler does not
+# wait: it gives a reply, or names a store operation, whose outcome the writer hands back after COMMIT. (Previously the
+# writer sent the answers itself: each of its system calls passed the interpreter back and forth, and 64 clients got
+# 16 000 requests a second, not 23 000.)
+#
+# Nobody makes others wait. In each turn of the thread a connection takes one step: a request, or a slice of a large
+# body. What it has besides waits in a line. Each line, and the outcomes that the writer handed back, have TURN_S in a
+# turn; of the big answers one is shown. When a line is not done then, the writer may commit first. What
+# may wait for a disk or takes long goes to threads of its own: password hashes, the access log, Reply.first. A new
+# limit in time or bytes belongs into the table below.
+
+TURN_S = 0.005                      # for each line, and for outcomes, in each turn
+MOST_HANDSHAKES = 2000              # at a time: an honest client answers within the time of some tens of others
+DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
+DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
+ACCEPTS = 64                        # new connections in a turn
+BIG_AT_ONCE = 4                     # big answers that the store is asked for at a time,
+BIG_S = 0.1                         # not counting those that it has not given after so long: a restart may hold them up
+GUEST_LIMIT = 4 * 1024 * 1024       # bytes in the buffers of all connections on which nobody has logged in
+STILL_S = 0.5                       # when the buffers are full, who has moved fewer than MOVED_BYTES in it is closed
+MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
+HASHES_OF_ADDRESS = 4               # and of those, from one address
+MOST_HOSTS = 64                     # that are remembered
+LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
+LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
 
 Works = Any     # a SimpleQueue of functions to call, ended by None; Python 3.9's class takes no parameters
 
