@@ -123,7 +123,8 @@ Contents
     LOGIN               password hashes, signed tokens, remembered logins
     TLS                 a certificate of the farm's own, and the settings of both ends
     HTTP                requests and replies as bytes; knows no socket, no run and no task
-    SERVER              connections, and the thread that serves them in turn
+    CONNECTIONS         bytes that came from a client, and bytes that are to go
+    SERVER              the thread that serves all connections in turn
     API                 one function for each endpoint
     PAGES               what a person sees in a browser
     SERVICE             lock, store and address made into one server
@@ -456,10 +457,10 @@ class Report(NamedTuple):
     millionths: Optional[int] = None
     exit_code: Optional[int] = None
     message: Optional[str] = None
+    log: Optional[str] = None
     elapsed_ms: Optional[int] = None        # since the attempt was begun, by the worker's clock
     memory: Optional[int] = None            # as in Task
     cpu_ms: Optional[int] = None
-    log: Optional[str] = None
 
 
 class Limits(NamedTuple):
@@ -2264,12 +2265,10 @@ REPORTS_SLICE = 1000    # reports between two looks at the clock: 2 ms when they
 def report_slice(sql: Transaction, now: Now, run: Run, worker_uuid: Optional[str], worker: Optional[Worker],
                  reports: List[Report]) -> Refused:
     """Judge and write reports in order of their numbers; those that are refused."""
-    others = [said for said in reports if said.elapsed_ms is not None]
-    if len(others) < len(reports):
-        for alike in spans_alike([said for said in reports if said.elapsed_ms is None]):
-            if len(alike) == 1 or worker is None or not finish_span(sql, now, run, worker, alike[0], alike[-1]):
-                others += alike
-        others.sort()
+    others: List[Report] = []
+    for span in spans_alike(reports):
+        if len(span) == 1 or worker is None or not finish_span(sql, now, run, worker, span):
+            others += span
     refusals: List[Tuple[int, str]] = []
     changes: List[Tuple[Task, Task]] = []
     for task, said in zip(tasks_by_id(sql, [run.first_id + said.number for said in others]), others):
@@ -2285,16 +2284,21 @@ def report_slice(sql: Transaction, now: Now, run: Run, worker_uuid: Optional[str
     return tuple(refusals)
 
 
+NOTHING_USED = (None, None, None)       # elapsed_ms, memory and cpu_ms of a report that tells none of them
+
+
 def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
-    """Reports in order of number, those of consecutive tasks that say the same together."""
+    """Reports in order of number, those of consecutive tasks together that say the same but for what they used."""
     span: List[Report] = []
+    kind: Tuple[Any, ...] = ()
     for said in reports:
-        if span and said[1:] == span[0][1:] and said.number == span[-1].number + 1:
+        this_kind = (*said[1:7], said[7:] == NOTHING_USED)
+        if span and this_kind == kind and said.number == span[-1].number + 1:
             span.append(said)
         else:
             if span:
                 yield span
-            span = [said]
+            span, kind = [said], this_kind
     if span:
         yield span
 
@@ -2314,23 +2318,32 @@ def tasks_by_id(sql: Transaction, task_ids: Sequence[int]) -> List[Task]:
     return [tasks.get(task_id) or Task(task_id) for task_id in task_ids]
 
 
-def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, first: Report, last: Report) -> bool:
+def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, reports: List[Report]) -> bool:
     """Take `done` for consecutive tasks that the worker holds: `reported`, by one statement. False if it cannot be."""
+    first = reports[0]
     if first.status != DONE:
         return False
-    millionths = FULL if first.millionths is None else first.millionths
-    span = run.first_id + first.number, run.first_id + last.number
+    millionths, now_ms = FULL if first.millionths is None else first.millionths, milliseconds(now.utc)
+    span = run.first_id + first.number, run.first_id + reports[-1].number
     count, before = sql.one("""
         SELECT count(*), sum(millionths) FROM task
         WHERE id BETWEEN ? AND ? AND worker = ? AND hold <= 2 AND attempt = coalesce(?, attempt)""",
                             *span, worker.id, first.attempt)
-    if count != last.number - first.number + 1:
+    if count != len(reports):
         return False
-    sql.execute("""
-        UPDATE task
-        SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = NULL, message = NULL, memory = ?,
-            cpu_ms = ?, log = NULL
-        WHERE id BETWEEN ? AND ?""", (millionths, milliseconds(now.utc), first.memory, first.cpu_ms, *span))
+    ended = now_ms, first.exit_code, first.message, first.log
+    if first[7:] == NOTHING_USED:
+        sql.execute("""
+            UPDATE task
+            SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = ?, message = ?, log = ?, memory = NULL,
+                cpu_ms = NULL
+            WHERE id BETWEEN ? AND ?""", (millionths, *ended, *span))
+    else:
+        sql.execute_many("""
+            UPDATE task
+            SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = ?, message = ?, log = ?,
+                started = coalesce(? - ?, started), memory = ?, cpu_ms = ?
+            WHERE id = ?""", [(millionths, *ended, now_ms, *said[7:], run.first_id + said.number) for said in reports])
     for task_id in range(span[0], span[1] + 1):
         sql.held.pop(task_id, None)
     sql.changed[run.id] = run
@@ -3482,6 +3495,8 @@ class Store:
                 continue
             taken.append(named)
             yield named
+            if named.large:         # it turned out to take long, and has done nothing: its turn comes below
+                taken.pop()
             if len(taken) % 8 == 0 and sql.over():
                 break
         if self.large:
@@ -3547,7 +3562,8 @@ class Store:
                 except RunBusy as busy:
                     parked.append((busy.args[0], named))
                 except TakesLong:
-                    large.append(named)
+                    named.large = True
+                    self.large.append(named)
                 if sql.heard_worker is not None:
                     named.worker, sql.heard_worker = sql.heard_worker, None
         for named, rest in unfinished:
@@ -5176,38 +5192,17 @@ def missing(name: str, field: Field, kind: str) -> BadRequest:
     return BadRequest("the %s %s is missing: %s" % (kind, name, field.expected))
 
 
-# ---------------------------------------------------------------- SERVER
-# Connections, and the one thread that serves them (the I/O thread). Knows bytes and times, no run and no task.
+# ---------------------------------------------------------------- CONNECTIONS
+# A client's connection: bytes that came, a request in work, bytes that are to go; and the buffers and the log of them
+# all. Knows bytes and times, and not in which order connections are served. All is for the I/O thread but
+# Connection.deliver and AccessLog.
 #
-# The I/O thread owns the selector and all connections: it accepts, reads, parses, shows and sends. A handler does not
-# wait: it gives a reply, or names a store operation, whose outcome the writer hands back after COMMIT. (Previously the
-# writer sent the answers itself: each of its system calls passed the interpreter back and forth, and 64 clients got
-# 16 000 requests a second, not 23 000.)
-#
-# Nobody makes others wait. In each turn of the thread a connection takes one step: a request, or a slice of a large
-# body. What it has besides waits in a line. Each line, and the outcomes that the writer handed back, have TURN_S in a
-# turn; of the big answers one is shown. When a line is not done then, the writer may commit first. What
-# may wait for a disk or takes long goes to threads of its own: password hashes, the access log, Reply.first. A new
-# limit in time or bytes belongs into the table below.
+# Another phase of a connection: the names below; its deadline is set in Server.settle.
 
-TURN_S = 0.005                      # for each line, and for outcomes, in each turn
 TLS_BYTE = b"\x16"                  # the first one of a client that speaks TLS (RFC 8446, section 5.1)
-MOST_HANDSHAKES = 2000              # at a time: an honest client answers within the time of some tens of others
-DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
-DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
-ACCEPTS = 64                        # new connections in a turn
-BIG_AT_ONCE = 4                     # big answers that the store is asked for at a time,
-BIG_S = 0.1                         # not counting those that it has not given after so long: a restart may hold them up
-GUEST_LIMIT = 4 * 1024 * 1024       # bytes in the buffers of all connections on which nobody has logged in
-GUEST_PIECE = 16 * 1024             # bytes read from one of those at a time
-STILL_S = 0.5                       # when the buffers are full, who has moved nothing for so long is closed:
-MOVED_BYTES = 16 * 1024             # nothing is less than that
-MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
-HASHES_OF_ADDRESS = 4               # and of those, from one address
-MOST_HOSTS = 64                     # that are remembered
+GUEST_PIECE = 16 * 1024             # bytes read at a time from a connection on which nobody has logged in
+MOVED_BYTES = 16 * 1024             # fewer than that in STILL_S are as good as none
 LOG_BYTES = 1024 * 1024             # of the access log that wait to be written
-LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
-LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
 
 # What would let its reader in, of a target: a token, and user and password before the host.
 SECRET_PART = re.compile(r"(?<=tf1\.)[^&/?]+|(?<=://)[^/?]+(?=@)")
@@ -5482,6 +5477,35 @@ def from_this_machine(peer: str, own: str) -> bool:
     address = ipaddress.ip_address(peer)
     return peer == own or (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
+
+# ---------------------------------------------------------------- SERVER
+# The one thread that serves all connections in turn (the I/O thread). Knows bytes and times, no run and no task.
+#
+# The I/O thread owns the selector and all connections: it accepts, reads, parses, shows and sends. A handler does not
+# wait: it gives a reply, or names a store operation, whose outcome the writer hands back after COMMIT. (Previously the
+# writer sent the answers itself: each of its system calls passed the interpreter back and forth, and 64 clients got
+# 16 000 requests a second, not 23 000.)
+#
+# Nobody makes others wait. In each turn of the thread a connection takes one step: a request, or a slice of a large
+# body. What it has besides waits in a line. Each line, and the outcomes that the writer handed back, have TURN_S in a
+# turn; of the big answers one is shown. When a line is not done then, the writer may commit first. What
+# may wait for a disk or takes long goes to threads of its own: password hashes, the access log, Reply.first. A new
+# limit in time or bytes belongs into the table below.
+
+TURN_S = 0.005                      # for each line, and for outcomes, in each turn
+MOST_HANDSHAKES = 2000              # at a time: an honest client answers within the time of some tens of others
+DIRECT_BYTES = 4096                 # a request of a user that is no longer is served without waiting in line,
+DIRECT_AT_ONCE = 64                 # unless so many come in one turn and TURN_S is over
+ACCEPTS = 64                        # new connections in a turn
+BIG_AT_ONCE = 4                     # big answers that the store is asked for at a time,
+BIG_S = 0.1                         # not counting those that it has not given after so long: a restart may hold them up
+GUEST_LIMIT = 4 * 1024 * 1024       # bytes in the buffers of all connections on which nobody has logged in
+STILL_S = 0.5                       # when the buffers are full, who has moved fewer than MOVED_BYTES in it is closed
+MOST_HASHES = 8                     # passwords that wait to be hashed, by two threads, 50 ms each;
+HASHES_OF_ADDRESS = 4               # and of those, from one address
+MOST_HOSTS = 64                     # that are remembered
+LEFT_S = 1.0                        # who has sent an end, and waits so long for the store, is taken for gone
+LINGER_S = 0.05                     # what a client had sent arrives within that; a stopping server waits for it
 
 Works = Any     # a SimpleQueue of functions to call, ended by None; Python 3.9's class takes no parameters
 
@@ -6700,10 +6724,10 @@ REPORT = {
     "percentCompleted": Percent(required=False),
     "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
     "message": Message(MESSAGE_LIMIT, required=False),
+    "log": Message(LOG_LIMIT, required=False),
     "elapsed": Seconds(MAX_ELAPSED_S, required=False),
     "memory": Integer(0, MAX_MEMORY, required=False),
-    "cpu": Seconds(MAX_ELAPSED_S, required=False),
-    "log": Message(LOG_LIMIT, required=False)}
+    "cpu": Seconds(MAX_ELAPSED_S, required=False)}
 
 
 def will_not_do(said: Report) -> Optional[str]:
@@ -6773,7 +6797,7 @@ def report_task(req: Request, run: str, task: str) -> Operation:
     fields = req.fields
     get = fields.get
     said = Report(task_number(task), get("attempt"), get("status"), get("percentCompleted"), get("exitCode"),
-                  get("message"), get("elapsed"), get("memory"), get("cpu"), get("log"))
+                  get("message"), get("log"), get("elapsed"), get("memory"), get("cpu"))
     sentence = will_not_do(said)
     if sentence:
         raise BadRequest(sentence)
