@@ -2284,15 +2284,15 @@ def report_slice(sql: Transaction, now: Now, run: Run, worker_uuid: Optional[str
     return tuple(refusals)
 
 
-NOTHING_USED = (None, None, None)       # elapsed_ms, memory and cpu_ms of a report that tells none of them
-
-
 def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
-    """Reports in order of number, those of consecutive tasks together that say the same but for what they used."""
+    """Reports in order of number, those of consecutive tasks together that say the same.
+
+    Of those that tell how long the attempt has run, this and what it used may differ.
+    """
     span: List[Report] = []
     kind: Tuple[Any, ...] = ()
     for said in reports:
-        this_kind = (*said[1:7], said[7:] == NOTHING_USED)
+        this_kind = said[1:7] + (said[8:] if said.elapsed_ms is None else ("timed",))
         if span and this_kind == kind and said.number == span[-1].number + 1:
             span.append(said)
         else:
@@ -2318,10 +2318,16 @@ def tasks_by_id(sql: Transaction, task_ids: Sequence[int]) -> List[Task]:
     return [tasks.get(task_id) or Task(task_id) for task_id in task_ids]
 
 
+FINISH = """
+    UPDATE task
+    SET status = 2, hold = 6, exit_code = NULL, message = NULL, log = NULL, millionths = ?, finished = ?, memory = ?,
+        cpu_ms = ? """
+
+
 def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, reports: List[Report]) -> bool:
     """Take `done` for consecutive tasks that the worker holds: `reported`, by one statement. False if it cannot be."""
     first = reports[0]
-    if first.status != DONE:
+    if first.status != DONE or first[4:7] != (None,) * 3:       # what is bound as NULL costs more than one written out
         return False
     millionths, now_ms = FULL if first.millionths is None else first.millionths, milliseconds(now.utc)
     span = run.first_id + first.number, run.first_id + reports[-1].number
@@ -2331,19 +2337,12 @@ def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, reports: L
                             *span, worker.id, first.attempt)
     if count != len(reports):
         return False
-    ended = now_ms, first.exit_code, first.message, first.log
-    if first[7:] == NOTHING_USED:
-        sql.execute("""
-            UPDATE task
-            SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = ?, message = ?, log = ?, memory = NULL,
-                cpu_ms = NULL
-            WHERE id BETWEEN ? AND ?""", (millionths, *ended, *span))
+    if first.elapsed_ms is None:
+        sql.execute(FINISH + "WHERE id BETWEEN ? AND ?", (millionths, now_ms, first.memory, first.cpu_ms, *span))
     else:
-        sql.execute_many("""
-            UPDATE task
-            SET status = 2, millionths = ?, hold = 6, finished = ?, exit_code = ?, message = ?, log = ?,
-                started = coalesce(? - ?, started), memory = ?, cpu_ms = ?
-            WHERE id = ?""", [(millionths, *ended, now_ms, *said[7:], run.first_id + said.number) for said in reports])
+        sql.execute_many(FINISH + ", started = ? WHERE id = ?", [
+            (millionths, now_ms, said.memory, said.cpu_ms, now_ms - (said.elapsed_ms or 0), run.first_id + said.number)
+            for said in reports])
     for task_id in range(span[0], span[1] + 1):
         sql.held.pop(task_id, None)
     sql.changed[run.id] = run

@@ -2298,9 +2298,9 @@ def test_done_for_consecutive_tasks_is_what_the_rule_makes_of_each(
         planted = trial.plant([
             dice.choice(HELD_BY[1] if dice.random() < 0.95 else [task, *HELD_BY[2]]) for task in tasks], limits)
         reports = [Report(number, attempt, taskfarm.DONE, percent, *said, *(
-            [dice.choice([None, 7]), dice.choice([None, 8]), dice.randrange(9)] if told else [None] * 3))
+            [dice.randrange(9), dice.choice([None, 7]), dice.choice([None, 8])] if told else [None, 7, 8]))
                    for number in range(len(tasks))]
-        all_held = attempt != 2 and all(is_held(task) and task.worker == 1 for task in planted)
+        all_held = attempt != 2 and said[0] is None and all(is_held(task) and task.worker == 1 for task in planted)
         worker = taskfarm.find_worker(trial.sql, "a")
         assert all_held == taskfarm.finish_span(trial.sql, trial.now, trial.run, worker, reports)
         assert trial.rows() == [taskfarm.reported(task, report, limits, NOW_MS) if all_held else task
@@ -2318,7 +2318,8 @@ def test_a_batch_of_reports_comes_to_what_single_ones_come_to(
         status = dice.choice([reports[0].status, taskfarm.DONE])
         reports = [reports[0]._replace(number=said.number, status=status, exit_code=None,
                                        message=dice.choice([None] * 9 + ["m"]), log=None,
-                                       elapsed_ms=dice.choice([None, said.elapsed_ms])) for said in reports]
+                                       elapsed_ms=dice.choice([None, said.elapsed_ms]),
+                                       memory=dice.choice([None, said.memory])) for said in reports]
         tasks = [task if dice.random() < 0.05 else dice.choice(HELD_BY[2 if by == "b" else 1]) for task in tasks]
     ends: List[Any] = []
     for batched in (True, False):
@@ -3454,7 +3455,7 @@ def test_what_takes_long_is_done_in_slices_and_short_ones_that_came_later_are_an
     take_batch(store, run, "a", taskfarm.MAX_BATCH)
     if what == "beat":
         store.pass_time(101)
-    reports = [Report(number, None, taskfarm.DONE, None, None, None, number) for number in range(5000)]
+    reports = [Report(number, None, taskfarm.DONE, elapsed_ms=number) for number in range(5000)]
     long, rounds_wanted = {
         "claim": (taskfarm.claim_many(run, "b", 10000), range(0, 1)), "beat": (taskfarm.beat("a"), range(50, 60)),
         "sign off": (taskfarm.sign_off("a"), range(50, 60)),
