@@ -7329,6 +7329,20 @@ def duration_text(seconds: float) -> str:
     return "%d %s %d %s" % (seconds // large_s, large, seconds % large_s // small_s, small)
 
 
+def size_text(size: float) -> str:
+    """Bytes as a person says them: 850 B, 12 kB, 3.9 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return "%.*f %s" % (1 if size < 9.95 and unit != "B" else 0, size, unit)
+        size /= 1000
+    return "%.1f TB" % size
+
+
+def share_text(processors: float) -> str:
+    """So many busy processors as a share of one: 97 %, 398 %."""
+    return "%.0f %%" % (100 * processors)
+
+
 def grouped(number: int) -> str:
     """A number in groups of three digits: 200 000."""
     return "{:,}".format(number).replace(",", " ")
@@ -8515,6 +8529,30 @@ def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambd
     return not text
 
 
+@functools.lru_cache(maxsize=None)
+def memory_events(groups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """The descriptor of the file in which the kernel counts what it did for want of memory; -1 where there is none.
+
+    It is that of our control group, which has the limit of a batch job (or lies in one that has it): cgroups(7).
+    """
+    with contextlib.suppress(OSError):
+        with open(groups) as file:
+            for _, kinds, path in (line.rstrip("\n").split(":", 2) for line in file):
+                name = "%s/memory.events" if not kinds else "/memory%s/memory.oom_control"
+                if kinds in ("", "memory"):
+                    with contextlib.suppress(OSError):
+                        return os.open(root + name % path, os.O_RDONLY)
+    return -1
+
+
+def count_memory_kills() -> int:
+    """How many processes of our control group the kernel has killed for want of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(rb"^oom_kill (\d+)", os.pread(memory_events(), 4096, 0), re.MULTILINE)
+        return int(found.group(1)) if found else 0
+    return 0
+
+
 class Command:
     """The command of a task, from its start until its end is reported."""
     def __init__(self, task: int, attempt: int, slot: Optional[int], started: float) -> None:
@@ -8523,6 +8561,8 @@ class Command:
         self.pid = 0                # also the id of its process group
         self.started = started      # tick
         self.elapsed_s = 0.0        # once it has ended
+        self.usage: Optional[resource.struct_rusage] = None     # likewise
+        self.kills_before = count_memory_kills()
         self.reported = False       # as computing
         self.pipes: Dict[int, int] = {}         # our ends of its output, each with 1 or 2
         self.watched = False        # whether the selector knows the pipes
@@ -8554,6 +8594,25 @@ class Command:
     def killed_by_stop_signal(self) -> bool:
         """Whether a signal that ends jobs killed the command, or the child of a shell that is the command."""
         return self.exit_code - 128 in STOP_SIGNALS
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak of its largest process. Of a small one those of the worker, which the kernel counts too."""
+        assert self.usage is not None
+        return self.usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)     # see getrusage(2)
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether SIGKILL ended it, or the child of a shell, and the kernel says that it kills for want of memory."""
+        return self.exit_code - 128 == signal.SIGKILL and count_memory_kills() > self.kills_before
+
+    def figures(self) -> Dict[str, Any]:
+        """What a report of its end says beside how it ended; of a failure also where the log is."""
+        assert self.usage is not None
+        found = {"elapsed": round(self.elapsed_s, 3), "memory": self.memory,
+                 "cpu": round(self.usage.ru_utime + self.usage.ru_stime, 3)}
+        path = os.path.abspath(self.log_path) if self.log_path and self.reported_code else ""
+        return dict(found, log=path) if 0 < len(path) <= LOG_LIMIT else found
 
     def error_line(self) -> str:
         """The last line of the error output that is not empty, without control characters."""
@@ -9472,7 +9531,7 @@ class TaskRunner:
         """Take the ends of all commands that have ended."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
@@ -9480,7 +9539,7 @@ class TaskRunner:
             command = self.running.pop(pid, None)
             if command is None:
                 continue
-            command.status, command.elapsed_s = status, time.monotonic() - command.started
+            command.status, command.usage, command.elapsed_s = status, usage, time.monotonic() - command.started
             for pipe in list(command.pipes):
                 # Not to its end: a process that the command left behind may hold it open, or fill it for ever.
                 for _ in range(16):
@@ -9573,7 +9632,7 @@ class TaskRunner:
         self.finished += 1
         if code == 0:
             self.display.task_ended(command.task, elapsed_s)
-            self.reporter.report(command.task, command.attempt, status="done", elapsed=round(elapsed_s, 3))
+            self.reporter.report(command.task, command.attempt, status="done", **command.figures())
             if command.log_path and self.options.log_failed:
                 with contextlib.suppress(OSError):
                     os.remove(command.log_path)
@@ -9582,18 +9641,19 @@ class TaskRunner:
         message = command.error_line()
         failure = self._failure(command) + (": " + message if message else "")
         self.display.task_ended(command.task, elapsed_s, failure)
-        if command.end_reason or command.signal_number:
+        if command.end_reason or command.signal_number or command.ran_out_of_memory:
             message = failure
         self.reporter.report(command.task, command.attempt, status="failed", exitCode=code,
-                             message=message[:MESSAGE_LIMIT], elapsed=round(elapsed_s, 3))
+                             message=message[:MESSAGE_LIMIT], **command.figures())
 
     def _failure(self, command: Command) -> str:
         if command.end_reason == "timeout":
             return "ended after %g s (--timeout)" % self.options.timeout_s
+        memory = " (out of memory: peak %s)" % size_text(command.memory) if command.ran_out_of_memory else ""
         if not command.signal_number:
-            return "exit status %d" % command.exit_code
+            return "exit status %d" % command.exit_code + memory
         try:
-            return "killed by " + signal.Signals(command.signal_number).name
+            return "killed by " + signal.Signals(command.signal_number).name + memory
         except ValueError:      # a real-time signal has no name
             return "killed by signal %d" % command.signal_number
 
@@ -9885,26 +9945,29 @@ def bench_request(token: str, method: str, path: str, body: Any = None) -> bytes
     return head.encode() + b"\r\n" + content
 
 
-REPORTS = ("alike", "differing")        # results of a batch: all the same, or each with an elapsed of its own
+REPORTS = ("alike", "differing")        # results of a batch: all the same, or as those of `work`: each has used other
+                                        # seconds, bytes and seconds of CPU
 
 
 @functools.lru_cache(maxsize=1)
-def elapsed_times() -> List[bytes]:
-    """Seconds from 0.001 to 100, as JSON. They are made once: making them costs a client as much as sending them."""
+def used_figures() -> List[bytes]:
+    """What tasks used, as JSON without its braces. Made once: making them costs a client as much as sending them."""
     dice = random.Random(1)
-    return [b"%d.%03d" % divmod(dice.randint(1, 100000), 1000) for _ in range(99991)]   # a prime: no batch divides it
+    return [b'"elapsed":%d.%03d,"memory":%d,"cpu":%d.%03d' % (
+        *divmod(dice.randint(1, 100000), 1000), dice.randint(2 ** 14, 2 ** 22) << 10,
+        *divmod(dice.randint(1, 100000), 1000)) for _ in range(99991)]      # a prime: no batch divides it
 
 
 def done_many(head: bytes, worker: str, reports: str) -> Callable[[List[Tuple[bytes, bytes]]], bytes]:
     """A function from a batch of claims (number and attempt) to the request that reports all of them done."""
-    times = itertools.cycle(elapsed_times() if reports == "differing" else ())
+    used = itertools.cycle(used_figures() if reports == "differing" else ())
 
     def request(tasks: List[Tuple[bytes, bytes]]) -> bytes:
         if reports == "alike":
             entries = [b'{"task":%s,"attempt":%s,"status":"done"}' % task for task in tasks]
         else:
-            entries = [b'{"task":%s,"attempt":%s,"status":"done","elapsed":%s}' % (*task, elapsed)
-                       for task, elapsed in zip(tasks, times)]
+            entries = [b'{"task":%s,"attempt":%s,"status":"done",%s}' % (*task, figures)
+                       for task, figures in zip(tasks, used)]
         content = b'{"worker_uuid":"%s","data":[%s]}' % (worker.encode(), b",".join(entries))
         return b"%s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
             head[:-4], len(content), content)
@@ -10129,7 +10192,7 @@ def bench_point(server: BenchServer, profile: str, clients: int, seconds: float,
                 reports: str = "alike", num_tasks: int = MAX_TASKS) -> Dict[str, Any]:
     """Measure a profile with so many clients, in so many processes."""
     run = server.new_run(num_tasks, clients)
-    elapsed_times()     # before the clients are forked: so each has them already
+    used_figures()      # before the clients are forked: so each has them already
     context = pinned_context(server.certificate) if profile == "tls" else None
     cycles = [bench_steps(profile, run, "w%d" % number, server.token, batch, reports) for number in range(clients)]
     before = server.ask("GET", "/api/used")
@@ -10210,14 +10273,16 @@ def bench_batch(folder: str, server: BenchServer, seconds: float, processes: int
 
 def store_batches(store: Store, run: str, batch: int, reports: str, seconds: float) -> float:
     """Tasks a second that are claimed and done in batches, each in a durable transaction of its own."""
-    times = itertools.cycle([None] if reports == "alike" else [round(1000 * float(text)) for text in elapsed_times()])
+    used = [json.loads(b"{%s}" % text) for text in used_figures() if reports == "differing"]
+    figures = itertools.cycle([(round(1000 * one["elapsed"]), one["memory"], round(1000 * one["cpu"])) for one in used]
+                              or [(None, None, None)])
     began, spent_s, tasks = time.perf_counter(), 0.0, 0
     while time.perf_counter() < began + seconds:
         called = time.perf_counter()
         claims = store.call(claim_many(run, "w0", batch))
         spent_s += time.perf_counter() - called
-        done = report_many(run, "w0", [Report(number, attempt, DONE, elapsed_ms=elapsed)
-                                       for (number, attempt, _), elapsed in zip(claims, times)])
+        done = report_many(run, "w0", [Report(number, attempt, DONE, None, None, None, None, *one)
+                                       for (number, attempt, _), one in zip(claims, figures)])
         called = time.perf_counter()
         store.call(done)
         spent_s += time.perf_counter() - called
@@ -10480,7 +10545,7 @@ class FairFarm:
         return bench_request(self.server.token, method, path, body)
 
     def reports(self, first: int, count: int) -> bytes:
-        """A request of the worker holder: so many of its tasks are done, each with an elapsed of its own."""
+        """A request of the worker holder: so many of its tasks are done, each with figures of its own."""
         return done_many(self.request("PUT", "runs/held/tasks"), "holder", "differing")([
             (b"%d" % task, b"1") for task in range(first, first + count)])
 
@@ -10709,7 +10774,7 @@ FAIR_CASES = {case.name: case for case in (
              lambda farm: farm.send_each(
                  farm.request("DELETE", "worker/leaving%d" % number) for number in range(farm.size(100))),
              fill=fill_leaving),
-    FairCase("differing_reports", "400 reports at once of 500 tasks each, all with an elapsed of their own",
+    FairCase("differing_reports", "400 reports at once of 500 tasks each, all with figures of their own",
              lambda farm: farm.send_each(
                  farm.reports(number * farm.size(500), farm.size(500)) for number in range(farm.size(400)))),
     FairCase("claim_in_vain", "claims in vain, one after the other, where 2 000 000 tasks compute without a lease; "
@@ -11235,6 +11300,8 @@ class RunStatus(NamedTuple):
     least_s: Optional[float]            # until the run is over
     most_s: Optional[float]
     why: str                            # least_s and most_s are not known
+    memory: List[int]                   # bytes that the tasks which ended last had at their peak, ascending
+    cpu_shares: List[float]             # how many processors they kept busy, ascending
     utc: float                          # seconds since 1970, by the server's clock
 
     @property
@@ -11264,6 +11331,7 @@ class RunMonitor:
         self.details_tick = -math.inf
         self.workers: List[Dict[str, Any]] = []                 # as of details_tick
         self.ends = RecentEnds([], [])                          # as of details_tick
+        self.used: Tuple[List[int], List[float]] = ([], [])     # as of details_tick
 
     def update(self) -> RunStatus:
         """Ask the server. Raises FarmError and Unreachable."""
@@ -11280,7 +11348,7 @@ class RunMonitor:
             rate = watched
         started = parse_time(longest[0]["started"]) if longest else None
         least_s, most_s, why = estimate_time_left(run, rate, self.ends, None if started is None else utc - started)
-        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, utc)
+        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, utc)
 
     def _ask_details(self, utc: float) -> None:
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
@@ -11291,6 +11359,8 @@ class RunMonitor:
                     default=0.0)
         ended = [task for tasks, _ in lists for task in tasks if (parse_time(task["finished"]) or 0.0) >= since]
         self.ends = recent_ends(ended, not since, utc)
+        self.used = (sorted(task["memory"] for task in ended if task["memory"] is not None),
+                     sorted(share for share in map(cpu_share, ended) if share is not None))
 
     def _add_reading(self, tick: float, ended: int) -> None:
         if self.readings and ended < self.readings[-1][1]:      # the run was restarted
@@ -11304,6 +11374,19 @@ class RunMonitor:
         answer = self.client.ask("GET", run_path(self.run_uuid, "/tasks?" + urllib.parse.urlencode(
             {"status": status, "order": order, "limit": limit})))
         return answer["data"], not answer["next"]
+
+
+def cpu_share(task: Mapping[str, Any]) -> Optional[float]:
+    """How many processors a task that has ended kept busy. None where it is not known."""
+    started, finished = parse_time(task["started"]), parse_time(task["finished"])
+    if task["cpu"] is None or started is None or finished is None or finished <= started:
+        return None
+    return float(task["cpu"] / (finished - started))
+
+
+def middle_and_most(ordered: Sequence[float]) -> Optional[Dict[str, float]]:
+    """Median and largest of ascending values. None of none."""
+    return {"median": quantile(ordered, 0.5), "largest": ordered[-1]} if ordered else None
 
 
 def recent_rate_text(rate: Optional[Rate]) -> str:
@@ -11349,6 +11432,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
     else:
         facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
                  ("workers", workers_text(status))]
+    facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
+        ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
     lines += [fitting("%-11s%s" % fact) for fact in facts]
     for title, tasks, columns_shown in (("longest computing", status.longest, LONGEST_COLUMNS),
                                         ("last failures", status.failures, FAILURE_COLUMNS)):
@@ -11363,11 +11448,13 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
 TASK_TABLE = {column.title: column for column in (
     Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, optional=True),
     Column("failures", True, optional=True), Column("losses", True, optional=True), Column("for", True),
-    Column("ago", True), Column("took", True, optional=True), Column("host", can_shrink=True),
-    Column("exit", True), Column("message", can_shrink=True))}
+    Column("ago", True), Column("took", True, optional=True), Column("memory", True, optional=True),
+    Column("CPU", True, optional=True), Column("host", can_shrink=True), Column("exit", True),
+    Column("log", can_shrink=True, optional=True), Column("message", can_shrink=True))}
 LONGEST_COLUMNS = ("task", "for", "percent", "attempt", "host")
 FAILURE_COLUMNS = ("task", "ago", "attempt", "exit", "host", "message")
-LISTED_COLUMNS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "host", "exit", "message")
+LISTED_COLUMNS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "memory", "CPU", "host", "exit",
+                  "log", "message")
 
 
 def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
@@ -11376,6 +11463,12 @@ def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
     if started is None or finished is None and task["status"] != "computing":
         return ""
     return duration_text(max((finished or now_utc) - started, 0.0))
+
+
+def listed_columns(tasks: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
+    """The columns of a list that begins with these tasks: on a terminal those of memory, CPU and log only for a use."""
+    return [title for title in LISTED_COLUMNS if title not in ("memory", "CPU", "log") or not screen.terminal
+            or any(task[title.lower()] is not None for task in tasks)]
 
 
 def task_table(titles: Sequence[str], width: int) -> Table:
@@ -11389,6 +11482,8 @@ def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc
     for task in tasks:
         cells = {"percent": "%.1f" % task["percentCompleted"], "for": time_since(task["started"], now_utc),
                  "ago": time_since(task["finished"], now_utc), "took": attempt_duration(task, now_utc),
+                 "memory": None if task["memory"] is None else size_text(task["memory"]),
+                 "CPU": None if task["cpu"] is None else duration_text(task["cpu"]),
                  "host": task["hostname"], "exit": task["exitCode"]}
         rows.append([cells[title] if title in cells else task[title] for title in titles])
     return rows
@@ -11402,6 +11497,7 @@ def status_json(status: RunStatus) -> Dict[str, Any]:
                               "seconds": rate.window_s},
             "secondsLeft": {"least": status.least_s, "most": status.most_s},
             "workers": {"alive": len(status.workers), "hosts": status.hosts, "held": status.held},
+            "memory": middle_and_most(status.memory), "cpuShare": middle_and_most(status.cpu_shares),
             "longest": status.longest, "failures": status.failures}
 
 
@@ -11750,7 +11846,10 @@ def cmd_status(args: argparse.Namespace) -> int:
 
 
 def cmd_tasks(args: argparse.Namespace) -> int:
-    """list the tasks of a run, with host, exit code and message
+    """list the tasks of a run, with host, exit code, log and message
+
+    "memory" and "CPU" are what the last attempt used that ended: the peak of its largest process, and
+    the seconds of all its processors. "log" is where a failed one left its output.
 
     On a terminal the first 200, in a file or a pipe all of them, unless --limit says otherwise.
 
@@ -11769,13 +11868,55 @@ def cmd_tasks(args: argparse.Namespace) -> int:
         if args.json:
             print_json_rows(rows)
             return 0
-        table = task_table(LISTED_COLUMNS, screen.columns)
+        columns: List[str] = []
         for tasks, more in rows:
-            print_table(screen, table, task_rows(tasks, LISTED_COLUMNS, time.time() + client.clock_ahead_s))
+            if not columns:
+                columns = listed_columns(tasks, screen)
+                table = task_table(columns, screen.columns)
+            print_table(screen, table, task_rows(tasks, columns, time.time() + client.clock_ahead_s))
             if not tasks and screen.terminal:
                 print("none", file=sys.stderr)
             if more:
                 print("... and more: --limit 0 shows all", file=sys.stderr)
+    return 0
+
+
+CONTROLS = re.compile(b"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]")
+
+
+def cmd_log(args: argparse.Namespace) -> int:
+    """print the output of the last failed attempt of a task
+
+    It is there when its worker had --log-dir, and is read where that worker wrote it: a log on the disk
+    of another host cannot be seen from here. Then there is a message that names the host and the path.
+    On a terminal control characters become question marks.
+
+    examples:
+      python3 taskfarm.py log antarctica 4711
+      python3 taskfarm.py log $run 0 | less
+    """
+    with open_client(args) as client:
+        task = client.ask("GET", run_path(find_run_uuid(client, args.run), "/tasks/%d" % args.task))
+    if args.json:
+        print_json(task)
+        return 0
+    if not task["log"]:
+        raise Refusal("no log of task %d is known: workers with --log-dir say where it is when an attempt fails, until "
+                      "the task is done" % args.task)
+    host = task["hostname"] if task["finished"] else None       # else somebody has claimed it since
+    where = "%s on %s" % (task["log"], host or "the host of an earlier attempt")
+    try:
+        descriptor = os.open(task["log"], os.O_RDONLY | os.O_NONBLOCK)      # a pipe is not waited for
+    except (OSError, ValueError) as error:      # ValueError: it is no path
+        raise Refusal("the log of task %d is %s, and cannot be read here: %s" % (
+            args.task, where, getattr(error, "strerror", error)))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Refusal("the log of task %d, %s, is no plain file" % (args.task, where))
+        print_notice("task %d: %s" % (args.task, where))
+        for line in file:
+            sys.stdout.buffer.write(CONTROLS.sub(b"?", line) if sys.stdout.isatty() else line)
+    sys.stdout.buffer.flush()
     return 0
 
 
@@ -12695,7 +12836,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 # 'taskfarm.py --help' shows the verbs in this order, and those without a group at the end.
 VERB_GROUPS = (
     ("work on tasks", ("new", "work", "status")),
-    ("look and keep", ("list", "tasks", "workers", "restart", "delete", "progress")),
+    ("look and keep", ("list", "tasks", "log", "workers", "restart", "delete", "progress")),
     ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
 )
 
@@ -12745,6 +12886,8 @@ def add_client_verbs(verbs: Any) -> None:
     tasks.add_argument("--order", choices=("task", "started", "finished"),
                        help="by number; or the longest computing first; or the last to end first")
     tasks.add_argument("--limit", type=whole_number, metavar="N", help="at most so many; 0 for all")
+    add_client_verb(verbs, "log", cmd_log, run=True, reads=True).add_argument(
+        "task", metavar="TASK", type=whole_number, help="its number")
     add_client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
         "--all", action="store_true", help="also those that have signed off or whose lease has run out")
     restart = add_client_verb(verbs, "restart", cmd_restart, run=True)

@@ -1179,7 +1179,7 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
-         ["tasks"], ["workers"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"],
+         ["tasks"], ["log"], ["workers"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"],
          ["token", "revoke"], ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
@@ -9366,8 +9366,10 @@ def test_results_that_differ_are_told_apart() -> None:
             for reports in taskfarm.REPORTS}
     plain = [{"task": number, "attempt": 1, "status": "done"} for number in range(1000)]
     assert sent["alike"] == {"worker_uuid": "w0", "data": plain}
-    elapsed = [entry.pop("elapsed") for entry in sent["differing"]["data"]]
-    assert sent["differing"] == sent["alike"] and len(set(elapsed)) > 900 and 0 < min(elapsed) < max(elapsed) <= 100
+    for name, most in (("elapsed", 100), ("memory", 2 ** 32), ("cpu", 100)):
+        figures = [entry.pop(name) for entry in sent["differing"]["data"]]
+        assert len(set(figures)) > 900 and 0 < min(figures) < max(figures) <= most
+    assert sent["differing"] == sent["alike"]
 
 
 def test_workers_that_are_back_after_an_outage_stay_alive_while_their_heartbeats_wait(tmp_path: Path) -> None:
