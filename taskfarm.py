@@ -8561,7 +8561,7 @@ class Command:
         self.pid = 0                # also the id of its process group
         self.started = started      # tick
         self.elapsed_s = 0.0        # once it has ended
-        self.usage: Optional[resource.struct_rusage] = None     # likewise
+        self.usage: Optional[resource.struct_rusage] = None     # likewise; None when it could not be started
         self.kills_before = count_memory_kills()
         self.reported = False       # as computing
         self.pipes: Dict[int, int] = {}         # our ends of its output, each with 1 or 2
@@ -8608,9 +8608,9 @@ class Command:
 
     def figures(self) -> Dict[str, Any]:
         """What a report of its end says beside how it ended; of a failure also where the log is."""
-        assert self.usage is not None
-        found = {"elapsed": round(self.elapsed_s, 3), "memory": self.memory,
-                 "cpu": round(self.usage.ru_utime + self.usage.ru_stime, 3)}
+        found: Dict[str, Any] = {"elapsed": round(self.elapsed_s, 3)}
+        if self.usage is not None:
+            found.update(memory=self.memory, cpu=round(self.usage.ru_utime + self.usage.ru_stime, 3))
         path = os.path.abspath(self.log_path) if self.log_path and self.reported_code else ""
         return dict(found, log=path) if 0 < len(path) <= LOG_LIMIT else found
 

@@ -8500,6 +8500,58 @@ def test_a_log_that_cannot_be_written_fails_no_task(server: Process, tmp_path: P
     assert work.end(0).count("is the disk full?") == 1
 
 
+def test_what_each_command_used_is_reported_with_its_end(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "commands").write_text("\n".join([
+        "%s -c 'x = bytearray(150 << 20)'; exit 4" % sys.executable,
+        "%s -c 'while __import__(\"time\").process_time() < 0.3: pass' & wait $!" % sys.executable, "true"]))
+    run = new_run(server, 3)
+    Work(server, run, "-j", "3", "--lines", str(tmp_path / "commands"), "--log-dir", str(tmp_path / "logs"), "--",
+         "{line}").end(3)
+    large, busy, small = (task_of(server, run, number) for number in range(3))
+    assert 150 << 20 <= large["memory"] < 300 << 20 and large["log"] == str(tmp_path / "logs" / "0.log")
+    assert 0.3 <= busy["cpu"] < 3 and busy["log"] is None, "also of the child that a shell has waited for"
+    assert small["memory"] < 150 << 20 and small["cpu"] < 0.3
+
+
+def test_a_command_that_was_killed_for_want_of_memory_is_told_apart(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's files, of both versions of control groups, as cgroups(7) and the kernel's memory.txt have them."""
+    (tmp_path / "memory" / "job").mkdir(parents=True)
+    (tmp_path / "job").mkdir()
+    find = taskfarm.memory_events.__wrapped__
+    old, new = tmp_path / "memory/job/memory.oom_control", tmp_path / "job/memory.events"
+    new.write_text("low 0\nhigh 0\nmax 31\noom 4\noom_kill 7\noom_group_kill 0\n")
+    groups = tmp_path / "cgroup"
+    for text, file in (("0::/job\n", new), ("4:memory:/job\n1:cpu:/\n0::/\n", old)):
+        groups.write_text(text)
+        old.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 7\n")
+        with open(find(str(groups), str(tmp_path)), "rb") as events:
+            monkeypatch.setattr(taskfarm, "memory_events", events.fileno)
+            command = taskfarm.Command(0, 1, 0, 0.0)
+            assert command.kills_before == 7
+            for kills in (7, 8):
+                file.write_text(file.read_text().replace("oom_kill 7", "oom_kill %d" % kills))
+                for status, killed in ((signal.SIGKILL, True), (137 << 8, True), (1 << 8, False),
+                                       (signal.SIGTERM, False)):
+                    command.status = int(status)
+                    assert command.ran_out_of_memory == (killed and kills == 8), "else somebody else killed it"
+    assert find(str(tmp_path / "none")) == -1
+    monkeypatch.setattr(taskfarm, "memory_events", lambda: -1)
+    assert taskfarm.count_memory_kills() == 0
+
+
+def test_a_failure_for_want_of_memory_says_so(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    (tmp_path / "commands").write_text("kill -KILL $$\nsh -c 'kill -KILL $$'; exit $?\n")
+    work = Work(server, run, "--lines", str(tmp_path / "commands"), "--", "{line}", tweak="kills = iter(range(99)); "
+                "taskfarm.count_memory_kills = lambda: next(kills)")
+    work.end(3)
+    for number, beginning in ((0, "killed by SIGKILL"), (1, "exit status 137")):
+        found = task_of(server, run, number)
+        assert found["exitCode"] == 137 and re.fullmatch(
+            re.escape(beginning) + r" \(out of memory: peak [0-9.]+ MB\)(: Killed)?", found["message"]), found
+
+
 def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     (tmp_path / "commands").write_text("\n".join([
         "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
@@ -9668,6 +9720,52 @@ def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
     terminal = Terminal(["tasks", run, "--limit", "3"], as_ada(farm), columns=50)
     assert terminal.end() == 0
     assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
+
+
+def test_what_tasks_used_is_shown_where_it_is_known(farm: Live) -> None:
+    run = make_run(farm, 4)
+    worker(farm, "w1")
+    assert "memory" not in verb(farm, "status", run)
+    for number in range(3):
+        assert report(farm, run, start_task(farm, run, "w1"), status="done", worker_uuid="w1", elapsed=100,
+                      memory=(number + 1) * 10 ** 9, cpu=50 * (number + 1)) == 204
+    shown = verb(farm, "status", run)
+    assert "\nmemory     median 2.0 GB, largest 3.0 GB\nCPU        median 100 %, largest 150 %\n" in shown
+    found = json.loads(verb(farm, "status", run, "--json"))
+    assert found["memory"] == {"median": 2 * 10 ** 9, "largest": 3 * 10 ** 9}
+    assert found["cpuShare"] == {"median": 1.0, "largest": 1.5}
+    assert verb(farm, "tasks", run).splitlines()[3].split()[6:12] == ["1", "min", "40", "s", "3.0", "GB"]
+    for words, known in (([], True), (["--status", "waiting"], False)):
+        terminal = Terminal(["tasks", run, *words], as_ada(farm), columns=150)
+        assert terminal.end() == 0
+        assert ("memory" in terminal.shown, "2 min 30 s" in terminal.shown, "log" in terminal.shown) == (
+            known, known, False)
+
+
+def test_the_log_of_a_failed_task_is_printed_where_it_can_be_seen(farm: Live, tmp_path: Path) -> None:
+    run = verb(farm, "new", "3", "--max-failures", "2").strip()
+    worker(farm, "w1")
+    path = tmp_path / "0.log"
+    path.write_bytes(b"first\n\x1b[2Jlast\xff\n")
+    assert "no log of task 0 is known" in verb(farm, "log", run, "0", status=1)
+    assert "has 3 tasks" in verb(farm, "log", run, "3", status=1)
+    assert report(farm, run, start_task(farm, run, "w1"), status="failed", worker_uuid="w1", log=str(path)) == 204
+    assert str(path) in verb(farm, "tasks", run, "--status", "waiting")
+    command = [sys.executable, str(MODULE), "log", run, "0"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, **as_ada(farm)))
+    assert done.returncode == 0 and done.stdout == path.read_bytes()
+    assert done.stderr.decode() == "taskfarm: task 0: %s on node-w1\n" % path
+    terminal = Terminal(["log", run, "0"], as_ada(farm))
+    assert terminal.end() == 0 and "?[2Jlast" in terminal.shown, "no log can send sequences to the terminal"
+    path.unlink()
+    assert "is %s on node-w1, and cannot be read here: No such file" % path in verb(farm, "log", run, "0", status=1)
+    start_task(farm, run, "w1")
+    assert "on the host of an earlier attempt, and cannot" in verb(farm, "log", run, "0", status=1)
+    os.mkfifo(str(path))
+    assert "is no plain file" in verb(farm, "log", run, "0", status=1)
+    assert json.loads(verb(farm, "log", run, "0", "--json"))["log"] == str(path)
+    assert report(farm, run, 0, status="done") == 204
+    assert "no log of task 0 is known" in verb(farm, "log", run, "0", status=1)
 
 
 def test_an_empty_table_says_so_on_a_terminal(farm: Live) -> None:
