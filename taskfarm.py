@@ -6790,6 +6790,9 @@ def task_info(req: Request, run: str, task: str) -> Operation:
 def report_task(req: Request, run: str, task: str) -> Operation:
     """Report the state of a task; who names a worker or an attempt must hold it, who names none ends every hold.
 
+    elapsed: seconds since the attempt was begun. With done or failed also memory: bytes at its peak, and cpu: seconds
+    of all its processors; with failed exitCode, message, and log: the path of its output.
+
     204: noted, or known already
     errors: 400 bad or empty body, 404 no such run, number out of range, 409 the claim that is named does not hold it
     """
@@ -11613,8 +11616,11 @@ def cmd_work(args: argparse.Namespace) -> int:
     {task}, {run}, {attempt} and {line} are replaced in the arguments of the command; the result stays
     one argument. The command also finds TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER in its environment.
     Exit status 0 means that the task is done. Another status, a signal or --timeout is a failure, and
-    the last line of the error output is its message. With --lines FILE, {line} is line number {task}
-    of the file, from 0. A command that is {line} alone runs each line with sh.
+    the last line of the error output is its message. Peak memory and CPU seconds are kept with the
+    task; with --log-dir also where the output of a failed one is ('log' prints it).
+
+    With --lines FILE, {line} is line number {task} of the file, from 0. A command that is {line} alone
+    runs each line with sh.
 
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
     _PASSWORD), else from the access file; no command is given the login.
