@@ -8477,6 +8477,26 @@ def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp
     wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
 
 
+def test_who_reads_the_output_of_a_killed_worker_sees_its_end_at_once(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    process = subprocess.Popen(
+        [sys.executable, str(MODULE), "work", run, "--grace", "1000", "--log-dir", str(tmp_path / "logs"), "--",
+         *stubborn(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, HOME=server.home))
+    assert process.stdout and process.stderr
+    pids = wait_until(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else [])
+    process.kill()
+    for stream in (process.stdout, process.stderr):
+        while True:         # poll(2) is ready at the end too
+            assert select.select([stream], [], [], 20)[0], "the watchdog keeps it open"
+            if not os.read(stream.fileno(), 65536):
+                break
+        stream.close()
+    assert any(map(alive, pids)), "while the watchdog still gives the commands their grace"
+    process.wait()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
     stop = "spawn = taskfarm.Launcher._spawn; taskfarm.Launcher._spawn = lambda *words: [spawn(*words), " \
@@ -8541,6 +8561,18 @@ def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Pat
         if report["status"] == "done":
             assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
     assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_result_that_is_refused_at_the_very_end_is_told(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--drain", "--", "sh", "-c", "touch %s/on; until [ -e %s/go ]; do sleep 0.01; done" % (
+        tmp_path, tmp_path), tweak="taskfarm.SEND_S = taskfarm.HEARTBEAT_S = taskfarm.COMPUTING_S = 1e9")
+    wait_until((tmp_path / "on").exists)
+    work.process.terminate()
+    wait_until(lambda: "may finish" in work.shown())
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    (tmp_path / "go").touch()
+    assert "task 0: the report 'done' was refused: " in work.end(7) and counts(server, run) == (1, 0, 0, 0)
 
 
 def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
@@ -9037,18 +9069,20 @@ def children_of(pid: int) -> List[int]:
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 7), (signal.SIGUSR1, 7), (signal.SIGKILL, -9)])
-@pytest.mark.parametrize("command", ["sleep 1000; echo x", "sleep 1000 || exit 5"])
+@pytest.mark.parametrize("command", ["sleep 1000; echo x", "sleep 1000 || exit 5", "sleep 1000; sleep 1000"])
 def test_what_is_killed_children_first_is_not_done(server: Process, number: signal.Signals, status: int,
                                                    command: str) -> None:
     run = new_run(server, 20)
     work = Work(server, run, "-j", "8", "--max-fails", "0", "--", "sh", "-c", command,
-                tweak="taskfarm.CONFIRM_S = 100")
+                tweak="taskfarm.CONFIRM_S = taskfarm.CONFIRM_KILLED_S = 100")
     shells = wait_until(lambda: [pid for pid in children_of(work.process.pid) if children_of(pid)][7:] and
                         [pid for pid in children_of(work.process.pid) if children_of(pid)])
     for shell in shells:        # one process at a time, as PBS does it
         for child in children_of(shell):
             os.kill(child, number)
-    wait_until(lambda: not any(map(alive, shells)))     # they have gone on, and ended of their own
+        if command.endswith("sleep 1000"):
+            os.kill(shell, number)
+    wait_until(lambda: not any(map(alive, shells)))     # or they have gone on, and ended of their own
     wait_until(lambda: [pid for pid in children_of(work.process.pid) if pid not in shells and children_of(pid)][7:])
     work.end(status, number)
     if status == 7:
