@@ -9161,12 +9161,11 @@ class FirstEnds:
         self.held.append(command)
         if not self.trusted and self.is_quick_failure(command):
             return []
-        return self.release(trusted=True)
+        return self.release()
 
-    def release(self, trusted: bool) -> List[Command]:
-        """Hold nothing back any more, or (not *trusted*) begin anew; the ends to report or to give back."""
-        ends, self.held, self.seen, self.decide_at = self.held, [], 0, math.inf
-        self.trusted = trusted
+    def release(self) -> List[Command]:
+        """Hold nothing back any more; the ends that were held."""
+        ends, self.held, self.trusted = self.held, [], True
         return ends
 
     def fault(self, run: Dict[str, Any], claimed: int, now: float) -> str:
@@ -9404,7 +9403,7 @@ class TaskRunner:
             return
         fault = self.first_ends.fault(event.run, len(self.first_ends.held) + len(self.ready), time.monotonic())
         if fault == "node":
-            self._leave_bad_node()
+            self._leave_bad_node(event.run["numDone"] - self.first_ends.done_before)
         elif fault == "command":
             self._blame_command()
         else:
@@ -9549,11 +9548,12 @@ class TaskRunner:
 
     def _give_back_unconfirmed(self) -> None:
         """Give back the latest ends, which may be part of the job's end. End what these commands left running."""
-        for command in self.first_ends.release(self.first_ends.trusted):
+        for command in self.first_ends.held:
             self._give_back(command)
         for _, _, command in self.unconfirmed:
             self._terminate(command, "stopping")
             self.ending.append(command)
+        self.first_ends.held.clear()
         self.unconfirmed.clear()
         self.wake_at = 0.0
 
@@ -9567,7 +9567,7 @@ class TaskRunner:
         self.ask_figures_at = 0.0
         self._report_ends(self.first_ends.confirm(command))
         if self.failed + len(self.first_ends.held) >= self.first_ends.max_fails:
-            self._report_ends(self.first_ends.release(trusted=True))
+            self._report_ends(self.first_ends.release())
             self._stop_after_failures("%s failed on %s (--max-fails), the last one with %s" % (
                 count_text(self.failed, "command"), os.uname().nodename, self._failure(command)))
 
@@ -9598,7 +9598,7 @@ class TaskRunner:
         if self.running:
             slow_at = min(command.started for command in self.running.values()) + QUICK_S
             if now >= slow_at:
-                self._report_ends(self.first_ends.release(trusted=True))
+                self._report_ends(self.first_ends.release())
             self.wake_at = min(self.wake_at, slow_at)
         elif self._may_judge:
             if now >= self.ask_figures_at:
@@ -9608,16 +9608,17 @@ class TaskRunner:
 
     def _first_failures(self) -> str:
         """What the held failures have in common, for a sentence."""
-        held = self.first_ends.held
-        count = self.finished + len(held)
+        count = len(self.first_ends.held)
         return "on %s %s failed within %g s (%s)" % (
             os.uname().nodename, "all of the first %d commands" % count if count > 1 else "the first command", QUICK_S,
-            self._failure(held[-1]))
+            self._failure(self.first_ends.held[-1]))
 
-    def _leave_bad_node(self) -> None:
-        """Stop, and give the tasks back: other workers do better."""
+    def _leave_bad_node(self, others_done: int) -> None:
+        """Stop, and give the tasks back: other workers do better, or at least have not failed yet."""
         self.stop_status = EXIT_BAD_NODE
-        self._stop("%s, and other workers go on: their tasks are given back to them" % self._first_failures())
+        self._stop("%s, and other workers %s: %s given back" % (
+            self._first_failures(), "have done %s meanwhile" % count_text(others_done, "task") if others_done > 0 else
+            "still compute", "the task is" if len(self.first_ends.held) == 1 else "the tasks are"))
         self._give_back_unconfirmed()
 
     def _blame_command(self) -> None:
@@ -9625,7 +9626,7 @@ class TaskRunner:
         stops = self.first_ends.enough and self.options.max_fails is None
         reason = "%s, and no other worker does better: is the command right? --max-fails 0 goes on whatever fails" % (
             self._first_failures())
-        self._report_ends(self.first_ends.release(trusted=self.first_ends.enough))
+        self._report_ends(self.first_ends.release())
         if stops:
             self._stop_after_failures(reason)
         self.wake_at = 0.0              # the tasks may wait again
@@ -11604,8 +11605,8 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end, 8 its first commands all failed and others work: this node lacks something, 9 too
-    many commands failed: its first five, and nobody does better, or the N of --max-fails
+    before the end, 8 its first commands all failed and other workers get on: what does this node lack?
+    9 too many commands failed: the first five, and nobody gets on, or as many as --max-fails says
 
     Failures within 10 s are kept back until a command ends otherwise or runs for 10 s. When the first
     five fail so, or fewer and no task waits, other workers tell why. If they get on, it is this node:

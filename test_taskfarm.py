@@ -8798,7 +8798,8 @@ def test_a_node_that_fails_everything_fails_no_task(server: Process, words: List
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
     work = Work(server, run, "-j", jobs, "--", *words, tweak="taskfarm.PAUSE_S = 0")
     sentence = next(line for line in work.end(8).splitlines() if line.startswith("stopping"))
-    assert "on %s all of the first " % socket.gethostname() in sentence and "given back" in sentence
+    assert "on %s all of the first " % socket.gethostname() in sentence
+    assert "other workers still compute: the tasks are given back" in sentence
     for reason, known in (("nosuch", "nosuch {task}" in words), ("no licence", "exit 3" in words[-1])):
         assert (reason in sentence) is known
     assert int(sentence.split("of the first ")[1].split()[0]) < 5 + int(jobs), "it does not go on until all are spoilt"
@@ -8812,7 +8813,7 @@ def test_a_node_that_fails_everything_leaves_as_soon_as_another_does_better(serv
     wait_until((tmp_path / "0").exists)
     assert report(server, run, 39, status="done") == 204
     (tmp_path / "go").touch()
-    work.end(8)
+    assert "other workers have done 1 task meanwhile" in work.end(8)
     assert counts(server, run) == (39, 0, 1, 0)
 
 
@@ -8830,8 +8831,8 @@ def test_a_command_that_nobody_can_run_stops_the_worker(server: Process) -> None
 
 def test_workers_that_begin_with_a_wrong_command_fail_few_tasks(server: Process) -> None:
     run = new_run(server, 100)
-    many = [Work(server, run, "-j", "2", "--", "false", tweak="taskfarm.PAUSE_S = 2; taskfarm.random.uniform = "
-                 "lambda a, b: %f" % pause) for pause in (0.5, 1, 2)]
+    many = [Work(server, run, "-j", "2", "--", "false", tweak="taskfarm.PAUSE_S, taskfarm.RUN_FIGURES_S = 1, 1000; "
+                 "taskfarm.random.uniform = lambda a, b: %f" % pause) for pause in (1, 2, 4)]
     statuses = [work.process.wait(40) for work in many]
     assert statuses == [8, 8, 9], "the last one sees that nobody does better"
     assert counts(server, run)[1:3] == (0, 0) and 5 <= counts(server, run)[3] <= 6
@@ -8855,13 +8856,32 @@ def test_tasks_that_fail_quickly_are_failed_once_a_command_did_better(server: Pr
     work.end(3)
 
 
-def test_a_worker_that_is_stopped_gives_back_its_first_failures(server: Process, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drain", [(), ("--drain",)])
+def test_a_worker_that_is_stopped_gives_back_its_first_failures(server: Process, tmp_path: Path,
+                                                                drain: Tuple[str, ...]) -> None:
     run = new_run(server, 10)
-    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} = 3 ] || exit 1; touch %s/on; sleep 1000" %
-                tmp_path, tweak="taskfarm.CONFIRM_S = 0")
+    work = Work(server, run, "--grace", "0.1", *drain, "--", "sh", "-c", "[ {task} = 3 ] || exit 1; touch %s/on; until "
+                "[ -e %s/go ]; do sleep 0.01; done; exit 1" % (tmp_path, tmp_path), tweak="taskfarm.CONFIRM_S = 0")
     wait_until((tmp_path / "on").exists)
-    work.end(7, signal.SIGTERM)
+    work.process.terminate()
+    wait_until(lambda: "stopping" in work.shown())
+    (tmp_path / "go").touch()
+    work.end(7)
     assert counts(server, run) == (10, 0, 0, 0) and task_of(server, run, 0)["failures"] == 0
+
+
+def test_first_failures_outlive_the_server(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--", "sh", "-c", "touch %s/ran; exit 3" % tmp_path,
+                tweak="taskfarm.WORKER_RETRY_S, taskfarm.RETRY_PAUSES_S, taskfarm.CONFIRM_S = 0.2, (0.01, 0.02), 1")
+    wait_until((tmp_path / "ran").exists)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: work.shown().count("is the server running") > 5)     # its patience has ended, and it holds one
+    again = Process(str(tmp_path / "f"), home=server.home)
+    work.end(3)
+    assert counts(again, run) == (0, 0, 0, 1)
+    assert again.end(signal.SIGTERM) == 0
 
 
 @pytest.mark.parametrize("number", [0, signal.SIGTERM])
