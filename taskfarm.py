@@ -9398,9 +9398,6 @@ class TaskRunner:
         self.display.show_run(event.run)
         if not self._may_judge:
             return
-        if not self.first_ends.enough and event.run["numWaiting"]:
-            self.nothing_waits = False      # a task came back meanwhile: try that one first
-            return
         fault = self.first_ends.fault(event.run, len(self.first_ends.held) + len(self.ready), time.monotonic())
         if fault == "node":
             self._leave_bad_node(event.run["numDone"] - self.first_ends.done_before)
