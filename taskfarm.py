@@ -8402,7 +8402,6 @@ STARTUP_S = 0.1                     # a command that was being started has its e
 ERROR_TAIL = 8192                   # bytes of a command's error output in which its last line is looked for
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-NO_PROGRAM_CODES = (126, 127)       # exit codes of a shell or env(1) whose program cannot be run, or is missing
 TIMEOUT_CODE = 124                  # as timeout(1) has it
 TEMPORARY_ERRORS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
                     errno.ESTALE, errno.ETXTBSY)
@@ -9081,10 +9080,12 @@ LAST_REPORTS_S = 2.0                # the last reports are tried for so long: PB
 CONFIRM_S = 0.3                     # an end is reported when it is so old: it may be the first sign that a job ends
 CONFIRM_KILLED_S = 1.5              # the same for a command that was killed by a signal that ends jobs
 SAME_SIGNAL_S = 1.0                 # a second signal within this time is the first one again: srun sends two at once
-MOST_WITHOUT_PROGRAM = 10           # a worker whose ends all lack a program stops after so many
+FIRST_ENDS = 5                      # so many quick failures before any other end are not the fault of the tasks
+QUICK_S = 10.0                      # a failure within this time is a quick one
+PAUSE_S = 10.0                      # others compute and none is done: for so long, or twice, we wait for one to be
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
-EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_NO_PROGRAM = 6, 7, 8
+EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_BAD_NODE, EXIT_TOO_MANY_FAILED = 6, 7, 8, 9
 
 
 class WorkOptions(NamedTuple):
@@ -9098,6 +9099,7 @@ class WorkOptions(NamedTuple):
     job_end: Optional[float]        # UTC seconds since 1970
     log_dir: str                    # "" for none
     log_failed: bool                # keep the logs of failed tasks alone
+    max_fails: Optional[int] = None     # stop after so many; 0: never. None: the first ends alone are judged
 
 
 def exit_status_of(error: Exception) -> int:
@@ -9226,6 +9228,73 @@ class Display:
         return run
 
 
+class FirstEnds:
+    """The first ends of a worker, as long as all of them are quick failures: they say little about the tasks.
+
+    Such failures are held back until a command ends otherwise, or runs for QUICK_S. After that a failure is the
+    fault of its task. When FIRST_ENDS of them come first, or no task is left, the run's figures say whose it is.
+    """
+    def __init__(self, done_before: int, max_fails: Optional[int]) -> None:
+        self.done_before = done_before      # done tasks of the run when the worker began
+        self.max_fails = max_fails or math.inf
+        self.trusted = max_fails == 0       # this node can run the command: nothing is held back
+        self.failed = 0                     # failures in all, also those that are not confirmed yet
+        self.seen = 0                       # quick failures, also those that are not confirmed yet
+        self.hopeful = False                # there is another end, not confirmed yet
+        self.held: List[Command] = []       # confirmed quick failures
+        self.decide_at = math.inf           # tick: do not wait longer for others to be done
+
+    @property
+    def pauses(self) -> bool:
+        """Whether to start no more commands: the first ends are to be judged, or there are too many failures."""
+        return self.enough or self.failed >= self.max_fails
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough quick failures, and nothing else, to be judged."""
+        return self.seen >= FIRST_ENDS and not self.hopeful and not self.trusted
+
+    @staticmethod
+    def is_quick_failure(command: Command) -> bool:
+        """Whether the command failed within QUICK_S."""
+        return command.reported_code != 0 and command.elapsed_s < QUICK_S
+
+    def see(self, command: Command) -> None:
+        """A command has ended. It is not confirmed yet."""
+        self.failed += command.reported_code != 0
+        if self.is_quick_failure(command):
+            self.seen += 1
+        else:
+            self.hopeful = True
+
+    def confirm(self, command: Command) -> List[Command]:
+        """The end is confirmed: the ends to report now."""
+        self.held.append(command)
+        if not self.trusted and self.is_quick_failure(command):
+            return []
+        return self.release()
+
+    def release(self) -> List[Command]:
+        """Hold nothing back any more; the ends that were held."""
+        ends, self.held, self.trusted = self.held, [], True
+        return ends
+
+    def fault(self, run: Dict[str, Any], claimed: int, now: float) -> str:
+        """Whose fault the held failures are, by the run's figures: "node", "command", or "" when that is not clear yet.
+
+        *claimed*: how many tasks this worker has. Workers that begin at the same time with the same wrong command
+        wait for each other. They leave one after the other, each for a node that fails, and the last one sees that
+        nobody does better.
+        """
+        others_compute, others_done = run["numComputing"] > claimed, run["numDone"] > self.done_before
+        if others_compute and not others_done:
+            if self.decide_at == math.inf:
+                self.decide_at = now + random.uniform(1, 2) * PAUSE_S
+            if now < self.decide_at:
+                return ""
+        return "node" if others_compute or others_done and self.enough else "command"
+
+
 class TaskRunner:
     """Runs a command for each claimed task, several at a time, until no task is left or it is told to stop."""
 
@@ -9240,10 +9309,10 @@ class TaskRunner:
         self.running: Dict[int, Command] = {}               # by process id
         self.ending: List[Command] = []     # the command has ended, others of its process group may not have
         self.unconfirmed: List[Tuple[float, int, Command]] = []     # heap of ends, by the tick when they are confirmed
-        self.without_program: List[Command] = []    # confirmed ends that say so, kept while there is no other
-        self.program_found = False          # some confirmed end says something else
-        self.figures_asked = False          # to judge the former
+        self.first_ends = FirstEnds(run["numDone"], options.max_fails)
+        self.ask_figures_at = 0.0           # tick: to judge the first ends
         self.finished = 0                   # tasks whose end was reported
+        self.failed = 0                     # those of them that failed
         self.recent_s: "deque[float]" = deque(maxlen=100)   # what the latest commands took
         self.mean_s: Optional[float] = None                 # moving mean of the same
         # Claims
@@ -9254,7 +9323,7 @@ class TaskRunner:
         self.finished_at_claim = 0          # `finished` when the last claim was made
         # Time and signals
         self.wake_at = 0.0                  # tick of the next call of _do_timed_work
-        self.start_after = 0.0              # tick: the system had no room for another process
+        self.start_after = 0.0              # tick: the system had no room for another process. inf: see FirstEnds
         self.signals = 0
         self.signals_handled = 0
         self.signal_at = -math.inf          # tick of the last one
@@ -9322,6 +9391,8 @@ class TaskRunner:
         if self.ready and self.slots and not self.stop_reason and now >= self.start_after:
             self._start_commands(now)
         self._claim_more(now)
+        if self.first_ends.held:
+            self._judge_first_ends(now)
         if not self.running and not self.ending and not self.unconfirmed and self._is_finished():
             return
         for key, _ in self.selector.select(
@@ -9342,10 +9413,7 @@ class TaskRunner:
             return True
         if self.ready or not self.nothing_waits or self.claim_open or self.reporter.reports:
             return False
-        if self.without_program:
-            if not self.figures_asked:
-                self.figures_asked = True
-                self.reporter.ask_figures()
+        if self.first_ends.held:
             return False
         if self.claim_at == math.inf or not self.options.wait:
             self.status = EXIT_DONE
@@ -9358,7 +9426,7 @@ class TaskRunner:
     # Claims
 
     def _claim_more(self, now: float) -> None:
-        self.reporter.idle = not (self.running or self.ending or self.unconfirmed or self.without_program)
+        self.reporter.idle = not (self.running or self.ending or self.unconfirmed or self.first_ends.held)
         if self.claim_open or self.stop_reason or now < self.start_after:
             return
         at_hand = len(self.ready) + len(self.running) + len(self.ending)
@@ -9437,21 +9505,17 @@ class TaskRunner:
                 self._terminate(command, "lost")
 
     def _on_run_figures(self, event: RunFigures) -> None:
-        """Show the figures. Judge the ends that lack a program where there is nothing else to do."""
+        """Show the figures. Judge the first ends by them, where there is nothing else to do."""
         self.display.show_run(event.run)
-        busy = self.ready or self.running or self.ending or self.unconfirmed or self.claim_open
-        if not self.figures_asked or self.stop_reason:
+        if not self._may_judge:
             return
-        self.figures_asked = False
-        if busy or not self.without_program:
-            return
-        if event.run["numWaiting"]:
-            self.nothing_waits = False      # a task came back meanwhile: try that one first
-        elif event.run["numComputing"] > len(self.without_program):     # others compute, and may have the program
-            self._stop_without_program(self.without_program[-1])
-        else:       # nobody has: the command is wrong, not this machine
-            self._report_without_program()
-            self.wake_at = 0.0              # the tasks may wait again
+        fault = self.first_ends.fault(event.run, len(self.first_ends.held) + len(self.ready), time.monotonic())
+        if fault == "node":
+            self._leave_bad_node(event.run["numDone"] - self.first_ends.done_before)
+        elif fault == "command":
+            self._blame_command()
+        else:
+            self.ask_figures_at = min(self.ask_figures_at, self.first_ends.decide_at)
 
     def _on_reporter_ended(self, event: ReporterEnded) -> None:
         if not isinstance(event.error, (FarmError, Unreachable, Refusal)):
@@ -9500,8 +9564,9 @@ class TaskRunner:
         command = Command(task, attempt, None, now)
         command.status = (127 if number == errno.ENOENT else 126) << 8
         command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
+        self.first_ends.see(command)
         self._confirm(command)
-        return True
+        return not self._pause()
 
     def _read_output(self, command: Command, pipe: int) -> bool:
         """Read what a command has written, and pass it on; whether there was anything."""
@@ -9580,6 +9645,8 @@ class TaskRunner:
         confirm_at = command.started + command.elapsed_s + (CONFIRM_KILLED_S if killed else CONFIRM_S)
         heapq.heappush(self.unconfirmed, (confirm_at, command.task, command))
         self.wake_at = min(self.wake_at, confirm_at)
+        self.first_ends.see(command)
+        self._pause()
 
     def _give_back(self, command: Command) -> None:
         """Let others run the task of a command whose end says nothing about it."""
@@ -9589,12 +9656,12 @@ class TaskRunner:
 
     def _give_back_unconfirmed(self) -> None:
         """Give back the latest ends, which may be part of the job's end. End what these commands left running."""
-        for command in self.without_program:
+        for command in self.first_ends.held:
             self._give_back(command)
         for _, _, command in self.unconfirmed:
             self._terminate(command, "stopping")
             self.ending.append(command)
-        self.without_program.clear()
+        self.first_ends.held.clear()
         self.unconfirmed.clear()
         self.wake_at = 0.0
 
@@ -9604,30 +9671,79 @@ class TaskRunner:
         self.ready.clear()
 
     def _confirm(self, command: Command) -> None:
-        """Report a confirmed end. The ends are kept while all of them say that there is no program."""
-        if not self.program_found and command.reported_code in NO_PROGRAM_CODES:
-            self.without_program.append(command)
-            if self.finished + len(self.without_program) >= MOST_WITHOUT_PROGRAM and not self.stop_reason:
-                self._stop_without_program(command)
-        else:
-            self.program_found = True
-            self._report_without_program()
-            self._report_end(command)
+        """Report a confirmed end, unless it is held back with the first ends."""
+        self.ask_figures_at = 0.0
+        self._report_ends(self.first_ends.confirm(command))
+        if self.failed + len(self.first_ends.held) >= self.first_ends.max_fails:
+            self._report_ends(self.first_ends.release())
+            self._stop_after_failures("%s failed on %s (--max-fails), the last one with %s" % (
+                count_text(self.failed, "command"), os.uname().nodename, self._failure(command)))
 
-    def _stop_without_program(self, command: Command) -> None:
-        """Stop, and give the tasks back: another machine may have the program."""
-        message = command.error_line()
-        self.stop_status = EXIT_NO_PROGRAM
-        count = self.finished + len(self.without_program)
-        self._stop("on %s %s, or a program that it runs, is missing or cannot be run: %s ended with 126 or 127%s" % (
-            os.uname().nodename, self.template.program, "all %d commands" % count if count > 1 else "the first command",
-            " (%s)" % message if message else ""))
+    def _report_ends(self, commands: List[Command]) -> None:
+        """Report these ends, and go on when the first ends are judged."""
+        for command in commands:
+            self._report_end(command)
+        if self.start_after == math.inf and not self.first_ends.pauses:
+            self.start_after = self.wake_at = 0.0
+
+    # The first ends: is the node at fault, or the command, or each task?
+
+    def _pause(self) -> bool:
+        """Start and claim nothing while the failures are to be judged; whether that is so."""
+        if self.first_ends.pauses:
+            self.start_after = math.inf
+        return self.first_ends.pauses
+
+    @property
+    def _may_judge(self) -> bool:
+        """Whether nothing else can be done or learned before the first ends are judged."""
+        if not self.first_ends.held or self.stop_reason or self.running or self.ending or self.unconfirmed:
+            return False
+        return not self.claim_open and (self.first_ends.enough or self.nothing_waits and not self.ready)
+
+    def _judge_first_ends(self, now: float) -> None:
+        """Ask the farm how other workers fare, when it is time for that. A command that runs long answers for all."""
+        if self.running:
+            slow_at = min(command.started for command in self.running.values()) + QUICK_S
+            if now >= slow_at:
+                self._report_ends(self.first_ends.release())
+            self.wake_at = min(self.wake_at, slow_at)
+        elif self._may_judge:
+            if now >= self.ask_figures_at:
+                self.ask_figures_at = now + RUN_FIGURES_S
+                self.reporter.ask_figures()
+            self.wake_at = min(self.wake_at, self.ask_figures_at)
+
+    def _first_failures(self) -> str:
+        """What the held failures have in common, for a sentence."""
+        count = len(self.first_ends.held)
+        return "on %s %s failed within %g s (%s)" % (
+            os.uname().nodename, "all of the first %d commands" % count if count > 1 else "the first command", QUICK_S,
+            self._failure(self.first_ends.held[-1]))
+
+    def _leave_bad_node(self, others_done: int) -> None:
+        """Stop, and give the tasks back: other workers do better, or at least have not failed yet."""
+        self.stop_status = EXIT_BAD_NODE
+        self._stop("%s, and other workers %s: %s given back" % (
+            self._first_failures(), "have done %s meanwhile" % count_text(others_done, "task") if others_done > 0 else
+            "still compute", "the task is" if len(self.first_ends.held) == 1 else "the tasks are"))
         self._give_back_unconfirmed()
 
-    def _report_without_program(self) -> None:
-        for command in self.without_program:
-            self._report_end(command)
-        self.without_program.clear()
+    def _blame_command(self) -> None:
+        """Report the held failures, since nobody does better. Stop if there are many of them."""
+        stops = self.first_ends.enough and self.options.max_fails is None
+        reason = "%s, and no other worker does better: is the command right? --max-fails 0 goes on whatever fails" % (
+            self._first_failures())
+        self._report_ends(self.first_ends.release())
+        if stops:
+            self._stop_after_failures(reason)
+        self.wake_at = 0.0              # the tasks may wait again
+
+    def _stop_after_failures(self, reason: str) -> None:
+        """Stop since too many commands have failed; those that run may finish."""
+        if not self.stop_reason:
+            self.stop_status = EXIT_TOO_MANY_FAILED
+            self._stop(reason, drain=True)
 
     def _report_end(self, command: Command) -> None:
         """Report that the task is done or has failed."""
@@ -9640,16 +9756,21 @@ class TaskRunner:
                 with contextlib.suppress(OSError):
                     os.remove(command.log_path)
             return
+        self.failed += 1
         self.nothing_waits = False      # it may wait again
-        message = command.error_line()
-        failure = self._failure(command) + (": " + message if message else "")
+        failure = self._failure(command)
         self.display.task_ended(command.task, elapsed_s, failure)
-        if command.end_reason or command.signal_number or command.ran_out_of_memory:
-            message = failure
+        ours = command.end_reason or command.signal_number or command.ran_out_of_memory
+        message = failure if ours else command.error_line()
         self.reporter.report(command.task, command.attempt, status="failed", exitCode=code,
                              message=message[:MESSAGE_LIMIT], **command.figures())
 
     def _failure(self, command: Command) -> str:
+        """How a command failed, and the last line of its error output."""
+        message = command.error_line()
+        return self._way_to_fail(command) + (": " + message if message else "")
+
+    def _way_to_fail(self, command: Command) -> str:
         if command.end_reason == "timeout":
             return "ended after %g s (--timeout)" % self.options.timeout_s
         memory = " (out of memory: peak %s)" % size_text(command.memory) if command.ran_out_of_memory else ""
@@ -9668,6 +9789,8 @@ class TaskRunner:
             self.signals_handled = self.signals
             self._reap()            # what has ended by now did so before the signal was handled
             self._give_back_unconfirmed()
+            if self.stop_reason and not self.options.drain:
+                self._terminate_all()       # those that were to finish after too many failures
         if self.signals and not self.stop_reason:
             self._stop(self.signal_name, drain=self.options.drain)
         elif self.signals > 1:
@@ -11631,11 +11754,13 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end, 8 all its commands ended with 126 or 127: a program is missing on this node
+    before the end, 8 its first commands all failed and other workers get on: what does this node lack?
+    9 too many commands failed: the first five, and nobody gets on, or as many as --max-fails says
 
-    Ends with 126 or 127 are kept back as long as a worker has no others. After ten of them, or when no
-    task waits while other workers compute, it gives the tasks back and ends with 8: no task has failed.
-    When nobody else computes, the command is wrong: then they are reported as failures.
+    Failures within 10 s are kept back until a command ends otherwise or runs for 10 s. When the first
+    five fail so, or fewer and no task waits, other workers tell why. If they get on, it is this node:
+    the tasks are given back, and none has failed. If not, it is the command: the failures are reported,
+    and after five the worker stops. --max-fails 0 reports all and never stops.
 
     examples:
       python3 taskfarm.py work antarctica -- ./tile.sh {task}
@@ -11669,7 +11794,7 @@ def cmd_work(args: argparse.Namespace) -> int:
             raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
     end = job_end(os.environ, time.time()) if args.until is None else args.until
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
-                          end, args.log_dir or "", args.log_failed)
+                          end, args.log_dir or "", args.log_failed, args.max_fails)
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
     worker = TaskRunner(client, run, template, options, display)
@@ -12787,6 +12912,9 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-time", type=some_seconds, metavar="SECONDS", help="how long a task takes: the worker "
                         "begins none that would not end in time; by default it learns that from earlier tasks")
     parser.add_argument("--drain", action="store_true", help="on a signal, let the running commands finish")
+    parser.add_argument("--max-fails", type=whole_number, metavar="N", help="stop when N commands of this worker have "
+                        "failed, and let those that run finish; 0: never stop for failures. By default it stops "
+                        "where the first %d all fail within %g s" % (FIRST_ENDS, QUICK_S))
     parser.add_argument("--no-wait", action="store_true", help="do not wait for tasks that other workers may lose")
     parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")

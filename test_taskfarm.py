@@ -8576,6 +8576,26 @@ def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp
     wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
 
 
+def test_who_reads_the_output_of_a_killed_worker_sees_its_end_at_once(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    process = subprocess.Popen(
+        [sys.executable, str(MODULE), "work", run, "--grace", "1000", "--log-dir", str(tmp_path / "logs"), "--",
+         *stubborn(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, HOME=server.home))
+    assert process.stdout and process.stderr
+    pids = wait_until(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else [])
+    process.kill()
+    for stream in (process.stdout, process.stderr):
+        while True:         # poll(2) is ready at the end too
+            assert select.select([stream], [], [], 20)[0], "the watchdog keeps it open"
+            if not os.read(stream.fileno(), 65536):
+                break
+        stream.close()
+    assert any(map(alive, pids)), "while the watchdog still gives the commands their grace"
+    process.wait()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
     stop = "spawn = taskfarm.Launcher._spawn; taskfarm.Launcher._spawn = lambda *words: [spawn(*words), " \
@@ -8640,6 +8660,18 @@ def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Pat
         if report["status"] == "done":
             assert task_of(again, run, report["task"])["attempt"] == report["attempt"], "it was not done again"
     assert again.end(signal.SIGTERM) == 0
+
+
+def test_a_result_that_is_refused_at_the_very_end_is_told(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--drain", "--", "sh", "-c", "touch %s/on; until [ -e %s/go ]; do sleep 0.01; done" % (
+        tmp_path, tmp_path), tweak="taskfarm.SEND_S = taskfarm.HEARTBEAT_S = taskfarm.COMPUTING_S = 1e9")
+    wait_until((tmp_path / "on").exists)
+    work.process.terminate()
+    wait_until(lambda: "may finish" in work.shown())
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
+    (tmp_path / "go").touch()
+    assert "task 0: the report 'done' was refused: " in work.end(7) and counts(server, run) == (1, 0, 0, 0)
 
 
 def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: Path) -> None:
@@ -8800,39 +8832,182 @@ def test_every_task_is_run_once_and_reported(server: Process, tmp_path: Path) ->
     assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
 
 
+def ended(code: int, elapsed_s: float) -> taskfarm.Command:
+    """A command that has ended with an exit status after so many seconds."""
+    command = taskfarm.Command(0, 1, None, 0.0)
+    command.status, command.elapsed_s = code << 8, elapsed_s
+    return command
+
+
+@pytest.mark.parametrize("others", [(0, 0.1), (1, 9.9), (0, 100.0), (1, 10.0)])
+def test_first_failures_are_held_until_a_command_does_better(others: Tuple[int, float]) -> None:
+    first = taskfarm.FirstEnds(0, None)
+    quick, better = [ended(1, 0.1), ended(127, 9.9), ended(1, 0.0)], ended(*others)
+    for command in quick:
+        first.see(command)
+        assert first.confirm(command) == []
+    first.see(better)
+    if others == (1, 9.9):
+        assert first.confirm(better) == [] and len(first.held) == 4
+    else:
+        assert first.confirm(better) == [*quick, better] and first.held == []
+        assert first.confirm(quick[0]) == [quick[0]], "from now on a failure is the fault of its task"
+    assert taskfarm.FirstEnds(0, 0).confirm(quick[0]) == [quick[0]]
+
+
+def test_a_worker_pauses_when_its_first_ends_are_failures() -> None:
+    first = taskfarm.FirstEnds(0, None)
+    for _ in range(taskfarm.FIRST_ENDS):
+        assert not first.pauses
+        first.see(ended(1, 0.1))
+    assert first.pauses, "also while none is confirmed"
+    first.see(ended(0, 0.1))
+    assert not first.pauses, "a success goes on"
+    first = taskfarm.FirstEnds(0, 2)
+    for code in (0, 1, 0, 1):
+        assert not first.pauses
+        first.see(ended(code, 100.0))
+    assert first.pauses
+
+
+@pytest.mark.parametrize("computing, done, ends, fault", [
+    (5, 10, 5, "command"),      # nobody else computes, and nobody has done anything since this worker began
+    (5, 11, 5, "node"),         # somebody has
+    (9, 10, 5, ""),             # somebody computes: wait, but not for ever
+    (9, 11, 5, "node"),
+    (3, 10, 3, "command"),      # no task is left
+    (3, 99, 3, "command"),      # the others are gone, and nobody would take these
+    (4, 10, 3, ""), (4, 11, 3, "node"),
+])
+def test_the_figures_tell_whose_fault_the_first_failures_are(computing: int, done: int, ends: int, fault: str) -> None:
+    first = taskfarm.FirstEnds(10, None)
+    for _ in range(ends):
+        first.see(ended(1, 0.1))
+    run = {"numComputing": computing, "numDone": done}
+    assert first.fault(run, ends, 1000.0) == fault
+    assert first.fault(run, ends, 1000.0 + 2 * taskfarm.PAUSE_S) == (fault or "node")
+
+
 @pytest.mark.parametrize("words", [["sh", "-c", "nosuch {task}"], ["env", "./{task}"], ["./{task}"],
-                                   ["sh", "-c", "exit 126"]])
+                                   ["sh", "-c", "sleep 0.01; echo no licence >&2; exit 3"]])
 @pytest.mark.parametrize("jobs", ["1", "16"])
-def test_a_machine_that_lacks_the_program_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
+def test_a_node_that_fails_everything_fails_no_task(server: Process, words: List[str], jobs: str) -> None:
     run = new_run(server, 300)
-    output = Work(server, run, "-j", jobs, "--", *words).end(8)
-    sentence = next(line for line in output.splitlines() if line.startswith("stopping"))
-    assert "on %s %s, or a program" % (socket.gethostname(), words[0]) in sentence
-    assert ("nosuch" in sentence) is ("nosuch {task}" in words)
-    assert counts(server, run) == (300, 0, 0, 0)
+    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
+    assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
+    work = Work(server, run, "-j", jobs, "--", *words, tweak="taskfarm.PAUSE_S = 0")
+    sentence = next(line for line in work.end(8).splitlines() if line.startswith("stopping"))
+    assert "on %s all of the first " % socket.gethostname() in sentence
+    assert "other workers still compute: the tasks are given back" in sentence
+    for reason, known in (("nosuch", "nosuch {task}" in words), ("no licence", "exit 3" in words[-1])):
+        assert (reason in sentence) is known
+    assert int(sentence.split("of the first ")[1].split()[0]) < 5 + int(jobs), "it does not go on until all are spoilt"
+    assert counts(server, run) == (299, 1, 0, 0)
 
 
-def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process) -> None:
+def test_a_node_that_fails_everything_leaves_as_soon_as_another_does_better(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 40)
-    Work(server, run, "--", "sh", "-c", "[ {task} = 9 ] || exit 127").end(3)
+    work = Work(server, run, "--", "sh", "-c", "touch %s/{task}; until [ -e %s/go ]; do sleep 0.01; done; exit 1" % (
+        tmp_path, tmp_path), tweak="taskfarm.PAUSE_S = 1000")
+    wait_until((tmp_path / "0").exists)
+    assert report(server, run, 39, status="done") == 204
+    (tmp_path / "go").touch()
+    assert "other workers have done 1 task meanwhile" in work.end(8)
+    assert counts(server, run) == (39, 0, 1, 0)
+
+
+def test_a_command_that_nobody_can_run_stops_the_worker(server: Process) -> None:
+    run = new_run(server, 40)
+    output = Work(server, run, "--", "sh", "-c", "echo wrong >&2; exit 127").end(9)
+    assert "all of the first 5 commands failed within 10 s (exit status 127: wrong)" in output
+    assert "--max-fails 0" in output and counts(server, run) == (35, 0, 0, 5)
+    assert task_of(server, run, 4)["message"] == "wrong"
+    Work(server, run, "--max-fails", "7", "--", "false").end(9)
+    assert counts(server, run) == (28, 0, 0, 12)
+    Work(server, run, "--max-fails", "0", "--", "sh", "-c", "[ {task} = 39 ] || exit 1").end(3)
     assert counts(server, run) == (0, 0, 1, 39)
-    run = new_run(server, 9)        # and the first ones are reported when nothing else comes
-    Work(server, run, "--", "sh", "-c", "exit 126").end(3)
-    assert counts(server, run) == (0, 0, 0, 9)
+
+
+def test_workers_that_begin_with_a_wrong_command_fail_few_tasks(server: Process) -> None:
+    run = new_run(server, 100)
+    many = [Work(server, run, "-j", "2", "--", "false", tweak="taskfarm.PAUSE_S, taskfarm.RUN_FIGURES_S = 1, 1000; "
+                 "taskfarm.random.uniform = lambda a, b: %f" % pause) for pause in (1, 2, 4)]
+    statuses = [work.process.wait(40) for work in many]
+    assert statuses == [8, 8, 9], "the last one sees that nobody does better"
+    assert counts(server, run)[1:3] == (0, 0) and 5 <= counts(server, run)[3] <= 6
+
+
+def test_tasks_that_fail_quickly_are_failed_once_a_command_did_better(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 20)
+    Work(server, run, "--", "sh", "-c", "[ {task} = 4 ] || exit 5").end(3)
+    assert counts(server, run) == (0, 0, 1, 19)
+    run = new_run(server, 1)        # the only task of a run
+    Work(server, run, "--", "false").end(3)
+    assert counts(server, run) == (0, 0, 0, 1)
     run = new_run(server, 4, maxFailures=3)
-    Work(server, run, "--", "sh", "-c", "exit 127").end(8)
-    assert counts(server, run)[0] > 0
+    Work(server, run, "--", "false").end(3)
+    assert counts(server, run) == (0, 0, 0, 4) and task_of(server, run, 3)["attempt"] == 3
+    run = new_run(server, 7)
+    work = Work(server, run, "-j", "6", "--", "sh", "-c", "[ {task} = 5 ] || exit 1; until [ -e %s/go ]; do sleep "
+                "0.01; done" % tmp_path, tweak="taskfarm.QUICK_S = 1")
+    wait_until(lambda: counts(server, run) == (0, 1, 0, 6))     # a command that runs for long is as good as a success
+    (tmp_path / "go").touch()
+    work.end(3)
+
+
+@pytest.mark.parametrize("drain", [(), ("--drain",)])
+def test_a_worker_that_is_stopped_gives_back_its_first_failures(server: Process, tmp_path: Path,
+                                                                drain: Tuple[str, ...]) -> None:
+    run = new_run(server, 10)
+    work = Work(server, run, "--grace", "0.1", *drain, "--", "sh", "-c", "[ {task} = 3 ] || exit 1; touch %s/on; until "
+                "[ -e %s/go ]; do sleep 0.01; done; exit 1" % (tmp_path, tmp_path), tweak="taskfarm.CONFIRM_S = 0")
+    wait_until((tmp_path / "on").exists)
+    work.process.terminate()
+    wait_until(lambda: "stopping" in work.shown())
+    (tmp_path / "go").touch()
+    work.end(7)
+    assert counts(server, run) == (10, 0, 0, 0) and task_of(server, run, 0)["failures"] == 0
+
+
+def test_first_failures_outlive_the_server(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--", "sh", "-c", "touch %s/ran; exit 3" % tmp_path,
+                tweak="taskfarm.WORKER_RETRY_S, taskfarm.RETRY_PAUSES_S, taskfarm.CONFIRM_S = 0.2, (0.01, 0.02), 1")
+    wait_until((tmp_path / "ran").exists)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: work.shown().count("is the server running") > 5)     # its patience has ended, and it holds one
+    again = Process(str(tmp_path / "f"), home=server.home)
+    work.end(3)
+    assert counts(again, run) == (0, 0, 0, 1)
+    assert again.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM])
+def test_a_worker_stops_after_so_many_failures(server: Process, tmp_path: Path, number: int) -> None:
+    run = new_run(server, 20)
+    work = Work(server, run, "-j", "2", "--max-fails", "3", "--", "sh", "-c", "[ {task} != 0 ] || exit 0; [ {task} "
+                "= 1 ] || exit 4; until [ -e %s/go ]; do sleep 0.01; done" % tmp_path)
+    wait_until(lambda: "may finish" in work.shown())
+    assert "failed on %s (--max-fails), the last one with exit status 4" % socket.gethostname() in work.shown()
+    if not number:
+        (tmp_path / "go").touch()
+    work.end(9, number)
+    waiting, computing, done, failed = counts(server, run)
+    assert (waiting, computing, done, failed) == (16 if number else 15, 0, 1 if number else 2, 3)
+    assert task_of(server, run, 1)["status"] == ("waiting" if number else "done")
 
 
 @pytest.mark.parametrize("wait", [(), ("--no-wait",)])
-def test_a_machine_that_lacks_the_program_fails_no_task_of_the_last_ones(server: Process, tmp_path: Path,
-                                                                         wait: Tuple[str, ...]) -> None:
+def test_a_node_that_fails_everything_fails_none_of_the_last_tasks(server: Process, tmp_path: Path,
+                                                                   wait: Tuple[str, ...]) -> None:
     run = new_run(server, 12)
     good = Work(server, run, "-j", "8", "--", "sh", "-c", "until [ -e %s/go ]; do sleep 0.01; done" % tmp_path)
     wait_until(lambda: counts(server, run) == (4, 8, 0, 0))
-    output = Work(server, run, "-j", "4", *wait, "--", "sh", "-c", "nosuch {task}").end(8)
+    output = Work(server, run, "-j", "4", *wait, "--", "sh", "-c", "nosuch {task}",
+                  tweak="taskfarm.PAUSE_S = 0.1").end(8)
     sentence = next(line for line in output.splitlines() if line.startswith("stopping"))
-    assert "on %s sh, or a program" % socket.gethostname() in sentence and "all 4 commands" in sentence
+    assert "on %s all of the first 4 commands failed" % socket.gethostname() in sentence and "nosuch" in sentence
     assert " failed: " not in output
     assert counts(server, run) == (4, 8, 0, 0)
     (tmp_path / "go").touch()
@@ -8840,7 +9015,7 @@ def test_a_machine_that_lacks_the_program_fails_no_task_of_the_last_ones(server:
     assert counts(server, run) == (0, 0, 12, 0)
 
 
-def test_a_worker_without_a_program_that_is_alone_at_the_end_reports_it(server: Process, tmp_path: Path) -> None:
+def test_a_worker_that_is_alone_at_the_end_reports_its_failures(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 12)
     assert report(server, run, 11, status="done") == 204
     server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600})
@@ -8885,8 +9060,8 @@ def test_a_system_that_is_full_is_waited_for(server: Process, tmp_path: Path) ->
 
 def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 5, maxFailures=3)
-    Work(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--", "sh", "-c",
-         'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
+    Work(server, run, "-j", "2", "--log-dir", str(tmp_path / "logs"), "--log-failed", "--max-fails", "0", "--",
+         "sh", "-c", 'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
     assert counts(server, run) == (0, 0, 4, 1)
     assert task_of(server, run, 4)["attempt"] == 3
     assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {"4.log": "why\n3\n"}
@@ -9013,17 +9188,20 @@ def children_of(pid: int) -> List[int]:
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 7), (signal.SIGUSR1, 7), (signal.SIGKILL, -9)])
-@pytest.mark.parametrize("command", ["sleep 1000; echo x", "sleep 1000 || exit 5"])
+@pytest.mark.parametrize("command", ["sleep 1000; echo x", "sleep 1000 || exit 5", "sleep 1000; sleep 1000"])
 def test_what_is_killed_children_first_is_not_done(server: Process, number: signal.Signals, status: int,
                                                    command: str) -> None:
     run = new_run(server, 20)
-    work = Work(server, run, "-j", "8", "--", "sh", "-c", command, tweak="taskfarm.CONFIRM_S = 100")
+    work = Work(server, run, "-j", "8", "--max-fails", "0", "--", "sh", "-c", command,
+                tweak="taskfarm.CONFIRM_S = taskfarm.CONFIRM_KILLED_S = 100")
     shells = wait_until(lambda: [pid for pid in children_of(work.process.pid) if children_of(pid)][7:] and
                         [pid for pid in children_of(work.process.pid) if children_of(pid)])
     for shell in shells:        # one process at a time, as PBS does it
         for child in children_of(shell):
             os.kill(child, number)
-    wait_until(lambda: not any(map(alive, shells)))     # they have gone on, and ended of their own
+        if command.endswith("sleep 1000"):
+            os.kill(shell, number)
+    wait_until(lambda: not any(map(alive, shells)))     # or they have gone on, and ended of their own
     wait_until(lambda: [pid for pid in children_of(work.process.pid) if pid not in shells and children_of(pid)][7:])
     work.end(status, number)
     if status == 7:
@@ -9150,7 +9328,7 @@ def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
 def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
                                                        ahead: int) -> None:
     options = taskfarm.WorkOptions(16, 1e9, 5.0, False, True, None, None, "", False)
-    work = taskfarm.TaskRunner(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x"},
+    work = taskfarm.TaskRunner(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x", "numDone": 0},
                              taskfarm.Template(["true"], "x"), options, taskfarm.Display(False, {}))
     work.mean_s, work.finished = mean_s, finished
     if longest_s:
