@@ -8458,7 +8458,7 @@ class Lines(Parameters):
 
 class TableRows(Lines):
     """The rows of a CSV or TSV file below its head: a value for each column. Fields may stand in quotes."""
-    names = ()
+    names: Tuple[str, ...] = ()
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -8560,6 +8560,7 @@ class Template:
     ${task} is a shell's variable, and {} is {line}, or {task} where there are no lines. In a command that
     has that field, or a parameter, in its long form, {} is left alone: find(1) and awk(1) have uses for it.
     """
+    IN_BRACES = re.compile(r"(?<!\$)(\{?)\{([A-Za-z_]\w*)\}")
 
     def __init__(self, words: Sequence[str], run: str, parameters: Optional[Parameters] = None, typed: str = "--",
                  gpus: Sequence[Dict[str, str]] = ()) -> None:
@@ -8599,11 +8600,13 @@ class Template:
         """
         self.unknown = []
         texts = list(known)
-        for brace, name in re.findall(r"(?<!\$)(\{?)\{([A-Za-z_]\w*)\}", "\n".join(words)):
+        for match in (match for word in words for match in self.IN_BRACES.finditer(word)):
+            brace, name = match.groups()
             if name in known:
                 continue
             if not difflib.get_close_matches(name.lower(), [field.lower() for field in (*known, "line")], 1, 0.7):
-                self.unknown += [name] * (not brace)
+                if not brace and not re.search(r"\s", match.string):        # a word with blanks is a program's text
+                    self.unknown.append(name)
             elif brace:
                 texts.append(name)
             elif name == "line":
@@ -8658,11 +8661,11 @@ class Template:
     def shown(self, task: int, slot: int) -> List[str]:
         """The command of a task as lines for a shell: its parameters as a comment, and what can be pasted."""
         values = self.parameters.values(task) if self.parameters else {}
-        comment = "# task %d%s" % (task, "".join(" %s=%s" % (name, printable(values[name])) for name in values if name))
+        comment = " ".join("%s=%s" % (name, printable(values[name])) for name in values if name)
         variables = [] if self.used & {self.chief, *values} else ["TASKFARM_TASK=%d" % task]
         variables += ["%s=%s" % pair for pair in (self.gpus[slot].items() if self.gpus else ())]
         words = [os.fsdecode(word) for word in self.arguments(task, 1, slot)]
-        return [comment, " ".join(variables + [shlex.quote(word) for word in words])]
+        return ["# task %d: %s" % (task, comment), " ".join(variables + [shlex.quote(word) for word in words])]
 
 
 def share_gpus(environ: Mapping[str, str], jobs: int, gpus_per_task: int) -> List[Dict[str, str]]:
@@ -11777,7 +11780,7 @@ def cmd_work(args: argparse.Namespace) -> int:
         return exit_status_of(error)
     parameters = open_parameters(args)
     if parameters is not None and len(parameters) != run["numTasks"]:
-        raise Refusal("%s, and the run %d tasks: 'python3 taskfarm.py new %s' makes a run of it" % (
+        raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
             parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
     typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
     template = Template(args.words, run["uuid"], parameters, " ".join(map(shlex.quote, typed)),
