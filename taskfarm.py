@@ -8463,10 +8463,7 @@ class TableRows(Lines):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.options = ["--table", path]
-        if not self.count:
-            raise Refusal("%s is empty: the first line of a table has the names of its columns" % path)
-        self.size_text = "%s has %d rows" % (path, len(self))
-        head = self[0]
+        head = self[0] if self.count else b""
         if head.startswith(b"\xef\xbb\xbf"):       # as spreadsheets begin a file
             head = head[3:]
         text = os.fsdecode(head)
@@ -8474,6 +8471,9 @@ class TableRows(Lines):
         self.columns: List[str] = []
         self.columns = [name.strip() for name in self._fields(0, head)]
         self._take_names(filter(None, self.columns), "the head of %s" % path)    # an index may have no name
+        if not self.names:
+            raise Refusal("%s has no head: the first line of a table has the names of its columns" % path)
+        self.size_text = "%s has %d rows" % (path, len(self))
 
     def __len__(self) -> int:
         return self.count - 1
@@ -8626,8 +8626,8 @@ class Template:
         """Sentences about what looks like a mistake in a command for so many tasks."""
         sentences = ["{%s} is no field of a command, and stays as it is" % name for name in self.unknown]
         wanted = self.parameters.names if self.parameters else ("task",)
-        reads_task = self.reads_task or any(file_mentions(word, b"TASKFARM_") for word in self.words)
-        if tasks > 1 and not self.used & set(wanted) and (self.parameters or not reads_task):
+        if tasks > 1 and not self.used & set(wanted) and (self.parameters or not (
+                self.reads_task or any(file_mentions(word, b"TASKFARM_") for word in self.words))):
             sentences.append("the command has no %s%s: each of the %d tasks does the same. If your shell took the "
                              "braces off, as csh does, quote them: '{%s}'" % (
                                  " or ".join("{%s}" % name for name in wanted[:3]),
@@ -11738,11 +11738,20 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
-    {task}, {run}, {attempt} and {line} are replaced in the arguments of the command; the result stays
-    one argument. The command also finds TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER in its environment.
-    Exit status 0 means that the task is done. Another status, a signal or --timeout is a failure, and
-    the last line of the error output is its message. With --lines FILE, {line} is line number {task}
-    of the file, from 0. A command that is {line} alone runs each line with sh.
+    {task}, {run}, {attempt} and {slot} are replaced in the arguments of the command; the result stays
+    one argument. {slot} is a number from 0 to N-1 (of -j N) that no other command has at that time. The
+    command also finds TASKFARM_TASK, _RUN, _ATTEMPT, _SLOT and _WORKER in its environment. Exit status 0
+    means that the task is done. Another status, a signal or --timeout is a failure, and the last line of
+    the error output is its message.
+
+    With --lines FILE, {line} is line number {task} of the file, from 0. With --table FILE or --grid, the
+    names of columns or axes in braces are replaced. A command that is one of these alone, as {line}, is
+    run by sh. {} is {line} with --lines, else {task}, in a command without it. {{task}} stands for the
+    text {task}, and ${task} is left to the shell. --dry-run shows what comes out of it.
+
+    --gpus-per-task shares the GPUs in CUDA_VISIBLE_DEVICES (ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES),
+    else those in SLURM_JOB_GPUS, else all that this machine has, among the commands that run at the same
+    time.
 
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
     _PASSWORD), else from the access file; no command is given the login.
@@ -11764,6 +11773,7 @@ def cmd_work(args: argparse.Namespace) -> int:
       python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 -- ./tile.sh {task}
       python3 taskfarm.py work ice --log-dir logs --log-failed -- ./tile.sh {task}
       python3 taskfarm.py work sweep --lines params.txt -- ./sim {task} {line}
+      python3 taskfarm.py work fits --grid lr=0.1,0.01 -- ./fit {lr}
       sbatch --array=1-50 -c 16 --wrap \\
         "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """

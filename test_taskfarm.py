@@ -8319,7 +8319,8 @@ def test_rows_of_a_table_are_what_a_spreadsheet_wrote(rows: List[List[str]], sep
 
 
 @pytest.mark.parametrize("text, sentence", [
-    ("", "is empty"), ("a,a\n", "name a comes twice"), ("a,task\n", "has a {task} of its own"),
+    ("", "has no head"), ("\n1\n", "has no head"), ("a,a\n", "name a comes twice"),
+    ("a,task\n", "has a {task} of its own"),
     ("a,b\n1\n", "line 2 of .* has 1 field, and the head has 2"), ("a,b\n1,2\n\n", "line 3 of .* has 0 fields"),
     ('a,b\n1,"x\ny"\n', "line 2 of .* cannot be read"), ('a,b\n1,"x"y\n', "line 2 of .* cannot be read")])
 def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
