@@ -8665,7 +8665,7 @@ class Template:
         variables = [] if self.used & {self.chief, *values} else ["TASKFARM_TASK=%d" % task]
         variables += ["%s=%s" % pair for pair in (self.gpus[slot].items() if self.gpus else ())]
         words = [os.fsdecode(word) for word in self.arguments(task, 1, slot)]
-        return ["# task %d: %s" % (task, comment), " ".join(variables + [shlex.quote(word) for word in words])]
+        return [("# task %d: %s" % (task, comment)).rstrip(": "), " ".join(variables + [shlex.quote(word) for word in words])]
 
 
 def share_gpus(environ: Mapping[str, str], jobs: int, gpus_per_task: int) -> List[Dict[str, str]]:

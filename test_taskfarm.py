@@ -8602,7 +8602,7 @@ def test_a_program_of_another_machine_fails_no_task(server: Process, tmp_path: P
 
 def test_a_file_of_lines_that_changes_fails_no_task(server: Process, tmp_path: Path) -> None:
     run, lines = new_run(server, 3), tmp_path / "lines"
-    for change in ("printf 'c\nb\na\n' > {0}", "cp {0} {0}.new; mv {0}.new {0}", "rm {0}", "truncate -s 3 {0}"):
+    for change in ("printf 'c\nb\na\n' > {0}", "cp -p {0} {0}.new; mv {0}.new {0}", "rm {0}", "truncate -s 3 {0}"):
         lines.write_text("a\nb\nc\n")
         work = Work(server, run, "--lines", str(lines), "--", "sh", "-c", change.format(lines) + "; : {line}")
         assert "lines was changed, replaced or removed" in work.end(1) and work.errors() == "", change
