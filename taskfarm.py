@@ -8661,11 +8661,12 @@ class Template:
     def shown(self, task: int, slot: int) -> List[str]:
         """The command of a task as lines for a shell: its parameters as a comment, and what can be pasted."""
         values = self.parameters.values(task) if self.parameters else {}
-        comment = " ".join("%s=%s" % (name, printable(values[name])) for name in values if name)
+        comment = "# task %d" % task + ": " * bool(values) + " ".join(
+            "%s=%s" % (name, printable(values[name])) for name in values if name)
         variables = [] if self.used & {self.chief, *values} else ["TASKFARM_TASK=%d" % task]
         variables += ["%s=%s" % pair for pair in (self.gpus[slot].items() if self.gpus else ())]
         words = [os.fsdecode(word) for word in self.arguments(task, 1, slot)]
-        return [("# task %d: %s" % (task, comment)).rstrip(": "), " ".join(variables + [shlex.quote(word) for word in words])]
+        return [comment, " ".join(variables + [shlex.quote(word) for word in words])]
 
 
 def share_gpus(environ: Mapping[str, str], jobs: int, gpus_per_task: int) -> List[Dict[str, str]]:
