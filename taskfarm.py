@@ -153,7 +153,9 @@ import array
 import base64
 import bisect
 import contextlib
+import csv
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -201,6 +203,7 @@ import urllib.parse
 import uuid
 import weakref
 from collections import Counter, deque
+from decimal import Decimal
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
@@ -8395,7 +8398,8 @@ class TaskFarmWorker(TaskFarm):
 
 # ---------------------------------------------------------------- COMMANDS
 # The command of a task: its arguments, its process, its output and how it ended. Knows no server and no report.
-# For another field like {task}: Template. For another variable of commands: command_environment.
+# For another field like {task}: TASK_FIELDS and Template. For another variable of commands: command_environment, or
+# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, and its option.
 
 MAX_JOBS = 5000                     # commands that run at the same time, in one worker
 STARTUP_S = 0.1                     # a command that was being started has its environment after so long
@@ -8405,71 +8409,242 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TIMEOUT_CODE = 124                  # as timeout(1) has it
 TEMPORARY_ERRORS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
                     errno.ESTALE, errno.ETXTBSY)
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")     # the first of NVIDIA
+TASK_FIELDS = ("task", "run", "attempt", "slot")       # of every command, in braces
 
 
-class Lines:
+class Parameters:
+    """What tells the tasks of a run from each other: a value of each name, found by the number of the task.
+
+    Nothing is kept for a task, so a run of a million costs what one of ten does.
+    """
+    names: Tuple[str, ...] = ()
+    options: List[str] = []             # what makes the same again: of `new` and of `work`
+    size_text = ""                      # how many tasks there are, in words
+
+    def __len__(self) -> int:
+        """For how many tasks there are values."""
+        raise NotImplementedError
+
+    def values(self, task: int) -> Dict[str, str]:
+        """The values for one task. Raises Refusal when they cannot be known any more."""
+        raise NotImplementedError
+
+    def check(self) -> str:
+        """Look at the values of all tasks. A sentence for the user where one looks odd; Refusal where one is wrong."""
+        return ""
+
+    def _take_names(self, names: Iterable[str], source: str) -> None:
+        for name, times in Counter(names).items():
+            if name in TASK_FIELDS:
+                raise Refusal("%s: every command has a {%s} of its own, so choose another name than %s" % (
+                    source, name, name))
+            if times > 1:
+                raise Refusal("%s: the name %s comes twice, so nobody could tell which is meant" % (source, name))
+            self.names += (name,)
+
+
+class Lines(Parameters):
     """The lines of a file by number, from 0, without keeping them: 10 million lines take 0.2 MB of memory.
 
-    Only the number of lines before each block is known. A block is read when a line of it is wanted.
+    Only the number of lines before each block is known. A block is read when a line of it is wanted. A pipe is
+    read into a temporary file first. The path - is the standard input.
     """
     BLOCK = 65536
+    names: Tuple[str, ...] = ("line",)
 
     def __init__(self, path: str) -> None:
+        self.path, self.options = path, ["--lines", path]
+        self.lines_before = array.array("Q", [0])       # lines that end before block n
+        last = b""
         try:
-            self.file = open(path, "rb")      # noqa: SIM115
-            self.lines_before = array.array("Q", [0])       # lines that end before block n
-            self.path, self.size, last = path, 0, b""
+            self._open()
             for block in iter(lambda: self.file.read(self.BLOCK), b""):
                 self.lines_before.append(self.lines_before[-1] + block.count(b"\n"))
-                self.size += len(block)
                 last = block[-1:]
         except OSError as error:
             raise Refusal("%s cannot be read: %s" % (path, error.strerror))
         self.count = self.lines_before[-1] + (last not in (b"", b"\n"))
+        self.size_text = "%s has %d lines" % (path, self.count)
+
+    def _open(self) -> None:
+        self.file: Any = open(0 if self.path == "-" else self.path, "rb", closefd=self.path != "-")  # noqa: SIM115
+        self.watched: Union[int, str] = 0 if self.path == "-" else self.path      # os.stat shows when it changes
+        if not self.file.seekable():
+            pipe, self.file = self.file, tempfile.TemporaryFile()       # noqa: SIM115
+            shutil.copyfileobj(pipe, self.file)
+            self.watched = self.file.fileno()
+        self.file.seek(0)
+        self.stamp = self._stamp(os.fstat(self.file.fileno()))
+
+    @staticmethod
+    def _stamp(status: os.stat_result) -> Tuple[int, int, int]:
+        return status.st_size, status.st_mtime_ns, status.st_ino
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, number: int) -> bytes:
-        """A line without its end. Raises Refusal when the file has become shorter."""
+        """A line without its end. Raises Refusal when the file has changed."""
         if not 0 <= number < self.count:
             raise IndexError(number)
-        if os.fstat(self.file.fileno()).st_size < self.size:
-            raise Refusal("%s has become shorter since this worker began, so its line %d may have changed: restore "
-                          "the file and start the worker again" % (self.path, number))
         # The block in which the line before ends.
         block = bisect.bisect_left(self.lines_before, number, 1) - 1 if number else 0
         skip = number - self.lines_before[block]
-        self.file.seek(block * self.BLOCK)
-        text = self.file.read(self.BLOCK)
-        while text.count(b"\n") <= skip:
-            more = self.file.read(self.BLOCK)
-            if not more:
-                break
-            text += more
-        return text.split(b"\n", skip + 1)[skip].rstrip(b"\r")
+        stamp = None
+        try:
+            self.file.seek(block * self.BLOCK)
+            text = self.file.read(self.BLOCK)
+            while text.count(b"\n") <= skip:
+                more = self.file.read(self.BLOCK)
+                if not more:
+                    break
+                text += more
+            stamp = self._stamp(os.stat(self.watched))      # after the reading: what was read is what was indexed
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):     # both: replaced or removed; ESTALE is NFS's word
+                raise
+        if stamp != self.stamp:
+            raise Refusal("%s was changed, replaced or removed since this worker began, so its line %d may be another "
+                          "one now: start the worker again when the file is right" % (self.path, number + 1))
+        return bytes(text.split(b"\n", skip + 1)[skip].rstrip(b"\r"))
+
+    def values(self, task: int) -> Dict[str, str]:
+        """The line of the task."""
+        return {"line": os.fsdecode(self[task])}
+
+    def check(self) -> str:
+        """Count the empty lines."""
+        self.file.seek(0)
+        empty = sum(not line.strip() for line in self.file)
+        return "%d of the %d lines of %s %s empty: each of them is a task as well" % (
+            empty, self.count, self.path, "is" if empty == 1 else "are") if empty else ""
+
+
+class TableRows(Lines):
+    """The rows of a CSV or TSV file below its head: a value for each column. Fields may stand in quotes."""
+    names: Tuple[str, ...] = ()
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.options = ["--table", path]
+        head = self[0] if self.count else b""
+        if head.startswith(b"\xef\xbb\xbf"):       # as spreadsheets begin a file
+            head = head[3:]
+        text = os.fsdecode(head)
+        self.separator = "\t" if path.endswith(".tsv") else max(",\t;", key=text.count)
+        self.columns: List[str] = []
+        self.columns = [name.strip() for name in self._fields(0, head)]
+        self._take_names(filter(None, self.columns), "the head of %s" % path)    # an index may have no name
+        if not self.names:
+            raise Refusal("%s has no head: the first line of a table has the names of its columns" % path)
+        self.size_text = "%s has %d rows" % (path, len(self))
+
+    def __len__(self) -> int:
+        return self.count - 1
+
+    def _fields(self, number: int, line: bytes) -> List[str]:
+        try:
+            fields = next(csv.reader([os.fsdecode(line)], delimiter=self.separator, strict=True), [])
+        except csv.Error as error:
+            raise Refusal("line %d of %s cannot be read (%s): a row is one line, and a quote that begins a field also "
+                          "ends it" % (number + 1, self.path, error))
+        if self.columns and len(fields) != len(self.columns):
+            raise Refusal("line %d of %s has %s, and the head has %d" % (
+                number + 1, self.path, count_text(len(fields), "field"), len(self.columns)))
+        return fields
+
+    def values(self, task: int) -> Dict[str, str]:
+        """The fields of the task's row."""
+        return dict(zip(self.columns, self._fields(task + 1, self[task + 1])))
+
+    def check(self) -> str:
+        """Read all rows."""
+        self.file.seek(0)
+        for number, line in enumerate(self.file):
+            if number:
+                self._fields(number, line.rstrip(b"\r\n"))
+        return ""
+
+
+class Grid(Parameters):
+    """Every combination of some values, numbered so that the last name varies fastest.
+
+    *axes*: as "lr=0.1,0.01" or "seed=0..999". A range is FIRST..LAST or FIRST..LAST..STEP, both ends included.
+    """
+    RANGE = re.compile(r"({0})\.\.({0})(?:\.\.({0}))?".format(r"-?\d{1,15}(?:\.\d{1,9})?"))
+
+    def __init__(self, axes: Sequence[str]) -> None:
+        self.options = [word for axis in axes for word in ("--grid", axis)]
+        self._take_names([axis.partition("=")[0] for axis in axes], "--grid")
+        # For each name: how many values come before each piece (and at last, all), and the pieces as functions.
+        self.axes: List[Tuple[List[int], List[Callable[[int], str]]]] = []
+        self.size = 1
+        for axis in axes:
+            name, equals, values = axis.partition("=")
+            if not name or not values:
+                raise Refusal("--grid %s: an axis looks like lr=0.1,0.01 or seed=0..999" % axis)
+            pieces = [self._piece(axis, value) for value in values.split(",")]
+            self.axes.append(([0, *itertools.accumulate(count for count, _ in pieces)], [value for _, value in pieces]))
+            self.size *= self.axes[-1][0][-1]
+        if self.size > MAX_TASKS:
+            raise Refusal("the grid has %d combinations, and a run %d tasks at most" % (self.size, MAX_TASKS))
+        self.size_text = "the grid has %d combinations" % self.size
+
+    def _piece(self, axis: str, text: str) -> Tuple[int, Callable[[int], str]]:
+        """How many values a range or a single value stands for, and the one at an index."""
+        match = self.RANGE.fullmatch(text)
+        if not match:
+            return 1, lambda _: text
+        first, last = Decimal(match[1]), Decimal(match[2])
+        step = Decimal(match[3] or (1 if first <= last else -1))
+        if not step or (last - first) / step < 0:
+            raise Refusal("--grid %s: the step of %s does not lead from %s to %s" % (axis, text, match[1], match[2]))
+        width = max(map(len, match.group(1, 2))) if re.match(r"-?0\d", match[1]) else 0     # as in 001..100
+        return int((last - first) // step) + 1, lambda index: format((first + index * step).normalize(), "f").zfill(
+            width)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def values(self, task: int) -> Dict[str, str]:
+        """The combination of the task: its number, read with a digit for each axis."""
+        values = []
+        for starts, pieces in reversed(self.axes):
+            task, index = divmod(task, starts[-1])
+            piece = bisect.bisect_right(starts, index) - 1
+            values.append(pieces[piece](index - starts[piece]))
+        return dict(zip(self.names, reversed(values)))
 
 
 class Template:
-    """A command with the fields {task}, {run}, {attempt} and {line} in its arguments.
+    """A command with fields in its arguments: {task}, {run}, {attempt}, {slot}, and those of the parameters.
 
-    The value of a field stays one argument, and no shell reads it. The exception is a command that is
-    {line} alone: each line is then a command for sh.
+    The value of a field stays one argument, and no shell reads it. The exception is a command that is one
+    parameter alone, as {line}: each value is then a command for sh. {{task}} stands for the text {task}.
+    ${task} is a shell's variable, and {} is {line}, or {task} where there are no lines. In a command that
+    has that field, or a parameter, in its long form, {} is left alone: find(1) and awk(1) have uses for it.
     """
-    FIELD = re.compile(r"\{(task|run|attempt|line)\}")
+    IN_BRACES = re.compile(r"(?<!\$)(\{?)\{([A-Za-z_]\w*)\}")
 
-    def __init__(self, words: Sequence[str], run: str, lines: Optional[Lines] = None, typed: str = "--") -> None:
-        """*typed*: what the user typed before the words. A refusal shows it with a better command."""
-        self.words = ["/bin/sh", "-c", "{line}"] if list(words) == ["{line}"] else list(words)
-        self.run = run
-        self.lines = lines
-        fields = {field for word in self.words for field in self.FIELD.findall(word)}
-        self.constant = [os.fsencode(word) for word in self.words] if not fields else None
-        self.wants_line = "line" in fields
-        if self.wants_line and lines is None:
-            raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
-        if lines is not None and not lines.file.seekable():
-            raise Refusal("%s is a pipe, and its lines can be read only once: write them into a file" % lines.path)
+    def __init__(self, words: Sequence[str], run: str, parameters: Optional[Parameters] = None, typed: str = "--",
+                 gpus: Sequence[Dict[str, str]] = ()) -> None:
+        """*typed*: what the user typed before the words; a refusal shows it with a better command.
+
+        *gpus*: for each slot, variables that show its commands their GPUs.
+        """
+        self.run, self.parameters, self.gpus = run, parameters, gpus
+        given = parameters.names if parameters else ()
+        self.chief = "line" if "line" in given else "task"
+        self.reads_task = any("TASKFARM_" in word for word in words)
+        self.unknown: List[str] = []
+        self._find_fields(words, TASK_FIELDS + given)
+        if not self.used & {self.chief, *given} and not self.reads_task:
+            self._find_fields(words, TASK_FIELDS + given + ("",))
+        alone = len(words) == 1 and self.field.fullmatch(words[0]) and self.used & set(given)
+        self.words = ["/bin/sh", "-c", words[0]] if alone else list(words)
+        has_fields = any(self.field.search(word) for word in self.words)
+        self.constant = None if has_fields else [os.fsencode(word) for word in self.words]
         self.program = self.words[0]
         if len(self.program.split()) > 1 and not shutil.which(os.fsdecode(self.arguments(0, 1)[0])):
             raise Refusal("there is no program called '%s'. If that is a whole command, type it like this: %s %s" % (
@@ -8483,18 +8658,117 @@ class Template:
         if self.constant:
             self.constant[0] = os.fsencode(path)
 
+    def _find_fields(self, words: Sequence[str], known: Sequence[str]) -> None:
+        """Learn which fields the words have. Refuses a name in braces that is no field, and close to the name of one.
+
+        Other names stay as they are, since programs have uses for braces, as awk '{print}'.
+        """
+        self.unknown = []
+        texts = list(known)
+        for match in (match for word in words for match in self.IN_BRACES.finditer(word)):
+            brace, name = match.groups()
+            if name in known:
+                continue
+            if not difflib.get_close_matches(name.lower(), [field.lower() for field in (*known, "line")], 1, 0.7):
+                if not brace and not re.search(r"\s", match.string):        # a word with blanks is a program's text
+                    self.unknown.append(name)
+            elif brace:
+                texts.append(name)
+            elif name == "line":
+                raise Refusal("{line} stands for a line of a file: name the file with --lines FILE")
+            else:
+                raise Refusal("there is no field {%s}, but there are %s ({{%s}} stands for the text {%s})" % (
+                    name, ", ".join("{%s}" % field for field in known if field), name, name))
+        # {{name}}, which is a text, as group 1, and {name}, which is a field, as group 2
+        self.field = re.compile(r"\{\{(%s)\}\}|(?<!\$)\{(%s)\}" % tuple(
+            "|".join(map(re.escape, names)) for names in (texts, known)))
+        self.used = {name or self.chief for name in self._fields_of(words)}
+
+    def _fields_of(self, words: Sequence[str]) -> Set[str]:
+        return {match[2] for word in words for match in self.field.finditer(word) if match[2] is not None}
+
+    def warnings(self, tasks: int) -> List[str]:
+        """Sentences about what looks like a mistake in a command for so many tasks."""
+        sentences = ["{%s} is no field of a command, and stays as it is" % name for name in self.unknown]
+        wanted = self.parameters.names if self.parameters else ("task",)
+        if tasks > 1 and not self.used & set(wanted) and (self.parameters or not (
+                self.reads_task or any(file_mentions(word, b"TASKFARM_") for word in self.words))):
+            sentences.append("the command has no %s%s: each of the %d tasks does the same. If your shell took the "
+                             "braces off, as csh does, quote them: '{%s}'" % (
+                                 " or ".join("{%s}" % name for name in wanted[:3]),
+                                 "" if self.parameters else " and does not seem to read TASKFARM_TASK",
+                                 tasks, wanted[0]))
+        return sentences
+
     @property
     def same_program(self) -> bool:
         """Whether every task runs the same program."""
-        return not self.FIELD.search(self.words[0])
+        return not self._fields_of(self.words[:1])
 
-    def arguments(self, task: int, attempt: int) -> List[bytes]:
+    def arguments(self, task: int, attempt: int, slot: int = 0) -> List[bytes]:
         """The program and its arguments for one task."""
         if self.constant:
             return self.constant
-        line = self.lines[task] if self.wants_line and self.lines else b""
-        values = {"task": str(task), "run": self.run, "attempt": str(attempt), "line": os.fsdecode(line)}
-        return [os.fsencode(self.FIELD.sub(lambda field: values[field.group(1)], word)) for word in self.words]
+        values = {"task": str(task), "run": self.run, "attempt": str(attempt), "slot": str(slot)}
+        if self.parameters and self.used & set(self.parameters.names):
+            values.update(self.parameters.values(task))
+        values[""] = values.get(self.chief, "")
+
+        def fill(match: "re.Match[str]") -> str:
+            return "{%s}" % match[1] if match[2] is None else values[match[2]]
+        return [os.fsencode(self.field.sub(fill, word)) for word in self.words]
+
+    def variables(self, task: int, attempt: int, slot: int) -> Dict[str, str]:
+        """What the environment of a task's command has beside `command_environment`: the same names each time."""
+        return dict(self.gpus[slot] if self.gpus else {}, TASKFARM_TASK=str(task), TASKFARM_ATTEMPT=str(attempt),
+                    TASKFARM_SLOT=str(slot))
+
+    def shown(self, task: int, slot: int) -> List[str]:
+        """The command of a task as lines for a shell: its parameters as a comment, and what can be pasted."""
+        values = self.parameters.values(task) if self.parameters else {}
+        comment = "# task %d" % task + ": " * bool(values) + " ".join(
+            "%s=%s" % (name, printable(values[name])) for name in values if name)
+        variables = [] if self.used & {self.chief, *values} else ["TASKFARM_TASK=%d" % task]
+        variables += ["%s=%s" % pair for pair in (self.gpus[slot].items() if self.gpus else ())]
+        words = [os.fsdecode(word) for word in self.arguments(task, 1, slot)]
+        return [comment, " ".join(variables + [shlex.quote(word) for word in words])]
+
+
+def share_gpus(environ: Mapping[str, str], jobs: int, gpus_per_task: int) -> List[Dict[str, str]]:
+    """For each slot the variables that show its commands some of the GPUs that this worker was given."""
+    given = {name: environ[name] for name in GPU_VARIABLES if name in environ}
+    source = " and ".join("%s=%s" % pair for pair in given.items())
+    if not given:
+        source = "SLURM_JOB_GPUS" if environ.get("SLURM_JOB_GPUS") else "/dev/nvidia*"
+        found = len(glob.glob("/dev/nvidia[0-9]*"))
+        given = {GPU_VARIABLES[0]: environ.get("SLURM_JOB_GPUS") or ",".join(map(str, range(found)))}
+    gpus = {name: [gpu for gpu in text.split(",") if gpu.strip() not in ("", "-1", "NoDevFiles")]
+            for name, text in given.items()}
+    count = min(map(len, gpus.values()))
+    if count < jobs * gpus_per_task:
+        raise Refusal("-j %d with --gpus-per-task %d needs %s, and there %s %d (%s): %s" % (
+            jobs, gpus_per_task, count_text(jobs * gpus_per_task, "GPU"), "is" if count == 1 else "are", count, source,
+            "use -j %d" % (count // gpus_per_task) if count >= gpus_per_task else
+            "use --gpus-per-task %d" % count if count else "ask the batch system for some, as with --gres=gpu:4"))
+    slots = [{name: ",".join(ids[slot * gpus_per_task:][:gpus_per_task]) for name, ids in gpus.items()}
+             for slot in range(jobs)]
+    if "ROCR_VISIBLE_DEVICES" in gpus and len(gpus) > 1:
+        # HIP numbers anew what ROCR leaves, and obeys CUDA's variable where it has none of its own.
+        for slot_variables in slots:
+            slot_variables["HIP_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus_per_task)))
+    return slots
+
+
+def file_mentions(path: str, text: bytes) -> bool:
+    """Whether a file, or the program of that name, has the text in its first megabyte."""
+    path = shutil.which(path) or path
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return text in file.read(2 ** 20)
+    except (OSError, ValueError):
+        return False
 
 
 def unquoted(words: Sequence[str]) -> str:
@@ -8716,7 +8990,7 @@ class Watchdog:
 
 
 def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, bytes]:
-    """The environment that all commands of a worker share. The launcher adds task and attempt."""
+    """The environment that all commands of a worker share. `Template.variables` has the others."""
     environ = dict(os.environ, TASKFARM_RUN=run, TASKFARM_WORKER=worker)
     for name in ("TASKFARM_USER", "TASKFARM_PASSWORD", "TASKFARM_TOKEN"):       # a command may show its environment
         environ.pop(name, None)
@@ -8748,9 +9022,9 @@ class Launcher:
         actions: List[Tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
         write_ends: List[int] = []
         try:
-            words = self.template.arguments(task, attempt)
-            self.environ[b"TASKFARM_TASK"] = b"%d" % task
-            self.environ[b"TASKFARM_ATTEMPT"] = b"%d" % attempt
+            words = self.template.arguments(task, attempt, slot)
+            for name, value in self.template.variables(task, attempt, slot).items():
+                self.environ[os.fsencode(name)] = os.fsencode(value)
             if self.log_dir:
                 command.log_path = os.path.join(self.log_dir, "%d.log" % task)
                 command.log = self._open_log(command.log_path)
@@ -11736,14 +12010,21 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
-    {task}, {run}, {attempt} and {line} are replaced in the arguments of the command; the result stays
-    one argument. The command also finds TASKFARM_TASK, _RUN, _ATTEMPT and _WORKER in its environment.
-    Exit status 0 means that the task is done. Another status, a signal or --timeout is a failure, and
-    the last line of the error output is its message. Peak memory and CPU seconds are kept with the
-    task; with --log-dir also where the output of a failed one is ('log' prints it).
+    {task}, {run}, {attempt} and {slot} are replaced in the arguments of the command; the result stays
+    one argument. {slot} is a number from 0 to N-1 (of -j N) that no other command has at that time. The
+    command also finds TASKFARM_TASK, _RUN, _ATTEMPT, _SLOT and _WORKER in its environment. Exit status 0
+    means that the task is done. Another status, a signal or --timeout is a failure, and the last line of
+    the error output is its message. Peak memory and CPU seconds are kept with the task; with --log-dir
+    also where the output of a failed one is ('log' prints it).
 
-    With --lines FILE, {line} is line number {task} of the file, from 0. A command that is {line} alone
-    runs each line with sh.
+    With --lines FILE, {line} is line number {task} of the file, from 0. With --table FILE or --grid, the
+    names of columns or axes in braces are replaced. A command that is one of these alone, as {line}, is
+    run by sh. {} is {line} with --lines, else {task}, in a command without it. {{task}} stands for the
+    text {task}, and ${task} is left to the shell. --dry-run shows what comes out of it.
+
+    --gpus-per-task shares the GPUs in CUDA_VISIBLE_DEVICES (ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES),
+    else those in SLURM_JOB_GPUS, else all that this machine has, among the commands that run at the same
+    time.
 
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
     _PASSWORD), else from the access file; no command is given the login.
@@ -11767,6 +12048,7 @@ def cmd_work(args: argparse.Namespace) -> int:
       python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 -- ./tile.sh {task}
       python3 taskfarm.py work ice --log-dir logs --log-failed -- ./tile.sh {task}
       python3 taskfarm.py work sweep --lines params.txt -- ./sim {task} {line}
+      python3 taskfarm.py work fits --grid lr=0.1,0.01 -- ./fit {lr}
       sbatch --array=1-50 -c 16 --wrap \\
         "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
@@ -11781,12 +12063,18 @@ def cmd_work(args: argparse.Namespace) -> int:
     except (FarmError, Unreachable) as error:
         print("taskfarm: %s" % error, file=sys.stderr)
         return exit_status_of(error)
-    lines = Lines(args.lines) if args.lines else None
-    if lines is not None and len(lines) != run["numTasks"]:
-        raise Refusal("%s has %d lines, and the run %d tasks: 'python3 taskfarm.py new --lines %s' makes a run of it"
-                      % (args.lines, len(lines), run["numTasks"], shlex.quote(args.lines)))
+    parameters = open_parameters(args)
+    if parameters is not None and len(parameters) != run["numTasks"]:
+        raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
+            parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
     typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
-    template = Template(args.words, run["uuid"], lines, " ".join(map(shlex.quote, typed)))
+    template = Template(args.words, run["uuid"], parameters, " ".join(map(shlex.quote, typed)),
+                        share_gpus(os.environ, args.jobs, args.gpus_per_task) if args.gpus_per_task else ())
+    for sentence in template.warnings(run["numTasks"]):
+        (print_notice if args.dry_run else display.say)(sentence)
+    if args.dry_run:
+        print_first_commands(template, run["numTasks"], args.jobs)
+        return 0
     if args.log_dir:
         try:
             os.makedirs(args.log_dir, exist_ok=True)
@@ -11803,6 +12091,22 @@ def cmd_work(args: argparse.Namespace) -> int:
         worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs,
         "; the job ends at %s" % time.strftime("%F %T", time.localtime(end)) if end else ""))
     return worker.work()
+
+
+def open_parameters(args: argparse.Namespace) -> Optional[Parameters]:
+    """The parameters that --lines, --table or --grid name; None without these."""
+    if args.lines is not None:
+        return Lines(args.lines)
+    return TableRows(args.table) if args.table is not None else Grid(args.grid) if args.grid else None
+
+
+def print_first_commands(template: Template, tasks: int, jobs: int) -> None:
+    """Print the commands of the first tasks, as they can be pasted into a shell."""
+    shown = min(tasks, DRY_RUN_TASKS)
+    for task in range(shown):
+        print("\n".join(template.shown(task, task % jobs)))
+    if tasks > shown:
+        print("# and %d more" % (tasks - shown))
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
@@ -11839,6 +12143,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
 
 VERB_PATIENCE_S = 5.0               # a verb waits this long for a server that is being started or restarted
 TABLE_ROWS = 200                    # of 'tasks' on a terminal, without --limit
+DRY_RUN_TASKS = 5                   # whose commands --dry-run prints
 
 
 @contextlib.contextmanager
@@ -11881,17 +12186,24 @@ def print_json(value: Any) -> None:
 def cmd_new(args: argparse.Namespace) -> int:
     """make a run of N tasks, and print its uuid
 
-    The tasks have the numbers 0 to N-1. With --lines, the run has a task for each line of a file: a
-    list of parameters, or of whole commands.
+    The tasks have the numbers 0 to N-1. In place of N there may be a task for each line of a file (of
+    parameters, or of whole commands), for each row of a table, or for each combination of a grid. Give
+    'work' the same options: it replaces {line}, or the name of a column or axis in braces.
 
     examples:
       run=$(python3 taskfarm.py new 200000 --name antarctica)
       python3 taskfarm.py new --lines params.txt
+      find . -name '*.nc' | sort > files; python3 taskfarm.py new --lines files
+      python3 taskfarm.py new --grid lr=0.1,0.01 --grid seed=0..999 --name sweep
       python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
     """
-    number = args.tasks if args.lines is None else len(Lines(args.lines))
-    if args.lines is not None and not number:
-        raise Refusal("%s has no lines, and a run needs one task at least" % args.lines)
+    number, parameters = args.tasks, open_parameters(args)
+    if parameters is not None:
+        number, notice = len(parameters), parameters.check()
+        if not number:
+            raise Refusal("%s, and a run needs one task at least" % parameters.size_text)
+        if notice:
+            print_notice(notice)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
     wait_for_access(args)
     with open_client(args) as client:
@@ -12893,6 +13205,16 @@ READ_RUN = "its uuid or name, or the beginning of one"
 CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of its uuid" % MIN_UUID_DIGITS
 
 
+def add_parameter_options(group: Any, what: str) -> None:
+    """The options that name parameters. *what* there is for each of them."""
+    group.add_argument("--lines", metavar="FILE", help="%s for each line of a file, called {line}; - is the standard "
+                       "input" % what)
+    group.add_argument("--table", metavar="FILE", help="%s for each row of a CSV or TSV file below its head, called "
+                       "as the columns" % what)
+    group.add_argument("--grid", metavar="NAME=A,B", action="append", help="%s for each combination of the values of "
+                       "all --grid; A..B and A..B..STEP are ranges, and the last name varies fastest" % what)
+
+
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """The options of `work`."""
     parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
@@ -12900,7 +13222,9 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-j", "--jobs", type=number_type(int, 1, MAX_JOBS, (
         "a number from 1 to %d (for more commands at a time, start more workers)" % MAX_JOBS)), default=1, metavar="N",
                         help="how many commands run at a time; by default 1")
-    parser.add_argument("--lines", metavar="FILE", help="{line} is line number {task} of this file, from 0")
+    add_parameter_options(parser.add_mutually_exclusive_group(), "values")
+    parser.add_argument("--gpus-per-task", type=positive_number, metavar="K", help="show each command K GPUs of its "
+                        "own, of those in CUDA_VISIBLE_DEVICES")
     parser.add_argument("--timeout", type=some_seconds, metavar="SECONDS", help="a command that runs longer is ended, "
                         "and has failed")
     parser.add_argument("--grace", type=some_seconds, default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
@@ -12917,6 +13241,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
                         "where the first %d all fail within %g s" % (FIRST_ENDS, QUICK_S))
     parser.add_argument("--no-wait", action="store_true", help="do not wait for tasks that other workers may lose")
     parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
+    parser.add_argument("--dry-run", action="store_true", help="print the first commands, and run none")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
 
 
@@ -13004,7 +13329,7 @@ def add_client_verbs(verbs: Any) -> None:
     new = add_client_verb(verbs, "new", cmd_new)
     size = new.add_mutually_exclusive_group(required=True)
     size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
-    size.add_argument("--lines", metavar="FILE", help="as many tasks as this file has lines")
+    add_parameter_options(size, "a task")
     new.add_argument("--name", help="a name for people")
     new.add_argument("--max-failures", type=whole_number, metavar="M",
                      help="a task that has failed M times is not tried again; by default 1, 0 for no limit")
@@ -13114,13 +13439,30 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
 
     argparse of some versions of Python would remove a second -- from the command.
     """
-    at = words.index("--") if words[0] == "work" and "--" in words else len(words)
+    if words[0] != "work":
+        return parser.parse_args(words)
+    at = words.index("--") if "--" in words else find_command(words)
+    command = words[at:]
+    if command[:1] == ["--"]:
+        del command[0]
+    elif any(word.startswith("-") for word in command):
+        parser.error("a -- belongs before the command, to tell its options from those of work: python3 taskfarm.py "
+                     "%s -- %s" % tuple(" ".join(map(shlex.quote, part)) for part in (words[:at], command)))
     args = parser.parse_args(words[:at])
-    if words[0] == "work":
-        args.words += words[at + 1:]
-        if not args.words:
-            parser.error("which command? python3 taskfarm.py work RUN -- COMMAND ...")
+    args.words += command
+    if not args.words:
+        parser.error("which command? python3 taskfarm.py work RUN -- COMMAND ...")
     return args
+
+
+def find_command(words: Sequence[str]) -> int:
+    """Where the command begins in words of `work` without --: at the second that is neither option nor value."""
+    options = argparse.ArgumentParser(add_help=False)
+    add_work_options(options)
+    takes_value = {option for action in options._actions if action.nargs is None for option in action.option_strings}
+    others = [at for at in range(1, len(words))
+              if not words[at].startswith("-") and words[at - 1] not in takes_value]
+    return others[1] if len(others) > 1 else len(words)
 
 
 def open_standard_streams() -> None:

@@ -26,6 +26,7 @@ that part on other Pythons: the oldest, 3.10 and the newest.
 import ast
 import base64
 import contextlib
+import csv
 import decimal
 import errno
 import fcntl
@@ -8352,6 +8353,171 @@ def test_lines_are_found_wherever_they_lie(tmp_path: Path) -> None:
     assert len(taskfarm.Lines(str(tmp_path / "lines"))) == 0
 
 
+@given(st.lists(st.lists(st.text(st.characters(blacklist_characters="\r\n\0", max_codepoint=0xd7ff)),
+                         min_size=3, max_size=3), max_size=9), st.sampled_from(",\t;"), st.booleans())
+def test_rows_of_a_table_are_what_a_spreadsheet_wrote(rows: List[List[str]], separator: str, mark: bool) -> None:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([["learning rate", "seed", ""], *rows])
+        file.flush()
+        table = taskfarm.TableRows(file.name)
+        assert table.names == ("learning rate", "seed") and len(table) == len(rows) and table.check() == ""
+        assert [list(table.values(task).values()) for task in range(len(rows))] == rows
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("", "has no head"), ("\n1\n", "has no head"), ("a,a\n", "name a comes twice"),
+    ("a,task\n", "has a {task} of its own"),
+    ("a,b\n1\n", "line 2 of .* has 1 field, and the head has 2"), ("a,b\n1,2\n\n", "line 3 of .* has 0 fields"),
+    ('a,b\n1,"x\ny"\n', "line 2 of .* cannot be read"), ('a,b\n1,"x"y\n', "line 2 of .* cannot be read")])
+def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(taskfarm.Refusal, match=sentence):
+        taskfarm.TableRows(str(tmp_path / "t.csv")).check()
+
+
+@pytest.mark.parametrize("text, values", [
+    ("a,b", "a b"), ("5", "5"), ("0..3", "0 1 2 3"), ("3..1", "3 2 1"), ("-1..1", "-1 0 1"), ("0..7..3", "0 3 6"),
+    ("9..0..-4", "9 5 1"), ("0..1..0.25", "0 0.25 0.5 0.75 1"), ("0.1..0.3..0.1", "0.1 0.2 0.3"),
+    ("90..110..10", "90 100 110"), ("008..011", "008 009 010 011"), ("x,1..2,7,../data,a..c", "x 1 2 7 ../data a..c")])
+def test_values_of_an_axis(text: str, values: str) -> None:
+    grid = taskfarm.Grid(["x=" + text])
+    assert [grid.values(task)["x"] for task in range(len(grid))] == values.split()
+
+
+def test_a_grid_is_the_product_of_its_axes_and_the_last_varies_fastest() -> None:
+    grid = taskfarm.Grid(["lr=0.1,0.01", "model=a=b,", "seed=0..4,10..19"])
+    wanted = itertools.product(("0.1", "0.01"), ("a=b", ""), map(str, [*range(5), *range(10, 20)]))
+    assert [tuple(grid.values(task).values()) for task in range(len(grid))] == list(wanted)
+    large = taskfarm.Grid(["a=0..1999999999"])
+    assert len(large) == 2 * 10 ** 9 and large.values(1999999999) == {"a": "1999999999"}
+
+
+@pytest.mark.parametrize("axes, sentence", [
+    (["lr"], "looks like"), (["lr="], "looks like"), (["=1"], "looks like"), (["a=1", "a=2"], "name a comes twice"),
+    (["slot=1"], "a {slot} of its own"), (["a=1..3..0"], "does not lead"), (["a=1..3..-1"], "does not lead"),
+    (["a=0..99999", "b=0..99999"], "10000000000 combinations")])
+def test_a_grid_that_is_none_is_refused(axes: List[str], sentence: str) -> None:
+    with pytest.raises(taskfarm.Refusal, match=sentence):
+        taskfarm.Grid(axes)
+
+
+LR = taskfarm.Grid(["lr=1,2", "seed=7"])
+
+
+@pytest.mark.parametrize("words, parameters, filled", [
+    ("{task}|{run}|{attempt}|{slot}|-{task}{task}-", None, "1|r|2|3|-11-"),
+    ("{lr}|{seed}|{task}", LR, "2|7|1"),
+    ("{}|--seed={}", None, "1|--seed=1"),
+    ("{}|{task}", None, "{}|1"), ("{}|{lr}", LR, "{}|2"), ("{}", LR, "1"),
+    ("TASKFARM_TASK {}", None, "TASKFARM_TASK {}"),
+    ("{{task}}|{{}}|{}", None, "{task}|{}|1"), ("{{taks}}|{task}", None, "{taks}|1"), ("{{json}}", None, "{{json}}"),
+    ("${task}|${x}|{task}", None, "${task}|${x}|1"), ("{print $1}|{a: {}}|{task:3}", LR, "{print $1}|{a: 1}|{task:3}"),
+    ("{{line}}", None, "{line}")])
+def test_fields_of_a_command(words: str, parameters: Any, filled: str) -> None:
+    template = taskfarm.Template(["echo", *words.split("|")], "r", parameters)
+    assert [word.decode() for word in template.arguments(1, 2, 3)[1:]] == filled.split("|")
+
+
+def test_a_command_that_is_one_parameter_is_run_by_sh(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("echo a b\n")
+    lines = taskfarm.Lines(str(tmp_path / "lines"))
+    for word, parameters in (("{line}", lines), ("{}", lines), ("{do}", taskfarm.Grid(["do=echo a b"]))):
+        assert taskfarm.Template([word], "r", parameters).arguments(0, 1) == [b"/bin/sh", b"-c", b"echo a b"]
+
+
+@pytest.mark.parametrize("words, parameters, sentence", [
+    ("{taks}", None, "no field {taks}, but there are {task}, {run}, {attempt}, {slot} .*{{taks}} stands for"),
+    ("x{TASK}", None, "no field {TASK}"), ("sh -c {lines}", None, "no field {lines}"), ("{line}", None, "--lines FILE"),
+    ("{sed}", LR, "no field {sed}, but there are .*{seed}")])
+def test_a_misspelt_field_is_refused(words: str, parameters: Any, sentence: str) -> None:
+    with pytest.raises(taskfarm.Refusal, match=sentence):
+        taskfarm.Template(["echo", *words.split()], "r", parameters)
+
+
+def test_a_command_that_is_the_same_for_every_task_is_warned_of(tmp_path: Path) -> None:
+    for name, text in (("reads", "echo $TASKFARM_TASK"), ("does_not", "echo task")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for words, parameters, warned in (
+            (["echo", "{task}"], None, ""), (["echo", "{}"], None, ""), (["echo", "{slot}"], None, "has no {task}"),
+            (["echo", "task"], None, "has no {task} and does not seem to read TASKFARM_TASK: each of the 9 tasks"),
+            (["sh", "-c", "echo $TASKFARM_TASK"], None, ""), ([str(tmp_path / "reads")], None, ""),
+            (["sh", str(tmp_path / "reads")], None, ""), ([str(tmp_path / "does_not")], None, "has no {task}"),
+            (["echo", "{task}"], LR, "has no {lr} or {seed}: "), (["echo", "{lr}"], LR, ""),
+            (["echo", "{other}", "{task}"], None, "{other} is no field"),
+            (["awk", "{ print; } {other}", "{task}"], None, "")):
+        template = taskfarm.Template(words, "r", parameters)
+        sentences = template.warnings(9)
+        assert warned in "".join(sentences) and bool(warned) == bool(sentences), words
+        assert parameters or not template.warnings(1) or "other" in warned
+    assert "csh" in taskfarm.Template(["echo", "task"], "r").warnings(2)[0]
+
+
+@pytest.mark.parametrize("environ, jobs, each, slots", [
+    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 4, 1, ["0", "1", "2", "3"]),
+    ({"CUDA_VISIBLE_DEVICES": "4,GPU-a,6,7,-1"}, 2, 2, ["4,GPU-a", "6,7"]),
+    ({"SLURM_JOB_GPUS": "2,5"}, 2, 1, ["2", "5"]),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_JOB_GPUS": "2,5"}, 1, 1, ["0"]),
+    ({"CUDA_VISIBLE_DEVICES": "0,1"}, 3, 1, "-j 3 with --gpus-per-task 1 needs 3 GPUs, and there are 2 .*: use -j 2"),
+    ({"CUDA_VISIBLE_DEVICES": "0"}, 1, 2, "use --gpus-per-task 1"),
+    ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 1, 1, "there are 0 .*NoDevFiles.*--gres"),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "ROCR_VISIBLE_DEVICES": "0"}, 2, 1, "use -j 1")])
+def test_gpus_are_shared_out_among_the_slots(environ: Dict[str, str], jobs: int, each: int, slots: Any) -> None:
+    if isinstance(slots, str):
+        with pytest.raises(taskfarm.Refusal, match=slots):
+            taskfarm.share_gpus(environ, jobs, each)
+    else:
+        assert taskfarm.share_gpus(environ, jobs, each) == [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in slots]
+
+
+def test_gpus_of_hip_are_numbered_among_those_that_rocr_leaves() -> None:
+    amd = {"ROCR_VISIBLE_DEVICES": "4,5,6,7"}
+    assert taskfarm.share_gpus(amd, 2, 2)[1] == {"ROCR_VISIBLE_DEVICES": "6,7"}
+    assert taskfarm.share_gpus({"HIP_VISIBLE_DEVICES": "4,5"}, 2, 1)[1] == {"HIP_VISIBLE_DEVICES": "5"}
+    assert taskfarm.share_gpus(dict(amd, CUDA_VISIBLE_DEVICES="0,1,2,3"), 2, 2)[1] == {
+        "ROCR_VISIBLE_DEVICES": "6,7", "CUDA_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "0,1"}
+
+
+def test_commands_of_a_grid_have_a_slot_and_gpus_of_their_own(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 6)
+    grid = ("--grid", "lr=0.1,0.01", "--grid", "seed=1..3")
+    began = tmp_path / "began"
+    began.mkdir()
+    show = ("echo {lr} {seed} {slot} $TASKFARM_SLOT $CUDA_VISIBLE_DEVICES; : > %s/{task}; "
+            "until [ -e %s/1 ]; do sleep 0.05; done" % (began, began))      # the first two run at the same time
+    Work(server, run, "-j", "2", "--gpus-per-task", "2", *grid, "--log-dir", str(tmp_path / "logs"), "--", "sh", "-c",
+         show, CUDA_VISIBLE_DEVICES="3,2,1,0").end(0)
+    shown = [(tmp_path / "logs" / ("%d.log" % task)).read_text().split() for task in range(6)]
+    assert [" ".join(words[:2]) for words in shown] == ["0.1 1", "0.1 2", "0.1 3", "0.01 1", "0.01 2", "0.01 3"]
+    assert {tuple(words[2:]) for words in shown} == {("0", "0", "3,2"), ("1", "1", "1,0")}
+
+
+def test_a_dry_run_prints_what_can_be_pasted_and_claims_nothing(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("name,n\n\"it's, a\",1\n" + "b,2\n" * 6)
+    run, words = new_run(server, 7), ("--table", str(tmp_path / "t.csv"), "--", "echo", "{name}", "<{n}>")
+    done = run_verb("work", run, "--dry-run", *words, HOME=server.home)
+    assert done.returncode == 0 and counts(server, run) == (7, 0, 0, 0) and done.stderr == ""
+    assert done.stdout.splitlines()[0] == "# task 0: name=it's, a n=1" and done.stdout.endswith("# and 2 more\n")
+    assert subprocess.check_output(["sh"], input=done.stdout, text=True) == "it's, a <1>\n" + "b <2>\n" * 4
+    done = run_verb("work", run, "--dry-run", "-j", "2", "--gpus-per-task", "1", "--", "sh", "-c",
+                    "echo $TASKFARM_TASK $CUDA_VISIBLE_DEVICES", HOME=server.home, CUDA_VISIBLE_DEVICES="4,5")
+    assert subprocess.check_output(["sh"], input=done.stdout, text=True) == "0 4\n1 5\n2 4\n3 5\n4 4\n"
+
+
+def test_without_two_dashes_options_of_the_command_are_refused_with_what_to_type(server: Process) -> None:
+    run = new_run(server, 2)
+    for words in (["-j", "2", "sh", "-c", "exit 0 {task}"], ["--lines", "-", "sh", "-c", ": {line}", "-j", "2"]):
+        done = run_verb("work", run, *words, HOME=server.home)
+        assert done.returncode == 2 and counts(server, run) == (2, 0, 0, 0)
+        better = done.stderr.strip().rpartition("of work: ")[2].replace("taskfarm.py", str(MODULE))
+        assert subprocess.run(["sh", "-c", better], env=dict(os.environ, HOME=server.home), input=b"1\n2\n"
+                              ).returncode == 0
+        assert counts(server, run) == (0, 0, 2, 0)
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    Work(server, run, "-j", "2", "sleep", "0.{task}").end(0)
+
+
 def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
     lines = tmp_path / "lines"
@@ -8367,7 +8533,7 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
         assert argv == ["%d/1" % task, "--", run, "<%s>" % words[task], "{other}", "--jobs"] and stdin == "" and leads
         assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
         assert environ.pop("TASKFARM_FARM") and environ == {
-            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
+            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1", "TASKFARM_SLOT": "0",
             "TASKFARM_URL": "https://127.0.0.1:%d" % server.port}, "and no secret"
 
 
@@ -8419,6 +8585,10 @@ def test_a_worker_whose_standard_streams_are_closed_works(server: Process, tmp_p
     (["{run}", "--", "echo", "{line}"], "--lines FILE"),
     (["{run}", "--lines", "{dir}/two", "--", "echo", "{line}"], "has 2 lines, and the run 3 tasks"),
     (["{run}", "--lines", "{dir}/none", "--", "echo", "{line}"], "cannot be read"),
+    (["{run}", "--grid", "a=1 2,3", "--", "echo", "{a}"], "has 2 combinations, and the run 3 tasks. A run of it is "
+     "made by: python3 taskfarm.py new --grid 'a=1 2,3'\n"),
+    (["{run}", "--", "echo", "{taks}"], "there is no field {taks}"),
+    (["{run}", "-j", "2", "--gpus-per-task", "8192", "--", "echo", "{task}"], "needs 16 384 GPUs"),
     (["{run}", "--log-dir", "{dir}/two/logs", "--", "true"], "cannot be made"),
 ])
 def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tmp_path: Path, words: List[str],
@@ -8477,15 +8647,31 @@ def test_a_program_of_another_machine_fails_no_task(server: Process, tmp_path: P
     assert counts(server, run) == (0, 0, 49, 1) and task_of(server, run, 0)["exitCode"] == 126
 
 
-def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 3)
-    done = run_verb("work", run, "--lines", "/dev/stdin", "--", "echo", "{line}", stdin="1\n2\n3\n", HOME=server.home)
-    assert done.returncode == 1 and "/dev/stdin is a pipe" in done.stderr and counts(server, run) == (3, 0, 0, 0)
-    (tmp_path / "lines").write_text("a\nb\nc\n")
-    work = Work(server, run, "--lines", str(tmp_path / "lines"), "--", "sh", "-c", "truncate -s 3 %s/lines; echo {line}"
-                % tmp_path)
-    assert "lines has become shorter" in work.end(1) and work.errors() == ""
-    assert counts(server, run) == (2, 0, 1, 0)
+def test_a_file_of_lines_that_changes_fails_no_task(server: Process, tmp_path: Path) -> None:
+    run, lines = new_run(server, 3), tmp_path / "lines"
+    for change in ("printf 'c\nb\na\n' > {0}", "cp -p {0} {0}.new; mv {0}.new {0}", "rm {0}", "truncate -s 3 {0}"):
+        lines.write_text("a\nb\nc\n")
+        work = Work(server, run, "--lines", str(lines), "--", "sh", "-c", change.format(lines) + "; : {line}")
+        assert "lines was changed, replaced or removed" in work.end(1) and work.errors() == "", change
+        assert counts(server, run) == (2, 0, 1, 0)
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
+def test_lines_whose_file_handle_is_stale_are_refused_and_others_errors_are_for_later(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("a\n")
+    lines = taskfarm.Lines(str(tmp_path / "lines"))
+
+    class Broken:
+        error = errno.ESTALE        # as on NFS, where another node has replaced the file
+
+        def seek(self, _: int) -> None:
+            raise OSError(self.error, "")
+    lines.file = Broken()
+    with pytest.raises(taskfarm.Refusal, match="replaced"):
+        lines[0]
+    Broken.error = errno.EIO
+    with pytest.raises(OSError):
+        lines[0]
 
 
 def test_a_log_that_cannot_be_written_fails_no_task(server: Process, tmp_path: Path) -> None:
@@ -9752,14 +9938,28 @@ def test_new_prints_the_uuid_alone_and_makes_what_was_asked_for(farm: Live, tmp_
         assert farm.ask("GET", "/api/runs/" + uuid_)[1]["numTasks"] == lines, text
     (tmp_path / "lines").write_text("")
     before = farm.ask("GET", "/api/runs")
-    assert "has no lines" in verb(farm, "new", "--lines", str(tmp_path / "lines"), status=1)
+    assert "has 0 lines, and a run needs" in verb(farm, "new", "--lines", str(tmp_path / "lines"), status=1)
     assert "cannot be read" in verb(farm, "new", "--lines", str(tmp_path / "missing"), status=1)
     detail = farm.ask("POST", "/api/run", {"numTasks": 0})[1]["detail"]
     assert verb(farm, "new", "0", status=1) == "taskfarm: %s\n" % detail, "refusals are the server's own sentences"
     assert verb(farm, "new", "5", "--name", "\udcff", status=1).count("\n") == 1
-    for words in (["new"], ["new", "many"], ["new", "5", "--lines", "x"], ["new", "-5"]):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n1\n")
+    assert "line 3 of" in verb(farm, "new", "--table", str(tmp_path / "t.csv"), status=1)
+    for words in (["new"], ["new", "many"], ["new", "5", "--lines", "x"], ["new", "-5"],
+                  ["new", "--table", "t", "--grid", "a=1"]):
         verb(farm, *words, status=2)
     assert farm.ask("GET", "/api/runs") == before
+
+
+def test_new_counts_lines_of_a_pipe_rows_and_combinations(farm: Live, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("lr;seed\n1;2\n3;4\n")
+    for words, stdin, tasks, said in (
+            (["--lines", "-"], "a\n\n \nb\n", 4, "2 of the 4 lines of - are empty"),
+            (["--table", "-"], "x\n1\n", 1, ""),
+            (["--table", str(tmp_path / "t")], "", 2, ""), (["--grid", "a=1..3", "--grid", "b=x,y"], "", 6, "")):
+        done = run_verb("new", *words, stdin=stdin, **as_ada(farm))
+        assert farm.ask("GET", "/api/runs/" + done.stdout.strip())[1]["numTasks"] == tasks, words
+        assert said in done.stderr and bool(said) == bool(done.stderr)
 
 
 def test_new_may_stand_right_behind_the_first_start_of_a_server(tmp_path: Path) -> None:
