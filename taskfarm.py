@@ -1913,6 +1913,7 @@ def recount(sql: Transaction, run: Run) -> Iterator[str]:
 
 SLICE = 200                     # tasks between two looks at the clock
 Place = Tuple[int, int]         # hold and id: how far a walk over what a worker holds, or held, has come
+FIRST_HELD: Place = (HELD, 0)   # where that of what it holds begins
 
 
 @operation
@@ -2295,7 +2296,8 @@ def spans_alike(reports: List[Report]) -> Iterator[List[Report]]:
     span: List[Report] = []
     kind: Tuple[Any, ...] = ()
     for said in reports:
-        this_kind = said[1:7] + (said[8:] if said.elapsed_ms is None else ("timed",))
+        this_kind = (said.attempt, said.status, said.millionths, said.exit_code, said.message, said.log, *(
+            ("timed",) if said.elapsed_ms is not None else (said.memory, said.cpu_ms)))
         if span and this_kind == kind and said.number == span[-1].number + 1:
             span.append(said)
         else:
@@ -2330,8 +2332,8 @@ FINISH = """
 def finish_span(sql: Transaction, now: Now, run: Run, worker: Worker, reports: List[Report]) -> bool:
     """Take `done` for consecutive tasks that the worker holds: `reported`, by one statement. False if it cannot be."""
     first = reports[0]
-    if first.status != DONE or first[4:7] != (None,) * 3:       # what is bound as NULL costs more than one written out
-        return False
+    if first.status != DONE or (first.exit_code, first.message, first.log) != (None, None, None):
+        return False        # FINISH writes NULL out: bound, it costs more
     millionths, now_ms = FULL if first.millionths is None else first.millionths, milliseconds(now.utc)
     span = run.first_id + first.number, run.first_id + reports[-1].number
     count, before = sql.one("""
@@ -2495,7 +2497,7 @@ def by_run(sql: Transaction, tasks: Sequence[Task]) -> List[Tuple[Run, List[Task
 
 
 @operation
-def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD, 0)) -> Optional[Continue]:
+def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = FIRST_HELD) -> Optional[Continue]:
     """The worker ends: its tasks wait again, and it is no loss. Raises NotFound.
 
     *place*: see `release`.
@@ -2504,12 +2506,7 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD,
     if worker.state == SIGNED_OFF:
         return None
     sql.takes_long(sql.holds.number(worker.id))
-    try:
-        reached = release(sql, worker.id, lambda _, task: given_up(task), place)
-    except RunBusy:
-        if place == (HELD, 0):
-            raise
-        reached = HELD, 0       # *place* lies behind tasks that were passed over, and the restart may be over by now
+    reached = release(sql, worker.id, lambda _, task: given_up(task), place)
     if reached is not None:
         return Continue((worker_uuid, reached))
     worker.state, worker.heard = SIGNED_OFF, sql.steady_utc(now.tick)
@@ -2522,16 +2519,17 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = (HELD,
 def release(sql: Transaction, worker_id: int, rule: Callable[[Run, Task], Task], place: Place) -> Optional[Place]:
     """Take from a worker what it holds from *place* on, while there is time; how far that came, None if to the end.
 
-    Tasks of a run that is being restarted are passed over. Raises RunBusy when only such are left.
+    Tasks of a run that is being restarted are passed over, and lie behind *place* when the restart is over: so the
+    walk begins anew where it has left some. Raises RunBusy when a walk from the beginning finds only such.
     """
     reached = walk_holds(sql, worker_id, place, STARTED, rule)
     if reached is not None:
         return reached
     busy = sql.value("SELECT run FROM task INDEXED BY task_held WHERE worker = ? AND hold <= 2 AND hold <= 4",
                      worker_id)
-    if busy is not None:
+    if busy is not None and place == FIRST_HELD:
         raise RunBusy(run_of_task(sql, busy).uuid)
-    return None
+    return None if busy is None else FIRST_HELD
 
 
 def expire(sql: Transaction, now: Now, worker_id: int, place: Place) -> Optional[Place]:
@@ -3531,6 +3529,7 @@ class Store:
         """Refuse what writes, and run the rest."""
         reads = [named for named in batch if named.reads]
         refused = [not_taken(named, trouble) for named in batch if not named.reads]
+        self.sql.begin_slice(SLICE_S, large=True)
         try:
             return refused + (self._transact(reads, "BEGIN") if reads else [])
         except Exception as error:      # a disk that cannot be read either
@@ -3547,7 +3546,6 @@ class Store:
     def _transact(self, batch: Iterable[Operation], begin: str = "BEGIN IMMEDIATE") -> Outcomes:
         ended: Outcomes = []
         parked: List[Tuple[str, Operation]] = []
-        large: List[Operation] = []
         self.sql.heard_worker = None
         unfinished: List[Tuple[Operation, Continue]] = []
         with self._transaction(begin) as (sql, now):
@@ -3569,11 +3567,8 @@ class Store:
                 if sql.heard_worker is not None:
                     named.worker, sql.heard_worker = sql.heard_worker, None
         for named, rest in unfinished:
-            named.args, named.begun = rest.args, True
-            large.append(named)
-        for named in large:
-            named.large = True
-        self.large += large
+            named.args, named.begun, named.large = rest.args, True, True
+            self.large.append(named)
         for run_uuid, named in parked:
             self.parked.setdefault(run_uuid, []).append(named)
         if self.parked:
@@ -3673,16 +3668,18 @@ class Store:
             return True
         end = leases.ends[worker_id]
         leases.postpone(worker_id, now.tick + RETRY_S)      # and tried again then, if this transaction fails
-        begun, place = self.expired_to.get(worker_id, (end, (HELD, 0)))
+        begun, place = self.expired_to.get(worker_id, (end, FIRST_HELD))
+        place = place if begun == end else FIRST_HELD
         try:
-            reached = expire(sql, now, worker_id, place if begun == end else (HELD, 0))
+            reached = expire(sql, now, worker_id, place)
         except RunBusy:     # what a restart that has begun does with the rest is decided already
             return True
         if reached is None:
             sql.after_commit(functools.partial(leases.drop, worker_id))
             sql.after_commit(functools.partial(self.expired_to.pop, worker_id, None))
         else:
-            leases.postpone(worker_id, end)
+            if reached > place:     # else it begins anew, beside a restart that may go on for long
+                leases.postpone(worker_id, end)
             sql.after_commit(functools.partial(self.expired_to.__setitem__, worker_id, (end, reached)))
         return True
 
@@ -6436,7 +6433,9 @@ def show_claimed(given: Union[ShownTask, NothingWaiting]) -> Reply:
     if isinstance(given, NothingWaiting):
         return show_nothing_waiting(given)
     task, number, worker = given
-    if worker is None or task.started is None or task[10:] != (None,) * 6:     # from `finished` on
+    used = task.memory, task.cpu_ms
+    if worker is None or task.started is None or used != (None, None) or (
+            task.finished, task.exit_code, task.message, task.log) != (None,) * 4:
         return show_task(given, 201)
     if not worker.shown:
         worker.shown = '"worker":%s,"hostname":%s' % (encode_json(worker.uuid), encode_json(worker.hostname))

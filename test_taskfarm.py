@@ -3924,8 +3924,9 @@ def test_a_percentage_on_a_failed_task_or_a_done_one_is_no_other_failure_or_end(
         assert after == dict(before[number], percentCompleted=50.0)
 
 
-def test_a_sign_off_in_slices_comes_back_to_tasks_that_a_restart_held_up(store: Direct,
-                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how, losses", [("sign off", 0), ("lease", 1)])
+def test_who_leaves_in_slices_leaves_no_task_behind_that_a_restart_held_up(
+        store: Direct, monkeypatch: pytest.MonkeyPatch, how: str, losses: int) -> None:
     for name in ("SMALL", "SLICE"):
         monkeypatch.setattr(taskfarm, name, 1)
     monkeypatch.setattr(taskfarm.Sweep, "SLICE", 1)
@@ -3935,9 +3936,14 @@ def test_a_sign_off_in_slices_comes_back_to_tasks_that_a_restart_held_up(store: 
         take(store, run, "leaver")
     store.clock.step_s = taskfarm.SLICE_S     # each slice is over at its first look
     assert store.ask("POST", "/api/runs/%s/restart" % run)[0] == 204 and store.store.sweeps
-    assert store.ask("DELETE", "/api/worker/leaver")[0] == 204
+    if how == "sign off":
+        assert store.ask("DELETE", "/api/worker/leaver")[0] == 204
+    else:
+        for _ in range(3):
+            store.pass_time(61)
+        assert store.ask("GET", "/api/worker/leaver")[1]["state"] == "expired"
     tasks = store.ask("GET", "/api/runs/%s/tasks" % run)[1]["data"]
-    assert [(task["status"], task["losses"]) for task in tasks] == [("waiting", 0)] * 4
+    assert [(task["status"], task["losses"]) for task in tasks] == [("waiting", losses)] * 3 + [("waiting", 0)]
 
 
 def test_whoever_waits_for_the_commit_waits_for_the_end_of_the_transaction(store: Direct) -> None:
@@ -3995,6 +4001,14 @@ def test_a_batch_that_a_full_disk_cuts_short_says_that_a_part_was_done(store: Di
         assert refusal.status == 503 and str(refusal).startswith(sentence)
         assert begun or store.store.apply([named]) == []
     assert len(store.store.apply([])) == 1 and figures(store, run)[2] == len(reports)
+
+
+def test_a_long_page_is_shown_at_once_while_the_disk_takes_no_writes(store: Direct) -> None:
+    run = a_run(store, 3)
+    store.store.apply([taskfarm.claim(run, "w")])       # the last slice was one of short operations
+    store.store._note_trouble("the disk is full")
+    page = taskfarm.list_tasks(run, None, "task", 1000, None)
+    assert [named for named, _ in store.store.apply([page])] == [page]
 
 
 def test_a_repeat_is_known_for_8_attempts_and_over_restarts(store: Direct) -> None:
