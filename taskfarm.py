@@ -8238,8 +8238,8 @@ class Heartbeat:
         if self.pid != os.getpid() or self.client.give_up.is_set():     # in a fork, or the second time
             return
         self.client.give_up.set()
-        in_script = hasattr(sys.modules["__main__"], "__file__")        # a session goes on after an exception
-        failure = failure_of(getattr(sys, "last_value", None)) if hold and in_script else None
+        session = hasattr(sys, "ps1")       # which goes on after an exception
+        failure = failure_of(getattr(sys, "last_value", None)) if hold and not session else None
         with contextlib.closing(Client(self.client.find, timeout_s=3.0)) as client:
             with contextlib.suppress(FarmError, Unreachable, Refusal):
                 if failure:
@@ -11631,7 +11631,9 @@ def cmd_work(args: argparse.Namespace) -> int:
     of the file, from 0. A command that is {line} alone runs each line with sh.
 
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
-    _PASSWORD), else from the access file; no command is given the login.
+    _PASSWORD), else from the access file; no command is given the login. Where that file has become another
+    farm's, a run is looked for in the farms of the files beside it. TASKFARM_FARM, of which farm a command is, is
+    for verbs and scripts inside it: they find the server also when it has moved.
 
     On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends its commands
     and gives their tasks back. After a second signal it does so at once. Slurm signals the worker only
@@ -12244,7 +12246,8 @@ def cmd_serve(args: argparse.Namespace) -> int:
     """serve a farm from one file (the verb that runs when none is given)
 
     A file that does not exist is made, with a first user. Every start writes the access file
-    (~/.config/taskfarm/access.json): there clients and workers find address and login.
+    (~/.config/taskfarm/access.json): there clients and workers find address and login. Without --host
+    only programs on this machine reach the server.
 
     examples:
       python3 taskfarm.py --db runs.sqlite                   for this machine

@@ -7941,6 +7941,14 @@ def test_a_loopback_address_of_another_machine_is_told_at_once(farm: Live, tmp_p
     farm.start()
 
 
+def test_new_says_what_jobs_on_other_nodes_need_where_there_is_a_batch_system(farm: Live, tmp_path: Path) -> None:
+    for expected in (False, True):
+        done = run_verb("new", "1", PATH=str(tmp_path), **as_ada(farm))
+        assert done.returncode == 0 and ("--host 0.0.0.0" in done.stderr) is expected
+        (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+        (tmp_path / "sbatch").chmod(0o755)
+
+
 def test_a_server_that_does_not_answer_soon_is_told_after_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taskfarm, "CONNECT_TIMEOUT_S", 0.1)
     monkeypatch.setattr(taskfarm, "SAY_S", 0.05)
@@ -8371,7 +8379,7 @@ def test_an_exception_fails_the_task(farm: Live, library: Path, tmp_path: Path, 
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60,
                           env=dict(os.environ, PYTHONPATH=str(HERE)))
     assert done.returncode and run.numComputing == 0
-    with pytest.raises(BaseException), taskfarm.TaskFarmWorker(uuid=run.uuid) as worker:    # noqa: B017
+    with pytest.raises(type(error)), taskfarm.TaskFarmWorker(uuid=run.uuid) as worker:
         assert worker.task == (0 if message is None else 1)
         raise error
     assert farm.ask("GET", "/api/worker/" + worker.worker_uuid)[1]["state"] == "signed off"
