@@ -212,6 +212,7 @@ from typing import (
     Tuple, Type, Union)
 
 __version__ = "1.2.0"
+__all__ = ["tfRuns", "TaskFarm", "TaskFarmWorker", "FarmError", "Conflict", "NotFound", "Unreachable"]
 
 log = logging.getLogger("taskfarm")
 
@@ -7650,10 +7651,12 @@ class Progress:
 # field of the access file: Access and parse_access.
 
 CLIENT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0             # of the connection alone: where a firewall drops packets, that is soon said
 LOGIN_RETRY_S = 60.0                # a login that has worked is retried for so long: NFS may show an old access file
 ANSWER_LIMIT = 1 << 28              # bytes: no answer of a farm is longer
 RETRY_STATUSES = (408, 429, 500, 502, 503, 504)      # a later try may succeed
 RETRY_PAUSES_S = (0.1, 10.0)        # between two tries: at first, and at most
+SAY_S = 4.0                         # that a request is tried again is said after the third failure, or so long
 
 
 class Unreachable(OSError):
@@ -7669,6 +7672,10 @@ class OtherFarm(Unreachable):
     """What answers at the URL has not proven, by its certificate, that it is the farm of the login."""
 
 
+class OtherMachine(Unreachable):
+    """The URL is a loopback address, and the farm's server runs on another machine."""
+
+
 class Access(NamedTuple):
     """A farm and a login to it."""
     url: str            # https://host:port, perhaps with a path, without a slash at the end
@@ -7680,6 +7687,7 @@ class Access(NamedTuple):
     farm: str           # the identity of the farm; "" when it is not known
     source: str         # where this was found, for messages
     url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the certificate of an access file
+    host: str = ""      # the machine that wrote the access file: there a loopback address is good
 
     def __repr__(self) -> str:
         return "Access(%r, %r)" % (self.url, self.source)       # a log or a traceback must not show the login
@@ -7744,19 +7752,24 @@ def base_url(url: str) -> str:
 
 def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     """Farm and login from the JSON of an access file or a lock file."""
-    url, user, token, certificate, farm = (
-        str(entries.get(name) or "") for name in ("url", "user", "token", "certificate", "farm"))
-    return Access(base_url(url), user, token, "", certificate, farm, source)
+    url, user, token, certificate, farm, host = (
+        str(entries.get(name) or "") for name in ("url", "user", "token", "certificate", "farm", "host"))
+    return Access(base_url(url), user, token, "", certificate, farm, source, host=host)
+
+
+def access_files(path: str) -> List[Access]:
+    """Farms and logins of all access files in the folder of *path*, the last written first."""
+    found = []
+    for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
+        with contextlib.suppress(Refusal, OSError):     # somebody else's, or gone
+            found.append((os.stat(other).st_mtime, parse_access(read_access(other), other)))
+    return [access for _, access in sorted(found, key=operator.itemgetter(0), reverse=True)]
 
 
 def find_access_file(path: str, **wanted: str) -> Optional[Access]:
     """Farm and login from the access file with this farm or url in the folder of *path*. None when there is none."""
-    for other in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "access*.json")):
-        with contextlib.suppress(Refusal):      # somebody else's
-            access = parse_access(read_access(other), other)
-            if all(getattr(access, field) == value for field, value in wanted.items()):
-                return access
-    return None
+    return next((access for access in access_files(path) if all(
+        getattr(access, field) == value for field, value in wanted.items())), None)
 
 
 def find_access(environ: Mapping[str, str], url: str = "", user: str = "", password: str = "",
@@ -7766,18 +7779,24 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
     The access file gives what is missing. It also has the certificate by which the farm is known: a login from the
     file never goes to another farm, and one that has come without a certificate (TASKFARM_FINGERPRINT) does not
     either. *farm*: the identity of the wanted farm, where it is known, since the file may have become another
-    farm's. Raises Refusal when no farm or no login is found.
+    farm's, and a server may have moved. Commands of `work` have it in TASKFARM_FARM; an address that is given goes
+    before that. Raises Refusal when no farm or no login is found.
     """
     path = access_path(environ)
     in_file = parse_access(read_access(path), path)
+    given_url = base_url(url or environ.get("TASKFARM_URL", ""))
+    if not given_url:
+        farm = farm or environ.get("TASKFARM_FARM", "")
     if farm and in_file.farm != farm:
         in_file = find_access_file(path, farm=farm) or parse_access({}, path)
-    given_url = base_url(url or environ.get("TASKFARM_URL", ""))
     token, source = ("", "the arguments") if user else (environ.get("TASKFARM_TOKEN", ""), "the environment")
     if not user and not token:
         user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
         if user and not password:
             raise Refusal("TASKFARM_USER is set and TASKFARM_PASSWORD is not: set both, or TASKFARM_TOKEN, or neither")
+    if farm and not (given_url or in_file.url):
+        raise Refusal("no access file in %s is of the farm that this command belongs to: start its server again, which "
+                      "writes one" % (os.path.dirname(path) or "."))
     if not (given_url or in_file.url):
         raise Refusal("no farm is known here: a server writes its address and a login to %s when it starts. For a "
                       "server elsewhere type 'python3 taskfarm.py login URL', or set TASKFARM_URL, TASKFARM_TOKEN and "
@@ -7891,7 +7910,10 @@ def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.
     connection = http.client.HTTPSConnection(parts.hostname, port, timeout=timeout_s, context=context)
     connection.auto_open = 0        # a new connection needs a new look at the certificate
     try:
-        connection.connect()
+        sock = socket.create_connection((connection.host, connection.port), min(timeout_s, CONNECT_TIMEOUT_S))
+        sock.settimeout(timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock = context.wrap_socket(sock, server_hostname=parts.hostname)     # which closes it on an error
     except ssl.SSLCertVerificationError as error:
         raise OtherFarm(not_trusted(access, error))
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError):       # the second before Python 3.10
@@ -7903,10 +7925,30 @@ def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.
                             access.url, (error.reason or str(error)).lower().replace("_", " ")))
     except (OSError, ValueError) as error:      # ValueError: a host name that cannot be encoded
         why = "timed out" if isinstance(error, socket.timeout) else getattr(error, "strerror", None) or error
-        raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
-                          "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
-                              access.url, why, "--url or TASKFARM_URL" if access.url_given else access.source))
+        raise Unreachable("no farm answers at %s (%s; the address is from %s): %s" % (
+            access.url, why, "--url or TASKFARM_URL" if access.url_given else access.source,
+            unreachable_advice(access.url, error)))
     return connection
+
+
+def unreachable_advice(url: str, error: Exception) -> str:
+    """What to do about an address where nothing answers."""
+    if isinstance(error, (socket.gaierror, ValueError)):
+        return "%s does not know the name %s: start the server with --advertise and a name or address that nodes " \
+               "know" % (socket.gethostname(), url_host(url))
+    if is_loopback(url):
+        return "is the server running on this machine (%s)? For other nodes it is started with --host 0.0.0.0: " \
+               "'python3 taskfarm.py --db FILE --host 0.0.0.0'" % socket.gethostname()
+    if isinstance(error, ConnectionRefusedError):
+        return "is the server running there, and was it started with --host 0.0.0.0? TASKFARM_URL names another"
+    return "is the server running there? If it is, a firewall may be between, or it listens on another network " \
+           "(--host, --advertise)"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether only programs on the machine of the server can reach this URL."""
+    host = url_host(url)
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def shown_certificate(connection: http.client.HTTPSConnection) -> str:
@@ -7943,11 +7985,13 @@ def not_trusted(access: Access, error: Optional[ssl.SSLCertVerificationError] = 
 class Client:
     """One connection to a farm, kept open, for one thread at a time.
 
-    *find* gives farm and login. It is called again after a failed connection and after a 401.
+    *find* gives farm and login, of the farm with an identity where it is given *farm*. It is called again after a
+    failed connection and after a 401.
     *retry_s*: a request is repeated for so long while the server does not answer, or answers one of
     RETRY_STATUSES. *timeout_s*: of one answer. `retry_after`: Retry-After of the last answer, seconds.
     """
-    def __init__(self, find: Callable[[], Access], retry_s: float = 0.0, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+    def __init__(self, find: Callable[..., Access], retry_s: float = 0.0,
+                 timeout_s: float = CLIENT_TIMEOUT_S) -> None:
         self.find = find
         self.retry_s = retry_s
         self.timeout_s = timeout_s
@@ -7974,12 +8018,12 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body).encode()
-        began, pause_s, failures = time.monotonic(), RETRY_PAUSES_S[0], 0
+        began, pause_s, failures, noticed = time.monotonic(), RETRY_PAUSES_S[0], 0, False
         while True:
             new_connection, retry_s = self.connection is None, self.retry_s
             try:
                 answer = self._once(method, path, content, headers)
-                if failures > 2:
+                if noticed:
                     self.say("the farm answers again")
                 return answer
             except Unreachable as error:
@@ -7987,7 +8031,8 @@ class Client:
                 if not new_connection:
                     continue        # it was kept open, and may have ended long ago
                 failure: Exception = error
-                if isinstance(error, OtherFarm) and self.access.url_given and not self.login_worked:
+                if isinstance(error, OtherMachine) or (
+                        isinstance(error, OtherFarm) and self.access.url_given and not self.login_worked):
                     retry_s = 0.0       # the one who gave the URL waits for no start of another server there
             except Unauthorized as error:
                 self.close()
@@ -8003,7 +8048,8 @@ class Client:
             if time.monotonic() + wait_s > began + retry_s or self.give_up.is_set():
                 raise failure
             failures += 1
-            if failures == 3:
+            if not noticed and (failures == 3 or time.monotonic() > began + SAY_S):
+                noticed = True
                 self.say("%s; trying again for up to %s%s" % (
                     failure, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
             self.give_up.wait(wait_s)
@@ -8046,13 +8092,31 @@ class Client:
         if self.pid != os.getpid():
             self.connection, self.pid = None, os.getpid()
         if self.connection is None:
-            context, pin = trust(access)
-            connection = open_tls(access, context, self.timeout_s)
-            if pin and shown_fingerprint(connection) != pin:
-                connection.close()
-                raise OtherFarm(not_trusted(access))
-            self.connection = connection
+            try:
+                self.connection = self._open(access)
+            except Unreachable:
+                # A tunnel may end here, so it was tried.
+                own = socket.gethostname()
+                if self.login_worked or not is_loopback(access.url) or access.host in ("", own):
+                    raise
+                raise OtherMachine("the farm of %s can be reached on %s alone, and this is %s: stop its server there "
+                                   "and start it with --host 0.0.0.0" % (access.source, access.host, own))
         return access
+
+    def _open(self, access: Access) -> http.client.HTTPSConnection:
+        context, pin = trust(access)
+        connection = open_tls(access, context, self.timeout_s)
+        if pin and shown_fingerprint(connection) != pin:
+            connection.close()
+            raise OtherFarm(not_trusted(access))
+        return connection
+
+    def stay_with(self, farm: str) -> None:
+        """Ask the farm of this identity from now on, where its access file says it is."""
+        self.find = functools.partial(self.find, farm=farm)
+        if self._access and self._access.farm != farm:
+            self.close()
+            self._access, self.login_worked = None, False
 
     def _exchange(self, access: Access, method: str, path: str, content: Optional[bytes],
                   headers: Dict[str, str]) -> Tuple[int, Any]:
@@ -8126,8 +8190,50 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
 
     *changes*: the verb changes the run, so the wrong one must not be taken. Then the text is a whole name
     or at least MIN_UUID_DIGITS of a uuid, and a name has no precedence over a uuid that begins so.
+    Another farm may have got the access file, as while a job waits in its queue. So the farms of the files beside it
+    are asked too when that one has no such run. From then on the client stays with the farm that has it.
     Raises NotFound when no run matches, Refusal when several do.
     """
+    first, found = client.access, {}
+    others = {access.farm: access for access in access_files(first.source) if access.farm not in ("", first.farm)} \
+        if os.path.isfile(first.source) and not first.url_given else {}
+
+    silent = []
+
+    def look(farms: Iterable[str]) -> Dict[str, str]:
+        runs = {}
+        for farm in farms:
+            with contextlib.closing(Client(functools.partial(client.find, farm=farm))) as other:
+                try:
+                    runs[farm] = match_run(other, text, changes)
+                except Unreachable:
+                    silent.append(farm)
+                except (FarmError, Refusal):
+                    continue
+        return runs
+    if others and re.fullmatch("[0-9a-f]{32}", text):       # then a farm that is away is not waited for
+        found = look([first.farm]) or look(others)
+    try:
+        found = found or {first.farm: match_run(client, text, changes)}
+    except NotFound as error:
+        found = found or look(others)
+        if not found and silent:
+            raise Unreachable("%s. The farm of %s may have it, and does not answer" % (
+                error, others[silent[0]].source))
+        if not found:
+            raise
+    if len(found) > 1:
+        raise Refusal("the farms of %s have a run %r: type its uuid" % (
+            " and ".join(others[farm].source for farm in found), text))
+    (farm, run_uuid), = found.items()
+    if farm != first.farm:
+        client.say("run %s is not in the farm of %s, but in that of %s" % (text, first.source, others[farm].source))
+    client.stay_with(farm)
+    return run_uuid
+
+
+def match_run(client: Client, text: str, changes: bool) -> str:
+    """The same, of the client's farm alone."""
     if re.fullmatch("[0-9a-f]{32}", text):
         try:
             client.ask("GET", "/api/runs/" + text)
@@ -8192,14 +8298,29 @@ class Heartbeat:
             except (FarmError, Unreachable, Refusal) as error:
                 log.warning("the lease of worker %s was not renewed: %s", self.worker, error)
 
-    def sign_off(self) -> None:
-        """Sign the worker off, so that its tasks wait for others, and end the thread."""
+    def sign_off(self, hold: Dict[str, Any]) -> None:
+        """Sign the worker off, so that its tasks wait for others, and end the thread.
+
+        *hold*: the task at hand (see TaskFarmWorker). It has failed when an exception is what ends this script.
+        """
         if self.pid != os.getpid() or self.client.give_up.is_set():     # in a fork, or the second time
             return
         self.client.give_up.set()
+        session = hasattr(sys, "ps1")       # which goes on after an exception
+        failure = failure_of(getattr(sys, "last_value", None)) if hold and not session else None
         with contextlib.closing(Client(self.client.find, timeout_s=3.0)) as client:
             with contextlib.suppress(FarmError, Unreachable, Refusal):
+                if failure:
+                    client.ask("PUT", hold["path"], dict(hold["claim"], **failure))
                 client.ask("DELETE", "/api/worker/" + self.worker)
+
+
+def failure_of(error: Optional[BaseException]) -> Optional[Dict[str, Any]]:
+    """The report of a task that has raised an exception. None for one that is not about the task, as Ctrl-C."""
+    if not isinstance(error, Exception) or isinstance(error, (FarmError, Unreachable, Refusal)):
+        return None
+    last_line = traceback.format_exception_only(type(error), error)[-1]
+    return {"status": "failed", "message": printable(last_line)[:MESSAGE_LIMIT]}
 
 
 def script_access(username: Optional[str], password: Optional[str], url_base: Optional[str],
@@ -8224,26 +8345,44 @@ def tfRuns(username: Optional[str] = None, password: Optional[str] = None,
 class TaskFarm:
     """A run: the one with *uuid*, or a new one of *numTasks* tasks.
 
-    Names, arguments and behaviour are those of the published client. There are three differences:
-    without arguments, farm and login come from the access file; a request is repeated for 15 minutes
-    while the server does not answer; several threads may use one object. Raises FarmError, which is a
-    RuntimeError, with the server's own sentence, and Unreachable, which is an OSError.
+    Names, arguments and behaviour are those of the published client. These are the differences: without
+    arguments, farm and login come from the access file; *uuid* may be the whole name of a run; a request
+    is repeated for 15 minutes while the server does not answer; several threads may use one object.
+    A new run has a *name*, and its tasks are tried until they have failed *maxFailures* times. Raises FarmError,
+    which is a RuntimeError, with the server's own sentence, and Unreachable, which is an OSError.
     """
     def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
-                 numTasks: Optional[int] = None, url_base: Optional[str] = None) -> None:
-        find = functools.partial(script_access, username, password, url_base)
-        self._client = Client(find, SCRIPT_RETRY_S)
-        self._lock = threading.Lock()
-        self._token = str(self._ask("GET", "/api/token")["token"])
-        self._client.find = functools.partial(find, self._client.access.farm)
+                 numTasks: Optional[int] = None, url_base: Optional[str] = None, name: Optional[str] = None,
+                 maxFailures: Optional[int] = None) -> None:
+        self._use(functools.partial(script_access, username, password, url_base), SCRIPT_RETRY_S)
         if uuid is None and numTasks is None:
             raise RuntimeError("numTasks must be set when creating a new task")
         if uuid is None:
-            run = self._ask("POST", "/api/run", {"numTasks": numTasks})
+            body = {"numTasks": numTasks, "name": name, "maxFailures": maxFailures}
+            run = self._ask("POST", "/api/run", {field: value for field, value in body.items() if value is not None})
+            self._client.stay_with(self._client.access.farm)
         else:
-            run = self._ask("GET", "/api/runs/" + urllib.parse.quote(uuid, safe=""))
+            run = self._ask("GET", "/api/runs/" + find_run_uuid(self._client, uuid, changes=True))
         self._uuid, self._numTasks = str(run["uuid"]), int(run["numTasks"])
+        self._token = str(self._ask("GET", "/api/token")["token"])
         self._client.retry_s = WORKER_RETRY_S
+
+    def _use(self, find: Callable[..., Access], retry_s: float) -> None:
+        self._client, self._lock = Client(find, retry_s), threading.Lock()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """What pickle keeps. The copy logs in as this one did, but by the token instead of a password."""
+        state = {name: value for name, value in self.__dict__.items() if name not in (
+            "_client", "_lock", "_sign_off")}
+        username, _, url_base = self._client.find.args      # type: ignore[attr-defined]
+        user, password = (self._token, "") if username else (None, None)
+        return dict(state, find=functools.partial(
+            script_access, user, password, url_base, farm=self._client.access.farm))
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Made again from what pickle kept, with a connection of its own."""
+        self._use(state.pop("find"), WORKER_RETRY_S)
+        self.__dict__.update(state)
 
     def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
         with self._lock:
@@ -8325,18 +8464,39 @@ class TaskFarmWorker(TaskFarm):
     """A worker of a run, by the published client's names. A thread renews its lease.
 
     Its reports are fenced: one about a task that another worker has claimed since raises Conflict and
-    changes nothing. When the process ends or the object is dropped, its tasks wait for others.
+    changes nothing. When the process ends or the object is dropped, its tasks wait for others. But the current one
+    has failed when an exception ends the script, or leaves `with worker:`. A copy by pickle works on the same task,
+    under the lease of this one.
     """
     def __init__(self, username: Optional[str] = None, password: Optional[str] = None, uuid: Optional[str] = None,
                  url_base: Optional[str] = None) -> None:
+        if uuid is None:
+            raise RuntimeError("a worker wants a run, by its uuid or name: TaskFarmWorker(uuid=run.uuid)")
         super().__init__(username, password, uuid=uuid, url_base=url_base)
-        self._task: Optional[int] = None
-        self._attempt = 0
+        # The task, its path, and what fences reports about it ("claim"). Empty when there is no current task.
+        self._hold: Dict[str, Any] = {}
         self._key = secrets.token_hex(16)       # of the next claim, or of the last one if its answer was lost
         self._percentageDone: Optional[float] = None
         self._worker_uuid = secrets.token_hex(16)
         register(self._client, self._worker_uuid)       # without the lock: no other thread has this object yet
-        self._sign_off = weakref.finalize(self, Heartbeat(self._client.find, self._worker_uuid).sign_off)
+        heartbeat = Heartbeat(self._client.find, self._worker_uuid)
+        self._sign_off = weakref.finalize(self, heartbeat.sign_off, self._hold)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Made again from what pickle kept. The process that registered the worker keeps its lease."""
+        super().__setstate__(state)
+        self._key = secrets.token_hex(16)
+
+    def __enter__(self) -> "TaskFarmWorker":
+        return self
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], _: Any) -> None:
+        failure = failure_of(error)
+        if self._hold and failure:
+            with contextlib.suppress(FarmError, Unreachable):       # the exception itself says more
+                self._report(failure)
+            self._hold.clear()
+        self.close()
 
     @property
     def worker_uuid(self) -> str:
@@ -8346,14 +8506,15 @@ class TaskFarmWorker(TaskFarm):
     @property
     def task(self) -> Optional[int]:
         """The current task. When there is none, one is claimed. None when no task waits."""
-        if self._task is None:
+        if not self._hold:
             self._percentageDone = None
             claimed = self._ask("POST", "/api/runs/%s/task" % self.uuid, {"worker_uuid": self.worker_uuid}, self._key)
             self._key = secrets.token_hex(16)
             if claimed is not None:
-                self._task, self._attempt = int(claimed["task"]), int(claimed["attempt"])
+                self._hold.update(task=int(claimed["task"]), path=self._task_path(int(claimed["task"])), claim={
+                    "worker_uuid": self.worker_uuid, "attempt": int(claimed["attempt"])})
                 self._percentageDone = float(claimed["percentCompleted"])
-        return self._task
+        return self._hold.get("task")
 
     @property
     def tasks(self) -> Iterator[int]:
@@ -8366,32 +8527,48 @@ class TaskFarmWorker(TaskFarm):
 
     def setTaskInfo(self, task: int, info: str, value: Any) -> None:
         """Set percentCompleted or status of a task. For the current task this worker must still hold it."""
-        body = {info: value}
-        if task == self._task:
-            body.update(worker_uuid=self.worker_uuid, attempt=self._attempt)
-        self._ask("PUT", self._task_path(task), body)
+        if task == self._hold.get("task"):
+            self._report({info: value})
+        else:
+            super().setTaskInfo(task, info, value)
+
+    def _report(self, said: Dict[str, Any]) -> None:
+        """Report about the current task, which is no longer that when another worker has claimed it."""
+        try:
+            self._ask("PUT", self._hold["path"], dict(self._hold["claim"], **said))
+        except Conflict:
+            self._hold.clear()
+            raise
 
     def update(self, percentage: float) -> None:
         """Report the percentage of the current task, 0 to 100."""
-        if self._task is None:
+        if not self._hold:
             return
         if percentage < 0 or percentage > 100:
             raise ValueError("percentage {} out of range".format(percentage))
         self._percentageDone = percentage
-        self.setTaskInfo(self._task, "percentCompleted", percentage)
+        self._report({"percentCompleted": percentage})
 
     def done(self) -> None:
-        """Finish with the current task. At 100 percent it is done, else it stays computing."""
-        task = self._task
-        try:
-            if task is not None and self._percentageDone is not None and abs(self._percentageDone - 100) < 1e-6:
-                self.setTaskInfo(task, "status", "done")
-        finally:
-            self._task = None
+        """Finish with the current task. At 100 percent it is done, else it stays computing.
+
+        When this could not be told the farm, the task is still the current one: call it again.
+        """
+        if self._hold and self._percentageDone is not None and abs(self._percentageDone - 100) < 1e-6:
+            self._report({"status": "done"})
+        self._hold.clear()
+
+    def fail(self, message: str = "", exitCode: Optional[int] = None) -> None:
+        """Report the current task as failed. It waits again until it has failed as often as its run lets it."""
+        if self._hold:
+            said = {"status": "failed", "message": printable(message)[:MESSAGE_LIMIT] or None, "exitCode": exitCode}
+            self._report({field: value for field, value in said.items() if value is not None})
+            self._hold.clear()
 
     def close(self) -> None:
         """Sign off, so that the worker's tasks wait for others. The end of the process does the same."""
-        self._sign_off()
+        if hasattr(self, "_sign_off"):      # not in a copy
+            self._sign_off()
         self._client.close()
 
 
@@ -8993,9 +9170,7 @@ def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, by
     environ = dict(os.environ, TASKFARM_RUN=run, TASKFARM_WORKER=worker)
     for name in ("TASKFARM_USER", "TASKFARM_PASSWORD", "TASKFARM_TOKEN"):       # a command may show its environment
         environ.pop(name, None)
-    if not environ.get("TASKFARM_URL"):
-        # The address came from the access file. `progress` reads that again: it may change while a command runs.
-        environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
+    environ["TASKFARM_FARM"] = access.farm      # no address: the server may move while a command runs
     return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
 
@@ -11596,27 +11771,11 @@ def check_server(url: str) -> Iterator[Finding]:
         try:
             client.connect()
         except (Unreachable, Refusal, FarmError) as error:
-            other = isinstance(error, (OtherFarm, Refusal))     # not a question of networks
-            yield Finding(FAIL, "server", str(error) if other else "%s%s" % (error, unreachable_advice(access.url)))
+            yield Finding(FAIL, "server", str(error))
             return
         yield from check_path(client, access)
         if access.user or access.token:
             yield from check_login(client, access)
-
-
-def unreachable_advice(url: str) -> str:
-    """What to do about a server that does not answer, as its address suggests."""
-    try:
-        host = urllib.parse.urlsplit(url).hostname or ""
-        addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
-    except (OSError, ValueError, UnicodeError):
-        return ". This node does not know the name %s: start the server with --advertise and a name or address that " \
-               "nodes know" % url_host(url)
-    if any(address.startswith("127.") or address == "::1" for address in addresses):
-        return ". %s is this machine alone (%s here): for other nodes start the server with --host 0.0.0.0" % (
-            url_host(url), socket.gethostname())
-    return ". The address is %s: if the server runs, a firewall may be between, or it listens on another network " \
-           "(--host, --advertise)" % ", ".join(addresses)
 
 
 def check_path(client: Client, access: Access) -> Iterator[Finding]:
@@ -12026,7 +12185,9 @@ def cmd_work(args: argparse.Namespace) -> int:
     time.
 
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
-    _PASSWORD), else from the access file; no command is given the login.
+    _PASSWORD), else from the access file; no command is given the login. Where that file has become another
+    farm's, a run is looked for in the farms of the files beside it. TASKFARM_FARM, of which farm a command is, is
+    for verbs and scripts inside it: they find the server also when it has moved.
 
     On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends its commands
     and gives their tasks back. After a second signal it does so at once. Slurm signals the worker only
@@ -12056,7 +12217,6 @@ def cmd_work(args: argparse.Namespace) -> int:
     client.say = display.say
     try:
         run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run, changes=True))
-        client.find = functools.partial(find_access, os.environ, farm=client.access.farm)
         for sentence in send_all_unsent(client):
             display.say(sentence)
     except (FarmError, Unreachable) as error:
@@ -12125,12 +12285,7 @@ def cmd_progress(args: argparse.Namespace) -> int:
         print_notice("%g percent are not reported: this is not a command of 'work' (TASKFARM_TASK and others are not "
                      "set)" % args.percent)
         return 0
-    environ = dict(os.environ)
-    farm = environ.get("TASKFARM_FARM", "")
-    if farm:
-        environ.pop("TASKFARM_URL", None)       # the farm may have moved since, and the access file knows
-    find = functools.partial(find_access, environ, farm=farm)
-    with contextlib.closing(Client(find, 2.0, timeout_s=3.0)) as client:
+    with contextlib.closing(Client(lambda: find_access(os.environ), 2.0, timeout_s=3.0)) as client:
         try:
             client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
         except (NotFound, Conflict):
@@ -12151,7 +12306,8 @@ def open_client(args: argparse.Namespace) -> Iterator[Client]:
 
     Reports that workers could not send are sent first.
     """
-    with contextlib.closing(Client(lambda: find_access(os.environ, args.url), VERB_PATIENCE_S)) as client:
+    find = functools.partial(find_access, os.environ, args.url)
+    with contextlib.closing(Client(find, VERB_PATIENCE_S)) as client:
         client.say = print_notice
         for sentence in send_all_unsent(client):
             print_notice(sentence)
@@ -12207,6 +12363,9 @@ def cmd_new(args: argparse.Namespace) -> int:
     wait_for_access(args)
     with open_client(args) as client:
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
+        if is_loopback(client.access.url) and (shutil.which("sbatch") or shutil.which("qsub")):
+            print_notice("this farm can be reached from this machine alone: for jobs on other nodes start its server "
+                         "with --host 0.0.0.0")
     print(run["uuid"])
     return 0
 
@@ -12568,7 +12727,7 @@ def cmd_login(args: argparse.Namespace) -> int:
     path = login_path(os.environ, url)
     try:
         write_access(path, {"url": url, "user": user, "token": answer["token"], "farm": answer["farm"],
-                            "certificate": access.certificate})
+                            "certificate": access.certificate, "host": socket.gethostname()})
     except OSError as error:
         raise Refusal("the access file %s cannot be written: %s" % (path, error.strerror))
     print("%s now holds address and login of %s, for user %s" % (path, url, user))
@@ -12651,12 +12810,6 @@ def take_lock(db: str) -> Lock:
     return lock
 
 
-def is_loopback(url: str) -> bool:
-    """Whether only programs on the machine of the server can reach this URL."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
     """Where this farm writes: the access file, or a file beside it when that is of another farm that answers.
 
@@ -12683,7 +12836,7 @@ def publish_access(service: Service, user: User, db: str) -> None:
     except (Refusal, FarmError) as error:
         raise OSError(errno.EPERM, str(error))
     access = {"url": service.url, "user": user.name, "token": service.farm.token_text(token.id), "farm": identity,
-              "certificate": service.certificate}
+              "certificate": service.certificate, "host": socket.gethostname()}
     try:
         write_access(path, access)
     except OSError:
@@ -12725,7 +12878,8 @@ def cmd_serve(args: argparse.Namespace) -> int:
     """serve a farm from one file (the verb that runs when none is given)
 
     A file that does not exist is made, with a first user. Every start writes the access file
-    (~/.config/taskfarm/access.json): there clients and workers find address and login.
+    (~/.config/taskfarm/access.json): there clients and workers find address and login. Without --host
+    only programs on this machine reach the server.
 
     examples:
       python3 taskfarm.py --db runs.sqlite                   for this machine
@@ -12775,9 +12929,12 @@ def announce(service: Service, db: str) -> None:
     publish(user)
     service.farm.renewed = lambda renewed: publish(renewed) if renewed.name == user.name else None
     service.certificate_renewed = lambda: publish(service.store.users.get(user.name, user))
-    print_started("taskfarm %s serves %s at %s\ncertificate %s%s" % (
+    host, port = service.server.server_address[:2]
+    print_started("taskfarm %s serves %s at %s\ncertificate %s%s%s" % (
         __version__, db, service.url, fingerprint(service.certificate),
-        "\nprivate: users see and touch their own runs and workers only" if service.farm.private else ""))
+        "\nprivate: users see and touch their own runs and workers only" if service.farm.private else "",
+        "\nfor this machine alone: workers on other nodes need --host 0.0.0.0" if is_loopback(
+            url_of(str(host), port)) else ""))
     notify_systemd("READY=1\nSTATUS=serving %s at %s" % (db, service.url))
 
 

@@ -38,6 +38,7 @@ import ipaddress
 import itertools
 import json
 import os
+import pickle
 import pwd
 import random
 import re
@@ -57,6 +58,7 @@ import tempfile
 import termios
 import threading
 import time
+import types
 import urllib.parse
 from collections import Counter
 from datetime import datetime, timezone
@@ -7922,6 +7924,124 @@ def test_a_farm_that_has_moved_is_found_by_its_identity(farm: Live, tmp_path: Pa
         assert squatting.connections == 0
 
 
+def test_a_verb_inside_a_command_finds_its_farm_by_identity(farm: Live, tmp_path: Path) -> None:
+    environ = {"TASKFARM_ACCESS": str(tmp_path / "access.json"), "TASKFARM_FARM": farm.service.store.identity}
+    anothers_file = {"url": "https://b:1", "user": "eve", "token": "t", "farm": "0" * 32, "certificate": anothers()[0]}
+    taskfarm.write_access(environ["TASKFARM_ACCESS"], anothers_file)
+    with pytest.raises(Refusal, match="the farm that this command belongs to"):
+        taskfarm.find_access(environ)
+    for number, url in enumerate(("https://a:2", "https://a:1", farm.url)):
+        path = tmp_path / ("access-%d.json" % number)
+        taskfarm.write_access(str(path), dict(file_of(farm), url=url))
+        os.utime(path, (1000 + number, 1000 + number))
+    assert taskfarm.find_access(environ).url == farm.url, "the last one that was written"
+    assert taskfarm.find_access(dict(environ, TASKFARM_URL="https://b:1")).user == "eve", "an address goes before"
+    assert taskfarm.find_access(environ, "https://b:1").user == "eve"
+
+
+def test_a_run_is_found_in_its_farm_when_another_has_got_the_access_file(farm: Live, tmp_path: Path) -> None:
+    other, path = Live(str(tmp_path / "other")), str(tmp_path / "access.json")
+    find = functools.partial(taskfarm.find_access, {"TASKFARM_ACCESS": path})
+    beside = str(tmp_path / "access-ice.json")
+    taskfarm.write_access(path, file_of(other))
+    taskfarm.write_access(beside, file_of(farm))
+    ice, both = (farm.ask("POST", "/api/run", {"numTasks": 1, "name": name})[1]["uuid"] for name in ("ice", "both"))
+    theirs = other.ask("POST", "/api/run", {"numTasks": 1, "name": "both"})[1]["uuid"]
+    for text, run, said in ((ice, ice, beside), ("ice", ice, beside), ("both", theirs, ""), (both, both, beside)):
+        with contextlib.closing(taskfarm.Client(find)) as client:
+            notices: List[str] = []
+            client.say = notices.append
+            assert taskfarm.find_run_uuid(client, text, changes=True) == run
+            assert client.ask("GET", "/api/runs/" + run)["uuid"] == run and client.access.source == (said or path)
+            assert [said in notice for notice in notices] == [True] * bool(said)
+    assert run_verb("work", ice, "--", "true", TASKFARM_ACCESS=path).returncode == 0
+    assert farm.ask("GET", "/api/runs/" + ice)[1]["numDone"] == 1
+    work = ("work", "sea", "--", "true")
+    assert run_verb(*work, TASKFARM_ACCESS=path).returncode == 4
+    third = Live(str(tmp_path / "third"))
+    taskfarm.write_access(str(tmp_path / "access-third.json"), file_of(third))
+    third.ask("POST", "/api/run", {"numTasks": 1, "name": "ice"})
+    with contextlib.closing(taskfarm.Client(find)) as client:
+        with pytest.raises(Refusal, match="access-.* and .*access-.* have a run 'ice'"):
+            taskfarm.find_run_uuid(client, "ice")
+    third.close()
+    with contextlib.closing(taskfarm.Client(find)) as client:
+        with pytest.raises(taskfarm.Unreachable, match="access-third.json may have it, and does not answer"):
+            taskfarm.find_run_uuid(client, "sea")
+    assert run_verb(*work, TASKFARM_ACCESS=path).returncode == 5
+    other.close()
+    for text, answers in ((ice, True), ("ice", False)):         # a name may be that of a run in each farm
+        with contextlib.closing(taskfarm.Client(find)) as client:
+            if answers:
+                assert taskfarm.find_run_uuid(client, text) == ice
+            else:
+                with pytest.raises(taskfarm.Unreachable):
+                    taskfarm.find_run_uuid(client, text)
+
+
+def test_a_loopback_address_of_another_machine_is_told_at_once(farm: Live, tmp_path: Path) -> None:
+    path = str(tmp_path / "access.json")
+    sentence = "of %s can be reached on login1 alone, and this is .*--host 0.0.0.0" % re.escape(path)
+    find = functools.partial(taskfarm.find_access, {"TASKFARM_ACCESS": path})
+    with contextlib.closing(Squatter(anothers()[1])) as squatting:
+        for url in ("https://127.0.0.1:1", "https://localhost:1", squatting.url):
+            taskfarm.write_access(path, dict(file_of(farm), url=url, host="login1"))
+            for words in (["work", "ice", "--", "true"], ["new", "5"], ["list"]):
+                done = run_verb(*words, TASKFARM_ACCESS=path)
+                assert done.returncode == 5 and re.search(sentence, done.stderr), done
+                assert done.stderr.count("\n") == 1, "nothing was tried again"
+            status, found = doctor(TASKFARM_ACCESS=path)
+            assert status == 1 and re.match("the farm " + sentence, found["server"][1])
+    taskfarm.write_access(path, dict(file_of(farm), host="login1"))
+    with contextlib.closing(taskfarm.Client(find, 60.0)) as client:
+        assert client.ask("GET", "/api/runs") == {"data": []}, "a tunnel"
+        client.say = lambda _: client.give_up.set()
+        farm.stop()
+        with pytest.raises(taskfarm.Unreachable, match="is the server running"):
+            client.ask("GET", "/api/runs")
+        assert client.give_up.is_set(), "it was tried again: the server was here a moment ago"
+    farm.start()
+
+
+def test_new_says_what_jobs_on_other_nodes_need_where_there_is_a_batch_system(farm: Live, tmp_path: Path) -> None:
+    for expected in (False, True):
+        done = run_verb("new", "1", PATH=str(tmp_path), **as_ada(farm))
+        assert done.returncode == 0 and ("--host 0.0.0.0" in done.stderr) is expected
+        (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+        (tmp_path / "sbatch").chmod(0o755)
+
+
+def test_a_server_that_does_not_answer_soon_is_told_after_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(taskfarm, "SAY_S", 0.05)
+    with contextlib.ExitStack() as undo:
+        full = undo.enter_context(socket.socket())          # as behind a firewall: the system drops what comes
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(8):
+            sock = undo.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        access = taskfarm.parse_access({"url": "https://127.0.0.1:%d" % full.getsockname()[1], "token": "t"}, "x")
+        tries: List[taskfarm.Access] = []
+        client = taskfarm.Client(lambda: tries.append(access) or access, 60.0)      # type: ignore[func-returns-value]
+        client.say = lambda _: client.give_up.set()
+        with pytest.raises(taskfarm.Unreachable, match="timed out"):
+            client.ask("GET", "/api/runs")
+        assert client.give_up.is_set() and len(tries) <= 3, "the first look, and one after each of two tries"
+
+
+@pytest.mark.parametrize("url, error, advice", [
+    ("https://login1:5000", socket.gaierror(-2, "Name or service not known"), "does not know the name login1.*--adv"),
+    ("https://10.0.0.5:5000", socket.timeout(), "a firewall may be between"),
+    ("https://10.0.0.5:5000", OSError(errno.EHOSTUNREACH, "No route to host"), "a firewall may be between"),
+    ("https://login1:5000", ConnectionRefusedError(), "--host 0.0.0.0"),
+    ("https://[::1]:5000", ConnectionRefusedError(), "on this machine .*--host 0.0.0.0"),
+])
+def test_where_nothing_answers_the_reason_decides_what_to_do(url: str, error: Exception, advice: str) -> None:
+    assert re.search(advice, taskfarm.unreachable_advice(url, error))
+
+
 def test_a_login_in_the_environment_goes_where_the_certificate_is_the_known_one(farm: Live, tmp_path: Path) -> None:
     path = str(tmp_path / "access.json")
     environ = {"TASKFARM_ACCESS": path, "TASKFARM_URL": "https://elsewhere:1", "TASKFARM_TOKEN": "t"}
@@ -8053,7 +8173,7 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
         assert notices[0].endswith("; trying again for up to 60 s")
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="https://127.0.0.1:1"))) as client:
-        with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
+        with pytest.raises(taskfarm.Unreachable, match="started with --host 0.0.0.0"):
             client.ask("GET", "/api/runs")
 
 
@@ -8193,6 +8313,15 @@ def test_a_run_is_changed_by_its_whole_name_or_eight_digits_alone(farm: Live) ->
                 taskfarm.find_run_uuid(client, text, changes=True)
 
 
+@pytest.fixture
+def library(farm: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The access file by which scripts find the farm."""
+    path = tmp_path / "access.json"
+    taskfarm.write_access(str(path), file_of(farm))
+    monkeypatch.setenv("TASKFARM_ACCESS", str(path))
+    return path
+
+
 @pytest.mark.parametrize("published", [False] if QUICK else [True, False])
 def test_a_script_for_the_published_client_runs_with_ours(farm: Live, published: bool, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
@@ -8255,8 +8384,8 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
     wait_until(lambda: farm.ask("GET", path)[1]["heard"] > first["heard"])
     run.restart(everything=True)
     with pytest.raises(taskfarm.Conflict):
-        worker.update(50)
-    worker.done()
+        worker.update(100)
+    worker.done()           # of nothing: the task is not this worker's any more
     assert worker.task == 0
     worker.close()
     assert farm.ask("GET", path)[1]["state"] == "signed off" and run.numWaiting == 3
@@ -8265,6 +8394,90 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
     path = "/api/worker/" + second.worker_uuid
     del second
     assert wait_until(lambda: farm.ask("GET", path)[1]["state"]) == "signed off"
+
+
+def test_a_result_is_not_lost_in_an_outage(farm: Live, library: Path) -> None:
+    worker = taskfarm.TaskFarmWorker(uuid=taskfarm.TaskFarm(numTasks=2).uuid)
+    assert worker.task == 0
+    worker.update(100)
+    farm.stop()
+    worker._client.retry_s = 0.1
+    with pytest.raises(taskfarm.Unreachable):
+        worker.done()
+    farm.local = threading.local()
+    farm.start()
+    taskfarm.write_access(str(library), file_of(farm))
+    assert worker.task == 0
+    worker.done()
+    assert worker.numDone == 1 and worker.task == 1
+    worker.close()
+
+
+def test_a_task_can_be_reported_failed(farm: Live, library: Path) -> None:
+    run = taskfarm.TaskFarm(numTasks=1, name="ice", maxFailures=2)
+    assert (run.info("")["name"], run.info("")["maxFailures"]) == ("ice", 2)
+    worker = taskfarm.TaskFarmWorker(uuid="ice")
+    worker.fail("there is no task yet")
+    assert worker.uuid == run.uuid and worker.task == 0
+    worker.fail("all clouds\x1b", exitCode=3)
+    assert run.getTaskInfo(0, "status") == "waiting" and worker.task == 0
+    assert [run.getTaskInfo(0, "")[field] for field in ("exitCode", "message")] == [3, "all clouds?"]
+    worker.fail()
+    assert worker.task is None and run.getTaskInfo(0, "status") == "failed"
+    worker.close()
+    with pytest.raises(RuntimeError, match=r"TaskFarmWorker\(uuid=run.uuid\)"):
+        taskfarm.TaskFarmWorker()
+
+
+@pytest.mark.parametrize("error, message", [
+    (ValueError("all clouds"), "ValueError: all clouds"), (KeyboardInterrupt(), None), (SystemExit(1), None),
+    (taskfarm.Unreachable("it is away"), None)])
+def test_an_exception_fails_the_task(farm: Live, library: Path, tmp_path: Path, error: BaseException,
+                                     message: Optional[str]) -> None:
+    run = taskfarm.TaskFarm(numTasks=2)
+    script = tmp_path / "script.py"
+    script.write_text("import taskfarm\nworker = taskfarm.TaskFarmWorker(uuid=%r)\nfor task in worker.tasks:\n"
+                      "    raise %s%r\n" % (run.uuid, "taskfarm." * isinstance(error, taskfarm.Unreachable), error))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60,
+                          env=dict(os.environ, PYTHONPATH=str(HERE)))
+    assert done.returncode and run.numComputing == 0
+    with pytest.raises(type(error)), taskfarm.TaskFarmWorker(uuid=run.uuid) as worker:
+        assert worker.task == (0 if message is None else 1)
+        raise error
+    assert farm.ask("GET", "/api/worker/" + worker.worker_uuid)[1]["state"] == "signed off"
+    assert run.numWaiting == (2 if message is None else 0)
+    assert [run.getTaskInfo(task, "")["message"] for task in (0, 1)] == [message] * 2
+
+
+@pytest.mark.parametrize("published", [False] if QUICK else [True, False])
+@pytest.mark.parametrize("login", [("ada", Live.PASSWORD), (None, None)])
+def test_a_worker_can_be_pickled(farm: Live, library: Path, published: bool, login: Any) -> None:
+    if published:
+        if login[0] is None:
+            pytest.skip("it wants a login")
+        import taskfarm_worker as module
+    else:
+        module = taskfarm
+    base = None if login[0] is None else "http://127.0.0.1:%d/api/" % farm.port
+    worker = module.TaskFarmWorker(*login, module.TaskFarm(*login, None, 2, base).uuid, base)
+    assert worker.task == 0
+    content = pickle.dumps(worker)
+    assert Live.PASSWORD.encode() not in content
+    copy = pickle.loads(content)
+    assert (copy.worker_uuid, copy.uuid, copy.numTasks, copy.task) == (worker.worker_uuid, worker.uuid, 2, 0)
+    copy.update(100)
+    copy.done()
+    assert worker.numDone == 1 and copy.task == 1
+    if not published:
+        copy.close()
+        assert worker.numComputing == 1, "the lease is of the first"
+        worker.close()
+        assert copy.numWaiting == 1
+
+
+def test_a_star_imports_the_names_of_the_published_client_and_what_they_raise() -> None:
+    assert {"tfRuns", "TaskFarm", "TaskFarmWorker", "Conflict", "Unreachable"} < set(taskfarm.__all__)
+    assert all(isinstance(getattr(taskfarm, name), (type, types.FunctionType)) for name in taskfarm.__all__)
 
 
 # ---------------------------------------------------------------- COMMANDS
@@ -8547,8 +8760,8 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
         assert argv == ["%d/1" % task, "--", run, "<%s>" % words[task], "{other}", "--jobs"] and stdin == "" and leads
         assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
         assert environ.pop("TASKFARM_FARM") and environ == {
-            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1", "TASKFARM_SLOT": "0",
-            "TASKFARM_URL": "https://127.0.0.1:%d" % server.port}, "and no secret"
+            "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
+            "TASKFARM_SLOT": "0"}, "no secret, and no address"
 
 
 def test_a_login_of_the_workers_environment_is_not_handed_on_to_commands(server: Process, tmp_path: Path) -> None:
@@ -10310,7 +10523,8 @@ def test_login_makes_an_access_file(farm: Live, tmp_path: Path) -> None:
     assert run_verb(*words, stdin=Live.PASSWORD + "\n", **environ).returncode == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     access = json.loads(path.read_text())
-    assert dict(access, token=farm.token) == file_of(farm) and Live.PASSWORD not in path.read_text()
+    assert dict(access, token=farm.token) == dict(file_of(farm), host=socket.gethostname())
+    assert Live.PASSWORD not in path.read_text()
     (listed,) = farm.ask("GET", "/api/tokens")[1]["data"]
     assert listed["scope"] == "full" and listed["label"].startswith("login on ")
     assert farm.service.farm.token_text(listed["id"]) == access["token"]
@@ -10505,7 +10719,8 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
     assert server.process.stdout and server.process.stdout.readline() == "certificate %s\n" % fingerprint_of(server)
     access = Path(server.home, ".config/taskfarm/access.json")
     content = json.loads(access.read_text())
-    assert set(content) == {"url", "user", "token", "farm", "certificate"}
+    assert server.process.stdout.readline() == "for this machine alone: workers on other nodes need --host 0.0.0.0\n"
+    assert set(content) == {"url", "user", "token", "farm", "certificate", "host"}
     assert content["url"] == server.line.split()[-1]
     assert server.ask("GET", "/api/runs")[0] == 200
     for pin, answers in ((content["certificate"], True), (anothers()[0], False), ("", False), ("system", False)):
