@@ -9041,9 +9041,10 @@ def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
         output = Work(server, run, "--until", "+2", "--grace", "0.5", *option, "--", "sleep", "1000",
                       tweak=soon).end(status)
         assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
-    work = Work(server, run, "--until", "+60", "--leave-ok", "--", "sleep", "1000")
+    work = Work(server, run, "--until", "+3", "--grace", "0.5", "--drain", "--leave-ok", "--", "sleep", "1000",
+                tweak=soon)
     wait_until(lambda: counts(server, run)[1])
-    work.end(7, signal.SIGUSR2)         # a signal is no planned end
+    work.end(7, signal.SIGUSR2)         # which is no planned end, although the job's end comes next
 
 
 def test_a_worker_does_not_wait_for_the_batch_system(server: Process, tmp_path: Path) -> None:
@@ -9052,10 +9053,9 @@ def test_a_worker_does_not_wait_for_the_batch_system(server: Process, tmp_path: 
     (tmp_path / "qstat").chmod(0o755)
     run = new_run(server, 3)
     environ = {"PBS_JOBID": "7", "NCPUS": "2", "PATH": str(tmp_path) + ":" + os.environ["PATH"]}
-    work = Work(server, run, "--", "sh", "-c", "[ {task} = 0 ] || exec sleep 1000", **environ)
-    wait_until(lambda: counts(server, run) == (0, 2, 1, 0))     # two at a time
-    (tmp_path / "go").touch()
-    assert "the job ends at" in work.end(7) and counts(server, run) == (2, 0, 1, 0)
+    command = "[ {task} = 0 ] || { sleep 0.5; touch '%s/go'; exec sleep 1000; }" % tmp_path
+    output = Work(server, run, "--", "sh", "-c", command, tweak="taskfarm.COMPUTING_S = 0.1", **environ).end(7)
+    assert "2 at a time" in output and "the job ends at" in output and counts(server, run) == (2, 0, 1, 0)
 
 
 @pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
