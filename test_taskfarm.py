@@ -9027,7 +9027,7 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     assert counts(server, run) == (0, 0, 3, 0)
 
 
-def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
+def test_a_worker_leaves_before_its_job_ends(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 50)
     end, soon = str(int(time.time()) + 5), "taskfarm.STOP_EARLY_S = 0.5"
     output = Work(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
@@ -9041,9 +9041,9 @@ def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
         output = Work(server, run, "--until", "+2", "--grace", "0.5", *option, "--", "sleep", "1000",
                       tweak=soon).end(status)
         assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
-    work = Work(server, run, "--until", "+3", "--grace", "0.5", "--drain", "--leave-ok", "--", "sleep", "1000",
-                tweak=soon)
-    wait_until(lambda: counts(server, run)[1])
+    work = Work(server, run, "--until", "+4", "--grace", "0.5", "--drain", "--leave-ok", "--",
+                "sh", "-c", "touch '%s'; exec sleep 1000" % (tmp_path / "runs"), tweak=soon)
+    wait_until((tmp_path / "runs").exists)
     work.end(7, signal.SIGUSR2)         # which is no planned end, although the job's end comes next
 
 
