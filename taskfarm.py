@@ -133,7 +133,7 @@ Contents
     COMMANDS            the command of a task: its arguments, its process, how it ended
     REPORTER            the thread of a worker that claims tasks and sends reports
     WORKER              runs a command for each task that is claimed
-    BATCH SYSTEMS       Slurm and PBS: when the job ends
+    BATCH SYSTEMS       the job that a worker runs in: when it ends, how many commands it has room for
     BENCH               how many workers this machine can feed
     FAIR                how long one client waits beside others that do their worst
     DOCTOR              whether a node is fit to serve and to work
@@ -8581,7 +8581,8 @@ MAX_JOBS = 5000                     # commands that run at the same time, in one
 STARTUP_S = 0.1                     # a command that was being started has its environment after so long
 ERROR_TAIL = 8192                   # bytes of a command's error output in which its last line is looked for
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
+                signal.SIGUSR2, signal.SIGXCPU)     # LSF and SGE send these two before a job's end
 TIMEOUT_CODE = 124                  # as timeout(1) has it
 TEMPORARY_ERRORS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO,
                     errno.ESTALE, errno.ETXTBSY)
@@ -9523,6 +9524,7 @@ UNUSED_S = 5.0                      # a claimed task that was not started by the
 COMPUTING_S = 1.0                   # a command that runs longer is reported as computing
 PIPES_S = 0.05                      # the pipes of a command that runs longer are watched
 GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
+LOOK_S = 2.0                        # between two looks at when the job ends: that may have become known, or another
 STOP_EARLY_S = 5.0                  # before the end of the job, beside the grace: to report and sign off
 LAST_REPORTS_S = 2.0                # the last reports are tried for so long: PBS may kill after 10 s in all
 CONFIRM_S = 0.3                     # an end is reported when it is so old: it may be the first sign that a job ends
@@ -9544,10 +9546,11 @@ class WorkOptions(NamedTuple):
     drain: bool                     # on a signal, let commands finish
     wait: bool                      # for tasks that may come back
     task_time_s: Optional[float]    # what a task takes, when that is known
-    job_end: Optional[float]        # UTC seconds since 1970
+    job_end: Callable[[], float]    # UTC seconds since 1970; inf while it is not known
     log_dir: str                    # "" for none
     log_failed: bool                # keep the logs of failed tasks alone
     max_fails: Optional[int] = None     # stop after so many; 0: never. None: the first ends alone are judged
+    leave_ok: bool = False          # to leave before the job ends is no failure
 
 
 def exit_status_of(error: Exception) -> int:
@@ -9887,7 +9890,7 @@ class TaskRunner:
         if at_hand < self.options.jobs or len(self.ready) < ahead // 2:
             if not self._fits():
                 if not at_hand:
-                    self._stop("no task is likely to fit before the job ends")
+                    self._leave("no task is likely to fit before the job ends")
                 return
             self.claim_open = True
             self.finished_at_claim = self.finished
@@ -9907,8 +9910,6 @@ class TaskRunner:
 
     def _fits(self) -> bool:
         """Whether a task that starts now is likely to end before the job does."""
-        if self.options.job_end is None:
-            return True
         needs_s = self.options.task_time_s
         if needs_s is None:
             needs_s = quantile(sorted(self.recent_s), 0.95) if self.recent_s else 0.0
@@ -9917,7 +9918,7 @@ class TaskRunner:
     @property
     def stop_at(self) -> float:
         """When to stop so that the job's end finds nothing running: UTC seconds."""
-        return math.inf if self.options.job_end is None else self.options.job_end - self.options.grace_s - STOP_EARLY_S
+        return self.options.job_end() - self.options.grace_s - STOP_EARLY_S
 
     # Events of the reporter
 
@@ -10248,9 +10249,9 @@ class TaskRunner:
         wake_at = math.inf
         left_s = self.stop_at - time.time()
         if left_s > 0:
-            wake_at = now + left_s
+            wake_at = now + min(left_s, LOOK_S)
         else:
-            self._stop("the job ends soon")
+            self._leave("the job ends soon")
             self._terminate_all()        # also those that were to finish
             self._give_back_unconfirmed()
         while self.unconfirmed and self.unconfirmed[0][0] <= now:
@@ -10315,6 +10316,12 @@ class TaskRunner:
 
     # The end of the work
 
+    def _leave(self, reason: str) -> None:
+        """Stop because the job ends."""
+        if self.options.leave_ok and not self.stop_reason:
+            self.stop_status = EXIT_DONE
+        self._stop(reason)
+
     def _stop(self, reason: str, drain: bool = False) -> None:
         """Start no more commands, and end those that run; *drain* lets them finish."""
         if self.stop_reason:
@@ -10376,16 +10383,25 @@ class TaskRunner:
 
 
 # ---------------------------------------------------------------- BATCH SYSTEMS
-# Slurm and PBS: when the job of this process ends. Knows no farm and no worker.
-# For another batch system: a branch in job_end, by the variable that its jobs have, and a function like pbs_end.
+# The batch job of this process: when it ends, how many commands it has room for, and what is wrong with the way in
+# which the worker was started. Knows no farm and no worker.
+# For another batch system: its variable in batch_system, and a function like pbs_end if it can be asked.
 
-def output_of(words: Sequence[str]) -> str:
-    """What another program prints. "" when it fails or takes longer than 20 s."""
-    try:
-        return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=20, universal_newlines=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return ""
+ANSWER_S = 20.0                     # a batch system that has not answered by then is asked again later,
+ASK_AGAIN_S = 60.0                  # first after so long, then after twice as long: many workers must not load it
+SUSPENDED_S = 10.0                  # nobody looked for so long: this process was suspended
+
+
+def batch_system(environ: Mapping[str, str]) -> Tuple[str, List[str]]:
+    """The batch system whose job we are, "" for none, and the command that tells about the job, [] for none."""
+    job = environ.get("SLURM_JOB_ID")
+    if job:
+        if environ.get("SLURM_ARRAY_JOB_ID"):       # SLURM_JOB_ID of an array's last task is that of the array
+            job = "%s_%s" % (environ["SLURM_ARRAY_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID"))
+        return "Slurm", ["scontrol", "show", "job", job]
+    if environ.get("PBS_JOBID"):
+        return "PBS", ["qstat", "-f", environ["PBS_JOBID"]]
+    return "LSF" if environ.get("LSB_JOBID") else "SGE" if environ.get("SGE_TASK_ID") else "", []
 
 
 def clock_seconds(text: str) -> float:
@@ -10396,39 +10412,146 @@ def clock_seconds(text: str) -> float:
     return seconds
 
 
-def pbs_end(text: str, now: float) -> Optional[float]:
-    """When a job ends, from the output of `qstat -f` of PBS Pro, OpenPBS or Torque: UTC seconds, None if unknown.
+def slurm_end(text: str) -> Optional[float]:
+    """When a job ends, from the output of `scontrol show job`: UTC seconds, inf without a limit, None if unknown."""
+    end = re.search(r"\bEndTime=(\S+)", text)
+    return None if end is None else float(end.group(1)) if end.group(1).isdigit() else math.inf
 
-    Long values continue in lines that begin with a tab. etime is when the job could begin, not its end.
+
+def pbs_end(text: str, now: float, suspended_s: float) -> Optional[float]:
+    """When a job ends, from the output of `qstat -f` of PBS Pro, OpenPBS or Torque: as slurm_end.
+
+    Long values continue in lines that begin with a tab. etime is when the job could begin, not its end. The
+    walltime does not go on while the job is suspended. The time that is used is some minutes old.
     """
     fields = dict(re.findall(r"^\s+([A-Za-z_.]+) = (.*)$", text.replace("\n\t", ""), re.M))
     try:
+        if "Resource_List.walltime" not in fields:
+            return math.inf if fields else None
         walltime_s = clock_seconds(fields["Resource_List.walltime"])
+        end = now + walltime_s - clock_seconds(fields.get("resources_used.walltime", "0"))
         started = fields.get("stime") or fields.get("start_time")
         if started:
-            return time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y")) + walltime_s
-        return now + walltime_s - clock_seconds(fields.get("resources_used.walltime", "0"))
-    except (KeyError, ValueError, OverflowError):
+            started_at = time.mktime(time.strptime(started, "%a %b %d %H:%M:%S %Y"))
+            end = min(end, started_at + walltime_s + suspended_s)
+        return end
+    except (ValueError, OverflowError):
         return None
 
 
-def job_end(environ: Mapping[str, str], now: float) -> Optional[float]:
-    """When the batch job of this process ends, in UTC seconds. None when there is no job, or its end is unknown.
+class BatchJob:
+    """When the batch job ends that this process is part of.
 
-    The batch system is asked once: many workers must not load it.
+    The batch system is asked beside the work, since qstat may hang for minutes. It is asked again while the
+    end is unknown, and after the job was suspended, which moves the end. There is no thread: `end` looks.
     """
-    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(environ["SLURM_JOB_END_TIME"])
-    job = environ.get("SLURM_JOB_ID")
-    if job:
-        if environ.get("SLURM_ARRAY_JOB_ID"):       # SLURM_JOB_ID of an array's last task is that of the array
-            job = "%s_%s" % (environ["SLURM_ARRAY_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID"))
-        output = output_of(["squeue", "-h", "-j", job, "-o", "%e"]) or output_of(["scontrol", "show", "job", job])
-        end = re.search(r"(?:^|EndTime=)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", output)
-        return time.mktime(time.strptime(end.group(1), "%Y-%m-%dT%H:%M:%S")) if end else None
-    if environ.get("PBS_JOBID"):
-        return pbs_end(output_of(["qstat", "-f", environ["PBS_JOBID"]]), now)
-    return None
+    def __init__(self, environ: Mapping[str, str], say: Callable[[str], None], until: Optional[float] = None) -> None:
+        """*say* is told what was learned. *until*: the end in UTC seconds, where the user has told it."""
+        self.say = say
+        self.system, self.words = batch_system(environ)
+        self.environ = {name: value for name, value in environ.items() if name != "SLURM_CLUSTERS"}     # of sbatch
+        self.environ["SLURM_TIME_FORMAT"] = "%s"            # UTC seconds
+        self.end_s: Optional[float] = None                  # UTC seconds; inf: it has no end; None: not known
+        self.told_s: Optional[float] = None                 # the end that the user was told
+        self.process: Optional["subprocess.Popen[bytes]"] = None    # asks the batch system
+        self.unanswered = 0                                 # questions
+        self.suspended_s = 0.0                              # how long this process was suspended
+        self.asked_at = 0.0                                 # ticks
+        self.ask_at = math.inf
+        self.looked_at = time.monotonic()
+        if until is not None or not self.system:
+            self.words = []
+            self._learn(math.inf if until is None else until, "")
+        elif environ.get("SLURM_JOB_END_TIME", "").isdigit():
+            self._learn(float(environ["SLURM_JOB_END_TIME"]), "")
+        elif self.words:
+            self._ask(self.looked_at)
+        else:
+            say("%s is not asked when this job ends: --until TIME says it" % self.system)
+
+    def end(self) -> float:
+        """When the job ends, in UTC seconds: inf when never, or while that is not known. Does not wait."""
+        now = time.monotonic()
+        if now > self.looked_at + SUSPENDED_S and self.words:
+            self.suspended_s += now - self.looked_at
+            self.ask_at, self.end_s = now, None
+        self.looked_at = now
+        if self.process is not None:
+            if now > self.asked_at + ANSWER_S or self.process.poll() is not None:
+                self._take_answer()
+        elif now >= self.ask_at:
+            self._ask(now)
+        return math.inf if self.end_s is None else self.end_s
+
+    def wait(self, limit_s: float) -> None:
+        """Wait for the answer of the batch system, but not for longer than the limit."""
+        limit = time.monotonic() + limit_s
+        while self.process is not None and time.monotonic() < limit:
+            time.sleep(0.01)
+            self.end()
+
+    def close(self) -> None:
+        """End the program that asks, if one still runs."""
+        if self.process is not None:
+            self.process.kill()
+
+    def _ask(self, now: float) -> None:
+        self.asked_at, self.ask_at = now, now + random.uniform(1.0, 1.5) * ASK_AGAIN_S * 2 ** min(self.unanswered, 4)
+        try:
+            self.answer = tempfile.TemporaryFile()      # noqa: SIM115 (a pipe may be full before anybody reads it)
+            self.process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, stdout=self.answer,
+                                            stderr=subprocess.STDOUT, env=self.environ)
+        except OSError as error:
+            self._learn(None, "%s: %s" % (self.words[0], error.strerror))
+
+    def _take_answer(self) -> None:
+        assert self.process is not None
+        why = "%s does not answer" % self.words[0] if self.process.poll() is None else ""
+        self.close()
+        self.process = None
+        with self.answer:       # the exit status says nothing: a worker waits for all of its children, this one too
+            self.answer.seek(0)
+            text = self.answer.read().decode("utf-8", "replace")
+        end = slurm_end(text) if self.system == "Slurm" else pbs_end(text, time.time(), self.suspended_s)
+        self._learn(end, why or (text.strip() or self.words[0] + " says nothing").splitlines()[-1])
+
+    def _learn(self, end: Optional[float], why: str) -> None:
+        """Take over the end of the job; None: it stays unknown, and *why*. Tell the user what is new."""
+        self.unanswered = self.unanswered + 1 if end is None else 0
+        if end is None:
+            if self.unanswered == 1:
+                self.say("%s does not say when this job ends (%s): it is asked again later; --until TIME says it" % (
+                    self.system, why))
+            return
+        self.end_s, self.ask_at = end, math.inf
+        if end not in (math.inf, self.told_s):
+            self.told_s = end
+            self.say("the job ends at " + time.strftime("%F %T", time.localtime(end)))
+
+
+def default_jobs(environ: Mapping[str, str]) -> int:
+    """For how many commands at a time the batch job has cores, as far as its environment says; else 1."""
+    cores = environ.get("NCPUS" if environ.get("PBS_JOBID") else "SLURM_CPUS_PER_TASK", "")
+    return min(max(int(cores), 1), MAX_JOBS) if cores.isdecimal() else 1
+
+
+def job_warnings(environ: Mapping[str, str], jobs: int) -> Iterator[str]:
+    """What is wrong with how a worker was started in its batch job, each with what to do."""
+    system, _ = batch_system(environ)
+    if not system:
+        return
+    nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
+    if nodes != "1" and not environ.get("SLURM_STEP_ID"):
+        yield "the job has %s nodes, and this worker uses one: start it by 'srun -c %d python3 ...'" % (nodes, jobs)
+    elif environ.get("SLURM_TASK_PID") == str(os.getppid()) and not os.isatty(0):
+        # Slurm signals this process alone. A shell dies of the signal or waits, and passes nothing on.
+        yield ("Slurm signals only the shell that started this worker, which is then killed without warning: write "
+               "'exec python3 ...' there")
+    cores = len(os.sched_getaffinity(0))
+    if cores < jobs:
+        yield "%d commands at a time share %s: %s" % (jobs, count_text(cores, "core"), (
+            "give -c %d to sbatch, and to srun too, or -j %d here" if system == "Slurm" else
+            "ask for %d in the job, or give -j %d here") % (jobs, cores))
 
 
 def moment_of(text: str, now: float) -> float:
@@ -11740,10 +11863,15 @@ def own_threads() -> int:
 def check_job() -> Iterator[Finding]:
     """Whether a worker knows when the batch job ends, and whether workers left reports that they could not send."""
     now = time.time()
-    if os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"):
-        end = job_end(os.environ, now)
+    sentences: List[str] = []
+    job = BatchJob(os.environ, sentences.append)
+    job.wait(ANSWER_S + 1.0)
+    if job.system:
+        end = job.end_s
         if end is None:
-            yield Finding(WARN, "job", "the batch system does not say when it ends: tell 'work' by --until")
+            yield Finding(WARN, "job", sentences[0])
+        elif end == math.inf:
+            yield Finding(OK, "job", "has no time limit")
         elif end < now:
             yield Finding(WARN, "job", "it should have ended %s ago, so that workers take no task: look at "
                           "SLURM_JOB_END_TIME, or tell 'work' by --until" % duration_text(now - end))
@@ -12189,14 +12317,15 @@ def cmd_work(args: argparse.Namespace) -> int:
     farm's, a run is looked for in the farms of the files beside it. TASKFARM_FARM, of which farm a command is, is
     for verbs and scripts inside it: they find the server also when it has moved.
 
-    On SIGTERM, SIGINT, SIGHUP or SIGUSR1, and before the batch job ends, the worker ends its commands
-    and gives their tasks back. After a second signal it does so at once. Slurm signals the worker only
-    when it is started by exec or srun, as below.
+    On SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, and before the batch job ends, the worker
+    ends its commands and gives their tasks back. After a second signal it does so at once. Slurm signals
+    the worker only when it is started by exec or srun, as below.
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end, 8 its first commands all failed and other workers get on: what does this node lack?
-    9 too many commands failed: the first five, and nobody gets on, or as many as --max-fails says
+    before the end (0 with --leave-ok, if since the job ends), 8 its first commands all failed and other
+    workers get on: what does this node lack? 9 too many commands failed: the first five, and nobody gets
+    on, or as many as --max-fails says
 
     Failures within 10 s are kept back until a command ends otherwise or runs for 10 s. When the first
     five fail so, or fewer and no task waits, other workers tell why. If they get on, it is this node:
@@ -12210,8 +12339,9 @@ def cmd_work(args: argparse.Namespace) -> int:
       python3 taskfarm.py work sweep --lines params.txt -- ./sim {task} {line}
       python3 taskfarm.py work fits --grid lr=0.1,0.01 -- ./fit {lr}
       sbatch --array=1-50 -c 16 --wrap \\
-        "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
+        "exec python3 taskfarm.py work antarctica -- ./tile.sh {task}"
     """
+    args.jobs = args.jobs or default_jobs(os.environ)
     display = Display(args.quiet, os.environ)
     client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
     client.say = display.say
@@ -12239,17 +12369,20 @@ def cmd_work(args: argparse.Namespace) -> int:
             os.makedirs(args.log_dir, exist_ok=True)
         except OSError as error:
             raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
-    end = job_end(os.environ, time.time()) if args.until is None else args.until
+    job = BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
-                          end, args.log_dir or "", args.log_failed, args.max_fails)
+                          job.end, args.log_dir or "", args.log_failed, args.max_fails, args.leave_ok)
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
     worker = TaskRunner(client, run, template, options, display)
     display.show_run(run)
-    display.say("worker %s on %s: run %s, %d tasks, %d at a time%s" % (
-        worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs,
-        "; the job ends at %s" % time.strftime("%F %T", time.localtime(end)) if end else ""))
-    return worker.work()
+    display.say("worker %s on %s: run %s, %d tasks, %d at a time" % (
+        worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs))
+    for sentence in job_warnings(os.environ, args.jobs):
+        display.say("warning: " + sentence)
+    with contextlib.closing(job):
+        job.wait(1.0)           # so that no task is begun that does not fit
+        return worker.work()
 
 
 def open_parameters(args: argparse.Namespace) -> Optional[Parameters]:
@@ -13376,8 +13509,9 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
     parser.add_argument("run", metavar="RUN", help=CHANGED_RUN)
     parser.add_argument("-j", "--jobs", type=number_type(int, 1, MAX_JOBS, (
-        "a number from 1 to %d (for more commands at a time, start more workers)" % MAX_JOBS)), default=1, metavar="N",
-                        help="how many commands run at a time; by default 1")
+        "a number from 1 to %d (for more commands at a time, start more workers)" % MAX_JOBS)), metavar="N",
+                        help="how many commands run at a time; by default what the batch job has cores for "
+                        "(SLURM_CPUS_PER_TASK, NCPUS of PBS), else 1")
     add_parameter_options(parser.add_mutually_exclusive_group(), "values")
     parser.add_argument("--gpus-per-task", type=positive_number, metavar="K", help="show each command K GPUs of its "
                         "own, of those in CUDA_VISIBLE_DEVICES")
@@ -13391,6 +13525,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
                         "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
     parser.add_argument("--task-time", type=some_seconds, metavar="SECONDS", help="how long a task takes: the worker "
                         "begins none that would not end in time; by default it learns that from earlier tasks")
+    parser.add_argument("--leave-ok", action="store_true", help="exit with 0, not 7, when the worker leaves since its "
+                        "batch job ends: jobs that wait by afterok then start")
     parser.add_argument("--drain", action="store_true", help="on a signal, let the running commands finish")
     parser.add_argument("--max-fails", type=whole_number, metavar="N", help="stop when N commands of this worker have "
                         "failed, and let those that run finish; 0: never stop for failures. By default it stops "

@@ -14,7 +14,7 @@
     Commands            real commands: what they are given, how they fail, what ends them when the worker is killed
     Reporter            lost answers, a server that goes and comes, tasks that were taken away
     Worker              signals, the end of the job, what is given back, a terminal
-    Batch systems       the end of a job, as Slurm and PBS tell it
+    Batch systems       the end of a job, as Slurm and PBS tell it, and what was forgotten at its start
     Terminal            tables that fit, bars, rates with their range
     Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
@@ -37,6 +37,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import pickle
 import pwd
@@ -9716,7 +9717,7 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     assert counts(server, run) == (0, 0, 3, 0)
 
 
-def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
+def test_a_worker_leaves_before_its_job_ends(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 50)
     end, soon = str(int(time.time()) + 5), "taskfarm.STOP_EARLY_S = 0.5"
     output = Work(server, run, "-j", "2", "--grace", "1", "--", "sleep", "0.2", SLURM_JOB_END_TIME=end,
@@ -9726,8 +9727,25 @@ def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
     assert computing == failed == 0 < done
     Work(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
     assert counts(server, run) == (waiting, 0, done, 0)
-    output = Work(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000", tweak=soon).end(7)
-    assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
+    for option, status in ((), 7), (("--leave-ok",), 0):
+        output = Work(server, run, "--until", "+2", "--grace", "0.5", *option, "--", "sleep", "1000",
+                      tweak=soon).end(status)
+        assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
+    work = Work(server, run, "--until", "+4", "--grace", "0.5", "--drain", "--leave-ok", "--",
+                "sh", "-c", "touch '%s'; exec sleep 1000" % (tmp_path / "runs"), tweak=soon)
+    wait_until((tmp_path / "runs").exists)
+    work.end(7, signal.SIGUSR2)         # which is no planned end, although the job's end comes next
+
+
+def test_a_worker_does_not_wait_for_the_batch_system(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "qstat").write_text("#!/bin/sh\nuntil [ -e '%s/go' ]; do sleep 0.1; done\n"
+                                    "echo '  Resource_List.walltime = 1'\n" % tmp_path)
+    (tmp_path / "qstat").chmod(0o755)
+    run = new_run(server, 3)
+    environ = {"PBS_JOBID": "7", "NCPUS": "2", "PATH": str(tmp_path) + ":" + os.environ["PATH"]}
+    command = "[ {task} = 0 ] || { sleep 0.5; touch '%s/go'; exec sleep 1000; }" % tmp_path
+    output = Work(server, run, "--", "sh", "-c", command, tweak="taskfarm.COMPUTING_S = 0.1", **environ).end(7)
+    assert "2 at a time" in output and "the job ends at" in output and counts(server, run) == (2, 0, 1, 0)
 
 
 @pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
@@ -9740,7 +9758,7 @@ def test_a_worker_leaves_before_its_job_ends(server: Process) -> None:
 ])
 def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
                                                        ahead: int) -> None:
-    options = taskfarm.WorkOptions(16, 1e9, 5.0, False, True, None, None, "", False)
+    options = taskfarm.WorkOptions(16, 1e9, 5.0, False, True, None, lambda: math.inf, "", False)
     work = taskfarm.TaskRunner(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x", "numDone": 0},
                              taskfarm.Template(["true"], "x"), options, taskfarm.Display(False, {}))
     work.mean_s, work.finished = mean_s, finished
@@ -9793,26 +9811,35 @@ def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             (tmp_path / name).chmod(0o755)
 
         def end(**environ: str) -> Optional[float]:
-            return taskfarm.job_end(environ, 1000.0)
+            said.clear()
+            job = taskfarm.BatchJob(dict(environ, PATH=os.environ["PATH"]), said.append)
+            job.wait(20)
+            return job.end_s
 
-        assert end() is None and end(SLURM_JOB_END_TIME="1800000000") == 1800000000
-        program("squeue", 'echo "$@" > %s/asked; echo 2026-11-23T19:59:03' % tmp_path)
+        said: List[str] = []
+        assert end() == math.inf and not said
+        assert end(SLURM_JOB_ID="7", SLURM_JOB_END_TIME="1800000000") == 1800000000 and "the job ends at" in said[0]
+        program("scontrol", 'echo "$@" > %s/asked; date -d @1795431543 "+   EndTime=${SLURM_TIME_FORMAT:-%%c} x=1"'
+                % tmp_path)
         local = 1795431543.0        # 2026-11-23T10:59:03Z
-        assert end(SLURM_JOB_ID="7") == local
+        assert end(SLURM_JOB_ID="7", SLURM_TIME_FORMAT="relative") == local
+        assert said == ["the job ends at 2026-11-23 19:59:03"]
         assert end(SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3") == local
-        assert "-j 7_3 " in (tmp_path / "asked").read_text()
-        program("squeue", "exit 1")
-        program("scontrol", "echo '   StartTime=2026-11-23T18:00:00 EndTime=2026-11-23T19:59:03 Deadline=N/A'")
-        assert end(SLURM_JOB_ID="7") == local
+        assert (tmp_path / "asked").read_text() == "show job 7_3\n"
         program("scontrol", "echo EndTime=Unknown")
-        assert end(SLURM_JOB_ID="7") is None
+        assert end(SLURM_JOB_ID="7") == math.inf and not said
+        program("scontrol", "echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1")
+        assert end(SLURM_JOB_ID="7") is None and "timed out" in said[0] and "--until" in said[0]
+        assert end(LSB_JOBID="7") is None and "--until" in said[0] and end(SGE_TASK_ID="undefined") is None
         for text, expected in (
                 ("    Resource_List.walltime = 02:00:00\n    stime = Mon Nov 23 17:59:03 2026\n    etime = x\n", local),
                 ("    Resource_List.walltime = 02:00:00\n    start_time = Mon Nov 23 17:59:03 2026\n", local),
                 ("    resources_used.walltime = 00:30:00\n    Resource_List.walltime = 02:00:00\n", 1000 + 5400.0),
-                ("    Resource_List.ncpus = 2\n", None), ("", None)):
-            program("qstat", "cat <<'END'\nJob Id: 1.host\n%sEND" % text)
-            assert end(PBS_JOBID="1.host") == expected
+                ("    Resource_List.ncpus = 2\n", math.inf), ("qstat: cannot connect to server head", None),
+                ("    Resource_List.walltime = soon\n", None)):
+            assert taskfarm.pbs_end("Job Id: 1.host\n" + text, 1000.0 if "used" in text else local, 0.0) == expected
+        program("qstat", "echo qstat: cannot connect to server head >&2; exit 1")
+        assert end(PBS_JOBID="1.host") is None and "cannot connect" in said[0]
         now = local - 3600
         for text, moment in (("+90", now + 90), ("19:59", local - 3), ("18:59", local - 3603 + 86400),
                              ("2026-11-23T19:59:03", local), ("2026-11-23T10:59:03Z", local)):
@@ -9823,6 +9850,63 @@ def test_the_end_of_a_job_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_the_end_of_a_job_is_asked_again(tmp_path: Path) -> None:
+    def answer(text: str) -> None:
+        (tmp_path / "qstat").write_text("#!/bin/sh\n%s\n" % text)
+        (tmp_path / "qstat").chmod(0o755)
+
+    def end_after(seconds: float, suspended: bool = False) -> float:
+        job.asked_at -= seconds
+        job.ask_at -= seconds
+        job.looked_at -= seconds * suspended
+        job.end()
+        if job.process is not None:
+            job.process.wait(20)
+        return job.end()
+
+    said: List[str] = []
+    answer("exec sleep 1000")
+    job = taskfarm.BatchJob({"PBS_JOBID": "7", "PATH": str(tmp_path) + ":" + os.environ["PATH"]}, said.append)
+    hanging = job.process
+    job.asked_at -= taskfarm.ANSWER_S
+    assert job.end() == math.inf and len(said) == 1 and "qstat does not answer" in said[0]
+    assert hanging is not None and hanging.wait(20) == -signal.SIGKILL
+    started = time.time() // 1 - 7000
+    shown = "echo '  stime = %s\n  Resource_List.walltime = 1:00:00'\n" % time.strftime(
+        "%a %b %d %H:%M:%S %Y", time.localtime(started))
+    answer(shown)
+    assert end_after(30) == math.inf
+    assert end_after(70) == started + 3600 and len(said) == 2 and "the job ends at" in said[1]
+    assert end_after(7000) == started + 3600 and len(said) == 2
+    answer(shown + "echo '  resources_used.walltime = 0'")
+    assert abs(end_after(7000, suspended=True) - started - 7000 - 3600) < 60, "all of its time is left"
+    answer("exit 1")
+    assert end_after(7000, suspended=True) == math.inf, "the former end has passed, and a worker would leave"
+    job.close()
+
+
+def test_what_was_forgotten_at_the_start_of_a_job_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warnings(jobs: int = 1, **environ: str) -> List[str]:
+        return list(taskfarm.job_warnings(environ, jobs))
+
+    cores, parent = len(os.sched_getaffinity(0)), str(os.getppid())
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    assert warnings(cores + 1, SLURM_TASK_PID=parent) == [], "this is no job"
+    assert warnings(cores, SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="1", SLURM_TASK_PID=str(os.getpid())) == []
+    assert warnings(cores, SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="2", SLURM_STEP_ID="0") == []
+    (exec_,) = warnings(SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="1", SLURM_TASK_PID=parent)
+    (srun,) = warnings(SLURM_JOB_ID="1", SLURM_JOB_NUM_NODES="2", SLURM_TASK_PID=parent)
+    (slurm,) = warnings(cores + 1, SLURM_JOB_ID="1")
+    (pbs,) = warnings(cores + 1, PBS_JOBID="1")
+    assert "'exec python3" in exec_ and "'srun -c 1" in srun
+    assert "-c %d" % (cores + 1) in slurm and "-c" not in pbs and "-j %d" % cores in pbs
+    for environ, jobs in (({}, 1), ({"SLURM_CPUS_PER_TASK": "16"}, 16), ({"PBS_JOBID": "1", "NCPUS": "3"}, 3),
+                          ({"NCPUS": "3"}, 1)):
+        assert taskfarm.default_jobs(environ) == jobs
 
 
 # ---------------------------------------------------------------- DOCTOR
