@@ -8769,6 +8769,8 @@ class Launcher:
 
 def leave_terminal() -> None:
     """Give up the terminal, for commands as well. It still shows what is written, and Ctrl-C comes through."""
+    if os.getsid(0) == os.getpid():
+        return              # the whole session would lose it, and be told with SIGHUP
     with contextlib.suppress(OSError):
         terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
         try:
