@@ -8641,10 +8641,8 @@ class Watchdog:
 
     def close(self) -> None:
         """End the process. It ends no commands then."""
-        with contextlib.suppress(BrokenPipeError):      # it was killed
+        with contextlib.suppress(OSError):      # it was killed
             os.write(self.writer, b"\0")
-        os.close(self.writer)
-        with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
 
@@ -8654,7 +8652,7 @@ def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, by
     for name in ("TASKFARM_USER", "TASKFARM_PASSWORD", "TASKFARM_TOKEN"):       # a command may show its environment
         environ.pop(name, None)
     if not environ.get("TASKFARM_URL"):
-        # The address came from the access file. `progress` reads that again: it may change while a command runs.
+        # The address came from the access file. Verbs read that again: it may change while a command runs.
         environ.update(TASKFARM_URL=access.url, TASKFARM_FARM=access.farm)
     return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
@@ -9742,7 +9740,9 @@ class TaskRunner:
 
     def _read_progress(self, now: float) -> None:
         """Report what running commands have written into their files of progress."""
-        files = set(os.listdir(self.progress_folder)) if self.progress_folder else ()
+        files: Set[str] = set()
+        with contextlib.suppress(OSError):      # there may be none, or somebody has tidied up
+            files.update(os.listdir(self.progress_folder or os.devnull))
         for command in self.running.values() if files else ():
             path = self.launcher.progress_path(command)
             line = last_line(tail_of(path)) if os.path.basename(path) in files else ""
@@ -11695,7 +11695,7 @@ def cmd_work(args: argparse.Namespace) -> int:
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
-    """report from inside a task's command how far it is
+    """write, inside a task's command, how far it is
 
     For commands that `work` runs. It writes the number into the file $TASKFARM_PROGRESS, as
     'echo 50 > $TASKFARM_PROGRESS' does in a shell; the worker reads it every second. Where that cannot be
@@ -12738,8 +12738,9 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
                         "and has failed")
     parser.add_argument("--grace", type=some_seconds, default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
                         "SIGKILL to a command; by default 5. Choose less than the batch system gives")
-    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
-    parser.add_argument("--log-failed", action="store_true", help="keep the output of failed tasks alone")
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log, of its "
+                        "second attempt in DIR/N.2.log")
+    parser.add_argument("--log-failed", action="store_true", help="keep the output of failed attempts alone")
     parser.add_argument("--until", type=time_argument, metavar="TIME", help="leave before 17:30, "
                         "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
     parser.add_argument("--task-time", type=some_seconds, metavar="SECONDS", help="how long a task takes: the worker "

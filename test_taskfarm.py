@@ -1249,7 +1249,7 @@ def test_only_the_store_speaks_sql() -> None:
     ("argparse", {"VERBS", "UPKEEP", "COMMAND LINE"}),
     ("socket", {"SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}),
     ("hashlib", {"LOGIN", "TLS"}), ("ssl", {"TLS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
-    ("fcntl", {"FILE"}),
+    ("fcntl", {"FILE", "COMMANDS"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
 ])
