@@ -9229,6 +9229,7 @@ class TaskRunner:
         self.to_end: Set[int] = set()       # process ids of commands that get SIGTERM in the next turn
         self.wake_at = 0.0                  # tick of the next call of _do_timed_work
         self.look_at = 0.0                  # tick of the next look at the progress of commands
+        self.ignores_progress = False       # some was no number, and the user was told
         self.start_after = 0.0              # tick: the system had no room for another process
         self.signals = 0
         self.signals_handled = 0
@@ -9753,8 +9754,10 @@ class TaskRunner:
                 if not 0 <= percent <= 100:
                     raise ValueError
             except ValueError:
-                self.display.say_once("no number from 0 to 100 is in $TASKFARM_PROGRESS of a command: such progress is "
-                                      "ignored, as that of task %d: %s" % (command.task, cut(line, 40)))
+                if not self.ignores_progress:
+                    self.display.say("no number from 0 to 100 is in $TASKFARM_PROGRESS of a command: such progress is "
+                                     "ignored, as that of task %d: %s" % (command.task, cut(line, 40)))
+                self.ignores_progress = True
                 continue
             if percent != command.percent and command.kill_at == math.inf:
                 command.percent, command.reported = percent, True
