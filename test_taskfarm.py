@@ -9045,6 +9045,18 @@ def test_what_a_given_back_command_has_left_running_is_ended(server: Process, tm
     assert not alive(int((tmp_path / "left").read_text())) and counts(server, run) == (1, 0, 0, 0)
 
 
+def test_a_failure_of_which_something_still_runs_is_given_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--grace", "1000", "--", "sh", "-c", "trap '' TERM; sleep 1000 & echo $$ > %s/new; "
+                "mv %s/new %s/shell; exit 5" % ((tmp_path,) * 3), tweak="taskfarm.SAME_SIGNAL_S = 0")
+    wait_until(lambda: (tmp_path / "shell").exists() and not alive(int((tmp_path / "shell").read_text())))
+    time.sleep(taskfarm.CONFIRM_S)      # by its age alone it would be confirmed
+    work.process.terminate()
+    wait_until(lambda: "stopping" in work.shown())
+    work.end(7, signal.SIGTERM)
+    assert counts(server, run) == (1, 0, 0, 0)
+
+
 def test_an_end_that_is_not_confirmed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 30)
     work = Work(server, run, "--log-dir", str(tmp_path), "--", "true", tweak="taskfarm.CONFIRM_S = 1000")
