@@ -194,6 +194,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -201,6 +202,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import uuid
+import warnings
 import weakref
 from collections import Counter, deque
 from decimal import Decimal
@@ -208,8 +210,8 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import (
-    Any, Callable, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
-    Tuple, Type, Union)
+    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Set, Tuple, Type, Union)
 
 __version__ = "1.2.0"
 __all__ = ["tfRuns", "TaskFarm", "TaskFarmWorker", "FarmError", "Conflict", "NotFound", "Unreachable"]
@@ -8270,10 +8272,10 @@ WORKER_RETRY_S = 900.0              # a worker retries a request for so long,
 SCRIPT_RETRY_S = 30.0               # and a script when it starts
 
 
-def register(client: Client, worker: str) -> None:
+def register(client: Client, worker: str, pid: int = 0, lease_s: int = LEASE_S) -> None:
     """Register a worker of this process, with a lease. A worker that has expired or signed off is alive again."""
-    client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": os.getpid(),
-                                       "lease": LEASE_S})
+    client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": pid or os.getpid(),
+                                       "lease": lease_s})
 
 
 class Heartbeat:
@@ -8578,8 +8580,9 @@ class TaskFarmWorker(TaskFarm):
 # Template.variables where tasks differ in it. For another source of parameters: a class like Grid, and its option.
 
 MAX_JOBS = 5000                     # commands that run at the same time, in one worker
-STARTUP_S = 0.1                     # a command that was being started has its environment after so long
-ERROR_TAIL = 8192                   # bytes of a command's error output in which its last line is looked for
+TAIL_LIMIT = 8192                   # bytes at the end of a command's output in which its last line is looked for
+
+WATCHDOG_PATIENCE_S = 60            # with commands that SIGKILL does not end, and then with the farm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
                 signal.SIGUSR2, signal.SIGXCPU)     # LSF and SGE send these two before a job's end
@@ -9006,25 +9009,42 @@ def count_memory_kills() -> int:
     return 0
 
 
+def last_line(text: bytes) -> str:
+    """The last line that is not empty, without control characters; "" when there is none."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text.decode("utf-8", "replace"))]
+    last = next((line for line in reversed(lines) if line), "")
+    return "".join(letter if letter.isprintable() else " " for letter in last)
+
+
+def tail_of(path: str) -> bytes:
+    """The last bytes of a file; b"" when it cannot be read, or is no file."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a pipe without a writer would be waited for
+        with open(descriptor, "rb") as file:
+            size = os.fstat(descriptor).st_size
+            return os.pread(file.fileno(), TAIL_LIMIT, max(0, size - TAIL_LIMIT))
+    return b""
+
+
 class Command:
     """The command of a task, from its start until its end is reported."""
     def __init__(self, task: int, attempt: int, slot: Optional[int], started: float) -> None:
         self.task, self.attempt = task, attempt
         self.slot = slot            # None once another command may have it
-        self.pid = 0                # also the id of its process group
+        self.pid = 0                # also the id of its session and of its process group
         self.started = started      # tick
         self.elapsed_s = 0.0        # once it has ended
         self.usage: Optional[resource.struct_rusage] = None     # likewise; None when it could not be started
         self.kills_before = count_memory_kills()
         self.reported = False       # as computing
+        self.percent: Optional[float] = None    # of its last progress
         self.pipes: Dict[int, int] = {}         # our ends of its output, each with 1 or 2
         self.watched = False        # whether the selector knows the pipes
-        self.tail = b""             # the last bytes of its error output
-        self.log = -1               # descriptor of the open log
-        self.log_path = ""
+        self.tail = b""             # the last bytes of its error output, where that comes through a pipe
+        self.log_path = ""          # of the file that has all its output; "" for none
         self.status: Optional[int] = None       # from waitpid, once it has ended
-        self.end_reason = ""        # why we end it: "timeout", "stopping" or "lost"; "unread": nobody reads its output
-        self.kill_at = 0.0          # tick at which its process group gets SIGKILL
+        self.end_reason = ""        # why its status does not count: "timeout", "stopping", "lost", "unread" output
+        self.kill_at = math.inf     # tick at which SIGKILL ends what is left of its session; inf: nothing is ended
 
     @property
     def signal_number(self) -> int:
@@ -9068,16 +9088,8 @@ class Command:
         return dict(found, log=path) if 0 < len(path) <= LOG_LIMIT else found
 
     def error_line(self) -> str:
-        """The last line of the error output that is not empty, without control characters."""
-        lines = [line.strip() for line in re.split(r"[\r\n]+", self.tail.decode("utf-8", "replace"))]
-        last = next((line for line in reversed(lines) if line), "")
-        return "".join(letter if letter.isprintable() else " " for letter in last)[:MESSAGE_LIMIT]
-
-    def close_log(self) -> None:
-        """Close the log, if there is an open one."""
-        if self.log >= 0:
-            os.close(self.log)
-            self.log = -1
+        """The last line of its error output, or of its log."""
+        return last_line(self.tail or (tail_of(self.log_path) if self.log_path else b""))[:MESSAGE_LIMIT]
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -9091,78 +9103,107 @@ def signal_group(group: int, number: int) -> bool:
         return True
 
 
+def signal_commands(pids: Collection[int], number: int) -> Set[int]:
+    """Send a signal to all processes of commands, and give those commands that had any; 0 sends none.
+
+    A command is all of its session: timeout(1), mpirun and some shells put their children into process groups of
+    their own. One look at all processes of the machine takes 3 ms for each 1000, so it serves all commands.
+    """
+    if not pids:
+        return set()
+    groups: Dict[int, int] = {}         # process group: command
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else map(str, pids):
+        with contextlib.suppress(ValueError, OSError):      # it is no process, or has ended meanwhile
+            pid = int(name)
+            session, group = os.getsid(pid), os.getpgid(pid)
+            command = session if session in pids else group
+            if command in pids and not has_ended(pid):
+                groups[group] = command
+    for group in groups:
+        signal_group(group, number)
+        if number == signal.SIGTERM:
+            signal_group(group, signal.SIGCONT)     # a stopped process would not get the other
+    return set(groups.values())
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process waits for its parent alone, which in some containers never comes."""
+    with contextlib.suppress(FileNotFoundError), open("/proc/%d/stat" % pid, "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in b"ZX"
+    return os.path.isdir("/proc/self")
+
+
 class Watchdog:
     """A small process that ends the commands when the worker is killed and cannot do so itself.
 
-    It sleeps on a pipe that closes when the worker ends, for whatever reason. It then reads from shared
-    memory which process groups run, so nothing is sent to it while tasks come and go. (PR_SET_PDEATHSIG
-    needs code between fork and exec, which doubles the cost of each start.)
+    It sleeps on a pipe that closes when the worker ends, for whatever reason. It then reads from shared memory which
+    commands run, so nothing is sent to it while tasks come and go, and ends them. Then it calls *afterwards*.
+
+    A worker that is killed in the midst of a start leaves that command running: its process id is not noted yet. That
+    is half a millisecond of each start, less than the time for which it could be missed. (A search for an environment
+    variable would find it, but neither what runs in a container nor what `env -i` has begun. PR_SET_PDEATHSIG needs
+    code between fork and exec, which doubles the cost of each start.)
     """
-    def __init__(self, jobs: int, grace_s: float, worker: str) -> None:
-        self.worker, self.session = worker, os.getsid(0)
-        self.groups = mmap.mmap(-1, 4 * jobs)       # an int for each slot; see `note_group` and `note_start`
+    def __init__(self, jobs: int, grace_s: float, afterwards: Callable[[], None]) -> None:
+        self.jobs, self.grace_s, self.afterwards = jobs, grace_s, afterwards
+        self.commands = mmap.mmap(-1, 4 * jobs)     # an int for each slot, see `note_group`
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, or another when it was killed. Raises OSError."""
         reader, self.writer = os.pipe()
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)     # a later one is forked beside the reporter
+            self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.close(self.writer)
-                self._watch(reader, jobs, grace_s)
+                self._watch(reader)
             finally:
                 os._exit(0)
         os.close(reader)
 
-    def _watch(self, reader: int, jobs: int, grace_s: float) -> None:
+    def _watch(self, reader: int) -> None:
         os.setsid()
+        signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
-            file.write("taskfarm-watch")
-        os.closerange(3, reader)        # connections that were open at the fork
-        os.closerange(reader + 1, 256)
+        self._name_process("taskfarm-watchdog of %d" % os.getppid())
         null = os.open(os.devnull, os.O_RDWR)       # a reader of the worker's output must see its end
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        while os.read(reader, 1):
-            pass
-        noted = struct.unpack("%di" % jobs, self.groups)
-        groups = [group for group in noted if group > 0]
-        starting = [-1 - note for note in noted if note < 0]
-        if starting:
-            time.sleep(STARTUP_S)
-            groups += self._find_groups(starting)
-        for group in groups:
-            signal_group(group, signal.SIGTERM)
-        end = time.monotonic() + grace_s
-        while time.monotonic() < end and any(signal_group(group, 0) for group in groups):
+        os.dup2(reader, 3)          # all others were the worker's
+        os.closerange(4, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2 ** 20))
+        if os.read(3, 1):
+            return
+        left = set(struct.unpack("%di" % self.jobs, self.commands)) - {0}
+        end = time.monotonic() + self.grace_s
+        left = signal_commands(left, signal.SIGTERM)
+        while left and time.monotonic() < end + WATCHDOG_PATIENCE_S:
             time.sleep(0.05)
-        for group in groups:
-            signal_group(group, signal.SIGKILL)
+            left = signal_commands(left, signal.SIGKILL if time.monotonic() > end else 0)
+        signal.alarm(WATCHDOG_PATIENCE_S)
+        if not left:
+            self.afterwards()
 
-    def _find_groups(self, tasks: Sequence[int]) -> List[int]:
-        """The process groups of tasks whose commands were being started, by their environment (proc(5))."""
-        wanted = [{b"TASKFARM_WORKER=" + self.worker.encode(), b"TASKFARM_TASK=%d" % task} for task in tasks]
-        groups = []
-        for path in glob.glob("/proc/[0-9]*/environ"):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                variables = set(file.read().split(b"\0"))
-                pid = int(path.split("/")[2])
-                if any(pair <= variables for pair in wanted) and (
-                        os.getpgid(pid), os.getsid(pid)) == (pid, self.session):
-                    groups.append(pid)
-        return groups
+    def _name_process(self, name: str) -> None:
+        """Show the name in ps, in place of the worker's: who kills all processes of that name means the worker."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open("/proc/self/comm", "w") as file:
+                file.write("taskfarm-watch")
+            with open("/proc/self/stat") as file:
+                begin, end = (int(field) for field in file.read().rpartition(")")[2].split()[45:47])    # proc(5)
+            with open("/proc/self/mem", "r+b", 0) as memory:
+                memory.seek(begin)
+                memory.write(name.encode()[:end - begin - 1].ljust(end - begin, b"\0"))
 
     def note_group(self, slot: int, group: int) -> None:
-        """A process group runs in the slot; 0: none does."""
-        struct.pack_into("i", self.groups, 4 * slot, group)
-
-    def note_start(self, slot: int, task: int) -> None:
-        """The command of the task is about to be started in the slot. Its process group is not known yet."""
-        self.note_group(slot, -1 - task)
+        """A command, whose process id is that of its group and session, runs in the slot; 0: none does."""
+        struct.pack_into("i", self.commands, 4 * slot, group)
 
     def close(self) -> None:
-        """End the watchdog. It ends the commands that still run."""
-        os.close(self.writer)
-        with contextlib.suppress(ChildProcessError):
+        """End the process. It ends no commands then."""
+        with contextlib.suppress(OSError):      # it was killed
+            os.write(self.writer, b"\0")
             os.waitpid(self.pid, 0)
 
 
@@ -9175,18 +9216,45 @@ def command_environment(access: Access, run: str, worker: str) -> Dict[bytes, by
     return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
 
-class Launcher:
-    """Starts commands, each in a process group of its own."""
-    SPAWN_OPTIONS: Dict[str, Any] = {
-        "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}      # signals that Python ignores
+def take_log_folder(folder: str, run: str) -> str:
+    """Make the folder for the logs of a run, and mark it with the run; its absolute path.
 
+    Raises Refusal when it has logs of another run, since tasks of both have the same numbers.
+    """
+    mark = os.path.join(folder, ".taskfarm-run")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.symlink(run, mark)       # in one step: no other worker finds half a mark
+        other = os.readlink(mark)
+    except OSError as error:
+        raise Refusal("the folder %s cannot be made: %s" % (folder, error.strerror))
+    if other != run:
+        raise Refusal("%s has the logs of run %s: name another folder (or remove %s)" % (folder, other, mark))
+    return os.path.abspath(folder)
+
+
+class Launcher:
+    """Starts commands, each in a session of its own: none can stop to ask something at the worker's terminal.
+
+    And batch systems that signal the processes of a session one by one, as PBS does, signal the worker alone.
+    """
     def __init__(self, template: Template, environ: Dict[bytes, bytes], watchdog: Watchdog, log_dir: str,
-                 on_terminal: bool) -> None:
+                 progress_folder: str, on_terminal: bool) -> None:
         self.template, self.environ, self.watchdog, self.log_dir = template, environ, watchdog, log_dir
-        # The error output comes through a pipe, also where there is a log: its last line is the message of a failure.
+        self.progress_folder = progress_folder      # "" for none
+        # Without a log the error output comes through a pipe: its last line is the message of a failure.
         # The standard output (1) does so on a terminal, where it is written above the bar.
-        self.piped = (1, 2) if on_terminal and not log_dir else (2,)
+        self.piped = () if log_dir else (1, 2) if on_terminal else (2,)
         self.by_shell = False       # every task runs a script without #!
+        self.spawn_options: Dict[str, Any] = {"setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}    # Python ignores them
+        try:
+            os.posix_spawn("/", ["/"], {}, setsid=True)
+        except NotImplementedError:         # a Python that was built for a libc before 2.26, as some of conda's
+            self.spawn_options["setpgroup"] = 0
+            leave_terminal()
+        except OSError:
+            self.spawn_options["setsid"] = True
 
     def start(self, task: int, attempt: int, slot: int, discard_output: bool) -> Command:
         """Start the command of a task; *discard_output*: nobody reads the standard output.
@@ -9200,10 +9268,12 @@ class Launcher:
             words = self.template.arguments(task, attempt, slot)
             for name, value in self.template.variables(task, attempt, slot).items():
                 self.environ[os.fsencode(name)] = os.fsencode(value)
+            self.environ[b"TASKFARM_PROGRESS"] = os.fsencode(self.progress_path(command) or os.devnull)
             if self.log_dir:
-                command.log_path = os.path.join(self.log_dir, "%d.log" % task)
-                command.log = self._open_log(command.log_path)
-                actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
+                # Both streams go straight into it, in their order. What a command leaves running can still write.
+                command.log_path = os.path.join(self.log_dir, "%d%s.log" % (task, ".%d" % attempt * (attempt > 1)))
+                write_ends.append(self._open_log(command.log_path))
+                actions += [(os.POSIX_SPAWN_DUP2, write_ends[0], target) for target in (1, 2)]
             elif discard_output:
                 actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
             for target in self.piped:
@@ -9212,19 +9282,20 @@ class Launcher:
                 write_ends.append(write_end)
                 os.set_blocking(read_end, False)
                 actions.append((os.POSIX_SPAWN_DUP2, write_end, target))
-            self.watchdog.note_start(slot, task)
             command.pid = self._spawn(words, actions)
+            self.watchdog.note_group(slot, command.pid)
         except BaseException:
-            self.watchdog.note_group(slot, 0)
             for read_end in command.pipes:
                 os.close(read_end)
-            command.close_log()
             raise
         finally:
             for write_end in write_ends:
                 os.close(write_end)
-        self.watchdog.note_group(slot, command.pid)
         return command
+
+    def progress_path(self, command: Command) -> str:
+        """The file into which the command may write how far it is, in percent; "" for none."""
+        return self.progress_folder and "%s/%d.%d" % (self.progress_folder, command.task, command.attempt)
 
     def _open_log(self, path: str) -> int:
         try:
@@ -9237,7 +9308,7 @@ class Launcher:
     def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
         try:
             if not self.by_shell:
-                return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.SPAWN_OPTIONS)
+                return os.posix_spawnp(words[0], words, self.environ, file_actions=actions, **self.spawn_options)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
@@ -9250,7 +9321,19 @@ class Launcher:
             self.by_shell = self.template.same_program
         # Every shell runs a script without #! with sh, and so do we.
         return os.posix_spawnp(b"/bin/sh", [b"/bin/sh"] + words, self.environ, file_actions=actions,
-                               **self.SPAWN_OPTIONS)
+                               **self.spawn_options)
+
+
+def leave_terminal() -> None:
+    """Give up the terminal, for commands as well. It still shows what is written, and Ctrl-C comes through."""
+    if os.getsid(0) == os.getpid():
+        return              # the whole session would lose it, and be told with SIGHUP
+    with contextlib.suppress(OSError):
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        try:
+            fcntl.ioctl(terminal, termios.TIOCNOTTY)
+        finally:
+            os.close(terminal)
 
 
 # ---------------------------------------------------------------- REPORTER
@@ -9521,6 +9604,7 @@ def send_unsent(client: Client, run: str, worker: str, reports: List[Dict[str, A
 CLAIM_AHEAD_S = 1.5                 # tasks for so many seconds of work are claimed ahead, at most
 CLAIM_AHEAD_LIMIT = 4000            # tasks claimed ahead, at most: a worker may hold 10 000
 UNUSED_S = 5.0                      # a claimed task that was not started by then is given back
+PROGRESS_S = 1.0                    # between two looks at the progress of commands, and at the clock while some run
 COMPUTING_S = 1.0                   # a command that runs longer is reported as computing
 PIPES_S = 0.05                      # the pipes of a command that runs longer are watched
 GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
@@ -9752,7 +9836,7 @@ class TaskRunner:
     def __init__(self, client: Client, run: Dict[str, Any], template: Template, options: WorkOptions,
                  display: Display) -> None:
         self.client, self.run, self.template, self.options, self.display = client, run, template, options, display
-        self.uuid = secrets.token_hex(16)
+        self.uuid, self.pid = secrets.token_hex(16), os.getpid()
         # Tasks and commands, in the order in which they go through these
         self.ready: "deque[Tuple[int, int]]" = deque()      # (task, attempt): claimed and not started
         self.ready_since = 0.0
@@ -9773,7 +9857,10 @@ class TaskRunner:
         self.claim_at = 0.0                 # tick of the next claim after it
         self.finished_at_claim = 0          # `finished` when the last claim was made
         # Time and signals
+        self.to_end: Set[int] = set()       # process ids of commands that get SIGTERM in the next turn
         self.wake_at = 0.0                  # tick of the next call of _do_timed_work
+        self.look_at = 0.0                  # tick of the next look at the progress of commands
+        self.ignores_progress = False       # some was no number, and the user was told
         self.start_after = 0.0              # tick: the system had no room for another process. inf: see FirstEnds
         self.signals = 0
         self.signals_handled = 0
@@ -9795,13 +9882,17 @@ class TaskRunner:
         for descriptor in (self.wake_in, self.wake_out):
             os.set_blocking(descriptor, False)
         self.selector.register(self.wake_in, selectors.EVENT_READ)
+        self.progress_folder = ""
+        with contextlib.suppress(OSError):      # a full disk: tasks are done without
+            self.progress_folder = tempfile.mkdtemp(prefix="taskfarm-")
         try:
-            self.watchdog = Watchdog(self.options.jobs, self.options.grace_s, self.uuid)
+            self.watchdog = Watchdog(self.options.jobs, self.options.grace_s, self._after_death)
         except OSError as error:
+            shutil.rmtree(self.progress_folder, ignore_errors=True)
             raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         environ = command_environment(self.client.access, self.run["uuid"], self.uuid)
         self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir,
-                                 self.display.screen.terminal)
+                                 self.progress_folder, self.display.screen.terminal)
         self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
         self.client.meanwhile = "; commands go on meanwhile"
@@ -9816,8 +9907,22 @@ class TaskRunner:
             while self.status is None:
                 self._turn()
         finally:
-            self._finish(self.reporter.close())
+            try:
+                self._finish(self.reporter.close())
+            finally:
+                shutil.rmtree(self.progress_folder, ignore_errors=True)
+                self.watchdog.close()
         return self.status
+
+    def _after_death(self) -> None:
+        """Let the tasks of this killed worker wait again. The watchdog calls it, when no command runs any more.
+
+        The lease is shortened. A sign-off would count no loss, and a task that kills its workers would go round
+        for ever.
+        """
+        shutil.rmtree(self.progress_folder, ignore_errors=True)
+        with contextlib.closing(Client(self.client.find, WATCHDOG_PATIENCE_S, LAST_REPORTS_S)) as client:
+            register(client, self.uuid, self.pid, lease_s=1)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):      # a full pipe wakes too
@@ -9846,8 +9951,13 @@ class TaskRunner:
             self._judge_first_ends(now)
         if not self.running and not self.ending and not self.unconfirmed and self._is_finished():
             return
-        for key, _ in self.selector.select(
-                max(0.0, min(self.wake_at, self.display.write_at, now + 3600.0) - time.monotonic())):
+        before = time.monotonic()
+        wait_s = max(0.0, min(self.wake_at, self.display.write_at, now + 3600.0) - before)
+        events = self.selector.select(wait_s)
+        stopped_s = time.monotonic() - before
+        if stopped_s > wait_s + STOPPED_S:
+            self._leave_out(stopped_s)
+        for key, _ in events:
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     while len(os.read(self.wake_in, 4096)) == 4096:
@@ -10028,12 +10138,8 @@ class TaskRunner:
             return False
         target = command.pipes[pipe]
         if target == 2:
-            command.tail = (command.tail + text)[-ERROR_TAIL:]
-        if command.log < 0:
-            self.display.pass_on((command.pid, target), text)
-        elif not write_all(command.log, text):
-            self.display.say_once("logs in %s cannot be written (is the disk full?): the output of commands is lost"
-                                  % self.options.log_dir)
+            command.tail = (command.tail + text)[-TAIL_LIMIT:]
+        self.display.pass_on((command.pid, target), text)
         return True
 
     def _close_pipe(self, command: Command, pipe: int) -> None:
@@ -10055,6 +10161,8 @@ class TaskRunner:
                 return
             command = self.running.pop(pid, None)
             if command is None:
+                if pid == self.watchdog.pid:
+                    self._restart_watchdog()
                 continue
             command.status, command.usage, command.elapsed_s = status, usage, time.monotonic() - command.started
             for pipe in list(command.pipes):
@@ -10068,11 +10176,23 @@ class TaskRunner:
                 command.end_reason = command.end_reason or "unread"
             if self.signals and not command.end_reason and command.killed_by_stop_signal:
                 self._terminate(command, "stopping")
-            if command.end_reason and signal_group(pid, 0):
+            with contextlib.suppress(OSError):      # most have none
+                os.unlink(self.launcher.progress_path(command))
+            if status and command.kill_at == math.inf:
+                self._terminate(command)        # what it has left running would go on beside the next attempt
+            if command.kill_at < math.inf:
                 self.ending.append(command)
                 self.wake_at = 0.0
             else:
                 self._take_end(command)
+
+    def _restart_watchdog(self) -> None:
+        os.close(self.watchdog.writer)
+        try:
+            self.watchdog.start()
+        except OSError as error:
+            self.display.say("the watchdog of this worker was killed, and no other can be started (%s): if the worker "
+                             "is killed too, its commands go on" % error.strerror)
 
     def _take_end(self, command: Command) -> None:
         """The command has ended, with what belongs to it: give its task back, or report the end when it is confirmed.
@@ -10084,7 +10204,6 @@ class TaskRunner:
             self.watchdog.note_group(command.slot, 0)
             self.slots.append(command.slot)
             command.slot = None
-        command.close_log()         # also since thousands may be unconfirmed at a time
         if command.end_reason in ("stopping", "lost", "unread"):
             self._give_back(command)
             return
@@ -10107,6 +10226,8 @@ class TaskRunner:
         """Give back the latest ends, which may be part of the job's end. End what these commands left running."""
         for command in self.first_ends.held:
             self._give_back(command)
+        for command in self.ending:
+            command.end_reason = command.end_reason or "stopping"
         for _, _, command in self.unconfirmed:
             self._terminate(command, "stopping")
             self.ending.append(command)
@@ -10244,8 +10365,9 @@ class TaskRunner:
             self._stop(self.signal_name, drain=self.options.drain)
         elif self.signals > 1:
             for command in list(self.running.values()) + self.ending:
-                command.end_reason = command.end_reason or "stopping"
-                command.kill_at = min(command.kill_at or now, now)
+                if command.status is None:
+                    command.end_reason = command.end_reason or "stopping"
+                command.kill_at = min(command.kill_at, now)
         wake_at = math.inf
         left_s = self.stop_at - time.time()
         if left_s > 0:
@@ -10258,8 +10380,12 @@ class TaskRunner:
             self._confirm(heapq.heappop(self.unconfirmed)[2])
         for command in list(self.running.values()):
             wake_at = min(wake_at, self._check_running(command, now))
-        for command in list(self.ending):
-            wake_at = min(wake_at, self._check_ending(command, now))
+        wake_at = min(wake_at, self._check_ending(now))
+        if self.running:
+            if now >= self.look_at:
+                self._read_progress(now)
+                self.look_at = now + PROGRESS_S
+            wake_at = min(wake_at, self.look_at)
         if self.unconfirmed:        # while others run we are woken often enough
             wake_at = min(wake_at, max(self.unconfirmed[0][0], now + 0.02 * bool(self.running)))
         if self.ready:
@@ -10280,39 +10406,86 @@ class TaskRunner:
             for pipe in command.pipes:
                 self.selector.register(pipe, selectors.EVENT_READ, command)
             command.watched = True
-        if not command.end_reason and age_s >= self.options.timeout_s:
+        if command.kill_at < math.inf:
+            return math.inf         # see _check_ending
+        if age_s >= self.options.timeout_s:
             self._terminate(command, "timeout")
-        if command.end_reason:
-            if command.kill_at > now:
-                return command.kill_at
-            signal_group(command.pid, signal.SIGKILL)
-            return now + 0.5
+            return math.inf
         if not command.reported:
             if age_s < COMPUTING_S:
                 return command.started + min(COMPUTING_S, self.options.timeout_s)
             command.reported = True
-            self.reporter.report(command.task, command.attempt, status="computing", elapsed=round(age_s, 3))
+            self._report_computing(command, now)
         return command.started + self.options.timeout_s
 
-    def _check_ending(self, command: Command, now: float) -> float:
-        """Kill the rest of an ended command's process group after the grace; the tick of the next call."""
-        if now < command.kill_at and signal_group(command.pid, 0):
-            return now + 0.05
-        signal_group(command.pid, signal.SIGKILL)
-        self.ending.remove(command)
-        self._take_end(command)
-        return math.inf
+    def _report_computing(self, command: Command, now: float) -> None:
+        fields = {} if command.percent is None else {"percentCompleted": command.percent}
+        self.reporter.report(command.task, command.attempt, status="computing",
+                             elapsed=round(now - command.started, 3), **fields)
 
-    def _terminate(self, command: Command, reason: str) -> None:
-        command.end_reason, command.kill_at = reason, time.monotonic() + self.options.grace_s
-        signal_group(command.pid, signal.SIGTERM)
-        signal_group(command.pid, signal.SIGCONT)       # a stopped process would not get it
-        self.wake_at = min(self.wake_at, command.kill_at)
+    def _read_progress(self, now: float) -> None:
+        """Report what running commands have written into their files of progress."""
+        files: Set[str] = set()
+        with contextlib.suppress(OSError):      # there may be none, or somebody has tidied up
+            files.update(os.listdir(self.progress_folder or os.devnull))
+        for command in self.running.values() if files else ():
+            path = self.launcher.progress_path(command)
+            line = last_line(tail_of(path)) if os.path.basename(path) in files else ""
+            if not line:
+                continue            # it is just being written
+            try:
+                percent = float(line.rstrip("%"))
+                if not 0 <= percent <= 100:
+                    raise ValueError
+            except ValueError:
+                if not self.ignores_progress:
+                    self.display.say("no number from 0 to 100 is in $TASKFARM_PROGRESS of a command: such progress is "
+                                     "ignored, as that of task %d: %s" % (command.task, cut(line, 40)))
+                self.ignores_progress = True
+                continue
+            if percent != command.percent and command.kill_at == math.inf:
+                command.percent, command.reported = percent, True
+                self._report_computing(command, now)
+
+    def _check_ending(self, now: float) -> float:
+        """End commands that were told to end, and take the ends of those of which nothing is left.
+
+        The tick of the next call.
+        """
+        told = {command.pid: command for command in itertools.chain(self.running.values(), self.ending)
+                if command.kill_at < math.inf}
+        if not told:
+            return math.inf
+        left = signal_commands(self.to_end, signal.SIGTERM) | signal_commands(told.keys() - self.to_end, 0)
+        self.to_end.clear()
+        due = {pid for pid in left if told[pid].kill_at <= now}
+        if due:
+            signal_commands(due, signal.SIGKILL)
+        for command in [command for command in self.ending if command.pid not in left or command.pid in due]:
+            self.ending.remove(command)
+            self._take_end(command)
+        if self.ending:
+            return now + 0.05
+        return min((max(told[pid].kill_at, now + 0.5) for pid in left), default=math.inf)
+
+    def _terminate(self, command: Command, reason: str = "") -> None:
+        """End what runs of the command, in the next turn: `_check_ending` does so for many at once."""
+        command.end_reason = reason or command.end_reason
+        command.kill_at = time.monotonic() + self.options.grace_s
+        self.to_end.add(command.pid)
+        self.wake_at = 0.0
 
     def _terminate_all(self) -> None:
         for command in self.running.values():
-            if not command.end_reason:
+            if command.kill_at == math.inf:
                 self._terminate(command, "stopping")
+
+    def _leave_out(self, stopped_s: float) -> None:
+        """This process did not run for so long, and its commands neither (a suspended job): count that for nothing."""
+        for command in itertools.chain(self.running.values(), self.ending):
+            command.started += stopped_s
+            command.kill_at += stopped_s
+        self.unconfirmed = [(at + stopped_s, task, command) for at, task, command in self.unconfirmed]
 
     # The end of the work
 
@@ -10338,9 +10511,8 @@ class TaskRunner:
 
     def _finish(self, unsent: List[Dict[str, Any]]) -> None:
         """Send the last reports and sign off. Save the reports that cannot be sent."""
-        for command in self.running.values():       # only after an error of our own
-            signal_group(command.pid, signal.SIGKILL)
-        self.watchdog.close()
+        if self.running:        # only after an error of our own
+            signal_commands(self.running, signal.SIGKILL)
         if self.stop_status == EXIT_RUN_DELETED:
             unsent = []
         retry_s = LAST_REPORTS_S if self.signals < 2 else 1.0
@@ -12364,14 +12536,10 @@ def cmd_work(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_first_commands(template, run["numTasks"], args.jobs)
         return 0
-    if args.log_dir:
-        try:
-            os.makedirs(args.log_dir, exist_ok=True)
-        except OSError as error:
-            raise Refusal("the folder %s cannot be made: %s" % (args.log_dir, error.strerror))
+    log_dir = take_log_folder(args.log_dir, run["uuid"]) if args.log_dir else ""
     job = BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
-                          job.end, args.log_dir or "", args.log_failed, args.max_fails, args.leave_ok)
+                          job.end, log_dir, args.log_failed, args.max_fails, args.leave_ok)
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
     worker = TaskRunner(client, run, template, options, display)
@@ -12402,29 +12570,23 @@ def print_first_commands(template: Template, tasks: int, jobs: int) -> None:
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
-    """report from inside a task's command how far it is
+    """write, inside a task's command, how far it is
 
-    For commands that `work` runs: their environment says which task they work on. A report that cannot
-    be sent does not disturb the command: there is a message, and the exit status is 0. The exit status
-    is 1 when the task is not this command's any more.
+    For commands that `work` runs. It writes the number into the file $TASKFARM_PROGRESS, as
+    'echo 50 > $TASKFARM_PROGRESS' does in a shell; the worker reads it every second. Where that cannot be
+    done, it says so, and the exit status is 0.
 
     example:
       python3 taskfarm.py progress 50
     """
     try:
-        run, task, worker, attempt = (os.environ["TASKFARM_" + name] for name in ("RUN", "TASK", "WORKER", "ATTEMPT"))
-        body = {"percentCompleted": args.percent, "worker_uuid": worker, "attempt": int(attempt)}
-    except (KeyError, ValueError):
-        print_notice("%g percent are not reported: this is not a command of 'work' (TASKFARM_TASK and others are not "
-                     "set)" % args.percent)
-        return 0
-    with contextlib.closing(Client(lambda: find_access(os.environ), 2.0, timeout_s=3.0)) as client:
-        try:
-            client.ask("PUT", "/api/runs/%s/tasks/%s" % (run, task), body)
-        except (NotFound, Conflict):
-            raise
-        except (Unreachable, FarmError, Refusal) as error:
-            print_notice("%g percent are not reported: %s" % (args.percent, error))
+        with open(os.environ["TASKFARM_PROGRESS"], "w") as file:
+            file.write("%r\n" % args.percent)
+    except KeyError:
+        print_notice("%g percent are not reported: this is not a command of 'work' (TASKFARM_PROGRESS is not set)"
+                     % args.percent)
+    except OSError as error:
+        print_notice("%g percent are not reported: %s" % (args.percent, error))
     return 0
 
 
@@ -13519,8 +13681,9 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
                         "and has failed")
     parser.add_argument("--grace", type=some_seconds, default=GRACE_S, metavar="SECONDS", help="between SIGTERM and "
                         "SIGKILL to a command; by default 5. Choose less than the batch system gives")
-    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log")
-    parser.add_argument("--log-failed", action="store_true", help="keep the output of failed tasks alone")
+    parser.add_argument("--log-dir", metavar="DIR", help="keep the output of task N in DIR/N.log, of its "
+                        "second attempt in DIR/N.2.log")
+    parser.add_argument("--log-failed", action="store_true", help="keep the output of failed attempts alone")
     parser.add_argument("--until", type=time_argument, metavar="TIME", help="leave before 17:30, "
                         "2026-11-24T17:30:00 or +3600 (seconds from now); by default before the batch job ends")
     parser.add_argument("--task-time", type=some_seconds, metavar="SECONDS", help="how long a task takes: the worker "

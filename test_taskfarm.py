@@ -1259,7 +1259,7 @@ def test_only_the_store_speaks_sql() -> None:
     ("socketserver", {"SERVER"}), ("argparse", {"VERBS", "UPKEEP", "COMMAND LINE"}),
     ("socket", {"CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP"}),
     ("hashlib", {"LOGIN", "TLS"}), ("ssl", {"TLS", "CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
-    ("fcntl", {"FILE"}),
+    ("fcntl", {"FILE", "COMMANDS"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "CONNECTIONS", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
 ])
@@ -8752,7 +8752,7 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
     lines.write_bytes(b"a b; exit 1\r\n'\"$HOME {task}\n\xff")
     show = tmp_path / "show.py"
     show.write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], {n: v for n, v in os.environ.items() if "
-                    "n.startswith('TASKFARM')}, sys.stdin.read(), os.getpgid(0) == os.getpid()]))\n")
+                    "n.startswith('TASKFARM')}, sys.stdin.read(), os.getsid(0) == os.getpgid(0) == os.getpid()]))\n")
     Work(server, run[:8], "--lines", str(lines), "--log-dir", str(tmp_path / "logs"), "--", sys.executable, str(show),
          "{task}/{attempt}", "--", "{run}", "<{line}>", "{other}", "--jobs").end(0)
     words = ["a b; exit 1", "'\"$HOME {task}", "\udcff"]
@@ -8760,6 +8760,8 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
         argv, environ, stdin, leads = json.loads((tmp_path / "logs" / ("%d.log" % task)).read_text())
         assert argv == ["%d/1" % task, "--", run, "<%s>" % words[task], "{other}", "--jobs"] and stdin == "" and leads
         assert environ.pop("TASKFARM_WORKER") == task_of(server, run, task)["worker"]
+        progress = Path(environ.pop("TASKFARM_PROGRESS"))
+        assert progress.name == "%d.1" % task and not progress.parent.exists(), "removed at the end"
         assert environ.pop("TASKFARM_FARM") and environ == {
             "TASKFARM_TASK": str(task), "TASKFARM_RUN": run, "TASKFARM_ATTEMPT": "1",
             "TASKFARM_SLOT": "0"}, "no secret, and no address"
@@ -8768,12 +8770,12 @@ def test_what_a_command_is_given(server: Process, tmp_path: Path) -> None:
 def test_a_login_of_the_workers_environment_is_not_handed_on_to_commands(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
     access = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())
-    command = "env > %s/env; %s %s progress 50 2> %s/said" % (tmp_path, sys.executable, MODULE, tmp_path)
+    command = "env > %s/env; %s %s list 2> %s/said; true" % (tmp_path, sys.executable, MODULE, tmp_path)
     Work(server, run, "--", "sh", "-c", command, TASKFARM_ACCESS=str(tmp_path / "none"), TASKFARM_URL=access["url"],
          TASKFARM_TOKEN=access["token"], TASKFARM_FINGERPRINT=taskfarm.fingerprint(access["certificate"])).end(0)
     environ = (tmp_path / "env").read_text()
     assert "TASKFARM_RUN=" + run in environ and "TASKFARM_TOKEN" not in environ and access["token"] not in environ
-    assert "not reported" in (tmp_path / "said").read_text()
+    assert "there is no login" in (tmp_path / "said").read_text()
     known = {"TASKFARM_TOKEN": "tf1.x", "TASKFARM_USER": "ada", "TASKFARM_PASSWORD": "sesame", "TASKFARM_DB": "f"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in known.items():
@@ -8908,10 +8910,31 @@ def test_a_log_that_cannot_be_written_fails_no_task(server: Process, tmp_path: P
     assert "1.log cannot be written" in Work(server, run, "--log-dir", str(tmp_path / "logs"), "--", "true").end(1)
     assert counts(server, run) == (2, 0, 1, 0)
     (tmp_path / "logs" / "1.log").rmdir()
-    for number in (1, 2):
-        (tmp_path / "logs" / ("%d.log" % number)).symlink_to("/dev/full")
-    work = Work(server, run, "--log-dir", str(tmp_path / "logs"), "--", "sh", "-c", "echo a >&2; echo b >&2")
-    assert work.end(0).count("is the disk full?") == 1
+    for number in (1, 2):       # full: that is for the command to judge, which alone writes there
+        (tmp_path / "logs" / ("%d.2.log" % number)).symlink_to("/dev/full")
+    Work(server, run, "--log-dir", str(tmp_path / "logs"), "--", "sh", "-c", "echo a; exit 0").end(0)
+    assert counts(server, run) == (0, 0, 3, 0)
+
+
+def test_both_streams_go_into_one_file_for_each_attempt(server: Process, tmp_path: Path) -> None:
+    run, logs = new_run(server, 2, maxFailures=2), tmp_path / "logs"
+    Work(server, run, "--log-dir", str(logs), "--", "sh", "-c", "echo a{attempt}; echo b >&2; echo c; "
+         "printf '\\033d\\n\\n'; [ {task} = 0 ] || exit {attempt}; "
+         "(until [ -e %s/go ]; do sleep 0.01; done; echo late; echo later) &" % tmp_path).end(3)
+    (tmp_path / "go").touch()       # what was left behind is not killed by SIGPIPE
+    wait_until(lambda: (logs / "0.log").read_text() == "a1\nb\nc\n\033d\n\nlate\nlater\n")
+    assert [(logs / name).read_text() for name in ("1.log", "1.2.log")] == [
+        "a%d\nb\nc\n\033d\n\n" % attempt for attempt in (1, 2)]
+    assert task_of(server, run, 1)["message"] == " d", "the last line of the file"
+
+
+def test_two_runs_do_not_share_a_folder_of_logs(server: Process, tmp_path: Path) -> None:
+    one, two, logs = new_run(server, 1), new_run(server, 1), str(tmp_path / "logs")
+    for _ in range(2):
+        Work(server, one, "--log-dir", logs, "--", "true").end(0)
+    refused = Work(server, two, "--log-dir", logs, "--", "true")
+    refused.end(1)
+    assert "has the logs of run " + one in refused.errors() and counts(server, two) == (1, 0, 0, 0)
 
 
 def test_what_each_command_used_is_reported_with_its_end(server: Process, tmp_path: Path) -> None:
@@ -8969,8 +8992,9 @@ def test_a_failure_for_want_of_memory_says_so(server: Process, tmp_path: Path) -
 def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     (tmp_path / "commands").write_text("\n".join([
         "printf 'first\\nlast \\033[1mline\\n\\n' >&2; exit 200", "kill -SEGV $$", "echo before >&2; sleep 1000",
-        "sleep 1000 & echo $! > %s/left; echo short >&2; exit 5" % tmp_path]))
-    run = new_run(server, 4)
+        "sh -c 'trap \"\" TERM; timeout 1000 sleep 1000' & echo $! > %s/left; echo short >&2; exit 5" % tmp_path,
+        "sleep 1000 & echo $! > %s/daemon" % tmp_path]))
+    run = new_run(server, 5)
     work = Work(server, run, "-j", "4", "--timeout", "1", "--grace", "0.1", "--lines", str(tmp_path / "commands"),
                 "--", "{line}")
     work.end(3)
@@ -8978,16 +9002,53 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"),
                      (5, "short")]
     assert "first\nlast" in work.errors(), "the error output is passed on"
-    os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
+    assert not alive(int((tmp_path / "left").read_text())), "what a failed command leaves behind is ended"
+    os.kill(int((tmp_path / "daemon").read_text()), signal.SIGKILL)     # the daemon of one that did well is not ours
 
 
-def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path) -> None:
+def session_of(pid: int) -> List[int]:
+    """The processes of its session that run."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and alive(int(path.name))
+            and path.joinpath("stat").read_text().rpartition(")")[2].split()[3] == str(pid)]
+
+
+@pytest.mark.parametrize("words", [
+    None, ["env", "-i", "/bin/sh", "-c", "touch {dir}/$$; sleep 1000"],     # a container has another environment, too
+    ["sh", "-c", "timeout 1000 sh -c 'touch {dir}/$$; sleep 1000'; :"]])    # timeout(1) makes a group of its own
+def test_a_worker_that_is_killed_takes_its_commands_with_it(server: Process, tmp_path: Path,
+                                                            words: Optional[List[str]]) -> None:
     run = new_run(server, 10)
     (tmp_path / "pids").mkdir()
-    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
-    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    words = [word.replace("{dir}", str(tmp_path / "pids")) for word in words or stubborn(tmp_path / "pids")]
+    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *words, TMPDIR=str(tmp_path),
+                tweak="taskfarm.COMPUTING_S = 0; taskfarm.os.setsid()")
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) >= 2 and counts(server, run) == (8, 2, 0, 0) and
+               all(task_of(server, run, number)["started"] for number in (0, 1)))
+    assert session_of(work.process.pid) == [work.process.pid] and list(tmp_path.glob("taskfarm-*"))
+    work.end(-signal.SIGKILL, signal.SIGKILL)       # and so its whole session, as PBS ends a job
+    wait_until(lambda: counts(server, run) == (10, 0, 0, 0))
+    assert not any(map(alive, pids_in(tmp_path / "pids"))), "and before others may claim the tasks"
+    assert [task_of(server, run, number)["losses"] for number in (0, 1, 2)] == [1, 1, 0]
+    assert not list(tmp_path.glob("taskfarm-*"))
+
+
+def test_a_watchdog_that_is_killed_is_replaced(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    (tmp_path / "pids").mkdir()
+    work = Work(server, run, "--grace", "0.1", "--", *stubborn(tmp_path / "pids"))
+    name = "taskfarm-watchdog of %d" % work.process.pid
+
+    def watchdogs() -> List[int]:
+        return [pid for pid in children_of(work.process.pid)
+                if Path("/proc/%d/cmdline" % pid).read_bytes().rstrip(b"\0").decode() == name]
+
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 2)
+    (first,) = watchdogs()
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: len(watchdogs()) == 1 and first not in watchdogs())
     work.end(-signal.SIGKILL, signal.SIGKILL)
-    wait_until(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
+    wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
+    assert not any(map(alive, pids_in(tmp_path / "pids"))) and work.errors() == ""
 
 
 def test_who_reads_the_output_of_a_killed_worker_sees_its_end_at_once(server: Process, tmp_path: Path) -> None:
@@ -9010,15 +9071,36 @@ def test_who_reads_the_output_of_a_killed_worker_sees_its_end_at_once(server: Pr
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_while_it_starts_a_command_takes_it_along(server: Process, tmp_path: Path) -> None:
-    run = new_run(server, 3)
-    stop = "spawn = taskfarm.Launcher._spawn; taskfarm.Launcher._spawn = lambda *words: [spawn(*words), " \
-           "taskfarm.os.kill(taskfarm.os.getpid(), 9)][0]"
-    Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/$$; setsid sh -c 'echo $$ > %s/left; "
-         "exec sleep 1000' & exec sleep 1000" % (tmp_path, tmp_path), tweak=stop).end(-9)
-    left = wait_until(lambda: (tmp_path / "left").exists() and (tmp_path / "left").read_text())
-    wait_until(lambda: pids_in(tmp_path) and not any(alive(pid) for pid in pids_in(tmp_path)))
-    os.kill(int(left), signal.SIGKILL)      # it is there: what a command leaves in a session of its own is not ours
+NO_SETSID = """
+spawn = taskfarm.os.posix_spawn
+def without(*words, **options):
+    if "setsid" in options:
+        raise NotImplementedError
+    return spawn(*words, **options)
+taskfarm.os.posix_spawn = without
+"""
+
+
+@pytest.mark.parametrize("tweak", ["", NO_SETSID])
+def test_a_command_cannot_ask_at_the_terminal(server: Process, tmp_path: Path, tweak: str) -> None:
+    """Also where Python cannot start a process in a session of its own."""
+    run = new_run(server, 1)
+    screen, inside = os.openpty()
+    script = "import sys; sys.path.insert(0, %r); import taskfarm\n%s\nsys.exit(taskfarm.main())" % (str(HERE), tweak)
+    process = subprocess.Popen(
+        ["sh", "-c", 'trap : INT; "$@"; exit $?', "sh", sys.executable, "-c", script, "work", run, "--", "sh", "-c",
+         "read answer < /dev/tty; sleep 1000"], stdin=inside, stdout=inside, stderr=inside,
+        env=dict(os.environ, HOME=server.home), start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    try:
+        wait_until(lambda: task_of(server, run, 0)["attempt"])
+        wait_until(lambda: b"/dev/tty" in os.read(screen, 65536))
+        os.write(screen, b"\x03")       # Ctrl-C still ends the worker
+        assert process.wait(20) == 7
+    finally:
+        process.kill()
+        os.close(inside)
+        os.close(screen)
 
 
 # ---------------------------------------------------------------- REPORTER
@@ -9478,28 +9560,40 @@ def test_what_failed_may_be_tried_again(server: Process, tmp_path: Path) -> None
          "sh", "-c", 'echo why >&2; sleep 0.1; echo {attempt}; [ {task} != 4 ] && [ {attempt} != 1 ]').end(3)
     assert counts(server, run) == (0, 0, 4, 1)
     assert task_of(server, run, 4)["attempt"] == 3
-    assert {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()} == {"4.log": "why\n3\n"}
-    assert task_of(server, run, 4)["message"] == "why"
+    kept = {name: "why\n%d\n" % attempt for task in range(5) for attempt, name in (
+        (1, "%d.log" % task), (2, "%d.2.log" % task), (3, "%d.3.log" % task)) if task == 4 or attempt == 1}
+    assert {path.name: path.read_text() for path in (tmp_path / "logs").glob("*.log")} == kept
+    assert task_of(server, run, 4)["message"] == "3"
 
 
 def test_progress_is_reported_from_inside(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 1)
-    work = Work(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; touch %s/reported; until [ -e %s/go ]; do "
-                "sleep 0.01; done" % (sys.executable, MODULE, tmp_path, tmp_path))
-    wait_until((tmp_path / "reported").exists)
-    task = task_of(server, run, 0)
-    assert (task["percentCompleted"], task["status"]) == (37.5, "computing") and task["started"]
-    mine = {"TASKFARM_RUN": run, "TASKFARM_TASK": "0", "TASKFARM_WORKER": task["worker"], "HOME": server.home}
-    stranger = run_verb("progress", "90", TASKFARM_ATTEMPT="2", **mine)
-    assert stranger.returncode == 1 and task_of(server, run, 0)["percentCompleted"] == 37.5
-    alone = run_verb("progress", "90", HOME=server.home)
-    assert alone.returncode == 0 and "not reported" in alone.stderr
-    away = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **dict(mine, TASKFARM_URL="https://127.0.0.1:1"))
-    assert away.returncode == 0 and "not reported" in away.stderr
-    with no_more_room(server):
-        full = run_verb("progress", "90", TASKFARM_ATTEMPT="1", **mine)
-    assert full.returncode == 0 and "not reported" in full.stderr and "disk" in full.stderr
+    work = Work(server, run, "--", "sh", "-c", "for word in none 12.5 x 200 nan 50%% ''; do until [ -e %s/go$word ]; "
+                "do sleep 0.01; done; echo $word > $TASKFARM_PROGRESS; done" % tmp_path,
+                tweak="taskfarm.PROGRESS_S = 0.01")
+    for word, percent in (("none", 0), ("12.5", 12.5), ("x", 12.5), ("200", 12.5), ("nan", 12.5), ("50%", 50)):
+        (tmp_path / ("go" + word)).touch()
+        if word == "none":
+            wait_until(lambda: "as that of task 0: none" in work.shown())
+        wait_until(lambda: task_of(server, run, 0)["percentCompleted"] == percent)      # noqa: B023
+    (tmp_path / "go").touch()
+    work.end(0)
+    assert work.shown().count("no number from 0 to 100") == 1
+    no_folder = {"TASKFARM_PROGRESS": str(tmp_path / "none" / "0")}
+    for environ, sentence in (({}, "is not set"), (no_folder, "No such file")):
+        alone = run_verb("progress", "90", **environ)
+        assert alone.returncode == 0 and "not reported" in alone.stderr and sentence in alone.stderr
     assert run_verb("progress", "101").returncode == 2
+
+
+def test_progress_is_a_file_that_the_verb_writes(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--", "sh", "-c", "%s %s progress 37.5%%; mode=$(stat -c %%a $(dirname "
+                "$TASKFARM_PROGRESS)); until [ -e %s/go ]; do sleep 0.01; done; [ $mode = 700 ]"
+                % (sys.executable, MODULE, tmp_path))
+    wait_until(lambda: task_of(server, run, 0)["percentCompleted"] == 37.5)
+    task = task_of(server, run, 0)
+    assert task["status"] == "computing" and task["started"]
     (tmp_path / "go").touch()
     work.end(0)
     assert task_of(server, run, 0)["percentCompleted"] == 100
@@ -9642,6 +9736,18 @@ def test_what_a_given_back_command_has_left_running_is_ended(server: Process, tm
     assert not alive(int((tmp_path / "left").read_text())) and counts(server, run) == (1, 0, 0, 0)
 
 
+def test_a_failure_of_which_something_still_runs_is_given_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--grace", "1000", "--", "sh", "-c", "trap '' TERM; sleep 1000 & echo $$ > %s/new; "
+                "mv %s/new %s/shell; exit 5" % ((tmp_path,) * 3), tweak="taskfarm.SAME_SIGNAL_S = 0")
+    wait_until(lambda: (tmp_path / "shell").exists() and not alive(int((tmp_path / "shell").read_text())))
+    time.sleep(taskfarm.CONFIRM_S)      # by its age alone it would be confirmed
+    work.process.terminate()
+    wait_until(lambda: "stopping" in work.shown())
+    work.end(7, signal.SIGTERM)
+    assert counts(server, run) == (1, 0, 0, 0)
+
+
 def test_an_end_that_is_not_confirmed_yet_keeps_no_slot(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 30)
     work = Work(server, run, "--log-dir", str(tmp_path), "--", "true", tweak="taskfarm.CONFIRM_S = 1000")
@@ -9650,6 +9756,22 @@ def test_an_end_that_is_not_confirmed_yet_keeps_no_slot(server: Process, tmp_pat
     assert len([name for name in logs if name.endswith(".log")]) < 2, "nor an open file"
     work.end(7, signal.SIGTERM)
     assert counts(server, run) == (30, 0, 0, 0)
+
+
+def test_time_in_which_a_worker_was_stopped_counts_for_nothing(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 1)
+    work = Work(server, run, "--timeout", "1", "--", "sh", "-c", "echo $$ > %s/new; mv %s/new %s/pid; until [ -e "
+                "%s/go ]; do sleep 0.01; done" % ((tmp_path,) * 4),
+                tweak="taskfarm.STOPPED_S = taskfarm.PROGRESS_S = 0.1")
+    wait_until((tmp_path / "pid").exists)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        os.killpg(int((tmp_path / "pid").read_text()), number)
+        work.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            time.sleep(1.3)         # the clock of another process
+    (tmp_path / "go").touch()
+    work.end(0)
+    assert counts(server, run) == (0, 0, 1, 0)
 
 
 def test_drain_lets_commands_finish(server: Process, tmp_path: Path) -> None:
@@ -9765,6 +9887,18 @@ def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], 
     if longest_s:
         work.running[1] = taskfarm.Command(0, 1, 0, 1000.0 - longest_s)
     assert work._claim_ahead(1000.0) == ahead
+
+
+def test_nothing_falls_due_while_a_worker_is_stopped() -> None:
+    options = taskfarm.WorkOptions(1, 60.0, 5.0, False, True, None, lambda: math.inf, "", False)
+    work = taskfarm.TaskRunner(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x", "numDone": 0},
+                             taskfarm.Template(["true"], "x"), options, taskfarm.Display(False, {}))
+    running, ended = taskfarm.Command(0, 1, 0, 1000.0), taskfarm.Command(1, 1, 0, 1000.0)
+    ended.kill_at = 1010.0
+    work.running, work.ending, work.unconfirmed = {1: running}, [ended], [(1020.0, 2, ended)]
+    work._leave_out(3600.0)
+    assert (running.started, running.kill_at, ended.kill_at) == (4600.0, float("inf"), 4610.0)
+    assert work.unconfirmed[0][0] == 4620.0
 
 
 def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
