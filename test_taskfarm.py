@@ -8596,7 +8596,7 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     taskfarm.write_access(str(tmp_path / "access.json"), {
         "url": relay.url, "token": server.token, "certificate": relay.certificate})
     work = Work(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
-                tweak="taskfarm.SEND_S = 0.01; taskfarm.CLAIM_AHEAD_S = 0.05; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
+                tweak="taskfarm.SEND_S, taskfarm.CLAIM_AHEAD_S, taskfarm.RETRY_PAUSES_S = 0.01, (0.05, 0.05), (0.01, 0.02)",
                 TASKFARM_ACCESS=str(tmp_path / "access.json"))
     work.end(0)
     relay.close()
@@ -8725,7 +8725,7 @@ def test_another_end_among_the_first_ten_is_no_lack_of_a_program(server: Process
     assert counts(server, run)[0] > 0
 
 
-@pytest.mark.parametrize("wait", [(), ("--no-wait",)])
+@pytest.mark.parametrize("wait", [(), ("--idle", "0")])
 def test_a_machine_that_lacks_the_program_fails_no_task_of_the_last_ones(server: Process, tmp_path: Path,
                                                                          wait: Tuple[str, ...]) -> None:
     run = new_run(server, 12)
@@ -9001,7 +9001,7 @@ def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     other = {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600}
     server.ask("POST", "/api/worker", other)
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
-    Work(server, run, "--no-wait", "--", "true").end(0)
+    Work(server, run, "--idle", "0", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
     work = Work(server, run, "--", "true")
     wait_until(lambda: "their tasks may come back" in work.shown())
