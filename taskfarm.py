@@ -10416,6 +10416,69 @@ def flat_table(result: Dict[str, Any]) -> str:
                                       for figure in ("median_ms", "ratio"))) for case in FLAT])
 
 
+class MakespanCase(NamedTuple):
+    """Tasks that real workers compute."""
+    workers: int                    # each with two commands at a time
+    took_s: List[float]             # of each task
+    command: str = "sleep"          # gets the seconds as its argument
+
+
+MAKESPAN = {
+    "short, then 8 long": MakespanCase(2, [0.01] * 200 + [3.0] * 8),
+    "the same, shuffled": MakespanCase(2, random.Random(3).sample([0.01] * 200 + [3.0] * 8, 208)),
+    "short, then 16 long": MakespanCase(2, [0.01] * 300 + [4.0] * 16),
+    "many short, 60 long": MakespanCase(3, [0.005] * 3000 + [2.0] * 60),
+    "3 000 times true": MakespanCase(2, [0.0] * 3000, "true")}
+
+
+def list_schedule(took_s: Iterable[float], slots: int) -> float:
+    """The makespan of greedy list scheduling: each task goes to the slot that is free first."""
+    free_at = [0.0] * slots
+    for task_s in took_s:
+        heapq.heapreplace(free_at, free_at[0] + task_s)
+    return max(free_at)
+
+
+def bench_makespan(folder: str, server: BenchServer, progress: Progress) -> Dict[str, Any]:
+    """How long real workers take for tasks of mixed length, from the first start to the last end."""
+    access, lines = os.path.join(folder, "access.json"), os.path.join(folder, "lines")
+    write_access(access, {"url": server.url, "token": server.token, "certificate": server.certificate})
+    environ = dict(os.environ, TASKFARM_ACCESS=access, XDG_STATE_HOME=folder)
+    for name in ("TASKFARM_URL", "TASKFARM_TOKEN", "TASKFARM_USER", "SLURM_JOB_ID", "PBS_JOBID"):
+        environ.pop(name, None)
+    result: Dict[str, Any] = {"profile": "makespan", "cases": {}}
+    for number, (name, case) in enumerate(MAKESPAN.items()):
+        progress.what = "makespan: " + name
+        progress.show(number, len(MAKESPAN))
+        with open(lines, "w") as file:
+            file.writelines("%g\n" % task_s for task_s in case.took_s)
+        run = server.new_run(len(case.took_s))
+        words = [sys.executable, os.path.abspath(__file__), "work", run, "-j", "2", "--quiet", "--lines", lines, "--",
+                 case.command, "{line}"]
+        workers = [subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL) for _ in range(case.workers)]
+        statuses = [worker.wait() for worker in workers]
+        if any(statuses):
+            raise Refusal("a worker of the bench failed")
+        path = "/api/runs/%s/tasks?status=done&limit=1000" % run
+        began = min(parse_time(task["started"]) or math.inf for task in server.ask("GET", path)["data"])
+        (last, *_) = server.ask("GET", path + "&order=finished")["data"]
+        seconds = (parse_time(last["finished"]) or math.inf) - began
+        best_s = list_schedule(case.took_s, 2 * case.workers)
+        result["cases"][name] = {
+            "workers": case.workers, "tasks": len(case.took_s), "seconds": seconds, "greedy_s": best_s,
+            "ratio": seconds / best_s if best_s else None, "tasks_per_s": len(case.took_s) / seconds}
+    return result
+
+
+def makespan_table(result: Dict[str, Any]) -> str:
+    """The figures of profile `makespan`."""
+    return figures_table(
+        "<makespan|workers, -j 2|tasks|seconds|greedy list scheduling|ratio|tasks/s", "%s|%d|%d|%.1f|%.1f|%s|%.0f", [
+            (name, case["workers"], case["tasks"], case["seconds"], case["greedy_s"],
+             "%.2f" % case["ratio"] if case["ratio"] else "-", case["tasks_per_s"])
+            for name, case in result["cases"].items()])
+
+
 # ---------------------------------------------------------------- FAIR
 # How long one client waits beside others that do their worst. A bystander, in a process of its own, asks for one run
 # again and again on one connection; meanwhile a case goes on. It reads /proc, so it wants Linux. It must not know how
@@ -12321,6 +12384,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
       tls       the same over TLS
       paper     as the published client's test: claim, read, ten updates, done
       batch     claims and results of up to 10 000 tasks, in the store and over HTTP
+      makespan  tasks of mixed length by real workers, beside greedy list scheduling
       life      one run from its first task to its last, in batches
       flat      whether costs stay the same with many tasks and runs
       fair      how long one client waits beside others that do their worst
@@ -12337,7 +12401,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
     return in_own_group(lambda folder: measure(args, profiles, cases, folder), args.dir)
 
 
-PROFILES = (*REQUEST_PROFILES, "batch", "life", "flat", "fair")
+PROFILES = (*REQUEST_PROFILES, "batch", "makespan", "life", "flat", "fair")
 
 
 def chosen(names: str, known: Iterable[str], kind: str) -> List[str]:
@@ -12355,7 +12419,7 @@ def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[F
     pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in REQUEST_PROFILES]
     rows = args.rows or 10 ** 6
     with Progress("bench") as progress:
-        if pairs or "batch" in profiles:
+        if pairs or {"batch", "makespan"} & set(profiles):
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):
                 progress.what = "%s, %s" % (profile, count_text(clients, "client"))
@@ -12363,6 +12427,8 @@ def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[F
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             if "batch" in profiles:
                 points.append(bench_batch(folder, server, args.seconds, args.processes, progress))
+            if "makespan" in profiles:
+                points.append(bench_makespan(folder, server, progress))
             server.stop()
         if "life" in profiles:
             points.append(bench_life(folder, rows))
@@ -12375,7 +12441,8 @@ def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[F
         return 0
     if pairs:
         print(bench_table(points[:len(pairs)]))
-    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
+    tables = {"batch": batch_table, "makespan": makespan_table, "life": life_table, "flat": flat_table,
+              "fair": fair_table}
     for point in points[len(pairs):]:
         print(tables[point["profile"]](point))
     return 0
