@@ -11695,7 +11695,11 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end, 8 all its commands ended with 126 or 127: a program is missing on this node
+    before the end, 8 all its commands ended with 126 or 127: a program is missing on this node,
+    9 the job is too short: no task has ended in it, or none is likely to
+
+    When no task waits but others compute, the worker stays for --idle seconds at most, since their
+    tasks may come back. It does not stay longer than it would need for these tasks itself.
 
     Ends with 126 or 127 are kept back as long as a worker has no others. After ten of them, or when no
     task waits while other workers compute, it gives the tasks back and ends with 8: no task has failed.
