@@ -8005,6 +8005,7 @@ class Client:
         self._access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPSConnection] = None
         self.login_worked = False
+        self.was_away = False               # a try failed, or a connection was lost, since this was last cleared
         self.pid = os.getpid()              # the process that made the connection: a fork makes its own
 
     def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
@@ -8030,6 +8031,7 @@ class Client:
                 return answer
             except Unreachable as error:
                 self.close()
+                self.was_away = True
                 if not new_connection:
                     continue        # it was kept open, and may have ended long ago
                 failure: Exception = error
@@ -8042,7 +8044,7 @@ class Client:
             except FarmError as error:
                 if not may_succeed_later(error):
                     raise
-                failure = error
+                failure, self.was_away = error, True
             if self._find_again():
                 continue
             wait_s = max(random.uniform(pause_s / 2, pause_s), self.retry_after or 0.0)
@@ -8278,6 +8280,12 @@ def register(client: Client, worker: str, pid: int = 0, lease_s: int = LEASE_S) 
                                        "lease": lease_s})
 
 
+def renew(client: Client, worker: str) -> Tuple[int, float]:
+    """A heartbeat: renew the lease. The revision of what the worker holds, and the seconds until the next one."""
+    answer = client.ask("PUT", "/api/worker/" + worker)
+    return int(answer["revision"]), random.uniform(0.8, 1.0) * HEARTBEAT_S
+
+
 class Heartbeat:
     """A thread that renews the lease of a worker while this process lives. *find* gives farm and login."""
 
@@ -8289,9 +8297,10 @@ class Heartbeat:
         self.thread.start()
 
     def _run(self) -> None:
-        while not self.client.give_up.wait(random.uniform(0.8, 1.0) * HEARTBEAT_S):
+        pause_s = HEARTBEAT_S
+        while not self.client.give_up.wait(pause_s):
             try:
-                self.client.ask("PUT", "/api/worker/" + self.worker)
+                _, pause_s = renew(self.client, self.worker)
             except NotFound:        # the server went back to an older file
                 with contextlib.suppress(FarmError, Unreachable):
                     register(self.client, self.worker)
@@ -9343,13 +9352,15 @@ def leave_terminal() -> None:
 
 SEND_S = 0.1                        # reports are sent together so often, at most
 RUN_FIGURES_S = 2.0                 # between two requests for the figures of the run, for the bar on a terminal
+UNSENT_S = 1.0, 10.0                # after an outage, until what others have saved is sent: not by all workers at once
 REPORT_BYTES = 500000               # of reports in one request ...
 REPORTS_AT_ONCE = 1000              # ... and their number, at most
 ALL_CLAIMED = 16                    # a larger claim first asks how many tasks wait
 
 # What the runner is told
 TasksClaimed = NamedTuple("TasksClaimed", [("tasks", List[Tuple[int, int]])])       # (task, attempt) of each
-NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float])])     # until the first lease could end
+# retry_s: until the first lease could end; None where none does. computing: tasks of others, when we have none.
+NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float]), ("computing", int)])
 TasksHeld = NamedTuple("TasksHeld", [("tasks", Set[Tuple[int, int]])])      # when some may have been taken from us
 ReportRefused = NamedTuple("ReportRefused", [("report", Dict[str, Any]), ("why", str)])
 RunFigures = NamedTuple("RunFigures", [("run", Dict[str, Any])])        # as the API shows them
@@ -9376,6 +9387,7 @@ class Reporter:
         self.registered_again = False       # the farm did not know the worker, and nothing went well since
         self.sent_at = 0.0                  # ticks
         self.heartbeat_at = 0.0
+        self.unsent_at = math.inf           # when to send what other workers have saved
         self.figures_every_s = RUN_FIGURES_S if wants_figures else math.inf
         self.figures_at = 0.0 if wants_figures else math.inf
         self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
@@ -9426,6 +9438,9 @@ class Reporter:
                     self._heartbeat()
                 self._do_next()
                 self.registered_again = False
+                if self.client.was_away:        # others may have ended meanwhile, and saved what they could not send
+                    self.client.was_away = False
+                    self.unsent_at = time.monotonic() + random.uniform(*UNSENT_S)
             except NotFound as error:
                 if self.registered_again or not self._run_exists():
                     self.post(ReporterEnded(error))
@@ -9446,11 +9461,11 @@ class Reporter:
 
     def _heartbeat(self) -> None:
         """Renew the lease. A changed revision says that a task may have been taken from us."""
-        answer = self.client.ask("PUT", "/api/worker/" + self.worker)
-        self.heartbeat_at = time.monotonic() + random.uniform(0.8, 1.0) * HEARTBEAT_S
-        if self.revision not in (None, answer["revision"]):
+        revision, pause_s = renew(self.client, self.worker)
+        self.heartbeat_at = time.monotonic() + pause_s
+        if self.revision not in (None, revision):
             self.post(TasksHeld(self._tasks_held()))
-        self.revision = answer["revision"]
+        self.revision = revision
 
     def _tasks_held(self) -> Set[Tuple[int, int]]:
         """The tasks of our run that we still hold, each with its attempt."""
@@ -9468,7 +9483,7 @@ class Reporter:
         with self.changed:
             while not self.closing:
                 now = time.monotonic()
-                next_at = min(self.heartbeat_at, self.figures_at, now if self.claim_count else math.inf,
+                next_at = min(self.heartbeat_at, self.figures_at, self.unsent_at, now if self.claim_count else math.inf,
                               self.sent_at + SEND_S if self.reports else math.inf)
                 if next_at <= now:
                     break
@@ -9482,6 +9497,10 @@ class Reporter:
             self._heartbeat()
         if claim_count:
             self._claim(claim_count)
+        if now >= self.unsent_at:
+            self.unsent_at = math.inf
+            for sentence in send_all_unsent(self.client):
+                self.post(Notice(sentence))
         if now >= self.figures_at:
             self.post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
             self.figures_at = now + self.figures_every_s        # not before: a request that failed is repeated
@@ -9493,8 +9512,7 @@ class Reporter:
         """
         if self.open_claim is None:
             if count > ALL_CLAIMED:
-                waiting = self.client.ask("GET", "/api/runs/%s?info=numWaiting" % self.run)["numWaiting"]
-                count = min(count, max(ALL_CLAIMED, waiting // 4))
+                count = min(count, max(ALL_CLAIMED, self._figure("numWaiting") // 4))
             self.open_claim = count, secrets.token_hex(16)
         count, key = self.open_claim
         answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
@@ -9502,9 +9520,13 @@ class Reporter:
         with self.changed:
             self.claim_count, self.open_claim = 0, None
         if answer is None:
-            self.post(NoTaskClaimed(self.client.retry_after))
+            retry_s = self.client.retry_after
+            self.post(NoTaskClaimed(retry_s, self._figure("numComputing") if self.idle and retry_s is not None else 0))
         else:
             self.post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
+
+    def _figure(self, name: str) -> int:
+        return int(self.client.ask("GET", "/api/runs/%s?info=%s" % (self.run, name))[name])
 
     def _send(self) -> None:
         """Send the reports. Each is forgotten when the farm has judged it."""
@@ -9601,10 +9623,14 @@ def send_unsent(client: Client, run: str, worker: str, reports: List[Dict[str, A
 # the reporter claims and reports and never waits for a command. Knows the contract through the client alone.
 # For another option of `work`: a field of WorkOptions, its use in TaskRunner, and the option in COMMAND LINE.
 
-CLAIM_AHEAD_S = 1.5                 # tasks for so many seconds of work are claimed ahead, at most
+CLAIM_AHEAD_S = 0.15, 0.5           # what will be started within so many seconds is claimed ahead: at least, at most,
+LATENCIES_AHEAD = 10                # and between them so many times what a claim takes
 CLAIM_AHEAD_LIMIT = 4000            # tasks claimed ahead, at most: a worker may hold 10 000
-UNUSED_S = 5.0                      # a claimed task that was not started by then is given back
 PROGRESS_S = 1.0                    # between two looks at the progress of commands, and at the clock while some run
+TIMES_KEPT = 100                    # of the latest tasks, to judge what one takes
+FIRST_LOOK_S = 0.25                 # before the second of the claims that a worker makes while no task waits
+IDLE_S = 120                        # a worker with nothing to do stays for so long, at most,
+IDLE_LEAST_S = 10.0                 # and at least so long where tasks may come back
 COMPUTING_S = 1.0                   # a command that runs longer is reported as computing
 PIPES_S = 0.05                      # the pipes of a command that runs longer are watched
 GRACE_S = 5.0                       # between SIGTERM and SIGKILL to a command: Slurm gives us 10 to 30 s for all
@@ -9619,7 +9645,7 @@ QUICK_S = 10.0                      # a failure within this time is a quick one
 PAUSE_S = 10.0                      # others compute and none is done: for so long, or twice, we wait for one to be
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
-EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_BAD_NODE, EXIT_TOO_MANY_FAILED = 6, 7, 8, 9
+EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_BAD_NODE, EXIT_TOO_MANY_FAILED, EXIT_TOO_SHORT = 6, 7, 8, 9, 10
 
 
 class WorkOptions(NamedTuple):
@@ -9628,13 +9654,22 @@ class WorkOptions(NamedTuple):
     timeout_s: float                # of a command; inf for none
     grace_s: float
     drain: bool                     # on a signal, let commands finish
-    wait: bool                      # for tasks that may come back
+    idle_s: float                   # for so long at most it waits for tasks that may come back
     task_time_s: Optional[float]    # what a task takes, when that is known
     job_end: Callable[[], float]    # UTC seconds since 1970; inf while it is not known
     log_dir: str                    # "" for none
     log_failed: bool                # keep the logs of failed tasks alone
     max_fails: Optional[int] = None     # stop after so many; 0: never. None: the first ends alone are judged
     leave_ok: bool = False          # to leave before the job ends is no failure
+
+
+def times_of_ended(client: Client, run: Mapping[str, Any]) -> List[float]:
+    """The seconds that the latest tasks of a run took. Raises FarmError and Unreachable."""
+    if not run["numDone"]:
+        return []
+    tasks = client.ask("GET", "/api/runs/%s/tasks?status=done&order=finished&limit=%d" % (run["uuid"], TIMES_KEPT))
+    times = [(parse_time(task["started"]), parse_time(task["finished"])) for task in reversed(tasks["data"])]
+    return [finished - started for started, finished in times if started is not None and finished is not None]
 
 
 def exit_status_of(error: Exception) -> int:
@@ -9830,16 +9865,153 @@ class FirstEnds:
         return "node" if others_compute or others_done and self.enough else "command"
 
 
+class ReadyTask(NamedTuple):
+    """A task that was claimed and is not started."""
+    task: int
+    attempt: int
+    claimed_at: float               # tick
+
+
+class Supply:
+    """The tasks that a worker has ready: when to claim how many more, what to give back, and when to leave.
+
+    Nobody knows how long a task will take. So as many are claimed ahead as commands have ended lately: it is not
+    their mean that counts, which one long command would spoil for all slots. When long tasks come, none ends any
+    more, none is claimed ahead, and what lies ready is given back for others. Ticks are passed in, and so is
+    *busy*, the number of commands that keep a slot or whose process group has not ended.
+    """
+    def __init__(self, jobs: int, idle_s: float, took_s: Iterable[float] = ()) -> None:
+        self.jobs, self.idle_s = jobs, idle_s
+        self.ready: "deque[ReadyTask]" = deque()
+        self.took_s = deque(took_s, maxlen=TIMES_KEPT)      # seconds that the latest commands took, here or elsewhere
+        self.short_ends: "deque[float]" = deque()   # ticks of the ends of short commands
+        self.latency_s = 0.0                        # moving mean of what a claim takes
+        self.asked_at: Optional[float] = None       # tick of the claim that has no answer yet
+        self.asked_idle = False                     # nothing was at hand at the last claim
+        self.reported = False                       # an end was reported since the last claim
+        self.nothing_waits = False                  # the last claim got nothing
+        self.nothing_since = 0.0                    # tick of the first of such claims in a row
+        self.look_at = 0.0                          # tick of the next one; inf when nothing can come back by itself
+        self.idle_since: Optional[float] = None     # tick since which nothing is at hand and nothing waits
+        self.leaves = False                         # a worker with nothing at hand need not stay
+
+    @property
+    def ahead_s(self) -> float:
+        """What will be started within so many seconds is claimed ahead."""
+        least_s, most_s = CLAIM_AHEAD_S
+        return min(max(LATENCIES_AHEAD * self.latency_s, least_s), most_s)
+
+    @property
+    def hold_s(self) -> float:
+        """What is not started so many seconds after its claim is given back."""
+        return 2 * self.ahead_s
+
+    def likely_s(self, part: float) -> Optional[float]:
+        """The seconds that so large a part of the latest commands took at most; None before the first end."""
+        return quantile(sorted(self.took_s), part) if self.took_s else None
+
+    # What to do
+
+    def wants(self, now: float, busy: int, unreported: int = 0) -> int:
+        """How many tasks to claim now. *unreported*: ends that are not reported yet."""
+        at_hand = busy + len(self.ready)
+        if self.asked_at is not None:
+            return 0
+        if self.nothing_waits:
+            # When all that we had is reported, the farm knows whether others hold tasks.
+            last_look = self.reported and not at_hand and not unreported
+            if not last_look and (now < self.look_at or at_hand >= self.jobs):
+                return 0
+        self.asked_idle = not at_hand and not unreported
+        ahead = self._ahead(now)
+        return self.jobs + ahead - at_hand if at_hand < self.jobs or 2 * len(self.ready) < ahead else 0
+
+    def _ahead(self, now: float) -> int:
+        """How many tasks to have ready: as many short commands as have ended in the last `ahead_s`."""
+        while self.short_ends and self.short_ends[0] <= now - self.ahead_s:
+            self.short_ends.popleft()
+        return min(len(self.short_ends), CLAIM_AHEAD_LIMIT)
+
+    def surplus(self, now: float) -> List[ReadyTask]:
+        """Take out the tasks that were claimed long ago. They are to be given back: others may start them at once."""
+        old: List[ReadyTask] = []
+        while self.ready and self.ready[0].claimed_at + self.hold_s <= now:
+            old.append(self.ready.popleft())
+        self.nothing_waits = self.nothing_waits and not old
+        return old
+
+    def next_look(self, busy: int) -> float:
+        """The tick at which `surplus` or `wants` may have something new to say."""
+        look_at = self.ready[0].claimed_at + self.hold_s if self.ready else math.inf
+        waits = self.nothing_waits and self.asked_at is None and busy + len(self.ready) < self.jobs
+        return min(look_at, self.look_at) if waits else look_at
+
+    @property
+    def knows_of_none(self) -> bool:
+        """Whether nothing is ready, and nothing waited at the last look."""
+        return not self.ready and self.nothing_waits and self.asked_at is None
+
+    # What has happened
+
+    def asked(self, now: float) -> None:
+        """Tasks are being claimed."""
+        self.asked_at, self.reported = now, False
+
+    def _answered(self, now: float) -> None:
+        assert self.asked_at is not None
+        took_s = min(now - self.asked_at, 1.0)      # more tells of an outage
+        self.latency_s += 0.2 * (took_s - self.latency_s)
+        self.asked_at = None
+
+    def add(self, now: float, tasks: Iterable[Tuple[int, int]]) -> None:
+        """The claim got these tasks, each with its attempt."""
+        self._answered(now)
+        self.nothing_waits, self.idle_since = False, None
+        self.ready.extend(ReadyTask(task, attempt, now) for task, attempt in tasks)
+
+    def none_left(self, now: float, retry_s: Optional[float], computing: int) -> None:
+        """The claim got nothing. *retry_s*: until the first lease could end; *computing*: tasks that may come back.
+
+        A worker that waits costs as much as one that computes. So it stays no longer than it would need for all that
+        may come back. (Others give back within a second what they have claimed ahead.)
+        """
+        self._answered(now)
+        self.nothing_since = self.nothing_since if self.nothing_waits else now
+        self.nothing_waits = True
+        self.idle_since = (now if self.idle_since is None else self.idle_since) if self.asked_idle else None
+        task_s = self.likely_s(0.95)
+        worth_s = math.inf if task_s is None else computing * task_s / self.jobs
+        leave_at = (self.idle_since or now) + min(self.idle_s, max(IDLE_LEAST_S, worth_s))
+        self.leaves = retry_s is None or self.idle_since is not None and now >= leave_at
+        # A lease may end at retry_s, but the others may be done before. Then we need not stay.
+        pause_s = random.uniform(0.5, 1.0) * max(FIRST_LOOK_S, (now - (self.idle_since or self.nothing_since)) / 4)
+        self.look_at = math.inf if retry_s is None else min(now + min(retry_s, pause_s), max(leave_at, now + 0.01))
+
+    def keep(self, held: Set[Tuple[int, int]]) -> None:
+        """Of what is ready only these tasks, each with its attempt, are still held."""
+        self.ready = deque(ready for ready in self.ready if (ready.task, ready.attempt) in held)
+
+    def may_wait_again(self) -> None:
+        """A task may wait that did not: look at once."""
+        self.nothing_waits, self.idle_since = False, None
+
+    def ended(self, now: float, elapsed_s: float) -> None:
+        """A command has ended."""
+        self.took_s.append(elapsed_s)
+        if elapsed_s < self.hold_s:
+            self.short_ends.append(now)
+
+
 class TaskRunner:
     """Runs a command for each claimed task, several at a time, until no task is left or it is told to stop."""
 
     def __init__(self, client: Client, run: Dict[str, Any], template: Template, options: WorkOptions,
-                 display: Display) -> None:
+                 display: Display, took_s: Sequence[float] = ()) -> None:
+        """*took_s*: seconds that some tasks of the run took, where they are known."""
         self.client, self.run, self.template, self.options, self.display = client, run, template, options, display
         self.uuid, self.pid = secrets.token_hex(16), os.getpid()
         # Tasks and commands, in the order in which they go through these
-        self.ready: "deque[Tuple[int, int]]" = deque()      # (task, attempt): claimed and not started
-        self.ready_since = 0.0
+        self.supply = Supply(options.jobs, options.idle_s, took_s)
         self.slots = list(range(options.jobs - 1, -1, -1))  # free ones
         self.running: Dict[int, Command] = {}               # by process id
         self.ending: List[Command] = []     # the command has ended, others of its process group may not have
@@ -9848,15 +10020,8 @@ class TaskRunner:
         self.ask_figures_at = 0.0           # tick: to judge the first ends
         self.finished = 0                   # tasks whose end was reported
         self.failed = 0                     # those of them that failed
-        self.recent_s: "deque[float]" = deque(maxlen=100)   # what the latest commands took
-        self.mean_s: Optional[float] = None                 # moving mean of the same
-        # Claims
-        self.claim_open = False             # the reporter was asked for tasks and has not answered
-        self.nothing_waits = False          # the last claim got nothing
-        self.nothing_since = 0.0            # tick of the first such claim
-        self.claim_at = 0.0                 # tick of the next claim after it
-        self.finished_at_claim = 0          # `finished` when the last claim was made
         # Time and signals
+        self.began = time.monotonic()       # tick
         self.to_end: Set[int] = set()       # process ids of commands that get SIGTERM in the next turn
         self.wake_at = 0.0                  # tick of the next call of _do_timed_work
         self.look_at = 0.0                  # tick of the next look at the progress of commands
@@ -9944,7 +10109,7 @@ class TaskRunner:
         now = time.monotonic()
         if now >= min(self.wake_at, self.display.write_at) or self.signals > self.signals_handled:
             self._do_timed_work(now)
-        if self.ready and self.slots and not self.stop_reason and now >= self.start_after:
+        if self.supply.ready and self.slots and not self.stop_reason and now >= self.start_after:
             self._start_commands(now)
         self._claim_more(now)
         if self.first_ends.held:
@@ -9972,58 +10137,63 @@ class TaskRunner:
             self._give_back_unconfirmed()
             self.status = self.stop_status
             return True
-        if self.ready or not self.nothing_waits or self.claim_open or self.reporter.reports:
+        if not self.supply.knows_of_none or self.reporter.reports:
             return False
         if self.first_ends.held:
             return False
-        if self.claim_at == math.inf or not self.options.wait:
+        if self.supply.leaves:
             self.status = EXIT_DONE
             return True
-        if self.finished == self.finished_at_claim:
-            self.display.say_once("no task waits now, but other workers still compute: this one stays, since their "
-                                  "tasks may come back (with --no-wait it would leave)")
+        if self.supply.idle_since is not None:
+            self.display.say_once("no task waits now, but other workers still compute: this one stays for a while, "
+                                  "since their tasks may come back (with --idle 0 it would leave)")
         return False
 
     # Claims
 
     def _claim_more(self, now: float) -> None:
-        self.reporter.idle = not (self.running or self.ending or self.unconfirmed or self.first_ends.held)
-        if self.claim_open or self.stop_reason or now < self.start_after:
+        """Claim what the supply wants, and give back what it has too many."""
+        busy, unreported = len(self.running) + len(self.ending), len(self.unconfirmed) + len(self.first_ends.held)
+        self.reporter.idle = not (busy or unreported)
+        if self.stop_reason or now < self.start_after:
             return
-        at_hand = len(self.ready) + len(self.running) + len(self.ending)
-        ahead = self._claim_ahead(now)
-        if self.nothing_waits and (now < self.claim_at or at_hand >= self.options.jobs):
-            if at_hand or self.unconfirmed or self.finished == self.finished_at_claim:
-                self.wake_at = min(self.wake_at, self.claim_at) if at_hand < self.options.jobs else self.wake_at
-                return
-            self.nothing_waits = False      # our own reports may have let tasks wait again
-        if at_hand < self.options.jobs or len(self.ready) < ahead // 2:
-            if not self._fits():
-                if not at_hand:
-                    self._leave("no task is likely to fit before the job ends")
-                return
-            self.claim_open = True
-            self.finished_at_claim = self.finished
-            self.reporter.claim(self.options.jobs + ahead - at_hand)
-
-    def _claim_ahead(self, now: float) -> int:
-        """How many tasks to have at hand beside those that run: CLAIM_AHEAD_S of work; 0 when tasks take longer."""
-        if self.mean_s is None:
-            return 0
-        seconds = max(self.mean_s, 1e-4)
-        if self.running:
-            seconds = max(seconds, (now - min(command.started for command in self.running.values())) / 4)
-        if seconds > CLAIM_AHEAD_S:
-            return 0
-        return min(int(self.options.jobs * CLAIM_AHEAD_S / seconds), 2 * (self.finished + len(self.unconfirmed)),
-                   CLAIM_AHEAD_LIMIT)
+        self._give_back_ready(self.supply.surplus(now))
+        count = self.supply.wants(now, busy, unreported)
+        if not count:
+            self.wake_at = min(self.wake_at, self.supply.next_look(busy))
+        elif self._fits():
+            self.supply.asked(now)
+            self.reporter.claim(count)
+        elif not busy and not self.supply.ready:
+            self._stop_with_nothing_that_fits()
 
     def _fits(self) -> bool:
         """Whether a task that starts now is likely to end before the job does."""
         needs_s = self.options.task_time_s
         if needs_s is None:
-            needs_s = quantile(sorted(self.recent_s), 0.95) if self.recent_s else 0.0
+            needs_s = self.supply.likely_s(0.95) or 0.0
         return time.time() + needs_s < self.stop_at
+
+    def _stop_with_nothing_that_fits(self) -> None:
+        """Stop, as no task is likely to end in time. The job is too short where this worker has done none."""
+        if self.finished or self.unconfirmed:
+            self._leave("no task is likely to fit before the job ends")
+            return
+        self.stop_status = EXIT_TOO_SHORT
+        self._stop("this job is too short: a task takes up to %s, and there are %s until the job ends: choose a longer "
+                   "job, or shorter tasks" % (
+                       duration_text(self.options.task_time_s or self.supply.likely_s(0.95) or 0.0),
+                       duration_text(max(0.0, self.stop_at - time.time()))))
+
+    def _stop_at_job_end(self, now: float) -> None:
+        """Stop in time. Say so where no command has ended although one has run nearly all the time."""
+        longest_s = max((now - command.started for command in self.running.values()), default=0.0)
+        if self.finished or self.unconfirmed or self.stop_reason or longest_s < (now - self.began) / 2:
+            self._leave("the job ends soon")
+            return
+        self.stop_status = EXIT_TOO_SHORT
+        self._stop("this job is too short: it ends soon, and no task has ended in %s: choose a longer job, or shorter "
+                   "tasks" % duration_text(longest_s))
 
     @property
     def stop_at(self) -> float:
@@ -10033,24 +10203,14 @@ class TaskRunner:
     # Events of the reporter
 
     def _on_tasks_claimed(self, event: TasksClaimed) -> None:
-        self.claim_open, self.nothing_waits = False, False
-        if self.stop_reason:
-            return              # signing off gives them back
-        if not self.ready:
-            self.ready_since = time.monotonic()
-        self.ready.extend(event.tasks)
-        self.wake_at = min(self.wake_at, self.ready_since + UNUSED_S)
+        self.supply.add(time.monotonic(), [] if self.stop_reason else event.tasks)     # signing off gives them back
+        self._pause()
 
     def _on_no_task_claimed(self, event: NoTaskClaimed) -> None:
-        now = time.monotonic()
-        self.nothing_since = self.nothing_since if self.nothing_waits else now
-        self.claim_open, self.nothing_waits = False, True
-        # A lease may end at retry_s, but the others may be done long before. So ask more often: we need not stay then.
-        self.claim_at = math.inf if event.retry_s is None else now + min(
-            event.retry_s, random.uniform(0.5, 1.0) * max(1.0, (now - self.nothing_since) / 4))
+        self.supply.none_left(time.monotonic(), event.retry_s, event.computing)
 
     def _on_tasks_held(self, event: TasksHeld) -> None:
-        self.ready = deque(pair for pair in self.ready if pair in event.tasks)
+        self.supply.keep(event.tasks)
         for command in self.running.values():
             if (command.task, command.attempt) not in event.tasks and not command.end_reason:
                 self.display.say("task %d was taken from this worker: its command is ended" % command.task)
@@ -10068,7 +10228,7 @@ class TaskRunner:
         self.display.show_run(event.run)
         if not self._may_judge:
             return
-        fault = self.first_ends.fault(event.run, len(self.first_ends.held) + len(self.ready), time.monotonic())
+        fault = self.first_ends.fault(event.run, len(self.first_ends.held) + len(self.supply.ready), time.monotonic())
         if fault == "node":
             self._leave_bad_node(event.run["numDone"] - self.first_ends.done_before)
         elif fault == "command":
@@ -10085,30 +10245,30 @@ class TaskRunner:
     # Start of commands, and their output
 
     def _start_commands(self, now: float) -> None:
-        while self.ready and self.slots:
+        while self.supply.ready and self.slots:
             if not self._fits():
-                self._give_back_ready()
+                self._give_back_ready(self.supply.surplus(math.inf))
                 return
-            task, attempt = self.ready.popleft()
+            ready = self.supply.ready.popleft()
             slot = self.slots.pop()
             try:
                 command = self.launcher.start(
-                    task, attempt, slot, discard_output=not self.options.log_dir and self.display.output_closed)
+                    ready.task, ready.attempt, slot,
+                    discard_output=not self.options.log_dir and self.display.output_closed)
             except (OSError, ValueError, Refusal) as error:
                 self.slots.append(slot)
-                if not self._could_not_start(task, attempt, error, now):
+                if not self._could_not_start(ready, error, now):
                     return
             else:
                 self.running[command.pid] = command
                 self.wake_at = min(self.wake_at, command.started + PIPES_S)
-        self.ready_since = now
 
-    def _could_not_start(self, task: int, attempt: int, error: Exception, now: float) -> bool:
+    def _could_not_start(self, ready: ReadyTask, error: Exception, now: float) -> bool:
         """Handle a command that did not start, by fault of the task or of this machine; whether to start others."""
         number = getattr(error, "errno", None)
         sentence = getattr(error, "strerror", None) or str(error)
         if number in TEMPORARY_ERRORS:
-            self.ready.appendleft((task, attempt))
+            self.supply.ready.appendleft(ready)
             self.start_after = now + 1.0
             self.wake_at = min(self.wake_at, self.start_after)
             self.display.say_once("no command can be started now (%s): trying again every second" % sentence)
@@ -10116,11 +10276,11 @@ class TaskRunner:
         if number in (errno.ENOENT, errno.EACCES) and self.template.same_program:   # it was there when we began
             error = Refusal("%s cannot be started here (%s)" % (self.template.program, sentence))
         if isinstance(error, Refusal):
-            self.ready.appendleft((task, attempt))
+            self.supply.ready.appendleft(ready)
             self.stop_status = 1
             self._stop(str(error))
             return False
-        command = Command(task, attempt, None, now)
+        command = Command(ready.task, ready.attempt, None, now)
         command.status = (127 if number == errno.ENOENT else 126) << 8
         command.tail = ("cannot be started: " + sentence).encode("utf-8", "replace")
         self.first_ends.see(command)
@@ -10207,8 +10367,7 @@ class TaskRunner:
         if command.end_reason in ("stopping", "lost", "unread"):
             self._give_back(command)
             return
-        self.recent_s.append(command.elapsed_s)
-        self.mean_s = command.elapsed_s if self.mean_s is None else 0.9 * self.mean_s + 0.1 * command.elapsed_s
+        self.supply.ended(command.started + command.elapsed_s, command.elapsed_s)
         killed = not command.end_reason and command.killed_by_stop_signal
         confirm_at = command.started + command.elapsed_s + (CONFIRM_KILLED_S if killed else CONFIRM_S)
         heapq.heappush(self.unconfirmed, (confirm_at, command.task, command))
@@ -10220,7 +10379,7 @@ class TaskRunner:
         """Let others run the task of a command whose end says nothing about it."""
         if command.end_reason != "lost":
             self.reporter.report(command.task, command.attempt, status="waiting")
-        self.nothing_waits = False      # this very task may wait
+        self.supply.may_wait_again()    # this very task does
 
     def _give_back_unconfirmed(self) -> None:
         """Give back the latest ends, which may be part of the job's end. End what these commands left running."""
@@ -10235,10 +10394,9 @@ class TaskRunner:
         self.unconfirmed.clear()
         self.wake_at = 0.0
 
-    def _give_back_ready(self) -> None:
-        for task, attempt in self.ready:
-            self.reporter.report(task, attempt, status="waiting")
-        self.ready.clear()
+    def _give_back_ready(self, tasks: Iterable[ReadyTask]) -> None:
+        for ready in tasks:
+            self.reporter.report(ready.task, ready.attempt, status="waiting")
 
     def _confirm(self, command: Command) -> None:
         """Report a confirmed end, unless it is held back with the first ends."""
@@ -10262,6 +10420,7 @@ class TaskRunner:
         """Start and claim nothing while the failures are to be judged; whether that is so."""
         if self.first_ends.pauses:
             self.start_after = math.inf
+            self._give_back_ready(self.supply.surplus(math.inf))
         return self.first_ends.pauses
 
     @property
@@ -10269,7 +10428,7 @@ class TaskRunner:
         """Whether nothing else can be done or learned before the first ends are judged."""
         if not self.first_ends.held or self.stop_reason or self.running or self.ending or self.unconfirmed:
             return False
-        return not self.claim_open and (self.first_ends.enough or self.nothing_waits and not self.ready)
+        return self.supply.knows_of_none or self.first_ends.enough and self.supply.asked_at is None
 
     def _judge_first_ends(self, now: float) -> None:
         """Ask the farm how other workers fare, when it is time for that. A command that runs long answers for all."""
@@ -10319,6 +10478,7 @@ class TaskRunner:
         """Report that the task is done or has failed."""
         code, elapsed_s = command.reported_code, command.elapsed_s
         self.finished += 1
+        self.supply.reported = True
         if code == 0:
             self.display.task_ended(command.task, elapsed_s)
             self.reporter.report(command.task, command.attempt, status="done", **command.figures())
@@ -10327,7 +10487,7 @@ class TaskRunner:
                     os.remove(command.log_path)
             return
         self.failed += 1
-        self.nothing_waits = False      # it may wait again
+        self.supply.may_wait_again()
         failure = self._failure(command)
         self.display.task_ended(command.task, elapsed_s, failure)
         ours = command.end_reason or command.signal_number or command.ran_out_of_memory
@@ -10373,7 +10533,7 @@ class TaskRunner:
         if left_s > 0:
             wake_at = now + min(left_s, LOOK_S)
         else:
-            self._leave("the job ends soon")
+            self._stop_at_job_end(now)
             self._terminate_all()        # also those that were to finish
             self._give_back_unconfirmed()
         while self.unconfirmed and self.unconfirmed[0][0] <= now:
@@ -10388,11 +10548,6 @@ class TaskRunner:
             wake_at = min(wake_at, self.look_at)
         if self.unconfirmed:        # while others run we are woken often enough
             wake_at = min(wake_at, max(self.unconfirmed[0][0], now + 0.02 * bool(self.running)))
-        if self.ready:
-            if now >= self.ready_since + UNUSED_S:
-                self._give_back_ready()
-            else:
-                wake_at = min(wake_at, max(self.ready_since + UNUSED_S, now + 0.05))
         if self.start_after > now:
             wake_at = min(wake_at, self.start_after)
         self.wake_at = min(wake_at, self.display.refresh(now, len(self.running)))
@@ -10505,7 +10660,7 @@ class TaskRunner:
         if not drain and self.stop_status not in (EXIT_RUN_DELETED, EXIT_NO_SERVER, EXIT_NO_LOGIN):
             what += ", and their tasks are given back" if count > 1 else ", and its task is given back"
         self.display.say("stopping: %s%s" % (reason, "; %s %s" % (count_text(count, "command"), what) if count else ""))
-        self._give_back_ready()
+        self._give_back_ready(self.supply.surplus(math.inf))
         if not drain:
             self._terminate_all()
 
@@ -11245,6 +11400,69 @@ def flat_table(result: Dict[str, Any]) -> str:
         "<flat, one client|claim ms|ratio|update ms|ratio|run info ms|ratio", "%s" + 3 * "|%.3f|%.2f", [
             (shown.get(case, case), *(result[figure][case][name] for name in ("claim", "update", "run info")
                                       for figure in ("median_ms", "ratio"))) for case in FLAT])
+
+
+class MakespanCase(NamedTuple):
+    """Tasks that real workers compute."""
+    workers: int                    # each with two commands at a time
+    took_s: List[float]             # of each task
+    command: str = "sleep"          # gets the seconds as its argument
+
+
+MAKESPAN = {
+    "short, then 8 long": MakespanCase(2, [0.01] * 200 + [3.0] * 8),
+    "the same, shuffled": MakespanCase(2, random.Random(3).sample([0.01] * 200 + [3.0] * 8, 208)),
+    "short, then 16 long": MakespanCase(2, [0.01] * 300 + [4.0] * 16),
+    "many short, 60 long": MakespanCase(3, [0.005] * 3000 + [2.0] * 60),
+    "3 000 times true": MakespanCase(2, [0.0] * 3000, "true")}
+
+
+def list_schedule(took_s: Iterable[float], slots: int) -> float:
+    """The makespan of greedy list scheduling: each task goes to the slot that is free first."""
+    free_at = [0.0] * slots
+    for task_s in took_s:
+        heapq.heapreplace(free_at, free_at[0] + task_s)
+    return max(free_at)
+
+
+def bench_makespan(folder: str, server: BenchServer, progress: Progress) -> Dict[str, Any]:
+    """How long real workers take for tasks of mixed length, from the first start to the last end."""
+    access, lines = os.path.join(folder, "access.json"), os.path.join(folder, "lines")
+    write_access(access, {"url": server.url, "token": server.token, "certificate": server.certificate})
+    environ = dict(os.environ, TASKFARM_ACCESS=access, XDG_STATE_HOME=folder)
+    for name in ("TASKFARM_URL", "TASKFARM_TOKEN", "TASKFARM_USER", "SLURM_JOB_ID", "PBS_JOBID"):
+        environ.pop(name, None)
+    result: Dict[str, Any] = {"profile": "makespan", "cases": {}}
+    for number, (name, case) in enumerate(MAKESPAN.items()):
+        progress.what = "makespan: " + name
+        progress.show(number, len(MAKESPAN))
+        with open(lines, "w") as file:
+            file.writelines("%g\n" % task_s for task_s in case.took_s)
+        run = server.new_run(len(case.took_s))
+        words = [sys.executable, os.path.abspath(__file__), "work", run, "-j", "2", "--quiet", "--lines", lines, "--",
+                 case.command, "{line}"]
+        workers = [subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL) for _ in range(case.workers)]
+        statuses = [worker.wait() for worker in workers]
+        if any(statuses):
+            raise Refusal("a worker of the bench failed")
+        path = "/api/runs/%s/tasks?status=done&limit=1000" % run
+        began = min(parse_time(task["started"]) or math.inf for task in server.ask("GET", path)["data"])
+        (last, *_) = server.ask("GET", path + "&order=finished")["data"]
+        seconds = (parse_time(last["finished"]) or math.inf) - began
+        best_s = list_schedule(case.took_s, 2 * case.workers)
+        result["cases"][name] = {
+            "workers": case.workers, "tasks": len(case.took_s), "seconds": seconds, "greedy_s": best_s,
+            "ratio": seconds / best_s if best_s else None, "tasks_per_s": len(case.took_s) / seconds}
+    return result
+
+
+def makespan_table(result: Dict[str, Any]) -> str:
+    """The figures of profile `makespan`."""
+    return figures_table(
+        "<makespan|workers, -j 2|tasks|seconds|greedy list scheduling|ratio|tasks/s", "%s|%d|%d|%.1f|%.1f|%s|%.0f", [
+            (name, case["workers"], case["tasks"], case["seconds"], case["greedy_s"],
+             "%.2f" % case["ratio"] if case["ratio"] else "-", case["tasks_per_s"])
+            for name, case in result["cases"].items()])
 
 
 # ---------------------------------------------------------------- FAIR
@@ -12497,7 +12715,11 @@ def cmd_work(args: argparse.Namespace) -> int:
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
     before the end (0 with --leave-ok, if since the job ends), 8 its first commands all failed and other
     workers get on: what does this node lack? 9 too many commands failed: the first five, and nobody gets
-    on, or as many as --max-fails says
+    on, or as many as --max-fails says, 10 the job is too short: no task has ended in it, or none is
+    likely to
+
+    When no task waits but others compute, the worker stays for --idle seconds at most, since their
+    tasks may come back. It does not stay longer than it would need for these tasks itself.
 
     Failures within 10 s are kept back until a command ends otherwise or runs for 10 s. When the first
     five fail so, or fewer and no task waits, other workers tell why. If they get on, it is this node:
@@ -12521,6 +12743,7 @@ def cmd_work(args: argparse.Namespace) -> int:
         run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run, changes=True))
         for sentence in send_all_unsent(client):
             display.say(sentence)
+        took_s = times_of_ended(client, run)
     except (FarmError, Unreachable) as error:
         print("taskfarm: %s" % error, file=sys.stderr)
         return exit_status_of(error)
@@ -12538,11 +12761,11 @@ def cmd_work(args: argparse.Namespace) -> int:
         return 0
     log_dir = take_log_folder(args.log_dir, run["uuid"]) if args.log_dir else ""
     job = BatchJob(os.environ, display.say, args.until)
-    options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, not args.no_wait, args.task_time,
+    options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, args.idle, args.task_time,
                           job.end, log_dir, args.log_failed, args.max_fails, args.leave_ok)
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
-    worker = TaskRunner(client, run, template, options, display)
+    worker = TaskRunner(client, run, template, options, display, took_s)
     display.show_run(run)
     display.say("worker %s on %s: run %s, %d tasks, %d at a time" % (
         worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs))
@@ -13252,6 +13475,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
       tls       the same over TLS
       paper     as the published client's test: claim, read, ten updates, done
       batch     claims and results of up to 10 000 tasks, in the store and over HTTP
+      makespan  tasks of mixed length by real workers, beside greedy list scheduling
       life      one run from its first task to its last, in batches
       flat      whether costs stay the same with many tasks and runs
       fair      how long one client waits beside others that do their worst
@@ -13268,7 +13492,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
     return in_own_group(lambda folder: measure(args, profiles, cases, folder), args.dir)
 
 
-PROFILES = (*REQUEST_PROFILES, "batch", "life", "flat", "fair")
+PROFILES = (*REQUEST_PROFILES, "batch", "makespan", "life", "flat", "fair")
 
 
 def chosen(names: str, known: Iterable[str], kind: str) -> List[str]:
@@ -13286,7 +13510,7 @@ def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[F
     pairs = [(profile, clients) for clients in args.clients for profile in profiles if profile in REQUEST_PROFILES]
     rows = args.rows or 10 ** 6
     with Progress("bench") as progress:
-        if pairs or "batch" in profiles:
+        if pairs or {"batch", "makespan"} & set(profiles):
             server = BenchServer(os.path.join(folder, "farm.sqlite"))
             for number, (profile, clients) in enumerate(pairs):
                 progress.what = "%s, %s" % (profile, count_text(clients, "client"))
@@ -13294,6 +13518,8 @@ def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[F
                 points.append(bench_point(server, profile, clients, args.seconds, args.processes))
             if "batch" in profiles:
                 points.append(bench_batch(folder, server, args.seconds, args.processes, progress))
+            if "makespan" in profiles:
+                points.append(bench_makespan(folder, server, progress))
             server.stop()
         if "life" in profiles:
             points.append(bench_life(folder, rows))
@@ -13306,7 +13532,8 @@ def measure(args: argparse.Namespace, profiles: Sequence[str], cases: Sequence[F
         return 0
     if pairs:
         print(bench_table(points[:len(pairs)]))
-    tables = {"batch": batch_table, "life": life_table, "flat": flat_table, "fair": fair_table}
+    tables = {"batch": batch_table, "makespan": makespan_table, "life": life_table, "flat": flat_table,
+              "fair": fair_table}
     for point in points[len(pairs):]:
         print(tables[point["profile"]](point))
     return 0
@@ -13694,7 +13921,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-fails", type=whole_number, metavar="N", help="stop when N commands of this worker have "
                         "failed, and let those that run finish; 0: never stop for failures. By default it stops "
                         "where the first %d all fail within %g s" % (FIRST_ENDS, QUICK_S))
-    parser.add_argument("--no-wait", action="store_true", help="do not wait for tasks that other workers may lose")
+    parser.add_argument("--idle", type=whole_number, default=IDLE_S, metavar="SECONDS", help="with nothing to do, "
+                        "stay for so long at most while tasks of others may come back; by default %d" % IDLE_S)
     parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
     parser.add_argument("--dry-run", action="store_true", help="print the first commands, and run none")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")

@@ -32,6 +32,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import heapq
 import http.client
 import io
 import ipaddress
@@ -64,7 +65,7 @@ import urllib.parse
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9184,6 +9185,31 @@ def test_each_report_says_how_long_the_task_has_run(server: Process, tmp_path: P
     assert [0.3 <= round(finished - started, 3) for started, finished in times] == [True] * 9
 
 
+def test_a_living_worker_sends_what_another_has_left_when_the_server_is_back(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 2)
+    command = ("--", "sh", "-c", "touch %s/on-{task}; until [ -e %s/go-{task} ]; do sleep 0.01; done" % (
+        tmp_path, tmp_path))
+    quick = "taskfarm.UNSENT_S = 0, 0; taskfarm.RETRY_PAUSES_S = 0.1, 0.1; taskfarm.HEARTBEAT_S = 0.05"
+    stays, leaves = [Work(server, run, *command, tweak=quick) for _ in range(2)]
+    wait_until(lambda: len(list(tmp_path.glob("on-*"))) == 2)
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: all("is the server running" in work.shown() for work in (stays, leaves)))
+    (tmp_path / "go-1").touch()
+    wait_until(lambda: "task 1 done" in stays.shown() + leaves.shown())
+    if "task 1 done" in stays.shown():
+        stays, leaves = leaves, stays
+    leaves.end(7, signal.SIGTERM)
+    (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
+    again = Process(str(tmp_path / "f"), home=server.home)
+    wait_until(lambda: task_of(again, run, 1)["status"] == "done")
+    wait_until(lambda: not left.exists())
+    assert "1 reports that worker" in wait_until(stays.shown) and task_of(again, run, 1)["attempt"] == 1
+    (tmp_path / "go-0").touch()
+    stays.end(0)
+    assert again.end(signal.SIGTERM) == 0
+
+
 def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 60)
     work = Work(server, run, "-j", "2", "--", "sh", "-c", "echo x >> %s/ran-{task}; sleep 0.02" % tmp_path)
@@ -9223,7 +9249,7 @@ def test_lost_answers_cost_a_worker_nothing(server: Process, tmp_path: Path) -> 
     taskfarm.write_access(str(tmp_path / "access.json"), {
         "url": relay.url, "token": server.token, "certificate": relay.certificate})
     work = Work(server, run, "-j", "4", "--quiet", "--", "sh", "-c", "echo x >> %s/ran-{task}" % tmp_path,
-                tweak="taskfarm.SEND_S = 0.01; taskfarm.CLAIM_AHEAD_S = 0.05; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
+                tweak="taskfarm.SEND_S = taskfarm.LOOK_S = 0.01; taskfarm.RETRY_PAUSES_S = (0.01, 0.02)",
                 TASKFARM_ACCESS=str(tmp_path / "access.json"))
     work.end(0)
     relay.close()
@@ -9494,7 +9520,7 @@ def test_a_worker_stops_after_so_many_failures(server: Process, tmp_path: Path, 
     assert task_of(server, run, 1)["status"] == ("waiting" if number else "done")
 
 
-@pytest.mark.parametrize("wait", [(), ("--no-wait",)])
+@pytest.mark.parametrize("wait", [(), ("--idle", "0")])
 def test_a_node_that_fails_everything_fails_none_of_the_last_tasks(server: Process, tmp_path: Path,
                                                                    wait: Tuple[str, ...]) -> None:
     run = new_run(server, 12)
@@ -9814,7 +9840,7 @@ def test_a_worker_stays_while_tasks_may_come_back(server: Process) -> None:
     other = {"uuid": "other", "hostname": "h", "pid": 1, "lease": 600}
     server.ask("POST", "/api/worker", other)
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[1]["task"] == 0
-    Work(server, run, "--no-wait", "--", "true").end(0)
+    Work(server, run, "--idle", "0", "--", "true").end(0)
     assert counts(server, run) == (0, 1, 1, 0)
     work = Work(server, run, "--", "true")
     wait_until(lambda: "their tasks may come back" in work.shown())
@@ -9839,6 +9865,10 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     assert counts(server, run) == (0, 0, 3, 0)
 
 
+# It has found nothing to do for most of the time.
+LONG_BEGUN = "taskfarm.TaskRunner.began = property(lambda _: -1e9, lambda *_: None); "
+
+
 def test_a_worker_leaves_before_its_job_ends(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 50)
     end, soon = str(int(time.time()) + 5), "taskfarm.STOP_EARLY_S = 0.5"
@@ -9847,11 +9877,11 @@ def test_a_worker_leaves_before_its_job_ends(server: Process, tmp_path: Path) ->
     assert "fit" in output or "the job ends" in output
     waiting, computing, done, failed = counts(server, run)
     assert computing == failed == 0 < done
-    Work(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(7)
+    Work(server, run, "--until", "+60", "--task-time", "100", "--", "true").end(10)
     assert counts(server, run) == (waiting, 0, done, 0)
     for option, status in ((), 7), (("--leave-ok",), 0):
         output = Work(server, run, "--until", "+2", "--grace", "0.5", *option, "--", "sleep", "1000",
-                      tweak=soon).end(status)
+                      tweak=LONG_BEGUN + soon).end(status)
         assert "the job ends soon" in output and counts(server, run) == (waiting, 0, done, 0)
     work = Work(server, run, "--until", "+4", "--grace", "0.5", "--drain", "--leave-ok", "--",
                 "sh", "-c", "touch '%s'; exec sleep 1000" % (tmp_path / "runs"), tweak=soon)
@@ -9870,23 +9900,180 @@ def test_a_worker_does_not_wait_for_the_batch_system(server: Process, tmp_path: 
     assert "2 at a time" in output and "the job ends at" in output and counts(server, run) == (2, 0, 1, 0)
 
 
-@pytest.mark.parametrize("mean_s, finished, longest_s, ahead", [
-    (None, 0, 0, 0),            # nothing is known yet
-    (0.01, 10, 0, 20),          # it begins with few, and doubles
-    (0.01, 10 ** 6, 0, 2400),   # 16 at a time for 1.5 s
-    (0.0001, 10 ** 6, 0, taskfarm.CLAIM_AHEAD_LIMIT),
-    (1.0, 10 ** 6, 0, 24), (60.0, 10 ** 6, 0, 0),
-    (0.01, 10 ** 6, 60.0, 0),   # they have become longer
+@pytest.mark.parametrize("tweak, status, sentence", [
+    ("", 10, "no task has ended in"), (LONG_BEGUN, 7, "the job ends soon")
 ])
-def test_what_is_claimed_ahead_follows_what_tasks_take(mean_s: Optional[float], finished: int, longest_s: float,
-                                                       ahead: int) -> None:
-    options = taskfarm.WorkOptions(16, 1e9, 5.0, False, True, None, lambda: math.inf, "", False)
-    work = taskfarm.TaskRunner(taskfarm.Client(lambda: taskfarm.find_access({})), {"uuid": "x", "numDone": 0},
-                             taskfarm.Template(["true"], "x"), options, taskfarm.Display(False, {}))
-    work.mean_s, work.finished = mean_s, finished
-    if longest_s:
-        work.running[1] = taskfarm.Command(0, 1, 0, 1000.0 - longest_s)
-    assert work._claim_ahead(1000.0) == ahead
+def test_a_job_that_is_too_short_for_a_task_says_so(server: Process, tweak: str, status: int, sentence: str) -> None:
+    run = new_run(server, 9)
+    work = Work(server, run, "--until", "+2", "--grace", "0.5", "--", "sleep", "1000",
+                tweak=tweak + "taskfarm.STOP_EARLY_S = 0.5")
+    assert sentence in work.end(status)
+    assert counts(server, run) == (9, 0, 0, 0)
+
+
+def test_a_run_is_not_begun_whose_tasks_do_not_fit(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 9)
+    for number in range(3):
+        assert report(server, run, number, status="done", elapsed=80 if number else 1) == 204
+    output = Work(server, run, "--until", "+60", "--", "touch", str(tmp_path / "ran")).end(10)
+    assert "too short: a task takes up to 80 s" in output and not (tmp_path / "ran").exists()
+    assert counts(server, run) == (6, 0, 3, 0)
+    Work(server, run, "--until", "+60", "--task-time", "1", "--", "true").end(0)
+
+
+class SimulatedFarm:
+    """Workers that share a run, on a clock of its own: all of a farm but processes, requests and leases."""
+    SEND_S, START_S = taskfarm.SEND_S, 0.002
+
+    def __init__(self, took_s: Sequence[float], workers: int, jobs: int, latency_s: float, idle_s: float = 120) -> None:
+        self.took_s, self.jobs, self.latency_s = took_s, jobs, latency_s
+        self.waiting, self.held, self.ended = list(range(len(took_s))), 0, 0
+        self.supplies = [taskfarm.Supply(jobs, idle_s) for _ in range(workers)]
+        self.busy = [0] * workers
+        self.now, self.makespan = 0.0, 0.0
+        self.left: Dict[int, float] = {}            # when each worker left
+        self.claims = self.given_back = 0
+        self.events: List[Tuple[float, int, Callable[..., None], Tuple[Any, ...]]] = []
+        self.number = itertools.count()
+        for worker in range(workers):
+            self.after(0.0, self.turn, worker)
+
+    def after(self, wait_s: float, what: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self.events, (self.now + wait_s, next(self.number), what, arguments))
+
+    def run(self) -> float:
+        """Work until all workers have left; when the last task ended."""
+        for _ in range(200000):
+            if not self.events:
+                break
+            self.now, _, what, arguments = heapq.heappop(self.events)
+            what(*arguments)
+        assert len(self.left) == len(self.supplies)
+        return self.makespan
+
+    def turn(self, worker: int) -> None:
+        supply = self.supplies[worker]
+        while supply.ready and self.busy[worker] < self.jobs:
+            self.busy[worker] += 1
+            took_s = self.START_S + self.took_s[supply.ready.popleft().task]
+            self.after(took_s, self.end, worker, took_s)
+        old = [ready.task for ready in supply.surplus(self.now)]
+        if old:
+            self.after(self.SEND_S + self.latency_s / 2, self.give_back, old)
+        count = supply.wants(self.now, self.busy[worker])
+        if count:
+            supply.asked(self.now)
+            self.after(self.latency_s / 2, self.claim, worker, count)
+        elif supply.knows_of_none and supply.leaves and not self.busy[worker]:
+            self.left.setdefault(worker, self.now)
+        elif supply.next_look(self.busy[worker]) < math.inf:
+            self.after(max(supply.next_look(self.busy[worker]) - self.now, 1e-6), self.turn, worker)
+
+    def end(self, worker: int, took_s: float) -> None:
+        self.busy[worker] -= 1
+        self.held -= 1
+        self.ended += 1
+        self.makespan = self.now
+        self.supplies[worker].ended(self.now, took_s)
+        self.supplies[worker].reported = True
+        self.turn(worker)
+
+    def give_back(self, tasks: List[int]) -> None:
+        self.given_back += len(tasks)
+        self.held -= len(tasks)
+        self.waiting = sorted(self.waiting + tasks)
+
+    def claim(self, worker: int, count: int) -> None:
+        self.claims += 1
+        if count > taskfarm.ALL_CLAIMED:
+            count = min(count, max(taskfarm.ALL_CLAIMED, len(self.waiting) // 4))
+        tasks, self.waiting = self.waiting[:count], self.waiting[count:]
+        self.held += len(tasks)
+        self.after(self.latency_s / 2, self.answer, worker, tasks, 60.0 if self.held else None, self.held)
+
+    def answer(self, worker: int, tasks: List[int], retry_s: Optional[float], computing: int) -> None:
+        if tasks:
+            self.supplies[worker].add(self.now, [(task, 1) for task in tasks])
+        else:
+            self.supplies[worker].none_left(self.now, retry_s, computing)
+        self.turn(worker)
+
+
+@pytest.mark.parametrize("latency_s", [0.001, 0.003, 0.02])
+@pytest.mark.parametrize("workers, took_s", [
+    *((case.workers, case.took_s) for case in taskfarm.MAKESPAN.values()),
+    (20, [0.01] * 4000 + [5.0] * 80), (3, [0.2] * 300), (3, [0.4] * 300), (3, [0.6] * 300), (2, [0.1, 2.0] * 40)])
+def test_no_long_task_waits_behind_others_while_a_worker_is_idle(workers: int, took_s: List[float],
+                                                                 latency_s: float) -> None:
+    random.seed(1)
+    farm = SimulatedFarm(took_s, workers, 2, latency_s)
+    best_s = taskfarm.list_schedule([farm.START_S + task_s for task_s in took_s], 2 * workers)
+    assert farm.run() < 1.15 * best_s
+    assert farm.ended == len(took_s) and not farm.waiting
+
+
+def test_short_tasks_are_claimed_many_at_once_and_kept() -> None:
+    farm = SimulatedFarm([0.001] * 5000, 1, 4, 0.003)
+    farm.run()
+    assert farm.claims < 100 and farm.given_back == 0
+    for task_s in (0.2, 0.28, 0.35, 1.0, 60.0):
+        farm = SimulatedFarm([task_s] * 400, 1, 4, 0.003)
+        farm.run()
+        assert farm.given_back <= 4, "nothing is claimed that would not be started soon"
+
+
+def test_a_slow_claim_is_made_earlier() -> None:
+    supply = taskfarm.Supply(1, 120)
+    quick = supply.hold_s
+    for now in range(50):
+        supply.asked(now)
+        supply.add(now + 0.04, [])
+    assert quick < supply.hold_s < 2 * taskfarm.CLAIM_AHEAD_S[1]
+    supply.asked(0)
+    supply.add(900, [(1, 1)])       # an outage
+    assert supply.hold_s == 2 * taskfarm.CLAIM_AHEAD_S[1]
+
+
+def test_what_is_not_started_soon_is_given_back_counted_from_its_claim() -> None:
+    supply = taskfarm.Supply(2, 120)
+    assert supply.wants(0.0, 0) == 2
+    supply.asked(0.0)
+    assert supply.wants(0.0, 0) == 0, "one claim at a time"
+    supply.add(0.0, [(task, 1) for task in range(5)])
+    supply.ready.popleft()          # a start does not let the others begin anew
+    assert supply.surplus(0.9 * supply.hold_s) == [] and supply.next_look(2) == supply.hold_s
+    assert [ready.task for ready in supply.surplus(supply.hold_s)] == [1, 2, 3, 4] and not supply.ready
+    assert supply.wants(supply.hold_s, 2) == 0 and supply.wants(supply.hold_s, 1) == 1
+
+
+@pytest.mark.parametrize("took_s, jobs, computing, idle_s, stays_s", [
+    ([], 4, 1, 120, 120),               # nothing is known of the tasks
+    ([75.0], 1, 1, 120, 75),            # what may come back takes 75 s
+    ([75.0], 4, 2, 120, 75 * 2 / 4),    # the same, for a worker that would do two in that time
+    ([75.0], 1, 9, 120, 120), ([0.01], 4, 1, 120, taskfarm.IDLE_LEAST_S), ([0.01], 4, 1, 3, 3), ([75.0], 1, 1, 0, 0)])
+def test_a_worker_stays_no_longer_than_what_may_come_back_is_worth(
+        took_s: List[float], jobs: int, computing: int, idle_s: float, stays_s: float) -> None:
+    supply, now, looks = taskfarm.Supply(jobs, idle_s, took_s), 100.0, 0
+    while not supply.leaves:
+        assert supply.wants(now, 0) == jobs and looks < 60
+        looks += 1
+        supply.asked(now)
+        supply.none_left(now, 60.0, computing)
+        now = max(supply.next_look(0), now)
+    assert now - 100 == pytest.approx(stays_s, abs=0.02)
+
+
+def test_a_worker_leaves_at_once_when_nothing_can_come_back() -> None:
+    supply = taskfarm.Supply(2, 120)
+    supply.asked(1.0)
+    supply.none_left(1.0, 60.0, 0)
+    assert supply.knows_of_none and not supply.leaves and supply.wants(1.1, 0) == 0
+    supply.reported = True              # what the farm took for computing was ours
+    assert supply.wants(1.1, 1) == supply.wants(1.1, 0, 1) == 0 and supply.wants(1.1, 0) == 2
+    supply.asked(1.1)
+    assert not supply.knows_of_none
+    supply.none_left(1.1, None, 0)
+    assert supply.knows_of_none and supply.leaves
 
 
 def test_nothing_falls_due_while_a_worker_is_stopped() -> None:
@@ -9903,8 +10090,7 @@ def test_nothing_falls_due_while_a_worker_is_stopped() -> None:
 
 def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 200)
-    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000",
-                tweak="taskfarm.UNUSED_S = 0.1")
+    work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "[ {task} -lt 20 ] || sleep 1000")
     wait_until(lambda: counts(server, run)[:3] == (179, 1, 20))
     work.end(7, signal.SIGTERM)
     assert counts(server, run) == (180, 0, 20, 0)
@@ -10205,6 +10391,21 @@ def test_bench_measures_and_counts(tmp_path: Path) -> None:
     assert "\n 1000  differing " in taskfarm.batch_table(batch)
     assert taskfarm.life_table(life).splitlines()[1].split()[0] == "3000"
     assert "\n3000 touched tasks  " in taskfarm.flat_table(flat)
+
+
+def test_bench_measures_the_makespan_of_real_workers(tmp_path: Path) -> None:
+    case = 'taskfarm.MAKESPAN = {"few": taskfarm.MakespanCase(2, [0.01] * 20 + [0.3] * 4)}'
+    done = subprocess.run([
+        sys.executable, "-c", "import sys; sys.path.insert(0, %r); import taskfarm; %s; sys.exit(taskfarm.main())" % (
+            str(HERE), case), "bench", "--profile", "makespan", "--json", "--dir", str(tmp_path)],
+        capture_output=True, text=True, env=dict(os.environ, HOME=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(done.stdout)
+    few = point["cases"]["few"]
+    assert few["tasks"] == 24 and few["greedy_s"] == pytest.approx(0.35) and few["seconds"] > 0.35
+    assert few["ratio"] == pytest.approx(few["seconds"] / 0.35)
+    assert taskfarm.makespan_table(point).splitlines()[1].startswith("few")
+    assert not list(tmp_path.glob("taskfarm-bench-*"))
 
 
 def test_bench_prints_tables_and_refuses_what_it_cannot_do(tmp_path: Path) -> None:
