@@ -7198,16 +7198,18 @@ STATES = (State("done", "numDone", "green", "#", "\u2588"), State("failed", "num
 
 
 class Screen:
-    """An output stream: its width, and whether it shows colours and more than ASCII and can be redrawn.
+    """An output stream: its size, whether it shows colours and more than ASCII, and lines that are redrawn in place.
 
-    A pipe or a file has no limit of width and no colours, and cannot be redrawn.
+    A pipe or a file has no limit of width and no colours, and cannot be redrawn. Write lines that stay only
+    after `redraw([])`, or they stand behind those that were drawn.
     """
     def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
         self.stream = stream
         self.terminal = stream.isatty()
         self.can_redraw = self.terminal and environ.get("TERM", "") not in ("", "dumb")
         self.colours = self.can_redraw and not environ.get("NO_COLOR")
-        self.redrawn_lines = 0          # that the next `redraw` replaces
+        self.drawn: List[str] = []      # the lines that the next `redraw` replaces
+        self.write: Callable[[str], Any] = self._write
         try:
             "".join(state.unicode for state in STATES).encode(getattr(stream, "encoding", None) or "ascii")
             self.unicode = True
@@ -7215,9 +7217,29 @@ class Screen:
             self.unicode = False
 
     @property
+    def size(self) -> os.terminal_size:
+        """Columns and lines of the terminal now: a window may be resized at any time."""
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(self.stream.fileno())
+            if size.columns and size.lines:
+                return size
+        return shutil.get_terminal_size()
+
+    @property
     def columns(self) -> int:
         """How many columns a line may have; 0 for any number."""
-        return shutil.get_terminal_size().columns if self.terminal else 0
+        return self.size.columns if self.terminal else 0
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether lines can be redrawn now. A process in the background leaves the terminal to others."""
+        with contextlib.suppress(OSError):      # it is not our controlling terminal: no shell disposes of it
+            return self.can_redraw and os.tcgetpgrp(self.stream.fileno()) == os.getpgrp()
+        return self.can_redraw
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
 
     def paint(self, text: str, colour: str) -> str:
         """The text in one of COLOURS, where colours are shown."""
@@ -7225,16 +7247,32 @@ class Screen:
 
     def print(self, lines: Sequence[str]) -> None:
         """Write lines that stay."""
-        self.stream.write("".join(line + "\n" for line in lines))
-        self.stream.flush()
+        self.write("".join(line + "\n" for line in lines))
 
     def redraw(self, lines: Sequence[str]) -> None:
-        """Write lines in the place of those redrawn last. Lines that are too many for the height are left out."""
-        lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
-        if self.redrawn_lines:
-            self.stream.write("\x1b[%dA\r\x1b[J" % self.redrawn_lines)
-        self.print(lines)
-        self.redrawn_lines = len(lines)
+        """Write lines in the place of those drawn last. Lines that are too many for the height are left out.
+
+        The cursor stays behind the last one. Terminals wrap what was drawn when they become narrower, so the rows
+        to go up are counted for the width of now.
+        """
+        size, old, self.drawn = self.size, self.drawn, []
+        if not self.may_draw:
+            return
+
+        def rows(drawn: Sequence[str]) -> int:
+            return sum(max(-(-display_width(re.sub("\x1b.*?m", "", line)) // size.columns), 1) for line in drawn)
+        while lines and rows(lines) > size.lines:
+            lines = lines[:-1]
+        up = "\x1b[%dA" % (rows(old) - 1) if rows(old) > 1 else ""
+        if old or lines:
+            self.write((up + "\r\x1b[J" if old else "") + "\n".join(lines))
+        self.drawn = list(lines)
+
+    def keep(self) -> None:
+        """Let the drawn lines stay: what is written next begins below them."""
+        if self.drawn:
+            self.print([""])
+            self.drawn = []
 
     def cell(self, state: State) -> str:
         """A cell of the bar, without its colour."""
@@ -7396,6 +7434,13 @@ def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
                          for state, number in zip(STATES, allocated)) + "]"
 
 
+def bar_line(run: Mapping[str, Any], text: str, screen: Screen) -> str:
+    """A bar and a text, in one line of a terminal."""
+    room = screen.columns - 1       # in the last column some terminals begin a new line
+    cells = max(min(24, room // 3), 1)
+    return state_bar(run, cells, screen) + cut(" " + text, room - cells - 2)
+
+
 def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
     """The number of tasks in each state, with the cell that stands for it. A narrow terminal gets several lines."""
     lines, used = [""], 0
@@ -7551,11 +7596,9 @@ def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: Recen
 
 class Progress:
     """A bar on a terminal, for work that takes longer than 0.1 s. Without a terminal nothing is shown."""
-    WIDTH = 30
 
     def __init__(self, what: str) -> None:
-        self.what = what
-        self.shown = False
+        self.what, self.screen = what, Screen(sys.stderr, os.environ)
         self.drawn_tick = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -7563,17 +7606,14 @@ class Progress:
 
     def show(self, done: float, total: float) -> None:
         """Draw the bar: so much of so much."""
-        if sys.stderr.isatty() and total and time.monotonic() - self.drawn_tick > 0.1:
-            filled = int(self.WIDTH * done / total)
-            sys.stderr.write("\r%s [%s%s] %3d %%\x1b[K" % (
-                self.what, "#" * filled, " " * (self.WIDTH - filled), 100 * done / total))
-            sys.stderr.flush()
-            self.shown = True
+        if total and time.monotonic() - self.drawn_tick > 0.1:
+            percent = int(100 * done / total)
+            run = {"numDone": percent, "numFailed": 0, "numComputing": 0, "numWaiting": 100 - percent}
+            self.screen.redraw([bar_line(run, "%3d %%  %s" % (percent, self.what), self.screen)])
             self.drawn_tick = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
-        if self.shown:
-            sys.stderr.write("\r\x1b[K")
+        self.screen.redraw([])
 
 
 # ---------------------------------------------------------------- CLIENT
@@ -8450,20 +8490,24 @@ def is_script_without_interpreter(program: str) -> bool:
     return b"\0" not in first_line and not first_line.startswith(b"#!")
 
 
-def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambda: False) -> bool:
-    """Write the text; whether all of it was written. A closed reader or a full disk raises nothing.
+def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambda: False) -> int:
+    """Write the text, in whole lines where they are short; 0, or the errno why not all of it was written.
 
-    A reader that takes nothing (a terminal after Ctrl-S) is waited for until *in_hurry* says yes.
+    A reader that takes nothing (a terminal after Ctrl-S) is waited for until *in_hurry* says yes: EAGAIN.
     """
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        while text:
+    done = 0
+    try:
+        while done < len(text):
             while not poll.poll(0 if in_hurry() else 200):
                 if in_hurry():
-                    return False
-            text = text[os.write(descriptor, text[:select.PIPE_BUF]):]      # so much fits, and does not block
-    return not text
+                    return errno.EAGAIN
+            end = done + select.PIPE_BUF        # so much fits, does not block, and is not mixed with others' output
+            done += os.write(descriptor, text[done:text.rfind(b"\n", done, end) + 1 or end])
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 class Command:
@@ -8481,7 +8525,7 @@ class Command:
         self.log = -1               # descriptor of the open log
         self.log_path = ""
         self.status: Optional[int] = None       # from waitpid, once it has ended
-        self.end_reason = ""        # why we end it: "timeout", "stopping" or "lost"; "unread": nobody reads its output
+        self.end_reason = ""        # why we end it: "timeout", "stopping" or "lost"
         self.kill_at = 0.0          # tick at which its process group gets SIGKILL
 
     @property
@@ -8621,16 +8665,14 @@ class Launcher:
     SPAWN_OPTIONS: Dict[str, Any] = {
         "setpgroup": 0, "setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}      # signals that Python ignores
 
-    def __init__(self, template: Template, environ: Dict[bytes, bytes], watchdog: Watchdog, log_dir: str,
-                 on_terminal: bool) -> None:
+    def __init__(self, template: Template, environ: Dict[bytes, bytes], watchdog: Watchdog, log_dir: str) -> None:
         self.template, self.environ, self.watchdog, self.log_dir = template, environ, watchdog, log_dir
         # The error output comes through a pipe, also where there is a log: its last line is the message of a failure.
-        # The standard output (1) does so on a terminal, where it is written above the bar.
-        self.piped = (1, 2) if on_terminal and not log_dir else (2,)
+        self.piped = (2,) if log_dir else (1, 2)        # Display passes it on in whole lines
         self.by_shell = False       # every task runs a script without #!
 
-    def start(self, task: int, attempt: int, slot: int, discard_output: bool) -> Command:
-        """Start the command of a task; *discard_output*: nobody reads the standard output.
+    def start(self, task: int, attempt: int, slot: int) -> Command:
+        """Start the command of a task.
 
         Raises OSError or ValueError when it cannot be started, Refusal when no command of this worker can be.
         """
@@ -8645,8 +8687,6 @@ class Launcher:
                 command.log_path = os.path.join(self.log_dir, "%d.log" % task)
                 command.log = self._open_log(command.log_path)
                 actions.append((os.POSIX_SPAWN_DUP2, command.log, 1))
-            elif discard_output:
-                actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
             for target in self.piped:
                 read_end, write_end = os.pipe()
                 command.pipes[read_end] = target
@@ -8970,6 +9010,7 @@ LAST_REPORTS_S = 2.0                # the last reports are tried for so long: PB
 CONFIRM_S = 0.3                     # an end is reported when it is so old: it may be the first sign that a job ends
 CONFIRM_KILLED_S = 1.5              # the same for a command that was killed by a signal that ends jobs
 SAME_SIGNAL_S = 1.0                 # a second signal within this time is the first one again: srun sends two at once
+LINE_MEMORY = 2 ** 20               # bytes of a line of output; a longer one is cut
 MOST_WITHOUT_PROGRAM = 10           # a worker whose ends all lack a program stops after so many
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
@@ -8997,22 +9038,26 @@ def exit_status_of(error: Exception) -> int:
 
 
 class Display:
-    """What a user sees of a worker: a line for each task, and on a terminal a bar below the lines."""
-    WIDTH = 24
+    """What a user sees of a worker: on the standard output what commands print there, and nothing else.
 
-    def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
-        self.quiet = quiet
-        self.screen, self.bar_screen = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
-        self.has_bar = self.bar_screen.can_redraw
+    On the error output: the commands' own, a line for each task, and on a terminal a bar below them. All comes in
+    whole lines, those of each 0.1 s together.
+    """
+    def __init__(self, quiet: bool, environ: Mapping[str, str], tag: bool = False) -> None:
+        self.quiet, self.tag = quiet, tag
+        self.screen = Screen(sys.stderr, environ)
+        self.screen.write = lambda text: write_all(
+            2, text.encode(sys.stderr.encoding or "utf-8", "replace"), self.in_hurry)
+        self.terminals = {1: sys.stdout.isatty(), 2: self.screen.terminal}
         self.in_hurry: Callable[[], bool] = lambda: False       # whether there is no time to wait for a reader
-        self.lines: List[str] = []              # not written yet
+        self.pending: List[Tuple[int, bytes]] = []      # whole lines that are not written yet, each with 1 or 2
         self.write_at = math.inf                # tick at which they are to be written
-        self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands without its end of line, by source
+        self.partial: Dict[Tuple[int, int], bytearray] = {}     # lines without their end, by process and 1 or 2
         self.shown_once: Set[str] = set()
+        self.output_error = 0                   # errno: the standard output took no more
         self.run: Dict[str, Any] = {}           # its latest figures
         self.ended_since = 0                    # tasks that ended here since then
         self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
-        self.bar_drawn = False
 
     def task_ended(self, task: int, elapsed_s: float, failure: str = "") -> None:
         """A task has ended; *failure* says how it failed."""
@@ -9033,27 +9078,25 @@ class Display:
             self.shown_once.add(sentence)
             self.say(sentence)
 
-    @property
-    def output_closed(self) -> bool:
-        """Whether nobody reads the standard output any more. A command that writes there would die of SIGPIPE."""
-        poll = select.poll()
-        poll.register(1, 0)         # errors are reported without being asked for
-        return bool(poll.poll(0))
-
-    def pass_on(self, source: Tuple[int, int], text: bytes) -> None:
-        """Write the output of a command in whole lines. *source*: process id, and 1 or 2. b"" is its end."""
-        if not text and source not in self.partial:
-            return
-        text = self.partial.pop(source, b"") + (text or b"\n")
-        whole, newline, rest = text.rpartition(b"\n")
-        if not newline and len(rest) > 65536:
-            whole, newline, rest = rest, b"\n", b""
-        if rest:
-            self.partial[source] = rest
-        if newline:
-            self._write()
-            self._clear_bar()
-            write_all(source[1], whole + newline, self.in_hurry)
+    def pass_on(self, command: Command, target: int, text: bytes) -> None:
+        """Write output of a command in whole lines. *target*: 1 or 2. b"" is its end, and ends its last line."""
+        source = command.pid, target
+        partial = self.partial.setdefault(source, bytearray())
+        partial += text
+        end = partial.rfind(b"\n", len(partial) - len(text)) + 1
+        if not end and (not text or len(partial) > LINE_MEMORY):
+            partial += b"\n" * bool(partial)
+            end = len(partial)
+        lines = bytes(partial[:end])
+        del partial[:end]
+        if not text:
+            del self.partial[source]
+        if self.tag or self.terminals[target]:      # of a line that overwrites itself, what is left in the end
+            lines = re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", lines)
+        if self.tag:
+            lines = re.sub(rb"[^\n]*\n", rb"%d\t\g<0>" % command.task, lines)
+        if lines:
+            self._queue(target, lines)
 
     def show_run(self, run: Dict[str, Any]) -> None:
         """Show new figures of the run."""
@@ -9062,47 +9105,45 @@ class Display:
         self.write_at = 0.0
 
     def refresh(self, now: float, running: int) -> float:
-        """Write the lines and draw the bar; the tick of the next call."""
-        if now >= self.write_at or self.has_bar:
+        """Write the lines and draw the bar; the tick of the next call where no line comes before."""
+        draws = self.screen.can_redraw and bool(self.run)
+        if now >= self.write_at or draws:
             self._write()
-            self._draw_bar(running)
-        return now + 0.5 if self.has_bar and running else self.write_at
+            self.write_at = math.inf
+            if draws:
+                self.screen.redraw([self._bar(running)])
+        return now + 0.5 if draws and running else math.inf
 
     def _add(self, line: str) -> None:
-        self.lines.append(line)
-        if self.write_at == math.inf:
-            self.write_at = time.monotonic() + 0.1
+        self._queue(2, (line + "\n").encode(sys.stderr.encoding or "utf-8", "replace"))
+
+    def _queue(self, target: int, text: bytes) -> None:
+        self.pending.append((target, text))
+        self.write_at = min(self.write_at, time.monotonic() + 0.1)
+        if len(text) > 65536 or len(self.pending) > 4096:
+            self._write()
 
     def _write(self) -> None:
-        if self.lines:
-            self._clear_bar()
-            text = "\n".join(self.lines) + "\n"
-            self.lines = []
-            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"), self.in_hurry)
-        self.write_at = math.inf
+        """Write the lines that are pending, where the bar was."""
+        pending, self.pending = self.pending, []
+        if any(self.terminals[target] for target, _ in pending):
+            self.screen.redraw([])
+        for target, group in itertools.groupby(pending, operator.itemgetter(0)):
+            number = write_all(target, b"".join(text for _, text in group), self.in_hurry)
+            if number and target == 1 and number != errno.EAGAIN:
+                self.output_error = number
 
-    def _clear_bar(self) -> None:
-        if self.bar_drawn:
-            write_all(2, b"\r\x1b[K", self.in_hurry)
-            self.bar_drawn = False
-
-    def _draw_bar(self, running: int) -> None:
-        if not self.has_bar or not self.run:
-            return
+    def _bar(self, running: int) -> str:
         run = self._current_run()
         total, ended = run["numTasks"], run["numDone"] + run["numFailed"]
-        room = self.bar_screen.columns - 1      # in the last column some terminals begin a new line
-        cells = max(min(self.WIDTH, room // 3), 1)
-        text = " %s of %s" % (grouped(ended), grouped(total))
+        text = "%s of %s" % (grouped(ended), grouped(total))
         if run["numFailed"]:
             text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
         rate = estimate_rate(list(self.readings))
         if rate:
             text += ", %s, %s left" % (rate_text(rate.per_s), range_text(*time_for_tasks(total - ended, rate)))
-        line = "\r" + state_bar(run, cells, self.bar_screen) + cut(text, room - cells - 2) + "\x1b[K"
-        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.in_hurry)
-        self.bar_drawn = True
+        return bar_line(run, text, self.screen)
 
     def _current_run(self) -> Dict[str, Any]:
         """The latest figures, with the tasks that ended here since then counted as done."""
@@ -9169,9 +9210,8 @@ class TaskRunner:
         except OSError as error:
             raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         environ = command_environment(self.client.access, self.run["uuid"], self.uuid)
-        self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir,
-                                 self.display.screen.terminal)
-        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
+        self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir)
+        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.screen.can_redraw)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
         self.client.meanwhile = "; commands go on meanwhile"
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
@@ -9358,8 +9398,7 @@ class TaskRunner:
             task, attempt = self.ready.popleft()
             slot = self.slots.pop()
             try:
-                command = self.launcher.start(
-                    task, attempt, slot, discard_output=not self.options.log_dir and self.display.output_closed)
+                command = self.launcher.start(task, attempt, slot)
             except (OSError, ValueError, Refusal) as error:
                 self.slots.append(slot)
                 if not self._could_not_start(task, attempt, error, now):
@@ -9405,17 +9444,26 @@ class TaskRunner:
         if target == 2:
             command.tail = (command.tail + text)[-ERROR_TAIL:]
         if command.log < 0:
-            self.display.pass_on((command.pid, target), text)
-        elif not write_all(command.log, text):
+            self.display.pass_on(command, target, text)
+        elif write_all(command.log, text):
             self.display.say_once("logs in %s cannot be written (is the disk full?): the output of commands is lost"
                                   % self.options.log_dir)
         return True
+
+    def _on_output_error(self, number: int) -> None:
+        """Go on without a reader, but not with a full disk: the output may be the result."""
+        if number in (errno.EPIPE, errno.EIO):
+            self.display.say_once("nobody reads the standard output any more: the output of commands is dropped")
+        elif not self.stop_reason:
+            self.stop_status = 1
+            self._stop("the standard output cannot be written: %s" % os.strerror(number))
+            self._give_back_unconfirmed()
 
     def _close_pipe(self, command: Command, pipe: int) -> None:
         if command.watched:
             self.selector.unregister(pipe)
         os.close(pipe)
-        self.display.pass_on((command.pid, command.pipes.pop(pipe)), b"")
+        self.display.pass_on(command, command.pipes.pop(pipe), b"")
 
     # Ends of commands
 
@@ -9439,8 +9487,6 @@ class TaskRunner:
                         break
                 if pipe in command.pipes:
                     self._close_pipe(command, pipe)
-            if command.exit_code - 128 == signal.SIGPIPE and not self.options.log_dir and self.display.output_closed:
-                command.end_reason = command.end_reason or "unread"
             if self.signals and not command.end_reason and command.killed_by_stop_signal:
                 self._terminate(command, "stopping")
             if command.end_reason and signal_group(pid, 0):
@@ -9460,7 +9506,7 @@ class TaskRunner:
             self.slots.append(command.slot)
             command.slot = None
         command.close_log()         # also since thousands may be unconfirmed at a time
-        if command.end_reason in ("stopping", "lost", "unread"):
+        if command.end_reason in ("stopping", "lost"):
             self._give_back(command)
             return
         self.recent_s.append(command.elapsed_s)
@@ -9531,10 +9577,12 @@ class TaskRunner:
             return
         self.nothing_waits = False      # it may wait again
         message = command.error_line()
-        failure = self._failure(command) + (": " + message if message else "")
-        self.display.task_ended(command.task, elapsed_s, failure)
+        failure = self._failure(command)
+        passed_on = command.pid and not command.log_path        # then the user has seen the message
+        message_shown = ": " + message if message else ""
+        self.display.task_ended(command.task, elapsed_s, failure + ("" if passed_on else message_shown))
         if command.end_reason or command.signal_number:
-            message = failure
+            message = failure + message_shown
         self.reporter.report(command.task, command.attempt, status="failed", exitCode=code,
                              message=message[:MESSAGE_LIMIT], elapsed=round(elapsed_s, 3))
 
@@ -9552,6 +9600,9 @@ class TaskRunner:
 
     def _do_timed_work(self, now: float) -> None:
         """Do what the clock or a signal asks for, and set wake_at."""
+        refresh_at = self.display.refresh(now, len(self.running))       # before ends are confirmed whose output it is
+        if self.display.output_error:
+            self._on_output_error(self.display.output_error)
         if self.signals > self.signals_handled:
             self.signals_handled = self.signals
             self._reap()            # what has ended by now did so before the signal was handled
@@ -9585,7 +9636,7 @@ class TaskRunner:
                 wake_at = min(wake_at, max(self.ready_since + UNUSED_S, now + 0.05))
         if self.start_after > now:
             wake_at = min(wake_at, self.start_after)
-        self.wake_at = min(wake_at, self.display.refresh(now, len(self.running)))
+        self.wake_at = min(wake_at, refresh_at)
 
     def _check_running(self, command: Command, now: float) -> float:
         """Watch the pipes, report that it computes, end it after its timeout; the tick of the next call."""
@@ -11370,32 +11421,40 @@ class Watch:
     *interval_s*: between two updates or lines; None for WATCH_S or WATCH_LINE_S.
     """
     def __init__(self, monitor: RunMonitor, screen: Screen, interval_s: Optional[float], as_json: bool) -> None:
-        self.monitor, self.screen, self.as_json = monitor, screen, as_json
-        self.redraws = screen.can_redraw and not as_json
-        self.interval_s = interval_s or (WATCH_S if self.redraws else WATCH_LINE_S)
+        self.monitor, self.screen, self.interval_s, self.as_json = monitor, screen, interval_s, as_json
         self.status: Optional[RunStatus] = None
         self.line_tick = -math.inf                      # of the last line
         self.away_since: Optional[float] = None         # tick at which the server did not answer first
         self.trouble = ""                               # why it does not
 
+    @property
+    def redraws(self) -> bool:
+        """Whether the run is redrawn in place, and not shown as lines."""
+        return self.screen.may_draw and not self.as_json
+
     def run(self) -> int:
         """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
-        while True:
-            try:
-                self.status = self.monitor.update()
-                self._server_answered()
-            except (Unreachable, FarmError) as error:
-                if self.status is None or isinstance(error, FarmError) and error.status < 500:
-                    raise
-                self._server_away(error)
-            self._show(self.status)
-            if self.status.over and self.away_since is None:
-                return 0
-            self.monitor.client.retry_s = 0.0        # after the first answer, this loop is what tries again
-            time.sleep(min(self.interval_s, WATCH_S))
+        signal.signal(signal.SIGCONT, lambda *_: self.screen.drawn.clear())     # the shell has written below it
+        try:
+            while True:
+                try:
+                    self.status = self.monitor.update()
+                    self._server_answered()
+                except (Unreachable, FarmError) as error:
+                    if self.status is None or isinstance(error, FarmError) and error.status < 500:
+                        raise
+                    self._server_away(error)
+                self._show(self.status)
+                if self.status.over and self.away_since is None:
+                    return 0
+                self.monitor.client.retry_s = 0.0        # after the first answer, this loop is what tries again
+                time.sleep(min(self.interval_s or WATCH_S, WATCH_S))
+        finally:
+            self.screen.keep()
 
     def _log(self, sentence: str) -> None:
         if not self.redraws:
+            self.screen.keep()
             print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
                 sys.stderr if self.as_json else sys.stdout))
 
@@ -11418,7 +11477,7 @@ class Watch:
                 sentence = "the server is away, for %s now: %s" % (duration_text(tick - self.away_since), self.trouble)
                 lines.insert(0, self.screen.paint(cut(sentence, self.screen.columns), "red"))
             self.screen.redraw(lines)
-        elif self.away_since is None and (status.over or tick - self.line_tick >= self.interval_s):
+        elif self.away_since is None and (status.over or tick - self.line_tick >= (self.interval_s or WATCH_LINE_S)):
             self.line_tick = tick
             if self.as_json:
                 print(json.dumps(status_json(status)), flush=True)
@@ -11494,7 +11553,7 @@ def cmd_work(args: argparse.Namespace) -> int:
       sbatch --array=1-50 -c 16 --wrap \\
         "exec python3 taskfarm.py work antarctica -j 16 -- ./tile.sh {task}"
     """
-    display = Display(args.quiet, os.environ)
+    display = Display(args.quiet, os.environ, args.tag)
     client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
     client.say = display.say
     try:
@@ -12593,6 +12652,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", action="store_true", help="on a signal, let the running commands finish")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for tasks that other workers may lose")
     parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
+    parser.add_argument("--tag", action="store_true", help="begin each line that a command prints with the number of "
+                        "its task and a tab")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
 
 
@@ -12812,8 +12873,26 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
 
 
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+    """Write the rest of the standard output at the end. Raises Refusal when it could not be written."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what the interpreter still holds
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise Refusal("the standard output cannot be written: %s" % error.strerror)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a verb and return the exit status: 0, 1 refused, 2 wrong usage, 5 no server, 6 no login. `work` has more."""
+    """Run a verb and return the exit status: 0, 1 refused, 2 wrong usage, 5 no server, 6 no login, 130 Ctrl-C.
+
+    `work` has more.
+    """
     open_standard_streams()
     with contextlib.suppress(AttributeError):       # for names and messages that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -12825,16 +12904,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.needs_db and not args.db:
         parser.error("which file? name it by --db runs.sqlite (or TASKFARM_DB)")
     try:
-        return int(args.command(args))
+        with checked_output():
+            return int(args.command(args))
     except (Refusal, FarmError, Unreachable) as error:
         print_notice(str(error))
         return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
             EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:
-        pass
+        return 128 + signal.SIGINT
     except BrokenPipeError:     # the reader of our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+        return 1
 
 
 if __name__ == "__main__":

@@ -7593,8 +7593,18 @@ def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_termin
     screen = taskfarm.Screen(stream, {"TERM": "xterm"})
     screen.redraw(["1", "2"])
     screen.redraw(["a", "b", "c", "d", "e"])
-    screen.redraw(["z"])
-    assert stream.getvalue() == "1\n2\n" "\x1b[2A\r\x1b[J" "a\nb\nc\n" "\x1b[3A\r\x1b[J" "z\n"
+    screen.redraw([screen.paint("z" * 79, "red")])
+    monkeypatch.setenv("COLUMNS", "20")         # which wraps it into four rows
+    screen.redraw(["y"])
+    screen.redraw(["x" * 41, "w", "v"])
+    screen.redraw([])
+    screen.redraw([])
+    screen.redraw(["u"])
+    screen.keep()
+    screen.redraw(["t"])
+    assert stream.getvalue() == (
+        "1\n2" "\x1b[1A\r\x1b[J" "a\nb\nc\nd" "\x1b[3A\r\x1b[J" "\x1b[31m" + "z" * 79 + "\x1b[0m"
+        "\x1b[3A\r\x1b[J" "y" "\r\x1b[J" + "x" * 41 + "\nw" "\x1b[3A\r\x1b[J" "u\n" "t")
 
 
 def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
@@ -8208,7 +8218,7 @@ def test_our_worker_keeps_a_lease_and_lets_go_at_the_end(farm: Live, monkeypatch
 # ---------------------------------------------------------------- COMMANDS
 
 class Work:
-    """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
+    """`work` as a process of its own, on a farm that is a process too; what it writes comes from files."""
     all: List["Work"] = []
 
     def __init__(self, server: Process, *words: str, tweak: str = "", **environ: str) -> None:
@@ -8225,19 +8235,21 @@ class Work:
         self.all.append(self)
 
     def shown(self) -> str:
-        self.output_file.seek(0)
-        return self.output_file.read()
-
-    def errors(self) -> str:
+        """Its own lines, and the error output of its commands."""
         self.error_file.seek(0)
         return self.error_file.read()
+
+    def printed(self) -> str:
+        """What its commands printed."""
+        self.output_file.seek(0)
+        return self.output_file.read()
 
     def end(self, status: int, number: int = 0) -> str:
         """Its lines, once it has ended, by a signal or of its own; with that status."""
         if number:
             self.process.send_signal(number)
         try:
-            assert self.process.wait(40) == status, self.shown() + self.errors()
+            assert self.process.wait(40) == status, self.shown() + self.printed()
         finally:
             self.process.kill()
             self.process.wait()
@@ -8381,7 +8393,7 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
     work = Work(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
     work.end(1)
     sentence = sentence.replace("{run}", run).replace("{dir}", str(tmp_path))
-    assert sentence in work.errors() and work.errors().count("\n") == 1
+    assert sentence in work.shown() and work.shown().count("\n") == 1
     assert counts(server, run) == (3, 0, 0, 0)
 
 
@@ -8437,7 +8449,7 @@ def test_lines_that_cannot_be_read_again_fail_no_task(server: Process, tmp_path:
     (tmp_path / "lines").write_text("a\nb\nc\n")
     work = Work(server, run, "--lines", str(tmp_path / "lines"), "--", "sh", "-c", "truncate -s 3 %s/lines; echo {line}"
                 % tmp_path)
-    assert "lines has become shorter" in work.end(1) and work.errors() == ""
+    assert "lines has become shorter" in work.end(1) and work.printed() == ""
     assert counts(server, run) == (2, 0, 1, 0)
 
 
@@ -8464,7 +8476,7 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
     assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"),
                      (5, "short")]
-    assert "first\nlast" in work.errors(), "the error output is passed on"
+    assert "first\nlast" in work.shown(), "the error output is passed on"
     os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)       # what a command left behind is not ours to end
 
 
@@ -8697,7 +8709,8 @@ def test_every_task_is_run_once_and_reported(server: Process, tmp_path: Path) ->
     failed = task_of(server, run, 7)
     assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
     assert sum(output.count(" done in ") for output in outputs) == 299
-    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
+    assert sum(output.count("task 7 failed: exit status 3\n") for output in outputs) == 1
+    assert sum(output.count("so it goes") for output in outputs) == 1, "what it said is shown once"
     assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
 
 
@@ -9014,7 +9027,7 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
     Work(server, "0" * 32, "--", "true").end(4)
     nobody = Work(server, "harvest", "--", "true")
-    assert nobody.end(4) == "" and "no run is called 'harvest'" in nobody.errors()
+    assert "no run is called 'harvest'" in nobody.end(4) and nobody.printed() == ""
     Work(server, run, "-j", "5001", "--", "true").end(2)
     Work(server, run, "--", "true", TASKFARM_TOKEN="tf1.x").end(6)
     Work(server, run, "--", "true", TASKFARM_URL="https://127.0.0.1:1", tweak="taskfarm.WORKER_RETRY_S = 0.5").end(5)
