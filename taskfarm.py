@@ -12873,19 +12873,13 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
 
 
-@contextlib.contextmanager
-def checked_output() -> Iterator[None]:
-    """Write the rest of the standard output at the end. Raises Refusal when it could not be written."""
-    try:
-        yield
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what the interpreter still holds
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise Refusal("the standard output cannot be written: %s" % error.strerror)
+def lack_of(error: Exception) -> str:
+    """What the machine, or a limit (ulimit), lacks by an error that it raised; "" for another error."""
+    if isinstance(error, MemoryError):
+        return "no memory is left"
+    if isinstance(error, OSError) and error.errno in TEMPORARY_ERRORS:
+        return (error.strerror or str(error)) + (" (%s)" % error.filename if error.filename else "")
+    return str(error) if isinstance(error, RuntimeError) and "start new thread" in str(error) else ""
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -12904,15 +12898,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.needs_db and not args.db:
         parser.error("which file? name it by --db runs.sqlite (or TASKFARM_DB)")
     try:
-        with checked_output():
-            return int(args.command(args))
+        status = int(args.command(args))
+        sys.stdout.flush()
+        return status
     except (Refusal, FarmError, Unreachable) as error:
         print_notice(str(error))
         return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
             EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:     # the reader of our output has ended
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, BrokenPipeError):      # that is, when the reader of our output has ended
+            if not lack_of(error):
+                raise
+            print_notice("cannot go on here: %s ('ulimit -a' and 'df' show the limits)" % lack_of(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what the interpreter still holds
         return 1
 
 
