@@ -7629,7 +7629,11 @@ RETRY_PAUSES_S = (0.1, 10.0)        # between two tries: at first, and at most
 
 
 class Unreachable(OSError):
-    """A server does not answer, or is another farm. The message has its URL and what to do."""
+    """A server does not answer, or is another farm. The message has its URL and *advice*; `what` is without advice."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what + advice)
+        self.what = what
 
 
 def may_succeed_later(error: Exception) -> bool:
@@ -7875,9 +7879,9 @@ def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.
                             access.url, (error.reason or str(error)).lower().replace("_", " ")))
     except (OSError, ValueError) as error:      # ValueError: a host name that cannot be encoded
         why = "timed out" if isinstance(error, socket.timeout) else getattr(error, "strerror", None) or error
-        raise Unreachable("no farm answers at %s (%s; the address is from %s): is the server running there? "
-                          "'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
-                              access.url, why, "--url or TASKFARM_URL" if access.url_given else access.source))
+        raise Unreachable("no farm answers at %s (%s)" % (access.url, why), ", the address from %s: is the server "
+                          "running there? 'python3 taskfarm.py --db FILE' starts it, TASKFARM_URL names another" % (
+                              "--url or TASKFARM_URL" if access.url_given else access.source))
     return connection
 
 
@@ -7931,6 +7935,7 @@ class Client:
         self._access: Optional[Access] = None
         self.connection: Optional[http.client.HTTPSConnection] = None
         self.login_worked = False
+        self.away = False                   # we have said that the farm does not answer
         self.pid = os.getpid()              # the process that made the connection: a fork makes its own
 
     def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
@@ -7951,7 +7956,8 @@ class Client:
             new_connection, retry_s = self.connection is None, self.retry_s
             try:
                 answer = self._once(method, path, content, headers)
-                if failures > 2:
+                if self.away:
+                    self.away = False
                     self.say("the farm answers again")
                 return answer
             except Unreachable as error:
@@ -7975,9 +7981,11 @@ class Client:
             if time.monotonic() + wait_s > began + retry_s or self.give_up.is_set():
                 raise failure
             failures += 1
-            if failures == 3:
+            if failures == 3 and not self.away:
+                self.away = True
+                what = getattr(failure, "what", failure) if self.login_worked else failure
                 self.say("%s; trying again for up to %s%s" % (
-                    failure, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
+                    what, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
             self.give_up.wait(wait_s)
 
     def _find_again(self) -> bool:
@@ -11459,10 +11467,10 @@ class Watch:
                 sys.stderr if self.as_json else sys.stdout))
 
     def _server_away(self, error: Exception) -> None:
-        self.trouble = str(error)
+        self.trouble = getattr(error, "what", str(error))
         if self.away_since is None:
             self.away_since = time.monotonic()
-            self._log("the server is away: %s" % error)
+            self._log("the server is away: %s" % self.trouble)
 
     def _server_answered(self) -> None:
         if self.away_since is not None:

@@ -7607,6 +7607,34 @@ def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_termin
         "\x1b[3A\r\x1b[J" "y" "\r\x1b[J" + "x" * 41 + "\nw" "\x1b[3A\r\x1b[J" "u\n" "t")
 
 
+def test_a_screen_asks_its_own_terminal_for_the_size_whenever_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    outside, inside = os.openpty()
+    with os.fdopen(inside, "w") as stream:
+        screen = taskfarm.Screen(stream, {"TERM": "xterm"})
+        assert screen.columns == 90, "this one does not know"
+        for columns in (33, 20):
+            fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 10, columns, 0, 0))
+            assert screen.columns == columns and screen.size.lines == 10
+    os.close(outside)
+
+
+@pytest.mark.parametrize("terminal, shown", [
+    ("xterm", "[#########.........]  50 %  filling: a case that has a~" "\r\x1b[J"), ("dumb", "")])
+def test_progress_is_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch, terminal: str, shown: str) -> None:
+    stream = Stream(True, "ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name, value in (("TERM", terminal), ("COLUMNS", "56"), ("LINES", "5"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with taskfarm.Progress("filling: a case that has a long name") as progress:
+        progress.show(1, 4)
+        assert not stream.getvalue(), "it takes no longer than 0.1 s"
+        progress.drawn_tick -= 1
+        progress.show(2, 4)
+        progress.show(3, 4)
+    assert stream.getvalue() == shown
+
+
 def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
     steady = taskfarm.estimate_rate([(float(second), 10 * second) for second in range(101)])
     waves = taskfarm.estimate_rate([(0.0, 0), (49.0, 0), (50.0, 500), (99.0, 500), (100.0, 1000)])
@@ -7987,7 +8015,7 @@ def test_a_lost_answer_costs_nothing_and_nothing_is_given_twice(farm: Live) -> N
 def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) -> None:
     notices: List[str] = []
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm), retry_s=60)) as client:
-        client.say = notices.append
+        client.say, url = notices.append, farm.url
         client.ask("GET", "/api/runs")
         farm.stop()
         answers = []
@@ -7998,8 +8026,8 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         farm.start()
         thread.join(30)
         assert answers[0]["numTasks"] == 1
-        assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
-        assert notices[0].endswith("; trying again for up to 60 s")
+        assert notices == ["no farm answers at %s (Connection refused); trying again for up to 60 s" % url,
+                           "the farm answers again"], "short, and once: the login has worked before"
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="https://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="TASKFARM_URL"):
             client.ask("GET", "/api/runs")
@@ -8539,7 +8567,7 @@ def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Pat
     wait_until(lambda: counts(server, run)[2] > 4)
     server.process.kill()
     server.process.wait()
-    wait_until(lambda: "is the server running" in work.shown())
+    wait_until(lambda: "no farm answers" in work.shown())
     output = work.end(7, signal.SIGTERM)
     (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
     assert str(left) in output and stat.S_IMODE(left.stat().st_mode) == 0o600
@@ -8576,7 +8604,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, t
     server.process.kill()
     server.process.wait()
     ran = len(list(tmp_path.glob("ran-*")))
-    wait_until(lambda: "is the server running" in work.shown())
+    wait_until(lambda: "no farm answers" in work.shown())
     again = Process(str(tmp_path / "f"), home=server.home)
     assert again.port != server.port, "the access file tells where it is now"
     work.end(0)
@@ -8594,10 +8622,12 @@ def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Pa
     with no_more_room(server):
         (tmp_path / "0").touch()
         wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
-        wait_until(lambda: work.shown().count("trying again") > 2)        # its patience has ended twice
-        assert "commands go on meanwhile" in work.shown()
+        wait_until(lambda: "commands go on meanwhile" in work.shown())
+        ends = time.monotonic() + 1.0
+        wait_until(lambda: time.monotonic() > ends)         # its patience ends several times
     (tmp_path / "1").touch()
-    work.end(0)
+    output = work.end(0)
+    assert output.count("trying again") == output.count("the farm answers again") == 1
     assert counts(server, run) == (0, 0, 2, 0)
 
 
@@ -8626,7 +8656,7 @@ def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: 
     server.process.kill()
     server.process.wait()
     other = Process(str(tmp_path / "other"), home=server.home)
-    wait_until(lambda: "is the server running" in work.shown())
+    wait_until(lambda: "no farm answers" in work.shown())
     again = Process(str(tmp_path / "f"), home=server.home)
     again.token = server.token      # the file is the other's
     work.end(0)
@@ -9081,6 +9111,73 @@ def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Proc
     assert counts(server, run) == (180, 0, 20, 0)
 
 
+def test_the_standard_output_is_what_commands_print_in_whole_lines(server: Process) -> None:
+    run = new_run(server, 6)
+    script = "for part in a b c; do printf %s- $part; sleep 0.02; done; echo {task}; echo why {task} >&2; printf end"
+    expected = [line for task in range(6) for line in ("a-b-c-%d" % task, "end")]
+    work = Work(server, run, "-j", "6", "--", "sh", "-c", script)
+    shown = work.end(0)
+    assert sorted(work.printed().splitlines()) == sorted(expected)
+    assert shown.count("why ") == shown.count(" done in ") == 6 and "a-" not in shown and "6 done, 0 failed" in shown
+    server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    work = Work(server, run, "-j", "6", "--quiet", "--tag", "--", "sh", "-c", script)
+    assert re.findall(r"(?m)^(\d)\twhy \1$", work.end(0)) and "done in" not in work.shown()
+    assert sorted(work.printed().splitlines()) == sorted(
+        "%d\t%s" % (number // 2, line) for number, line in enumerate(expected))
+
+
+def test_lines_are_put_together_of_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "LINE_MEMORY", 10)
+    one, two = taskfarm.Command(1, 1, 0, 0.0), taskfarm.Command(22, 1, 1, 0.0)
+    one.pid, two.pid = 100, 200
+
+    def passed_on(tag: bool, *parts: Tuple[taskfarm.Command, bytes]) -> bytes:
+        display = taskfarm.Display(False, {}, tag)
+        display.terminals[1] = False
+        for command, text in parts:
+            display.pass_on(command, 1, text)
+        assert not any(display.partial.values())
+        return b"".join(text for _, text in display.pending)
+
+    mixed = (one, b"a"), (two, b"b\n\nc"), (one, b"d\n"), (two, b""), (one, b"")
+    assert passed_on(False, *mixed) == b"b\n\nad\nc\n"
+    assert passed_on(True, *mixed) == b"22\tb\n22\t\n1\tad\n22\tc\n"
+    bar = (one, b"\r 1%\r 2%"), (one, b"\r99%\nx\r\n"), (one, b"")
+    assert passed_on(True, *bar) == b"1\t99%\n1\tx\r\n", "what would be left on a terminal"
+    assert passed_on(False, *bar) == b"\r 1%\r 2%\r99%\nx\r\n", "and every byte in a file"
+    assert passed_on(False, (one, b"x" * 10), (one, b"y"), (one, b"z\n"), (one, b"")) == b"x" * 10 + b"y\nz\n"
+
+
+def test_a_full_disk_behind_the_standard_output_is_no_task_done(server: Process) -> None:
+    run = new_run(server, 20)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(MODULE), "work", run, "-j", "2", "--", "echo", "{task}"], stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=60, env=dict(os.environ, HOME=server.home))
+    assert done.returncode == 1 and counts(server, run) == (20, 0, 0, 0)
+    assert done.stderr.count("the standard output cannot be written: No space left") == 1
+
+
+def test_a_worker_in_the_background_draws_no_bar(server: Process) -> None:
+    run = new_run(server, 3)
+    words = " ".join([sys.executable, str(MODULE), "work", run, "--", "sleep", "0.1"])
+    for script, drawn in (("%s & wait $!" % words, False), (words, True)):
+        outside, inside = os.openpty()
+        shell = subprocess.Popen(
+            ["sh", "-mc", script], stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+            env=dict(os.environ, HOME=server.home, TERM="xterm"),
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):      # EIO at the end
+            for part in iter(lambda: os.read(outside, 65536), b""):     # noqa: B023
+                shown += part
+        os.close(outside)
+        assert shell.wait(20) == 0 and b"3 done, 0 failed" in shown
+        assert (b"\x1b[J" in shown) is drawn, shown
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
 def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 4)
     for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
@@ -9097,9 +9194,11 @@ def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path)
         os.close(screen)
         assert process.wait(20) == 3
         text = shown.decode()
-        assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
-        assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
-        assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
+        assert "of 4" in text and "\x1b[J[" in text and text.count("from the command\r\n") == 4
+        assert ("\x1b[31mtask 2 failed" in text) is coloured
+        assert re.search(r"(\n|\x1b\[J)task 1 done in", text)
+        bars = re.findall(r"\[[^\r\n]* here[^\r\n]*", re.sub(r"\x1b\[[0-9]*[mJ]", "", text))
+        assert bars and all(len(line) < 60 for line in bars)
         assert text.endswith("0 computing, 0 waiting\r\n"), "the bar is gone at the end"
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
@@ -9655,6 +9754,14 @@ def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
     process.stderr.close()
 
 
+def test_a_full_disk_behind_the_standard_output_is_one_sentence(farm: Live) -> None:
+    for unbuffered in ("", "1"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, str(MODULE), "list"], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  timeout=60, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered, **as_ada(farm)))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+
+
 def test_workers_are_listed_alive_or_all(farm: Live) -> None:
     worker(farm, "w1", 120)
     worker(farm, "w2")
@@ -9917,6 +10024,13 @@ def test_a_watch_lives_through_a_restart_of_the_server_and_ends_with_the_run(
             assert "over" in shown().splitlines()[-1] and "100.0 %" in shown().splitlines()[-1]
     finally:
         process.kill()
+
+
+def test_ctrl_c_ends_a_watch_below_the_picture(farm: Live) -> None:
+    terminal = Terminal(["status", make_run(farm, 3), "--watch"], as_ada(farm))
+    terminal.wait_for("time left")
+    terminal.type("\x03")
+    assert terminal.end() == 130 and "Traceback" not in terminal.shown and terminal.shown.endswith("^C\r\n")
 
 
 def test_a_watch_of_a_run_that_is_deleted_ends_with_the_sentence_of_the_server(farm: Live) -> None:
