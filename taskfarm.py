@@ -11538,6 +11538,10 @@ def cmd_work(args: argparse.Namespace) -> int:
     the last line of the error output is its message. With --lines FILE, {line} is line number {task}
     of the file, from 0. A command that is {line} alone runs each line with sh.
 
+    Without --log-dir the standard output holds what commands print there, and nothing else. The error
+    output holds theirs, and what the worker says. Both are in whole lines (up to 1 MB); a line without
+    an end gets one. On a terminal, and with --tag, a line that overwrites itself is shown as it ends.
+
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
     _PASSWORD), else from the access file; no command is given the login.
 
