@@ -7255,16 +7255,18 @@ STATES = (State("done", "numDone", "green", "#", "\u2588"), State("failed", "num
 
 
 class Screen:
-    """An output stream: its width, and whether it shows colours and more than ASCII and can be redrawn.
+    """An output stream: its size, whether it shows colours and more than ASCII, and lines that are redrawn in place.
 
-    A pipe or a file has no limit of width and no colours, and cannot be redrawn.
+    A pipe or a file has no limit of width and no colours, and cannot be redrawn. Write lines that stay only
+    after `redraw([])`, or they stand behind those that were drawn.
     """
     def __init__(self, stream: Any, environ: Mapping[str, str]) -> None:
         self.stream = stream
         self.terminal = stream.isatty()
         self.can_redraw = self.terminal and environ.get("TERM", "") not in ("", "dumb")
         self.colours = self.can_redraw and not environ.get("NO_COLOR")
-        self.redrawn_lines = 0          # that the next `redraw` replaces
+        self.drawn: List[str] = []      # the lines that the next `redraw` replaces
+        self.write: Callable[[str], Any] = self._write
         try:
             "".join(state.unicode for state in STATES).encode(getattr(stream, "encoding", None) or "ascii")
             self.unicode = True
@@ -7272,9 +7274,29 @@ class Screen:
             self.unicode = False
 
     @property
+    def size(self) -> os.terminal_size:
+        """Columns and lines of the terminal now: a window may be resized at any time."""
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(self.stream.fileno())
+            if size.columns and size.lines:
+                return size
+        return shutil.get_terminal_size()
+
+    @property
     def columns(self) -> int:
         """How many columns a line may have; 0 for any number."""
-        return shutil.get_terminal_size().columns if self.terminal else 0
+        return self.size.columns if self.terminal else 0
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether lines can be redrawn now. A process in the background leaves the terminal to others."""
+        with contextlib.suppress(OSError):      # it is not our controlling terminal: no shell disposes of it
+            return self.can_redraw and os.tcgetpgrp(self.stream.fileno()) == os.getpgrp()
+        return self.can_redraw
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
 
     def paint(self, text: str, colour: str) -> str:
         """The text in one of COLOURS, where colours are shown."""
@@ -7282,16 +7304,32 @@ class Screen:
 
     def print(self, lines: Sequence[str]) -> None:
         """Write lines that stay."""
-        self.stream.write("".join(line + "\n" for line in lines))
-        self.stream.flush()
+        self.write("".join(line + "\n" for line in lines))
 
     def redraw(self, lines: Sequence[str]) -> None:
-        """Write lines in the place of those redrawn last. Lines that are too many for the height are left out."""
-        lines = lines[:max(shutil.get_terminal_size().lines - 1, 1)]
-        if self.redrawn_lines:
-            self.stream.write("\x1b[%dA\r\x1b[J" % self.redrawn_lines)
-        self.print(lines)
-        self.redrawn_lines = len(lines)
+        """Write lines in the place of those drawn last. Lines that are too many for the height are left out.
+
+        The cursor stays behind the last one. Terminals wrap what was drawn when they become narrower, so the rows
+        to go up are counted for the width of now.
+        """
+        size, old, self.drawn = self.size, self.drawn, []
+        if not self.may_draw:
+            return
+
+        def rows(drawn: Sequence[str]) -> int:
+            return sum(max(-(-display_width(re.sub("\x1b.*?m", "", line)) // size.columns), 1) for line in drawn)
+        while lines and rows(lines) > size.lines:
+            lines = lines[:-1]
+        up = "\x1b[%dA" % (rows(old) - 1) if rows(old) > 1 else ""
+        if old or lines:
+            self.write((up + "\r\x1b[J" if old else "") + "\n".join(lines))
+        self.drawn = list(lines)
+
+    def keep(self) -> None:
+        """Let the drawn lines stay: what is written next begins below them."""
+        if self.drawn:
+            self.print([""])
+            self.drawn = []
 
     def cell(self, state: State) -> str:
         """A cell of the bar, without its colour."""
@@ -7467,6 +7505,13 @@ def state_bar(run: Mapping[str, Any], cells: int, screen: Screen) -> str:
                          for state, number in zip(STATES, allocated)) + "]"
 
 
+def bar_line(run: Mapping[str, Any], text: str, screen: Screen) -> str:
+    """A bar and a text, in one line of a terminal."""
+    room = screen.columns - 1       # in the last column some terminals begin a new line
+    cells = max(min(24, room // 3), 1)
+    return state_bar(run, cells, screen) + cut(" " + text, room - cells - 2)
+
+
 def state_lines(run: Mapping[str, Any], screen: Screen) -> List[str]:
     """The number of tasks in each state, with the cell that stands for it. A narrow terminal gets several lines."""
     lines, used = [""], 0
@@ -7622,11 +7667,9 @@ def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: Recen
 
 class Progress:
     """A bar on a terminal, for work that takes longer than 0.1 s. Without a terminal nothing is shown."""
-    WIDTH = 30
 
     def __init__(self, what: str) -> None:
-        self.what = what
-        self.shown = False
+        self.what, self.screen = what, Screen(sys.stderr, os.environ)
         self.drawn_tick = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -7634,17 +7677,14 @@ class Progress:
 
     def show(self, done: float, total: float) -> None:
         """Draw the bar: so much of so much."""
-        if sys.stderr.isatty() and total and time.monotonic() - self.drawn_tick > 0.1:
-            filled = int(self.WIDTH * done / total)
-            sys.stderr.write("\r%s [%s%s] %3d %%\x1b[K" % (
-                self.what, "#" * filled, " " * (self.WIDTH - filled), 100 * done / total))
-            sys.stderr.flush()
-            self.shown = True
+        if total and time.monotonic() - self.drawn_tick > 0.1:
+            percent = int(100 * done / total)
+            run = {"numDone": percent, "numFailed": 0, "numComputing": 0, "numWaiting": 100 - percent}
+            self.screen.redraw([bar_line(run, "%3d %%  %s" % (percent, self.what), self.screen)])
             self.drawn_tick = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
-        if self.shown:
-            sys.stderr.write("\r\x1b[K")
+        self.screen.redraw([])
 
 
 # ---------------------------------------------------------------- CLIENT
@@ -7662,7 +7702,11 @@ SAY_S = 4.0                         # that a request is tried again is said afte
 
 
 class Unreachable(OSError):
-    """A server does not answer, or is another farm. The message has its URL and what to do."""
+    """A server does not answer, or is another farm. The message has its URL and *advice*; `what` is without advice."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what + advice)
+        self.what = what
 
 
 def may_succeed_later(error: Exception) -> bool:
@@ -7927,9 +7971,8 @@ def open_tls(access: Access, context: ssl.SSLContext, timeout_s: float) -> http.
                             access.url, (error.reason or str(error)).lower().replace("_", " ")))
     except (OSError, ValueError) as error:      # ValueError: a host name that cannot be encoded
         why = "timed out" if isinstance(error, socket.timeout) else getattr(error, "strerror", None) or error
-        raise Unreachable("no farm answers at %s (%s; the address is from %s): %s" % (
-            access.url, why, "--url or TASKFARM_URL" if access.url_given else access.source,
-            unreachable_advice(access.url, error)))
+        raise Unreachable("no farm answers at %s (%s)" % (access.url, why), "; the address is from %s: %s" % (
+            "--url or TASKFARM_URL" if access.url_given else access.source, unreachable_advice(access.url, error)))
     return connection
 
 
@@ -8006,6 +8049,7 @@ class Client:
         self.connection: Optional[http.client.HTTPSConnection] = None
         self.login_worked = False
         self.was_away = False               # a try failed, or a connection was lost, since this was last cleared
+        self.away = False                   # we have said that the farm does not answer
         self.pid = os.getpid()              # the process that made the connection: a fork makes its own
 
     def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, key: str = "") -> Any:
@@ -8021,12 +8065,13 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body).encode()
-        began, pause_s, failures, noticed = time.monotonic(), RETRY_PAUSES_S[0], 0, False
+        began, pause_s, failures = time.monotonic(), RETRY_PAUSES_S[0], 0
         while True:
             new_connection, retry_s = self.connection is None, self.retry_s
             try:
                 answer = self._once(method, path, content, headers)
-                if noticed:
+                if self.away:
+                    self.away = False
                     self.say("the farm answers again")
                 return answer
             except Unreachable as error:
@@ -8052,10 +8097,11 @@ class Client:
             if time.monotonic() + wait_s > began + retry_s or self.give_up.is_set():
                 raise failure
             failures += 1
-            if not noticed and (failures == 3 or time.monotonic() > began + SAY_S):
-                noticed = True
+            if not self.away and (failures == 3 or time.monotonic() > began + SAY_S):
+                self.away = True
+                what = getattr(failure, "what", failure) if self.login_worked else failure
                 self.say("%s; trying again for up to %s%s" % (
-                    failure, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
+                    what, duration_text(retry_s).replace(" 0 s", ""), self.meanwhile))
             self.give_up.wait(wait_s)
 
     def _find_again(self) -> bool:
@@ -8978,20 +9024,24 @@ def is_script_without_interpreter(program: str) -> bool:
     return b"\0" not in first_line and not first_line.startswith(b"#!")
 
 
-def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambda: False) -> bool:
-    """Write the text; whether all of it was written. A closed reader or a full disk raises nothing.
+def write_all(descriptor: int, text: bytes, in_hurry: Callable[[], bool] = lambda: False) -> int:
+    """Write the text, in whole lines where they are short; 0, or the errno why not all of it was written.
 
-    A reader that takes nothing (a terminal after Ctrl-S) is waited for until *in_hurry* says yes.
+    A reader that takes nothing (a terminal after Ctrl-S) is waited for until *in_hurry* says yes: EAGAIN.
     """
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
-    with contextlib.suppress(OSError):
-        while text:
+    done = 0
+    try:
+        while done < len(text):
             while not poll.poll(0 if in_hurry() else 200):
                 if in_hurry():
-                    return False
-            text = text[os.write(descriptor, text[:select.PIPE_BUF]):]      # so much fits, and does not block
-    return not text
+                    return errno.EAGAIN
+            end = done + select.PIPE_BUF        # so much fits, does not block, and is not mixed with others' output
+            done += os.write(descriptor, text[done:text.rfind(b"\n", done, end) + 1 or end])
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 @functools.lru_cache(maxsize=None)
@@ -9052,7 +9102,7 @@ class Command:
         self.tail = b""             # the last bytes of its error output, where that comes through a pipe
         self.log_path = ""          # of the file that has all its output; "" for none
         self.status: Optional[int] = None       # from waitpid, once it has ended
-        self.end_reason = ""        # why its status does not count: "timeout", "stopping", "lost", "unread" output
+        self.end_reason = ""        # why its status does not count: "timeout", "stopping" or "lost"
         self.kill_at = math.inf     # tick at which SIGKILL ends what is left of its session; inf: nothing is ended
 
     @property
@@ -9249,12 +9299,10 @@ class Launcher:
     And batch systems that signal the processes of a session one by one, as PBS does, signal the worker alone.
     """
     def __init__(self, template: Template, environ: Dict[bytes, bytes], watchdog: Watchdog, log_dir: str,
-                 progress_folder: str, on_terminal: bool) -> None:
+                 progress_folder: str) -> None:
         self.template, self.environ, self.watchdog, self.log_dir = template, environ, watchdog, log_dir
         self.progress_folder = progress_folder      # "" for none
-        # Without a log the error output comes through a pipe: its last line is the message of a failure.
-        # The standard output (1) does so on a terminal, where it is written above the bar.
-        self.piped = () if log_dir else (1, 2) if on_terminal else (2,)
+        self.piped = () if log_dir else (1, 2)      # Display passes it on in whole lines
         self.by_shell = False       # every task runs a script without #!
         self.spawn_options: Dict[str, Any] = {"setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}    # Python ignores them
         try:
@@ -9265,8 +9313,8 @@ class Launcher:
         except OSError:
             self.spawn_options["setsid"] = True
 
-    def start(self, task: int, attempt: int, slot: int, discard_output: bool) -> Command:
-        """Start the command of a task; *discard_output*: nobody reads the standard output.
+    def start(self, task: int, attempt: int, slot: int) -> Command:
+        """Start the command of a task.
 
         Raises OSError or ValueError when it cannot be started, Refusal when no command of this worker can be.
         """
@@ -9283,8 +9331,6 @@ class Launcher:
                 command.log_path = os.path.join(self.log_dir, "%d%s.log" % (task, ".%d" % attempt * (attempt > 1)))
                 write_ends.append(self._open_log(command.log_path))
                 actions += [(os.POSIX_SPAWN_DUP2, write_ends[0], target) for target in (1, 2)]
-            elif discard_output:
-                actions.append((os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0))
             for target in self.piped:
                 read_end, write_end = os.pipe()
                 command.pipes[read_end] = target
@@ -9643,6 +9689,7 @@ SAME_SIGNAL_S = 1.0                 # a second signal within this time is the fi
 FIRST_ENDS = 5                      # so many quick failures before any other end are not the fault of the tasks
 QUICK_S = 10.0                      # a failure within this time is a quick one
 PAUSE_S = 10.0                      # others compute and none is done: for so long, or twice, we wait for one to be
+LINE_MEMORY = 2 ** 20               # bytes of a line of output; a longer one is cut
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_RUN_DELETED, EXIT_NO_SERVER = 0, 3, 4, 5
 EXIT_NO_LOGIN, EXIT_STOPPED, EXIT_BAD_NODE, EXIT_TOO_MANY_FAILED, EXIT_TOO_SHORT = 6, 7, 8, 9, 10
@@ -9680,22 +9727,26 @@ def exit_status_of(error: Exception) -> int:
 
 
 class Display:
-    """What a user sees of a worker: a line for each task, and on a terminal a bar below the lines."""
-    WIDTH = 24
+    """What a user sees of a worker: on the standard output what commands print there, and nothing else.
 
-    def __init__(self, quiet: bool, environ: Mapping[str, str]) -> None:
-        self.quiet = quiet
-        self.screen, self.bar_screen = Screen(sys.stdout, environ), Screen(sys.stderr, environ)
-        self.has_bar = self.bar_screen.can_redraw
+    On the error output: the commands' own, a line for each task, and on a terminal a bar below them. All comes in
+    whole lines, those of each 0.1 s together.
+    """
+    def __init__(self, quiet: bool, environ: Mapping[str, str], tag: bool = False) -> None:
+        self.quiet, self.tag = quiet, tag
+        self.screen = Screen(sys.stderr, environ)
+        self.screen.write = lambda text: write_all(
+            2, text.encode(sys.stderr.encoding or "utf-8", "replace"), self.in_hurry)
+        self.terminals = {1: sys.stdout.isatty(), 2: self.screen.terminal}
         self.in_hurry: Callable[[], bool] = lambda: False       # whether there is no time to wait for a reader
-        self.lines: List[str] = []              # not written yet
+        self.pending: List[Tuple[int, bytes]] = []      # whole lines that are not written yet, each with 1 or 2
         self.write_at = math.inf                # tick at which they are to be written
-        self.partial: Dict[Tuple[int, int], bytes] = {}     # output of commands without its end of line, by source
+        self.partial: Dict[Tuple[int, int], bytearray] = {}     # lines without their end, by process and 1 or 2
         self.shown_once: Set[str] = set()
+        self.output_error = 0                   # errno: the standard output took no more
         self.run: Dict[str, Any] = {}           # its latest figures
         self.ended_since = 0                    # tasks that ended here since then
         self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
-        self.bar_drawn = False
 
     def task_ended(self, task: int, elapsed_s: float, failure: str = "") -> None:
         """A task has ended; *failure* says how it failed."""
@@ -9716,27 +9767,25 @@ class Display:
             self.shown_once.add(sentence)
             self.say(sentence)
 
-    @property
-    def output_closed(self) -> bool:
-        """Whether nobody reads the standard output any more. A command that writes there would die of SIGPIPE."""
-        poll = select.poll()
-        poll.register(1, 0)         # errors are reported without being asked for
-        return bool(poll.poll(0))
-
-    def pass_on(self, source: Tuple[int, int], text: bytes) -> None:
-        """Write the output of a command in whole lines. *source*: process id, and 1 or 2. b"" is its end."""
-        if not text and source not in self.partial:
-            return
-        text = self.partial.pop(source, b"") + (text or b"\n")
-        whole, newline, rest = text.rpartition(b"\n")
-        if not newline and len(rest) > 65536:
-            whole, newline, rest = rest, b"\n", b""
-        if rest:
-            self.partial[source] = rest
-        if newline:
-            self._write()
-            self._clear_bar()
-            write_all(source[1], whole + newline, self.in_hurry)
+    def pass_on(self, command: Command, target: int, text: bytes) -> None:
+        """Write output of a command in whole lines. *target*: 1 or 2. b"" is its end, and ends its last line."""
+        source = command.pid, target
+        partial = self.partial.setdefault(source, bytearray())
+        partial += text
+        end = partial.rfind(b"\n", len(partial) - len(text)) + 1
+        if not end and (not text or len(partial) > LINE_MEMORY):
+            partial += b"\n" * bool(partial)
+            end = len(partial)
+        lines = bytes(partial[:end])
+        del partial[:end]
+        if not text:
+            del self.partial[source]
+        if self.tag or self.terminals[target]:      # of a line that overwrites itself, what is left in the end
+            lines = re.sub(rb"(?m)^.*\r(?=[^\r\n])", b"", lines)
+        if self.tag:
+            lines = re.sub(rb"[^\n]*\n", rb"%d\t\g<0>" % command.task, lines)
+        if lines:
+            self._queue(target, lines)
 
     def show_run(self, run: Dict[str, Any]) -> None:
         """Show new figures of the run."""
@@ -9745,47 +9794,45 @@ class Display:
         self.write_at = 0.0
 
     def refresh(self, now: float, running: int) -> float:
-        """Write the lines and draw the bar; the tick of the next call."""
-        if now >= self.write_at or self.has_bar:
+        """Write the lines and draw the bar; the tick of the next call where no line comes before."""
+        draws = self.screen.can_redraw and bool(self.run)
+        if now >= self.write_at or draws:
             self._write()
-            self._draw_bar(running)
-        return now + 0.5 if self.has_bar and running else self.write_at
+            self.write_at = math.inf
+            if draws:
+                self.screen.redraw([self._bar(running)])
+        return now + 0.5 if draws and running else math.inf
 
     def _add(self, line: str) -> None:
-        self.lines.append(line)
-        if self.write_at == math.inf:
-            self.write_at = time.monotonic() + 0.1
+        self._queue(2, (line + "\n").encode(sys.stderr.encoding or "utf-8", "replace"))
+
+    def _queue(self, target: int, text: bytes) -> None:
+        self.pending.append((target, text))
+        self.write_at = min(self.write_at, time.monotonic() + 0.1)
+        if len(text) > 65536 or len(self.pending) > 4096:
+            self._write()
 
     def _write(self) -> None:
-        if self.lines:
-            self._clear_bar()
-            text = "\n".join(self.lines) + "\n"
-            self.lines = []
-            write_all(1, text.encode(sys.stdout.encoding or "utf-8", "replace"), self.in_hurry)
-        self.write_at = math.inf
+        """Write the lines that are pending, where the bar was."""
+        pending, self.pending = self.pending, []
+        if any(self.terminals[target] for target, _ in pending):
+            self.screen.redraw([])
+        for target, group in itertools.groupby(pending, operator.itemgetter(0)):
+            number = write_all(target, b"".join(text for _, text in group), self.in_hurry)
+            if number and target == 1 and number != errno.EAGAIN:
+                self.output_error = number
 
-    def _clear_bar(self) -> None:
-        if self.bar_drawn:
-            write_all(2, b"\r\x1b[K", self.in_hurry)
-            self.bar_drawn = False
-
-    def _draw_bar(self, running: int) -> None:
-        if not self.has_bar or not self.run:
-            return
+    def _bar(self, running: int) -> str:
         run = self._current_run()
         total, ended = run["numTasks"], run["numDone"] + run["numFailed"]
-        room = self.bar_screen.columns - 1      # in the last column some terminals begin a new line
-        cells = max(min(self.WIDTH, room // 3), 1)
-        text = " %s of %s" % (grouped(ended), grouped(total))
+        text = "%s of %s" % (grouped(ended), grouped(total))
         if run["numFailed"]:
             text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
         rate = estimate_rate(list(self.readings))
         if rate:
             text += ", %s, %s left" % (rate_text(rate.per_s), range_text(*time_for_tasks(total - ended, rate)))
-        line = "\r" + state_bar(run, cells, self.bar_screen) + cut(text, room - cells - 2) + "\x1b[K"
-        write_all(2, line.encode(sys.stderr.encoding or "utf-8", "replace"), self.in_hurry)
-        self.bar_drawn = True
+        return bar_line(run, text, self.screen)
 
     def _current_run(self) -> Dict[str, Any]:
         """The latest figures, with the tasks that ended here since then counted as done."""
@@ -10056,9 +10103,8 @@ class TaskRunner:
             shutil.rmtree(self.progress_folder, ignore_errors=True)
             raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         environ = command_environment(self.client.access, self.run["uuid"], self.uuid)
-        self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir,
-                                 self.progress_folder, self.display.screen.terminal)
-        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.has_bar)
+        self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir, self.progress_folder)
+        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.screen.can_redraw)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
         self.client.meanwhile = "; commands go on meanwhile"
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
@@ -10252,9 +10298,7 @@ class TaskRunner:
             ready = self.supply.ready.popleft()
             slot = self.slots.pop()
             try:
-                command = self.launcher.start(
-                    ready.task, ready.attempt, slot,
-                    discard_output=not self.options.log_dir and self.display.output_closed)
+                command = self.launcher.start(ready.task, ready.attempt, slot)
             except (OSError, ValueError, Refusal) as error:
                 self.slots.append(slot)
                 if not self._could_not_start(ready, error, now):
@@ -10299,14 +10343,23 @@ class TaskRunner:
         target = command.pipes[pipe]
         if target == 2:
             command.tail = (command.tail + text)[-TAIL_LIMIT:]
-        self.display.pass_on((command.pid, target), text)
+        self.display.pass_on(command, target, text)
         return True
+
+    def _on_output_error(self, number: int) -> None:
+        """Go on without a reader, but not with a full disk: the output may be the result."""
+        if number in (errno.EPIPE, errno.EIO):
+            self.display.say_once("nobody reads the standard output any more: the output of commands is dropped")
+        elif not self.stop_reason:
+            self.stop_status = 1
+            self._stop("the standard output cannot be written: %s" % os.strerror(number))
+            self._give_back_unconfirmed()
 
     def _close_pipe(self, command: Command, pipe: int) -> None:
         if command.watched:
             self.selector.unregister(pipe)
         os.close(pipe)
-        self.display.pass_on((command.pid, command.pipes.pop(pipe)), b"")
+        self.display.pass_on(command, command.pipes.pop(pipe), b"")
 
     # Ends of commands
 
@@ -10332,8 +10385,6 @@ class TaskRunner:
                         break
                 if pipe in command.pipes:
                     self._close_pipe(command, pipe)
-            if command.exit_code - 128 == signal.SIGPIPE and not self.options.log_dir and self.display.output_closed:
-                command.end_reason = command.end_reason or "unread"
             if self.signals and not command.end_reason and command.killed_by_stop_signal:
                 self._terminate(command, "stopping")
             with contextlib.suppress(OSError):      # most have none
@@ -10364,7 +10415,7 @@ class TaskRunner:
             self.watchdog.note_group(command.slot, 0)
             self.slots.append(command.slot)
             command.slot = None
-        if command.end_reason in ("stopping", "lost", "unread"):
+        if command.end_reason in ("stopping", "lost"):
             self._give_back(command)
             return
         self.supply.ended(command.started + command.elapsed_s, command.elapsed_s)
@@ -10489,7 +10540,8 @@ class TaskRunner:
         self.failed += 1
         self.supply.may_wait_again()
         failure = self._failure(command)
-        self.display.task_ended(command.task, elapsed_s, failure)
+        shown = command.pid and not command.log_path        # the last line of the error output was
+        self.display.task_ended(command.task, elapsed_s, self._way_to_fail(command) if shown else failure)
         ours = command.end_reason or command.signal_number or command.ran_out_of_memory
         message = failure if ours else command.error_line()
         self.reporter.report(command.task, command.attempt, status="failed", exitCode=code,
@@ -10515,6 +10567,9 @@ class TaskRunner:
 
     def _do_timed_work(self, now: float) -> None:
         """Do what the clock or a signal asks for, and set wake_at."""
+        refresh_at = self.display.refresh(now, len(self.running))       # before ends are confirmed whose output it is
+        if self.display.output_error:
+            self._on_output_error(self.display.output_error)
         if self.signals > self.signals_handled:
             self.signals_handled = self.signals
             self._reap()            # what has ended by now did so before the signal was handled
@@ -10550,7 +10605,7 @@ class TaskRunner:
             wake_at = min(wake_at, max(self.unconfirmed[0][0], now + 0.02 * bool(self.running)))
         if self.start_after > now:
             wake_at = min(wake_at, self.start_after)
-        self.wake_at = min(wake_at, self.display.refresh(now, len(self.running)))
+        self.wake_at = min(wake_at, refresh_at)
 
     def _check_running(self, command: Command, now: float) -> float:
         """Watch the pipes, report that it computes, end it after its timeout; the tick of the next call."""
@@ -12591,40 +12646,48 @@ class Watch:
     *interval_s*: between two updates or lines; None for WATCH_S or WATCH_LINE_S.
     """
     def __init__(self, monitor: RunMonitor, screen: Screen, interval_s: Optional[float], as_json: bool) -> None:
-        self.monitor, self.screen, self.as_json = monitor, screen, as_json
-        self.redraws = screen.can_redraw and not as_json
-        self.interval_s = interval_s or (WATCH_S if self.redraws else WATCH_LINE_S)
+        self.monitor, self.screen, self.interval_s, self.as_json = monitor, screen, interval_s, as_json
         self.status: Optional[RunStatus] = None
         self.line_tick = -math.inf                      # of the last line
         self.away_since: Optional[float] = None         # tick at which the server did not answer first
         self.trouble = ""                               # why it does not
 
+    @property
+    def redraws(self) -> bool:
+        """Whether the run is redrawn in place, and not shown as lines."""
+        return self.screen.may_draw and not self.as_json
+
     def run(self) -> int:
         """Watch until the run is over: exit status 0. Raises FarmError when the run is deleted or the login ends."""
-        while True:
-            try:
-                self.status = self.monitor.update()
-                self._server_answered()
-            except (Unreachable, FarmError) as error:
-                if self.status is None or isinstance(error, FarmError) and error.status < 500:
-                    raise
-                self._server_away(error)
-            self._show(self.status)
-            if self.status.over and self.away_since is None:
-                return 0
-            self.monitor.client.retry_s = 0.0        # after the first answer, this loop is what tries again
-            time.sleep(min(self.interval_s, WATCH_S))
+        signal.signal(signal.SIGCONT, lambda *_: self.screen.drawn.clear())     # the shell has written below it
+        try:
+            while True:
+                try:
+                    self.status = self.monitor.update()
+                    self._server_answered()
+                except (Unreachable, FarmError) as error:
+                    if self.status is None or isinstance(error, FarmError) and error.status < 500:
+                        raise
+                    self._server_away(error)
+                self._show(self.status)
+                if self.status.over and self.away_since is None:
+                    return 0
+                self.monitor.client.retry_s = 0.0        # after the first answer, this loop is what tries again
+                time.sleep(min(self.interval_s or WATCH_S, WATCH_S))
+        finally:
+            self.screen.keep()
 
     def _log(self, sentence: str) -> None:
         if not self.redraws:
+            self.screen.keep()
             print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
                 sys.stderr if self.as_json else sys.stdout))
 
     def _server_away(self, error: Exception) -> None:
-        self.trouble = str(error)
+        self.trouble = getattr(error, "what", str(error))
         if self.away_since is None:
             self.away_since = time.monotonic()
-            self._log("the server is away: %s" % error)
+            self._log("the server is away: %s" % self.trouble)
 
     def _server_answered(self) -> None:
         if self.away_since is not None:
@@ -12639,7 +12702,7 @@ class Watch:
                 sentence = "the server is away, for %s now: %s" % (duration_text(tick - self.away_since), self.trouble)
                 lines.insert(0, self.screen.paint(cut(sentence, self.screen.columns), "red"))
             self.screen.redraw(lines)
-        elif self.away_since is None and (status.over or tick - self.line_tick >= self.interval_s):
+        elif self.away_since is None and (status.over or tick - self.line_tick >= (self.interval_s or WATCH_LINE_S)):
             self.line_tick = tick
             if self.as_json:
                 print(json.dumps(status_json(status)), flush=True)
@@ -12702,6 +12765,10 @@ def cmd_work(args: argparse.Namespace) -> int:
     else those in SLURM_JOB_GPUS, else all that this machine has, among the commands that run at the same
     time.
 
+    Without --log-dir the standard output holds what commands print there, and nothing else. The error
+    output holds theirs, and what the worker says. Both are in whole lines (up to 1 MB); a line without
+    an end gets one. On a terminal, and with --tag, a line that overwrites itself is shown as it ends.
+
     Farm and login come from TASKFARM_URL, TASKFARM_FINGERPRINT and TASKFARM_TOKEN (or _USER and
     _PASSWORD), else from the access file; no command is given the login. Where that file has become another
     farm's, a run is looked for in the farms of the files beside it. TASKFARM_FARM, of which farm a command is, is
@@ -12736,7 +12803,7 @@ def cmd_work(args: argparse.Namespace) -> int:
         "exec python3 taskfarm.py work antarctica -- ./tile.sh {task}"
     """
     args.jobs = args.jobs or default_jobs(os.environ)
-    display = Display(args.quiet, os.environ)
+    display = Display(args.quiet, os.environ, args.tag)
     client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
     client.say = display.say
     try:
@@ -13925,6 +13992,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
                         "stay for so long at most while tasks of others may come back; by default %d" % IDLE_S)
     parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
     parser.add_argument("--dry-run", action="store_true", help="print the first commands, and run none")
+    parser.add_argument("--tag", action="store_true", help="begin each line that a command prints with the number of "
+                        "its task and a tab")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
 
 
@@ -14163,8 +14232,20 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
 
 
+def lack_of(error: Exception) -> str:
+    """What the machine, or a limit (ulimit), lacks by an error that it raised; "" for another error."""
+    if isinstance(error, MemoryError):
+        return "no memory is left"
+    if isinstance(error, OSError) and error.errno in TEMPORARY_ERRORS:
+        return (error.strerror or str(error)) + (" (%s)" % error.filename if error.filename else "")
+    return str(error) if isinstance(error, RuntimeError) and "start new thread" in str(error) else ""
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a verb and return the exit status: 0, 1 refused, 2 wrong usage, 5 no server, 6 no login. `work` has more."""
+    """Run a verb and return the exit status: 0, 1 refused, 2 wrong usage, 5 no server, 6 no login, 130 Ctrl-C.
+
+    `work` has more.
+    """
     open_standard_streams()
     with contextlib.suppress(AttributeError):       # for names and messages that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -14176,16 +14257,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.needs_db and not args.db:
         parser.error("which file? name it by --db runs.sqlite (or TASKFARM_DB)")
     try:
-        return int(args.command(args))
+        status = int(args.command(args))
+        sys.stdout.flush()
+        return status
     except (Refusal, FarmError, Unreachable) as error:
         print_notice(str(error))
         return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
             EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:
-        pass
-    except BrokenPipeError:     # the reader of our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+        return 128 + signal.SIGINT
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, BrokenPipeError):      # that is, when the reader of our output has ended
+            if not lack_of(error):
+                raise
+            print_notice("cannot go on here: %s ('ulimit -a' and 'df' show the limits)" % lack_of(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what the interpreter still holds
+        return 1
 
 
 if __name__ == "__main__":

@@ -7659,8 +7659,46 @@ def test_a_picture_is_redrawn_over_the_last_one_and_never_higher_than_the_termin
     screen = taskfarm.Screen(stream, {"TERM": "xterm"})
     screen.redraw(["1", "2"])
     screen.redraw(["a", "b", "c", "d", "e"])
-    screen.redraw(["z"])
-    assert stream.getvalue() == "1\n2\n" "\x1b[2A\r\x1b[J" "a\nb\nc\n" "\x1b[3A\r\x1b[J" "z\n"
+    screen.redraw([screen.paint("z" * 79, "red")])
+    monkeypatch.setenv("COLUMNS", "20")         # which wraps it into four rows
+    screen.redraw(["y"])
+    screen.redraw(["x" * 41, "w", "v"])
+    screen.redraw([])
+    screen.redraw([])
+    screen.redraw(["u"])
+    screen.keep()
+    screen.redraw(["t"])
+    assert stream.getvalue() == (
+        "1\n2" "\x1b[1A\r\x1b[J" "a\nb\nc\nd" "\x1b[3A\r\x1b[J" "\x1b[31m" + "z" * 79 + "\x1b[0m"
+        "\x1b[3A\r\x1b[J" "y" "\r\x1b[J" + "x" * 41 + "\nw" "\x1b[3A\r\x1b[J" "u\n" "t")
+
+
+def test_a_screen_asks_its_own_terminal_for_the_size_whenever_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    outside, inside = os.openpty()
+    with os.fdopen(inside, "w") as stream:
+        screen = taskfarm.Screen(stream, {"TERM": "xterm"})
+        assert screen.columns == 90, "this one does not know"
+        for columns in (33, 20):
+            fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 10, columns, 0, 0))
+            assert screen.columns == columns and screen.size.lines == 10
+    os.close(outside)
+
+
+@pytest.mark.parametrize("terminal, shown", [
+    ("xterm", "[#########.........]  50 %  filling: a case that has a~" "\r\x1b[J"), ("dumb", "")])
+def test_progress_is_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch, terminal: str, shown: str) -> None:
+    stream = Stream(True, "ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name, value in (("TERM", terminal), ("COLUMNS", "56"), ("LINES", "5"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with taskfarm.Progress("filling: a case that has a long name") as progress:
+        progress.show(1, 4)
+        assert not stream.getvalue(), "it takes no longer than 0.1 s"
+        progress.drawn_tick -= 1
+        progress.show(2, 4)
+        progress.show(3, 4)
+    assert stream.getvalue() == shown
 
 
 def test_a_steady_rate_has_a_narrow_range_and_waves_a_wide_one() -> None:
@@ -8161,7 +8199,7 @@ def test_a_lost_answer_costs_nothing_and_nothing_is_given_twice(farm: Live) -> N
 def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) -> None:
     notices: List[str] = []
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm), retry_s=60)) as client:
-        client.say = notices.append
+        client.say, url = notices.append, farm.url
         client.ask("GET", "/api/runs")
         farm.stop()
         answers = []
@@ -8172,8 +8210,8 @@ def test_a_client_waits_for_a_server_and_follows_it_to_another_port(farm: Live) 
         farm.start()
         thread.join(30)
         assert answers[0]["numTasks"] == 1
-        assert "is the server running" in notices[0] and notices[-1] == "the farm answers again"
-        assert notices[0].endswith("; trying again for up to 60 s")
+        assert notices == ["no farm answers at %s (Connection refused); trying again for up to 60 s" % url,
+                           "the farm answers again"], "short, and once: the login has worked before"
     with contextlib.closing(taskfarm.Client(lambda: access_of(farm, url="https://127.0.0.1:1"))) as client:
         with pytest.raises(taskfarm.Unreachable, match="started with --host 0.0.0.0"):
             client.ask("GET", "/api/runs")
@@ -8485,7 +8523,7 @@ def test_a_star_imports_the_names_of_the_published_client_and_what_they_raise() 
 # ---------------------------------------------------------------- COMMANDS
 
 class Work:
-    """`work` as a process of its own, on a farm that is a process too; its lines come from a file."""
+    """`work` as a process of its own, on a farm that is a process too; what it writes comes from files."""
     all: List["Work"] = []
 
     def __init__(self, server: Process, *words: str, tweak: str = "", **environ: str) -> None:
@@ -8502,19 +8540,21 @@ class Work:
         self.all.append(self)
 
     def shown(self) -> str:
-        self.output_file.seek(0)
-        return self.output_file.read()
-
-    def errors(self) -> str:
+        """Its own lines, and the error output of its commands."""
         self.error_file.seek(0)
         return self.error_file.read()
+
+    def printed(self) -> str:
+        """What its commands printed."""
+        self.output_file.seek(0)
+        return self.output_file.read()
 
     def end(self, status: int, number: int = 0) -> str:
         """Its lines, once it has ended, by a signal or of its own; with that status."""
         if number:
             self.process.send_signal(number)
         try:
-            assert self.process.wait(40) == status, self.shown() + self.errors()
+            assert self.process.wait(40) == status, self.shown() + self.printed()
         finally:
             self.process.kill()
             self.process.wait()
@@ -8829,7 +8869,7 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
     work = Work(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
     work.end(1)
     sentence = sentence.replace("{run}", run).replace("{dir}", str(tmp_path))
-    assert sentence in work.errors() and work.errors().count("\n") == 1
+    assert sentence in work.shown() and work.shown().count("\n") == 1
     assert counts(server, run) == (3, 0, 0, 0)
 
 
@@ -8883,7 +8923,7 @@ def test_a_file_of_lines_that_changes_fails_no_task(server: Process, tmp_path: P
     for change in ("printf 'c\nb\na\n' > {0}", "cp -p {0} {0}.new; mv {0}.new {0}", "rm {0}", "truncate -s 3 {0}"):
         lines.write_text("a\nb\nc\n")
         work = Work(server, run, "--lines", str(lines), "--", "sh", "-c", change.format(lines) + "; : {line}")
-        assert "lines was changed, replaced or removed" in work.end(1) and work.errors() == "", change
+        assert "lines was changed, replaced or removed" in work.end(1) and work.printed() == "", change
         assert counts(server, run) == (2, 0, 1, 0)
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
@@ -8935,7 +8975,7 @@ def test_two_runs_do_not_share_a_folder_of_logs(server: Process, tmp_path: Path)
         Work(server, one, "--log-dir", logs, "--", "true").end(0)
     refused = Work(server, two, "--log-dir", logs, "--", "true")
     refused.end(1)
-    assert "has the logs of run " + one in refused.errors() and counts(server, two) == (1, 0, 0, 0)
+    assert "has the logs of run " + one in refused.shown() and counts(server, two) == (1, 0, 0, 0)
 
 
 def test_what_each_command_used_is_reported_with_its_end(server: Process, tmp_path: Path) -> None:
@@ -9002,7 +9042,7 @@ def test_each_way_to_fail_is_kept(server: Process, tmp_path: Path) -> None:
     shown = [(task["exitCode"], task["message"]) for task in (task_of(server, run, number) for number in range(4))]
     assert shown == [(200, "last  [1mline"), (139, "killed by SIGSEGV"), (124, "ended after 1 s (--timeout): before"),
                      (5, "short")]
-    assert "first\nlast" in work.errors(), "the error output is passed on"
+    assert "first\nlast" in work.shown(), "the error output is passed on"
     assert not alive(int((tmp_path / "left").read_text())), "what a failed command leaves behind is ended"
     os.kill(int((tmp_path / "daemon").read_text()), signal.SIGKILL)     # the daemon of one that did well is not ours
 
@@ -9049,7 +9089,7 @@ def test_a_watchdog_that_is_killed_is_replaced(server: Process, tmp_path: Path) 
     wait_until(lambda: len(watchdogs()) == 1 and first not in watchdogs())
     work.end(-signal.SIGKILL, signal.SIGKILL)
     wait_until(lambda: counts(server, run) == (1, 0, 0, 0))
-    assert not any(map(alive, pids_in(tmp_path / "pids"))) and work.errors() == ""
+    assert not any(map(alive, pids_in(tmp_path / "pids"))) and work.shown() == ""
 
 
 def test_who_reads_the_output_of_a_killed_worker_sees_its_end_at_once(server: Process, tmp_path: Path) -> None:
@@ -9143,7 +9183,7 @@ def test_what_cannot_be_sent_is_left_for_the_next(server: Process, tmp_path: Pat
     wait_until(lambda: counts(server, run)[2] > 4)
     server.process.kill()
     server.process.wait()
-    wait_until(lambda: "is the server running" in work.shown())
+    wait_until(lambda: "no farm answers" in work.shown())
     output = work.end(7, signal.SIGTERM)
     (left,) = Path(server.home, ".local/state/taskfarm").iterdir()
     assert str(left) in output and stat.S_IMODE(left.stat().st_mode) == 0o600
@@ -9217,7 +9257,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_nothing(server: Process, t
     server.process.kill()
     server.process.wait()
     ran = len(list(tmp_path.glob("ran-*")))
-    wait_until(lambda: "is the server running" in work.shown())
+    wait_until(lambda: "no farm answers" in work.shown())
     again = Process(str(tmp_path / "f"), home=server.home)
     assert again.port != server.port, "the access file tells where it is now"
     work.end(0)
@@ -9235,10 +9275,12 @@ def test_a_server_whose_disk_is_full_costs_nothing(server: Process, tmp_path: Pa
     with no_more_room(server):
         (tmp_path / "0").touch()
         wait_until(lambda: len([pid for pid in pids_in(tmp_path) if alive(pid)]) == 1)
-        wait_until(lambda: work.shown().count("trying again") > 2)        # its patience has ended twice
-        assert "commands go on meanwhile" in work.shown()
+        wait_until(lambda: "commands go on meanwhile" in work.shown())
+        ends = time.monotonic() + 1.0
+        wait_until(lambda: time.monotonic() > ends)         # its patience ends several times
     (tmp_path / "1").touch()
-    work.end(0)
+    output = work.end(0)
+    assert output.count("trying again") == output.count("the farm answers again") == 1
     assert counts(server, run) == (0, 0, 2, 0)
 
 
@@ -9267,7 +9309,7 @@ def test_a_worker_stays_with_its_farm_when_another_gets_the_access_file(server: 
     server.process.kill()
     server.process.wait()
     other = Process(str(tmp_path / "other"), home=server.home)
-    wait_until(lambda: "is the server running" in work.shown())
+    wait_until(lambda: "no farm answers" in work.shown())
     again = Process(str(tmp_path / "f"), home=server.home)
     again.token = server.token      # the file is the other's
     work.end(0)
@@ -9350,7 +9392,8 @@ def test_every_task_is_run_once_and_reported(server: Process, tmp_path: Path) ->
     failed = task_of(server, run, 7)
     assert (failed["exitCode"], failed["message"], failed["failures"]) == (3, "so it goes", 1)
     assert sum(output.count(" done in ") for output in outputs) == 299
-    assert sum(output.count("task 7 failed: exit status 3: so it goes\n") for output in outputs) == 1
+    assert sum(output.count("task 7 failed: exit status 3\n") for output in outputs) == 1
+    assert sum(output.count("so it goes") for output in outputs) == 1, "what it said is shown once"
     assert all(entry["state"] == "signed off" for entry in server.ask("GET", "/api/workers?all=True")[1]["data"])
 
 
@@ -9853,7 +9896,7 @@ def test_each_end_has_its_status(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 3)
     Work(server, "0" * 32, "--", "true").end(4)
     nobody = Work(server, "harvest", "--", "true")
-    assert nobody.end(4) == "" and "no run is called 'harvest'" in nobody.errors()
+    assert "no run is called 'harvest'" in nobody.end(4) and nobody.printed() == ""
     Work(server, run, "-j", "5001", "--", "true").end(2)
     Work(server, run, "--", "true", TASKFARM_TOKEN="tf1.x").end(6)
     Work(server, run, "--", "true", TASKFARM_URL="https://127.0.0.1:1", tweak="taskfarm.WORKER_RETRY_S = 0.5").end(5)
@@ -10096,6 +10139,73 @@ def test_what_was_claimed_ahead_and_cannot_be_started_is_given_back(server: Proc
     assert counts(server, run) == (180, 0, 20, 0)
 
 
+def test_the_standard_output_is_what_commands_print_in_whole_lines(server: Process) -> None:
+    run = new_run(server, 6)
+    script = "for part in a b c; do printf %s- $part; sleep 0.02; done; echo {task}; echo why {task} >&2; printf end"
+    expected = [line for task in range(6) for line in ("a-b-c-%d" % task, "end")]
+    work = Work(server, run, "-j", "6", "--", "sh", "-c", script)
+    shown = work.end(0)
+    assert sorted(work.printed().splitlines()) == sorted(expected)
+    assert shown.count("why ") == shown.count(" done in ") == 6 and "a-" not in shown and "6 done, 0 failed" in shown
+    server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    work = Work(server, run, "-j", "6", "--quiet", "--tag", "--", "sh", "-c", script)
+    assert re.findall(r"(?m)^(\d)\twhy \1$", work.end(0)) and "done in" not in work.shown()
+    assert sorted(work.printed().splitlines()) == sorted(
+        "%d\t%s" % (number // 2, line) for number, line in enumerate(expected))
+
+
+def test_lines_are_put_together_of_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "LINE_MEMORY", 10)
+    one, two = taskfarm.Command(1, 1, 0, 0.0), taskfarm.Command(22, 1, 1, 0.0)
+    one.pid, two.pid = 100, 200
+
+    def passed_on(tag: bool, *parts: Tuple[taskfarm.Command, bytes]) -> bytes:
+        display = taskfarm.Display(False, {}, tag)
+        display.terminals[1] = False
+        for command, text in parts:
+            display.pass_on(command, 1, text)
+        assert not any(display.partial.values())
+        return b"".join(text for _, text in display.pending)
+
+    mixed = (one, b"a"), (two, b"b\n\nc"), (one, b"d\n"), (two, b""), (one, b"")
+    assert passed_on(False, *mixed) == b"b\n\nad\nc\n"
+    assert passed_on(True, *mixed) == b"22\tb\n22\t\n1\tad\n22\tc\n"
+    bar = (one, b"\r 1%\r 2%"), (one, b"\r99%\nx\r\n"), (one, b"")
+    assert passed_on(True, *bar) == b"1\t99%\n1\tx\r\n", "what would be left on a terminal"
+    assert passed_on(False, *bar) == b"\r 1%\r 2%\r99%\nx\r\n", "and every byte in a file"
+    assert passed_on(False, (one, b"x" * 10), (one, b"y"), (one, b"z\n"), (one, b"")) == b"x" * 10 + b"y\nz\n"
+
+
+def test_a_full_disk_behind_the_standard_output_is_no_task_done(server: Process) -> None:
+    run = new_run(server, 20)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(MODULE), "work", run, "-j", "2", "--", "echo", "{task}"], stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=60, env=dict(os.environ, HOME=server.home))
+    assert done.returncode == 1 and counts(server, run) == (20, 0, 0, 0)
+    assert done.stderr.count("the standard output cannot be written: No space left") == 1
+
+
+def test_a_worker_in_the_background_draws_no_bar(server: Process) -> None:
+    run = new_run(server, 3)
+    words = " ".join([sys.executable, str(MODULE), "work", run, "--", "sleep", "0.1"])
+    for script, drawn in (("%s & wait $!" % words, False), (words, True)):
+        outside, inside = os.openpty()
+        shell = subprocess.Popen(
+            ["sh", "-mc", script], stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+            env=dict(os.environ, HOME=server.home, TERM="xterm"),
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):      # EIO at the end
+            for part in iter(lambda: os.read(outside, 65536), b""):     # noqa: B023
+                shown += part
+        os.close(outside)
+        assert shell.wait(20) == 0 and b"3 done, 0 failed" in shown
+        assert (b"\x1b[J" in shown) is drawn, shown
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+
+
 def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 4)
     for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
@@ -10112,9 +10222,11 @@ def test_a_terminal_shows_a_bar_below_the_lines(server: Process, tmp_path: Path)
         os.close(screen)
         assert process.wait(20) == 3
         text = shown.decode()
-        assert "of 4" in text and "\r[" in text and text.count("from the command\r\n") == 4
-        assert ("\x1b[31mtask 2 failed" in text) is coloured and "\r\ntask 1 done in" in text.replace("\x1b[K", "\r\n")
-        assert all(len(line) < 60 for line in re.findall(r"\r(\[[^\x1b]*)\x1b\[K", text))
+        assert "of 4" in text and "\x1b[J[" in text and text.count("from the command\r\n") == 4
+        assert ("\x1b[31mtask 2 failed" in text) is coloured
+        assert re.search(r"(\n|\x1b\[J)task 1 done in", text)
+        bars = re.findall(r"\[[^\r\n]* here[^\r\n]*", re.sub(r"\x1b\[[0-9]*[mJ]", "", text))
+        assert bars and all(len(line) < 60 for line in bars)
         assert text.endswith("0 computing, 0 waiting\r\n"), "the bar is gone at the end"
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
@@ -10813,6 +10925,14 @@ def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
     process.stderr.close()
 
 
+def test_a_full_disk_behind_the_standard_output_is_one_sentence(farm: Live) -> None:
+    for unbuffered in ("", "1"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, str(MODULE), "list"], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  timeout=60, env=dict(os.environ, PYTHONUNBUFFERED=unbuffered, **as_ada(farm)))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+
+
 def test_workers_are_listed_alive_or_all(farm: Live) -> None:
     worker(farm, "w1", 120)
     worker(farm, "w2")
@@ -11076,6 +11196,13 @@ def test_a_watch_lives_through_a_restart_of_the_server_and_ends_with_the_run(
             assert "over" in shown().splitlines()[-1] and "100.0 %" in shown().splitlines()[-1]
     finally:
         process.kill()
+
+
+def test_ctrl_c_ends_a_watch_below_the_picture(farm: Live) -> None:
+    terminal = Terminal(["status", make_run(farm, 3), "--watch"], as_ada(farm))
+    terminal.wait_for("time left")
+    terminal.type("\x03")
+    assert terminal.end() == 130 and "Traceback" not in terminal.shown and terminal.shown.endswith("^C\r\n")
 
 
 def test_a_watch_of_a_run_that_is_deleted_ends_with_the_sentence_of_the_server(farm: Live) -> None:
