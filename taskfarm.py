@@ -8320,7 +8320,7 @@ WORKER_RETRY_S = 900.0              # a worker retries a request for so long,
 SCRIPT_RETRY_S = 30.0               # and a script when it starts
 
 
-def register(client: Client, worker: str, pid: int = 0, lease_s: int = LEASE_S) -> None:
+def register(client: Client, worker: str, lease_s: int, pid: int = 0) -> None:
     """Register a worker of this process, with a lease. A worker that has expired or signed off is alive again."""
     client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": pid or os.getpid(),
                                        "lease": lease_s})
@@ -8349,7 +8349,7 @@ class Heartbeat:
                 _, pause_s = renew(self.client, self.worker)
             except NotFound:        # the server went back to an older file
                 with contextlib.suppress(FarmError, Unreachable):
-                    register(self.client, self.worker)
+                    register(self.client, self.worker, LEASE_S)
             except Conflict:        # somebody else has signed the worker off
                 return
             except (FarmError, Unreachable, Refusal) as error:
@@ -8535,7 +8535,7 @@ class TaskFarmWorker(TaskFarm):
         self._key = secrets.token_hex(16)       # of the next claim, or of the last one if its answer was lost
         self._percentageDone: Optional[float] = None
         self._worker_uuid = secrets.token_hex(16)
-        register(self._client, self._worker_uuid)       # without the lock: no other thread has this object yet
+        register(self._client, self._worker_uuid, LEASE_S)       # without the lock: no other thread has this object yet
         heartbeat = Heartbeat(self._client.find, self._worker_uuid)
         self._sign_off = weakref.finalize(self, heartbeat.sign_off, self._hold)
 
@@ -9480,7 +9480,7 @@ class Reporter:
         while not self.closing:
             try:
                 if self.revision is None:
-                    register(self.client, self.worker)
+                    register(self.client, self.worker, LEASE_S)
                     self._heartbeat()
                 self._do_next()
                 self.registered_again = False
@@ -10133,7 +10133,7 @@ class TaskRunner:
         """
         shutil.rmtree(self.progress_folder, ignore_errors=True)
         with contextlib.closing(Client(self.client.find, WATCHDOG_PATIENCE_S, LAST_REPORTS_S)) as client:
-            register(client, self.uuid, self.pid, lease_s=1)
+            register(client, self.uuid, 1, self.pid)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):      # a full pipe wakes too
