@@ -8186,7 +8186,7 @@ def test_a_lost_answer_costs_nothing_and_nothing_is_given_twice(farm: Live) -> N
         swallow[:] = [True]
         run = client.ask("POST", "/api/run", {"numTasks": 5})["uuid"]
         assert len(client.ask("GET", "/api/runs")["data"]) == 1
-        taskfarm.register(client, "w")
+        taskfarm.register(client, "w", 60)
         for number in range(5):
             swallow[:] = [True, True]
             assert client.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "w"})["task"] == number
