@@ -140,6 +140,7 @@ Contents
     STATUS              how a run gets on, once or until it is over
     VERBS               what users type: runs, tasks, workers, work
     UPKEEP              what keepers type: start and end of the server, users, copies, checks
+    RUN                 all of it in one line: a farm for as long as one run takes
     COMMAND LINE        options, the parser and main
 """
 import sys
@@ -12818,14 +12819,25 @@ def cmd_work(args: argparse.Namespace) -> int:
     if parameters is not None and len(parameters) != run["numTasks"]:
         raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
             parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
-    typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
-    template = Template(args.words, run["uuid"], parameters, " ".join(map(shlex.quote, typed)),
-                        share_gpus(os.environ, args.jobs, args.gpus_per_task) if args.gpus_per_task else ())
+    template = make_template(args, run["uuid"], parameters)
     for sentence in template.warnings(run["numTasks"]):
         (print_notice if args.dry_run else display.say)(sentence)
     if args.dry_run:
         print_first_commands(template, run["numTasks"], args.jobs)
         return 0
+    return run_commands(args, client, run, template, display, took_s)
+
+
+def make_template(args: argparse.Namespace, run_uuid: str, parameters: Optional[Parameters]) -> Template:
+    """The command that the user typed, for tasks of a run. Raises Refusal where it cannot be meant so."""
+    typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
+    return Template(args.words, run_uuid, parameters, " ".join(map(shlex.quote, typed)),
+                    share_gpus(os.environ, args.jobs, args.gpus_per_task) if args.gpus_per_task else ())
+
+
+def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], template: Template, display: Display,
+                 took_s: Sequence[float] = ()) -> int:
+    """Be a worker of the run, as the options of `work` say; the exit status. *took_s*: what tasks of it took."""
     log_dir = take_log_folder(args.log_dir, run["uuid"]) if args.log_dir else ""
     job = BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, args.idle, args.task_time,
@@ -12848,6 +12860,19 @@ def open_parameters(args: argparse.Namespace) -> Optional[Parameters]:
     if args.lines is not None:
         return Lines(args.lines)
     return TableRows(args.table) if args.table is not None else Grid(args.grid) if args.grid else None
+
+
+def chosen_size(args: argparse.Namespace) -> Tuple[int, Optional[Parameters]]:
+    """How many tasks a new run gets, and the parameters that tell them apart, if there are any."""
+    parameters = open_parameters(args)
+    if parameters is None:
+        return int(args.tasks), None
+    notice = parameters.check()
+    if not len(parameters):
+        raise Refusal("%s, and a run needs one task at least" % parameters.size_text)
+    if notice:
+        print_notice(notice)
+    return len(parameters), parameters
 
 
 def print_first_commands(template: Template, tasks: int, jobs: int) -> None:
@@ -12937,13 +12962,7 @@ def cmd_new(args: argparse.Namespace) -> int:
       python3 taskfarm.py new --grid lr=0.1,0.01 --grid seed=0..999 --name sweep
       python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
     """
-    number, parameters = args.tasks, open_parameters(args)
-    if parameters is not None:
-        number, notice = len(parameters), parameters.check()
-        if not number:
-            raise Refusal("%s, and a run needs one task at least" % parameters.size_text)
-        if notice:
-            print_notice(notice)
+    number, _ = chosen_size(args)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
     wait_for_access(args)
     with open_client(args) as client:
@@ -13408,6 +13427,13 @@ def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) 
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
 
 
+def access_entries(service: Service, user: User) -> Dict[str, Any]:
+    """What the access file says of this server, with the login of a user. Raises FarmError when that cannot be made."""
+    token = service.store.call(access_token(user))
+    return {"url": service.url, "user": user.name, "token": service.farm.token_text(token.id),
+            "farm": service.store.identity, "certificate": service.certificate, "host": socket.gethostname()}
+
+
 def publish_access(service: Service, user: User, db: str) -> None:
     """Write the access file, with a token of *user*, the same until it is revoked or the password changes.
 
@@ -13417,11 +13443,9 @@ def publish_access(service: Service, user: User, db: str) -> None:
     identity = service.store.identity
     try:
         path = farm_access_path(environ, identity, service.url, db)
-        token = service.store.call(access_token(user))
+        access = access_entries(service, user)
     except (Refusal, FarmError) as error:
         raise OSError(errno.EPERM, str(error))
-    access = {"url": service.url, "user": user.name, "token": service.farm.token_text(token.id), "farm": identity,
-              "certificate": service.certificate, "host": socket.gethostname()}
     try:
         write_access(path, access)
     except OSError:
@@ -13501,8 +13525,11 @@ def cmd_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def announce(service: Service, db: str) -> None:
-    """Tell users, clients and systemd where the server is. On a full disk the access file is written later."""
+def announce(service: Service, db: str) -> User:
+    """Tell users, clients and systemd where the server is; whose login the access file has.
+
+    On a full disk that file is written later.
+    """
     users = service.store.users
     user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store, db)
 
@@ -13521,6 +13548,7 @@ def announce(service: Service, db: str) -> None:
         "\nfor this machine alone: workers on other nodes need --host 0.0.0.0" if is_loopback(
             url_of(str(host), port)) else ""))
     notify_systemd("READY=1\nSTATUS=serving %s at %s" % (db, service.url))
+    return user
 
 
 def print_started(sentence: str) -> None:
@@ -13905,6 +13933,240 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
     return [screen.paint(head[:4], colour) + head[4:] + first] + [" " * len(head) + line for line in others]
 
 
+# ---------------------------------------------------------------- RUN
+# All of it in one line: a farm for as long as one run takes, where there is none yet. It uses what VERBS and UPKEEP
+# have. Another thing that a person would type before or after 'work' every time belongs here.
+
+OWN_FILE = "taskfarm.sqlite"        # in the current folder
+LINGER_S = 30.0                     # at the end, our server waits so long for other workers to leave
+
+
+class OwnServer:
+    """A server in a process of its own, which ends when this one has ended or closes it. Raises Refusal and InUse.
+
+    It has a session of its own and ignores the signals that end jobs: this process still reports to it then. `access`
+    is how to reach it.
+    """
+    def __init__(self, db: str, host: str) -> None:
+        told, tell = os.pipe()
+        wait, self.held = os.pipe()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(told)
+                os.close(self.held)
+                self._serve(db, host, tell, wait)
+            except BaseException as error:
+                known = isinstance(error, (Refusal, FarmError, OSError))
+                self._tell(tell, {"in_use" if isinstance(error, InUse) else "refused": str(error) if known
+                                  else traceback.format_exc()})
+            finally:
+                os._exit(0)
+        os.close(tell)
+        os.close(wait)
+        with open(told, "rb") as file:
+            answer = json.loads(file.read() or b"{}")
+        if "url" not in answer:
+            self.close()
+            raise (InUse if "in_use" in answer else Refusal)(answer.get("in_use") or answer.get("refused") or (
+                "the server of %s was killed while it started" % db))
+        self.access = parse_access(answer, db)
+
+    def _serve(self, db: str, host: str, tell: int, wait: int) -> None:
+        os.setsid()
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.WARNING)
+        sys.stdout = open(os.devnull, "w")      # noqa: SIM115
+        raise_descriptor_limit()
+        service = Service(db, host, 0, take_lock=take_lock)
+        with contextlib.ExitStack() as undo:
+            undo.callback(service.close)
+            user = announce(service, db)
+            self._tell(tell, access_entries(service, user))
+
+            def wait_for_parent() -> None:
+                os.read(wait, 1)
+                service.stop()
+            threading.Thread(target=wait_for_parent, name="parent", daemon=True).start()
+            undo.pop_all()
+        service.serve()
+
+    def _tell(self, tell: int, answer: Dict[str, Any]) -> None:
+        with contextlib.suppress(OSError), open(tell, "wb") as file:       # it has told already, or nobody listens
+            file.write(json.dumps(answer).encode())
+
+    def close(self) -> None:
+        """Let it write what is in hand, and end."""
+        os.close(self.held)
+        with contextlib.suppress(ChildProcessError):        # the worker has waited for all its children
+            os.waitpid(self.pid, 0)
+
+
+def name_of_line(args: argparse.Namespace, number: int, parameters: Optional[Parameters]) -> str:
+    """A name for a run that the same line in the same folder gets again, as long as its parameters are the same."""
+    digest = hashlib.sha256(json.dumps([os.getcwd(), number, args.grid, args.words]).encode("utf-8", "surrogateescape"))
+    for path in [args.lines or args.table] if args.lines or args.table else []:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2 ** 20), b""):
+                digest.update(block)
+    program = os.path.basename(args.words[0].split()[0] if args.words[0].split() else "run")
+    return "%s-%s" % (printable(program)[:40], digest.hexdigest()[:8])
+
+
+def open_farm(args: argparse.Namespace,
+              say: Callable[[str], None]) -> Tuple[Callable[..., Access], Optional[OwnServer]]:
+    """The farm for `run`: how to find it, and the server if it is ours.
+
+    It is the farm in the file of --db, else that in this folder, else the one of the access file where it answers,
+    else a new one in this folder.
+    """
+    db = args.db or (OWN_FILE if os.path.exists(OWN_FILE) else "")
+    if not db:
+        with contextlib.suppress(Refusal):
+            access = find_access(os.environ)
+            if access.url_given or farm_answers(access):
+                say("the farm at %s has the run (%s)" % (access.url, access.source))
+                return functools.partial(find_access, os.environ), None
+    db = db or OWN_FILE
+    deadline = time.monotonic() + VERB_PATIENCE_S
+    while True:
+        try:
+            own = OwnServer(db, args.host)
+        except InUse:
+            url = str(read_holder(db).get("url", ""))
+            known = find_access_file(access_path(os.environ), url=url) if url else None
+            if known and farm_answers(known):
+                say("%s is served at %s already" % (db, url))
+                return functools.partial(find_access, os.environ, farm=known.farm), None
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)         # it may be starting, or stopping
+        else:
+            say("this serves %s at %s until it ends" % (db, own.access.url))
+            return functools.partial(access_of_own, own.access), own
+
+
+def access_of_own(first: Access, farm: str = "") -> Access:
+    """Where the farm of our file is: its server may have been killed, and another started."""
+    with contextlib.suppress(Refusal):
+        return find_access(os.environ, farm=first.farm)
+    return first
+
+
+def find_or_make_run(client: Client, name: str, number: int, args: argparse.Namespace) -> Dict[str, Any]:
+    """The run of that name, made if there is none. Raises Refusal when it has another number of tasks."""
+    runs = [run for run in client.ask("GET", "/api/runs")["data"] if run.get("name") == name]
+    if len(runs) > 1:
+        raise Refusal("%d runs are called %s: choose another by --name, or delete some" % (len(runs), name))
+    if not runs:
+        limits = {"maxFailures": args.max_failures, "maxLosses": args.max_losses}
+        body = {"numTasks": number, "name": name, **{key: limit for key, limit in limits.items() if limit is not None}}
+        # Several of the same line may start at the same time: one key lets them make one run.
+        key = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32]
+        run_uuid = client.ask("POST", "/api/run", body, key)["uuid"]
+        try:
+            runs = [client.ask("GET", run_path(run_uuid))]
+        except NotFound:        # the answer of before, to a run that was deleted since
+            runs = [client.ask("GET", run_path(client.ask("POST", "/api/run", body)["uuid"]))]
+    run: Dict[str, Any] = client.ask("GET", run_path(runs[0]["uuid"]))
+    if run["numTasks"] != number:
+        raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it" % (
+            name, count_text(run["numTasks"], "task"), number))
+    return run
+
+
+def let_dead_workers_lapse(client: Client) -> None:
+    """Give the workers of this machine whose process has ended a lease of a second, so that their tasks come back."""
+    for page in every_page(client, "/api/workers", limit=ROWS_AT_ONCE):
+        for worker in page:
+            if worker["hostname"] == socket.gethostname() and not process_lives(worker["pid"]):
+                with contextlib.suppress(Conflict, NotFound):
+                    register(client, worker["uuid"], 1, worker["pid"])
+
+
+def process_lives(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):        # another user's, or no number of a process
+        pass
+    return True
+
+
+def wait_for_others(client: Client, say: Callable[[str], None]) -> None:
+    """The run is over: let other workers learn that, before their farm is gone. For LINGER_S at most."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    deadline, noticed = time.monotonic() + LINGER_S, False
+    with contextlib.suppress(KeyboardInterrupt, Unreachable, FarmError):
+        while time.monotonic() < deadline:
+            others = client.ask("GET", "/api/workers?limit=1")["data"]
+            if not others:
+                return
+            if not noticed:
+                say("other workers have not left yet: waiting for them, for up to %d s" % LINGER_S)
+                noticed = True
+            time.sleep(0.2)
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    """run a command for each of N tasks, in one line: serve, new and work
+
+    Where a farm answers, the run is made there. Else this serves a farm of its own for as long as it runs,
+    from taskfarm.sqlite in this folder, or from the file of --db. Other nodes may join meanwhile: 'work' with
+    the name of the run, which is shown at the start. They need --host 0.0.0.0 here.
+
+    The same line again, in the same folder, goes on where it was, however it ended: what is done is not run
+    again. --retry lets failed tasks run again. Another command, or changed parameters, are another run,
+    unless --name says which it is.
+
+    In place of N there may be --lines, --table or --grid. These and the other options are those of 'work',
+    whose help says more, also of the fields {task}, {slot} and others, and of the exit status.
+
+    examples:
+      python3 taskfarm.py run 200 -j 4 -- ./tile.sh {task}
+      python3 taskfarm.py run 200 -j 4 --retry -- ./tile.sh {task}
+      python3 taskfarm.py run --lines params.txt -j 8 --log-dir logs -- ./sim {line}
+      python3 taskfarm.py run --grid lr=0.1,0.01 --grid seed=0..9 -- ./fit {lr} {seed}
+      sbatch -c 16 --wrap "exec python3 taskfarm.py run 5000 -- ./tile.sh {task}"
+    """
+    args.jobs = args.jobs or default_jobs(os.environ)
+    display = Display(args.quiet, os.environ, args.tag)
+    number, parameters = chosen_size(args)
+    template = make_template(args, "", parameters)      # before anything is made
+    for sentence in template.warnings(number):
+        (print_notice if args.dry_run else display.say)(sentence)
+    if args.dry_run:
+        print_first_commands(template, number, args.jobs)
+        return 0
+    find, own = open_farm(args, display.say)
+    with contextlib.ExitStack() as undo:
+        if own:
+            undo.callback(own.close)
+            args.idle = math.inf        # the others would lose their farm
+        client = undo.enter_context(contextlib.closing(Client(find, WORKER_RETRY_S)))
+        client.say = display.say
+        run = find_or_make_run(client, args.name or name_of_line(args, number, parameters), number, args)
+        for sentence in send_all_unsent(client):
+            display.say(sentence)
+        if own:
+            let_dead_workers_lapse(client)
+        if args.retry:
+            client.ask("POST", run_path(run["uuid"], "/restart?status=failed"))
+        took_s = times_of_ended(client, run)
+        status = run_commands(args, client, run, make_template(args, run["uuid"], parameters), display, took_s)
+        if status == EXIT_TASKS_FAILED:
+            display.say("'%s' lists what failed%s; the same line with --retry runs it again" % (
+                "python3 taskfarm.py tasks %s --status failed" % shlex.quote(run["name"]),
+                ", while 'python3 taskfarm.py --db %s' serves it" % shlex.quote(args.db or OWN_FILE) if own else ""))
+        if own and status in (EXIT_DONE, EXIT_TASKS_FAILED):
+            wait_for_others(client, display.say)
+    return status
+
+
 # ---------------------------------------------------------------- COMMAND LINE
 # Options and the parser, and `main`. It must not know what a verb does.
 #
@@ -13961,14 +14223,11 @@ def add_parameter_options(group: Any, what: str) -> None:
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `work`."""
-    parser.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
-    parser.add_argument("run", metavar="RUN", help=CHANGED_RUN)
+    """The options of `work`, but for the run and its parameters."""
     parser.add_argument("-j", "--jobs", type=number_type(int, 1, MAX_JOBS, (
         "a number from 1 to %d (for more commands at a time, start more workers)" % MAX_JOBS)), metavar="N",
                         help="how many commands run at a time; by default what the batch job has cores for "
                         "(SLURM_CPUS_PER_TASK, NCPUS of PBS), else 1")
-    add_parameter_options(parser.add_mutually_exclusive_group(), "values")
     parser.add_argument("--gpus-per-task", type=positive_number, metavar="K", help="show each command K GPUs of its "
                         "own, of those in CUDA_VISIBLE_DEVICES")
     parser.add_argument("--timeout", type=some_seconds, metavar="SECONDS", help="a command that runs longer is ended, "
@@ -13995,6 +14254,18 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tag", action="store_true", help="begin each line that a command prints with the number of "
                         "its task and a tab")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a new run: of `new` and of `run`."""
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
+    add_parameter_options(size, "a task")
+    parser.add_argument("--name", help="a name for people")
+    parser.add_argument("--max-failures", type=whole_number, metavar="M",
+                     help="a task that has failed M times is not tried again; by default 1, 0 for no limit")
+    parser.add_argument("--max-losses", type=whole_number, metavar="M",
+                     help="nor a task that M workers were lost with; by default 5, 0 for no limit")
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -14046,7 +14317,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 
 # 'taskfarm.py --help' shows the verbs in this order, and those without a group at the end.
 VERB_GROUPS = (
-    ("work on tasks", ("new", "work", "status")),
+    ("work on tasks", ("run", "new", "work", "status")),
     ("look and keep", ("list", "tasks", "log", "workers", "restart", "delete", "progress")),
     ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
 )
@@ -14079,14 +14350,7 @@ def add_client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace
 def add_client_verbs(verbs: Any) -> None:
     """Add the verbs that ask a server, but for `work`."""
     new = add_client_verb(verbs, "new", cmd_new)
-    size = new.add_mutually_exclusive_group(required=True)
-    size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
-    add_parameter_options(size, "a task")
-    new.add_argument("--name", help="a name for people")
-    new.add_argument("--max-failures", type=whole_number, metavar="M",
-                     help="a task that has failed M times is not tried again; by default 1, 0 for no limit")
-    new.add_argument("--max-losses", type=whole_number, metavar="M",
-                     help="nor a task that M workers were lost with; by default 5, 0 for no limit")
+    add_run_options(new)
     add_client_verb(verbs, "list", cmd_list, reads=True)
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
@@ -14168,7 +14432,20 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
                        help="users see and touch their own runs and workers only (TASKFARM_PRIVATE=1)")
     add_verb(verbs, "audit", cmd_audit).add_argument("--json", action="store_true", help="print JSON")
     add_verb(verbs, "check", cmd_check)
-    add_work_options(add_verb(verbs, "work", cmd_work, needs_db=False))
+    work = add_verb(verbs, "work", cmd_work, needs_db=False)
+    work.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
+    work.add_argument("run", metavar="RUN", help=CHANGED_RUN)
+    add_parameter_options(work.add_mutually_exclusive_group(), "values")
+    add_work_options(work)
+    run = add_verb(verbs, "run", cmd_run, needs_db=False)
+    run.usage = "taskfarm.py run N [-j N] [options] -- COMMAND ..."
+    add_run_options(run)
+    run.add_argument("--retry", action="store_true", help="let the failed tasks run again")
+    add_env_option(run, "--db FILE", None, "the farm's file; by default %s in this folder, if it is there or no farm "
+                   "answers" % OWN_FILE)
+    add_env_option(run, "--host ADDRESS", "127.0.0.1", "the address to listen on, 0.0.0.0 for all of them, so that "
+                   "other nodes may join; by default 127.0.0.1")
+    add_work_options(run)
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(
         "percent", metavar="PERCENT", help="0 to 100",
         type=number_type(lambda text: float(text.rstrip("%")), 0, 100, "a percentage from 0 to 100"))
@@ -14187,34 +14464,40 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
 
 
 def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
-    """Parse the words of a command line. What follows the first -- of `work` is the command, and is not parsed.
+    """Parse the words of a command line. What follows the first -- of `work` or `run` is the command, not parsed.
 
     argparse of some versions of Python would remove a second -- from the command.
     """
-    if words[0] != "work":
+    verb = words[0]
+    if verb not in ("work", "run"):
         return parser.parse_args(words)
     at = words.index("--") if "--" in words else find_command(words)
     command = words[at:]
     if command[:1] == ["--"]:
         del command[0]
     elif any(word.startswith("-") for word in command):
-        parser.error("a -- belongs before the command, to tell its options from those of work: python3 taskfarm.py "
-                     "%s -- %s" % tuple(" ".join(map(shlex.quote, part)) for part in (words[:at], command)))
+        parser.error("a -- belongs before the command, to tell its options from those of %s: python3 taskfarm.py "
+                     "%s -- %s" % (verb, *(" ".join(map(shlex.quote, part)) for part in (words[:at], command))))
     args = parser.parse_args(words[:at])
     args.words += command
     if not args.words:
-        parser.error("which command? python3 taskfarm.py work RUN -- COMMAND ...")
+        parser.error("which command? python3 taskfarm.py %s -- COMMAND ..." % (
+            "work RUN" if verb == "work" else "run N"))
     return args
 
 
 def find_command(words: Sequence[str]) -> int:
-    """Where the command begins in words of `work` without --: at the second that is neither option nor value."""
+    """Where the command begins in words of `work` or `run` without --: at the first that is neither option, value, run
+    nor number of tasks."""
     options = argparse.ArgumentParser(add_help=False)
     add_work_options(options)
+    add_run_options(options)
     takes_value = {option for action in options._actions if action.nargs is None for option in action.option_strings}
+    takes_value |= {"--db", "--host"}
     others = [at for at in range(1, len(words))
               if not words[at].startswith("-") and words[at - 1] not in takes_value]
-    return others[1] if len(others) > 1 else len(words)
+    skipped = 1 if words[0] == "work" or others and words[others[0]].isdigit() else 0
+    return others[skipped] if len(others) > skipped else len(words)
 
 
 def open_standard_streams() -> None:
