@@ -13938,7 +13938,7 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
 # have. Another thing that a person would type before or after 'work' every time belongs here.
 
 OWN_FILE = "taskfarm.sqlite"        # in the current folder
-LINGER_S = 30.0                     # at the end, our server waits so long for other workers to leave
+OTHERS_LEAVE_S = 30.0                     # at the end, our server waits so long for other workers to leave
 
 
 class OwnServer:
@@ -14098,16 +14098,16 @@ def process_lives(pid: int) -> bool:
 
 
 def wait_for_others(client: Client, say: Callable[[str], None]) -> None:
-    """The run is over: let other workers learn that, before their farm is gone. For LINGER_S at most."""
+    """The run is over: let other workers learn that, before their farm is gone. For OTHERS_LEAVE_S at most."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    deadline, noticed = time.monotonic() + LINGER_S, False
+    deadline, noticed = time.monotonic() + OTHERS_LEAVE_S, False
     with contextlib.suppress(KeyboardInterrupt, Unreachable, FarmError):
         while time.monotonic() < deadline:
             others = client.ask("GET", "/api/workers?limit=1")["data"]
             if not others:
                 return
             if not noticed:
-                say("other workers have not left yet: waiting for them, for up to %d s" % LINGER_S)
+                say("other workers have not left yet: waiting for them, for up to %d s" % OTHERS_LEAVE_S)
                 noticed = True
             time.sleep(0.2)
 

@@ -8868,7 +8868,8 @@ def test_a_worker_that_cannot_work_says_so_and_takes_nothing(server: Process, tm
     work = Work(server, *(word.replace("{run}", run).replace("{dir}", str(tmp_path)) for word in words))
     work.end(1)
     sentence = sentence.replace("{run}", run).replace("{dir}", str(tmp_path))
-    assert sentence in work.shown().splitlines()[-1] and work.shown().count("\n") == 1 + ("each of the 3" in work.shown())
+    *before, last = work.shown().splitlines()
+    assert sentence in last and len(before) == ("each of the 3" in work.shown())
     assert counts(server, run) == (3, 0, 0, 0)
 
 
@@ -10507,7 +10508,6 @@ def test_one_line_serves_works_ends_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "mended").touch()
     assert "5 done, 0 failed" in run_line(tmp_path, "5", "-j", "2", "--retry", "--", *FAILS_ONCE)
     assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "2", "3", "4"]
-    assert "have their" not in run_line(tmp_path, "5", "--quiet", *FAILS_ONCE[:1], "-c", "exit 0", status=2)
     assert "would be 6" in run_line(tmp_path, "6", "--name", name_of_run(tmp_path), "--", "true", status=1)
 
 
@@ -10527,7 +10527,8 @@ def test_changed_parameters_are_another_run(tmp_path: Path) -> None:
 
 
 def test_a_line_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
-    words = ["3", "--name", "x", "--grace", "0.1", "--", "sh", "-c", "echo {task} >> ran; [ {task} != 1 ] || [ -e go ] || sleep 1000"]
+    words = ["3", "--name", "x", "--grace", "0.1", "--",
+             "sh", "-c", "echo {task} >> ran; [ {task} != 1 ] || [ -e go ] || sleep 1000"]
     first = subprocess.Popen([sys.executable, str(MODULE), "run", *words], cwd=tmp_path, env=own_home(tmp_path),
                              stderr=subprocess.PIPE, text=True)
     assert first.stderr
@@ -10552,7 +10553,8 @@ def test_a_farm_that_answers_gets_the_run(server: Process, tmp_path: Path) -> No
 
 def test_a_wrong_line_makes_nothing(tmp_path: Path) -> None:
     assert "there is no program" in run_line(tmp_path, "3", "--", "./missing", "{task}", status=1)
-    assert "which command" in run_line(tmp_path, "3", status=2) and "required" in run_line(tmp_path, "--", "x", status=2)
+    assert "which command" in run_line(tmp_path, "3", status=2)
+    assert "required" in run_line(tmp_path, "--", "x", status=2)
     run_line(tmp_path, "3", "--dry-run", "--", "true", "{task}")
     assert list(tmp_path.iterdir()) == []
 
