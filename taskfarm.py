@@ -14130,7 +14130,7 @@ def cmd_run(args: argparse.Namespace) -> int:
       python3 taskfarm.py run 200 -j 4 -- ./tile.sh {task}
       python3 taskfarm.py run 200 -j 4 --retry -- ./tile.sh {task}
       python3 taskfarm.py run --lines params.txt -j 8 --log-dir logs -- ./sim {line}
-      python3 taskfarm.py run --grid lr=0.1,0.01 --grid seed=0..9 -- ./fit {lr} {seed}
+      python3 taskfarm.py run --grid lr=0.1,0.01 --grid n=0..9 -- ./fit {lr} {n}
       sbatch -c 16 --wrap "exec python3 taskfarm.py run 5000 -- ./tile.sh {task}"
     """
     args.jobs = args.jobs or default_jobs(os.environ)
