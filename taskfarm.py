@@ -9080,9 +9080,10 @@ def tail_of(path: str) -> bytes:
     """The last bytes of a file; b"" when it cannot be read, or is no file."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a pipe without a writer would be waited for
-        with open(descriptor, "rb") as file:
-            size = os.fstat(descriptor).st_size
-            return os.pread(file.fileno(), TAIL_LIMIT, max(0, size - TAIL_LIMIT))
+        try:
+            return os.pread(descriptor, TAIL_LIMIT, max(0, os.fstat(descriptor).st_size - TAIL_LIMIT))
+        finally:
+            os.close(descriptor)
     return b""
 
 
@@ -9172,7 +9173,10 @@ def signal_commands(pids: Collection[int], number: int) -> Set[int]:
     if not pids:
         return set()
     groups: Dict[int, int] = {}         # process group: command
-    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else map(str, pids):
+    in_proc = os.path.isdir("/proc/self")
+    if not in_proc:
+        groups = {pid: pid for pid in pids if signal_group(pid, 0)}
+    for name in os.listdir("/proc") if in_proc else ():
         with contextlib.suppress(ValueError, OSError):      # it is no process, or has ended meanwhile
             pid = int(name)
             session, group = os.getsid(pid), os.getpgid(pid)
@@ -9211,10 +9215,17 @@ class Watchdog:
 
     def start(self) -> None:
         """Start the process, or another when it was killed. Raises OSError."""
+        self.writer = -1        # of the one that was killed
         reader, self.writer = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)     # a later one is forked beside the reporter
-            self.pid = os.fork()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)     # a later one is forked beside the reporter
+                self.pid = os.fork()
+        except OSError:
+            os.close(reader)
+            os.close(self.writer)
+            self.writer = -1
+            raise
         if self.pid == 0:
             try:
                 self._watch(reader)
@@ -9262,7 +9273,7 @@ class Watchdog:
 
     def close(self) -> None:
         """End the process. It ends no commands then."""
-        with contextlib.suppress(OSError):      # it was killed
+        with contextlib.suppress(OSError):      # it was killed, or could not be started again
             os.write(self.writer, b"\0")
             os.waitpid(self.pid, 0)
 
@@ -9354,12 +9365,21 @@ class Launcher:
         return self.progress_folder and "%s/%d.%d" % (self.progress_folder, command.task, command.attempt)
 
     def _open_log(self, path: str) -> int:
+        """Open an empty log. Another user who may write into the folder could have laid a link or a pipe there."""
         try:
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+            log_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            there = os.fstat(log_file)
+            if stat.S_ISREG(there.st_mode) and there.st_uid == os.geteuid():
+                os.ftruncate(log_file, 0)
+                os.set_blocking(log_file, True)
+                return log_file
+            os.close(log_file)
         except OSError as error:
             if error.errno in TEMPORARY_ERRORS:
                 raise
             raise Refusal("the log %s cannot be written: %s" % (path, error.strerror))      # no fault of the task
+        raise Refusal("the log %s is there already, and is another user's or no plain file: choose another folder"
+                      % path)
 
     def _spawn(self, words: List[bytes], actions: List[Tuple[Any, ...]]) -> int:
         try:
@@ -9549,8 +9569,9 @@ class Reporter:
             for sentence in send_all_unsent(self.client):
                 self.post(Notice(sentence))
         if now >= self.figures_at:
-            self.post(RunFigures(self.client.ask("GET", "/api/runs/" + self.run)))
+            figures = self.client.ask("GET", "/api/runs/" + self.run)
             self.figures_at = now + self.figures_every_s        # not before: a request that failed is repeated
+            self.post(RunFigures(figures))
 
     def _claim(self, count: int) -> None:
         """Claim up to *count* tasks. Near the end of a run it is a quarter of those that wait: others get some too.
@@ -9564,13 +9585,15 @@ class Reporter:
         count, key = self.open_claim
         answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
                                  {"worker_uuid": self.worker, "count": count}, key)
-        with self.changed:
-            self.claim_count, self.open_claim = 0, None
-        if answer is None:
-            retry_s = self.client.retry_after
-            self.post(NoTaskClaimed(retry_s, self._figure("numComputing") if self.idle and retry_s is not None else 0))
+        event: Any = None
+        if answer is not None:
+            event = TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]])
         else:
-            self.post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
+            retry_s = self.client.retry_after
+            event = NoTaskClaimed(retry_s, self._figure("numComputing") if self.idle and retry_s is not None else 0)
+        with self.changed:      # not before: a claim that ends by an error is repeated
+            self.claim_count, self.open_claim = 0, None
+        self.post(event)
 
     def _figure(self, name: str) -> int:
         return int(self.client.ask("GET", "/api/runs/%s?info=%s" % (self.run, name))[name])
@@ -9659,8 +9682,8 @@ def send_unsent(client: Client, run: str, worker: str, reports: List[Dict[str, A
         with contextlib.suppress(NotFound):
             client.ask("DELETE", "/api/worker/" + worker)
     except NotFound as error:
-        return "%d reports of worker %s are dropped: %s" % (len(reports), worker[:8], error)
-    sentence = "%d reports that worker %s had saved are sent" % (len(reports), worker[:8])
+        return "%s of worker %s dropped: %s" % (count_text(len(reports), "report"), worker[:8], error)
+    sentence = "%s that worker %s had saved: sent" % (count_text(len(reports), "report"), worker[:8])
     return sentence + ("; %d were refused, as of task %d: %s" % (
         len(refused), refused[0].report["task"], refused[0].why) if refused else "")
 
@@ -9749,11 +9772,12 @@ class Display:
         self.ended_since = 0                    # tasks that ended here since then
         self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
 
-    def task_ended(self, task: int, elapsed_s: float, failure: str = "") -> None:
-        """A task has ended; *failure* says how it failed."""
+    def task_ended(self, task: int, elapsed_s: float, failure: str = "", log_path: str = "") -> None:
+        """A task has ended; *failure* says how it failed, *log_path* where its output is."""
         self.ended_since += 1
         if failure:
-            self._add(self.screen.paint("task %d failed: %s" % (task, failure), "red"))
+            where = "  (%s)" % printable(os.path.relpath(log_path)) if log_path else ""
+            self._add(self.screen.paint("task %d failed: %s%s" % (task, failure, where), "red"))
         elif not self.quiet:
             self._add("task %d done in %s" % (task, duration_text(elapsed_s)))
 
@@ -10029,7 +10053,8 @@ class Supply:
         self.idle_since = (now if self.idle_since is None else self.idle_since) if self.asked_idle else None
         task_s = self.likely_s(0.95)
         worth_s = math.inf if task_s is None else computing * task_s / self.jobs
-        leave_at = (self.idle_since or now) + min(self.idle_s, max(IDLE_LEAST_S, worth_s))
+        stay_s = math.inf if self.idle_s == math.inf else min(self.idle_s, max(IDLE_LEAST_S, worth_s))
+        leave_at = (self.idle_since or now) + stay_s
         self.leaves = retry_s is None or self.idle_since is not None and now >= leave_at
         # A lease may end at retry_s, but the others may be done before. Then we need not stay.
         pause_s = random.uniform(0.5, 1.0) * max(FIRST_LOOK_S, (now - (self.idle_since or self.nothing_since)) / 4)
@@ -10192,8 +10217,8 @@ class TaskRunner:
             self.status = EXIT_DONE
             return True
         if self.supply.idle_since is not None:
-            self.display.say_once("no task waits now, but other workers still compute: this one stays for a while, "
-                                  "since their tasks may come back (with --idle 0 it would leave)")
+            self.display.say_once("no task waits now, but other workers still compute: this one stays%s, since their "
+                                  "tasks may come back" % (" for a while" if self.options.idle_s < math.inf else ""))
         return False
 
     # Claims
@@ -10202,9 +10227,11 @@ class TaskRunner:
         """Claim what the supply wants, and give back what it has too many."""
         busy, unreported = len(self.running) + len(self.ending), len(self.unconfirmed) + len(self.first_ends.held)
         self.reporter.idle = not (busy or unreported)
-        if self.stop_reason or now < self.start_after:
+        if self.stop_reason:
             return
         self._give_back_ready(self.supply.surplus(now))
+        if now < self.start_after:
+            return
         count = self.supply.wants(now, busy, unreported)
         if not count:
             self.wake_at = min(self.wake_at, self.supply.next_look(busy))
@@ -10399,7 +10426,8 @@ class TaskRunner:
                 self._take_end(command)
 
     def _restart_watchdog(self) -> None:
-        os.close(self.watchdog.writer)
+        if self.watchdog.writer >= 0:
+            os.close(self.watchdog.writer)
         try:
             self.watchdog.start()
         except OSError as error:
@@ -10429,6 +10457,7 @@ class TaskRunner:
 
     def _give_back(self, command: Command) -> None:
         """Let others run the task of a command whose end says nothing about it."""
+        self._drop_log(command)
         if command.end_reason != "lost":
             self.reporter.report(command.task, command.attempt, status="waiting")
         self.supply.may_wait_again()    # this very task does
@@ -10534,19 +10563,24 @@ class TaskRunner:
         if code == 0:
             self.display.task_ended(command.task, elapsed_s)
             self.reporter.report(command.task, command.attempt, status="done", **command.figures())
-            if command.log_path and self.options.log_failed:
-                with contextlib.suppress(OSError):
-                    os.remove(command.log_path)
+            self._drop_log(command)
             return
         self.failed += 1
         self.supply.may_wait_again()
         failure = self._failure(command)
         shown = command.pid and not command.log_path        # the last line of the error output was
-        self.display.task_ended(command.task, elapsed_s, self._way_to_fail(command) if shown else failure)
+        self.display.task_ended(command.task, elapsed_s, self._way_to_fail(command) if shown else failure,
+                                command.log_path)
         ours = command.end_reason or command.signal_number or command.ran_out_of_memory
         message = failure if ours else command.error_line()
         self.reporter.report(command.task, command.attempt, status="failed", exitCode=code,
                              message=message[:MESSAGE_LIMIT], **command.figures())
+
+    def _drop_log(self, command: Command) -> None:
+        """Remove the log of an attempt that has not failed, where only those of failed ones are wanted."""
+        if command.log_path and self.options.log_failed:
+            with contextlib.suppress(OSError):
+                os.remove(command.log_path)
 
     def _failure(self, command: Command) -> str:
         """How a command failed, and the last line of its error output."""
@@ -10752,8 +10786,8 @@ class TaskRunner:
         results = [report for report in unsent if report["status"] != "computing"]
         if self.stop_reason:
             self.status = self.stop_status
-        elif results:
-            self.status = exit_status_of(error)
+        elif results or self.failed:
+            self.status = exit_status_of(error) if results else EXIT_TASKS_FAILED
         if not results:
             self.display.say(str(error))
             return
@@ -12813,7 +12847,7 @@ def cmd_work(args: argparse.Namespace) -> int:
             display.say(sentence)
         took_s = times_of_ended(client, run)
     except (FarmError, Unreachable) as error:
-        print("taskfarm: %s" % error, file=sys.stderr)
+        print_notice(str(error))
         return exit_status_of(error)
     parameters = open_parameters(args)
     if parameters is not None and len(parameters) != run["numTasks"]:
@@ -13110,17 +13144,21 @@ def cmd_log(args: argparse.Namespace) -> int:
                       "the task is done" % args.task)
     host = task["hostname"] if task["finished"] else None       # else somebody has claimed it since
     where = "%s on %s" % (task["log"], host or "the host of an earlier attempt")
+    if not re.fullmatch(r"%d(\.[0-9]+)?\.log" % args.task, os.path.basename(task["log"])):
+        raise Refusal("%s is not the name of a log of task %d: who reported it may want you to show another file" % (
+            task["log"], args.task))
     try:
-        descriptor = os.open(task["log"], os.O_RDONLY | os.O_NONBLOCK)      # a pipe is not waited for
+        descriptor = os.open(task["log"], os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)     # a pipe is not waited for
     except (OSError, ValueError) as error:      # ValueError: it is no path
         raise Refusal("the log of task %d is %s, and cannot be read here: %s" % (
             args.task, where, getattr(error, "strerror", error)))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):      # open() of a folder would raise
+        os.close(descriptor)
+        raise Refusal("the log of task %d, %s, is no plain file" % (args.task, where))
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Refusal("the log of task %d, %s, is no plain file" % (args.task, where))
         print_notice("task %d: %s" % (args.task, where))
-        for line in file:
-            sys.stdout.buffer.write(CONTROLS.sub(b"?", line) if sys.stdout.isatty() else line)
+        for part in iter(lambda: file.read(2 ** 16), b""):
+            sys.stdout.buffer.write(CONTROLS.sub(b"?", part) if sys.stdout.isatty() else part)
     sys.stdout.buffer.flush()
     return 0
 
