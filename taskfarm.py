@@ -48,10 +48,11 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     POST   /api/tokens                    a new token: scope, run, days, label
     GET    /api/tokens                    a page of the user's tokens; for admin, of all users'
     DELETE /api/tokens/<id>               the token is revoked
-    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
+    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses, work
     GET    /api/runs                      all runs, in order of creation, as {"data": [...]}; user: who made it
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
+    GET    /api/runs/<run>/work           the command of its tasks, with folder and parameters, if the run knows it
     POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
     POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
     POST   /api/runs/<run>/tasks          claim up to count tasks; of more than 200, as many as there is time for
@@ -685,10 +686,16 @@ CREATE TABLE run (
     max_losses INTEGER NOT NULL,                -- 0: never too many
     user INTEGER,                               -- the id of who made it; NULL: administration
     user_name TEXT,                             -- kept, since the user may be gone
+    has_work INTEGER NOT NULL,                  -- 1: there is a row in table work
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
 CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
 CREATE INDEX run_own ON run (user);             -- lists those of a user, in order of their ids
+-- What the tasks of a run are to do: of its own, since a command may be long and lists of runs are read often.
+CREATE TABLE work (
+    run INTEGER PRIMARY KEY,
+    work TEXT NOT NULL                          -- JSON in ASCII: arguments and paths need not be UTF-8
+);
 CREATE TABLE untouched (
     last INTEGER PRIMARY KEY,                   -- keyed by the end: claims take from the start, in place
     first INTEGER NOT NULL CHECK (first <= last)
@@ -786,7 +793,8 @@ class Run:
     Many tasks of one run change in one batch; its row is then written once.
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
-                 "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name")
+                 "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name",
+                 "has_work")
     id: int
     first_id: int
     num_tasks: int
@@ -794,7 +802,7 @@ class Run:
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
         num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses,
-        user, user_name"""
+        user, user_name, has_work"""
     SAVE = """
         UPDATE run
         SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
@@ -804,14 +812,14 @@ class Run:
     def __init__(self, row: Row) -> None:
         (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
          self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
-         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name) = row
+         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name, self.has_work) = row
         self.counts = [waiting, computing, done, failed]
         self.limits = Limits(max_failures, max_losses)
 
     def row(self) -> Row:
         """The values of COLUMNS."""
         return (self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1], self.name,
-                *self.limits, self.user, self.user_name)
+                *self.limits, self.user, self.user_name, self.has_work)
 
     def saved(self) -> Row:
         """What SAVE takes."""
@@ -1639,6 +1647,15 @@ def read_run(sql: Transaction, now: Now, run_uuid: str) -> Run:
 
 
 @read_operation
+def read_work(sql: Transaction, now: Now, run_uuid: str) -> Tuple[str, Optional[str], bool]:
+    """What the tasks of a run are to do, who made the run, and whether the caller did. Raises NotFound."""
+    run = find_run(sql, run_uuid, reading=True)
+    if not run.has_work:
+        raise NotFound("run %s does not know its command" % run_uuid)
+    return sql.value("SELECT work FROM work WHERE run = ?", run.id), run.user_name, run.user == sql.caller.user
+
+
+@read_operation
 def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTask:
     """One task. Raises NotFound for the run and the number."""
     run = find_run(sql, run_uuid, reading=True)
@@ -1849,7 +1866,12 @@ def check(sql: Transaction, now: Now) -> List[str]:
                 WHERE user NOT IN (SELECT id FROM user) OR run IS NOT NULL AND run NOT IN (SELECT uuid FROM run)"""),
              "%d tokens are of no user, or for no run"),
             (sql.value("SELECT count(*) FROM spared WHERE run NOT IN (SELECT id FROM run WHERE sweep IS NOT NULL)"),
-             "%d workers are spared by no restart")):
+             "%d workers are spared by no restart"),
+            (sql.value("""
+                SELECT (SELECT count(*) FROM work WHERE run NOT IN (SELECT id FROM run WHERE has_work = 1))
+                    + (SELECT count(*) FROM run
+                       WHERE has_work = 1 AND coalesce(sweep, '') <> 'delete' AND id NOT IN (SELECT run FROM work))"""),
+             "%d commands are of no run, or lacking")):
         if count:
             wrong.append(sentence % count)
     if {token.id: token for token in every_token(sql)} != sql.tokens:
@@ -1922,15 +1944,21 @@ FIRST_HELD: Place = (HELD, 0)   # where that of what it holds begins
 
 @operation
 def create_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int, name: Optional[str] = None,
-               max_failures: int = 1, max_losses: int = 5) -> Run:
-    """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out."""
+               max_failures: int = 1, max_losses: int = 5, work: Optional[str] = None) -> Run:
+    """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out.
+
+    *work*: what its tasks are to do, as it is kept.
+    """
     first_id = sql.value("SELECT next_task_id FROM farm")
     if first_id + num_tasks > 2 ** 53:
         raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
     sql.execute("UPDATE farm SET next_task_id = ?", (first_id + num_tasks,))
     row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
-           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name)
+           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name,
+           int(work is not None))
     cursor = sql.execute("INSERT INTO run (%s) VALUES (NULL%s)" % (Run.COLUMNS, ", ?" * len(row)), row)
+    if work is not None:
+        sql.execute("INSERT INTO work (run, work) VALUES (?, ?)", (cursor.lastrowid, work))
     audit(sql, now, "new", titled(run_uuid, name))
     return sql.keep_run(Run((cursor.lastrowid,) + row)).snapshot()
 
@@ -1946,6 +1974,7 @@ def delete_run(sql: Transaction, now: Now, run_uuid: str) -> None:
     run = find_run(sql, run_uuid)
     end_holds(sql, run, {})
     end_tokens(sql, "run = ?", run_uuid)
+    sql.execute("DELETE FROM work WHERE run = ?", (run.id,))
     sql.begin_sweep(run, DELETE)
     del sql.runs[run_uuid]
     audit(sql, now, DELETE, titled(run_uuid, run.name))
@@ -4549,6 +4578,60 @@ class Message(Field):
         return value.encode("utf-8", "replace").decode()
 
 
+class SystemText(Field):
+    """A string that the system takes for an argument or, where it begins with *start*, for a path: any without NUL."""
+
+    def __init__(self, longest: int, start: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.longest, self.start = longest, start
+        self.expected = "a string of at most %d characters, without NUL" % longest + (
+            ", that begins with " + start if start else "")
+
+    def check(self, name: str, value: Any) -> str:
+        """The string."""
+        if not isinstance(value, str) or len(value) > self.longest or "\0" in value or not value.startswith(
+                self.start):
+            raise self.wrong(name, value)
+        return value
+
+
+class Strings(Field):
+    """An array of strings, one at least, each as *entry* has it."""
+    expected = "an array of strings, one at least"
+
+    def __init__(self, entry: Field, **options: Any) -> None:
+        super().__init__(**options)
+        self.entry = entry
+
+    def check(self, name: str, value: Any) -> List[str]:
+        """The strings."""
+        if not isinstance(value, list) or not value:
+            raise self.wrong(name, value)
+        return [self.entry.check(name, text) for text in value]
+
+
+class Object(Field):
+    """An object with these fields. *judge(object)* gives a sentence when they will not do together, else None."""
+
+    def __init__(self, fields: Dict[str, Field], judge: Callable[[Dict[str, Any]], Optional[str]] = lambda _: None,
+                 **options: Any) -> None:
+        super().__init__(**options)
+        self.fields, self.judge = fields, judge
+        self.expected = "an object with %s" % ", ".join(fields) + " or null" * (not self.required)
+
+    def check(self, name: str, value: Any) -> Optional[Dict[str, Any]]:
+        """The object, its values checked; None for null, where it need not be there."""
+        if value is None and not self.required:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(name, value)
+        content = checked(self.fields, value, "field of " + name)
+        sentence = self.judge(content)
+        if sentence:
+            raise self.refusal("%s: %s" % (name, sentence))
+        return content
+
+
 class Count(Field):
     """An integer in a query: ASCII digits."""
 
@@ -6389,7 +6472,8 @@ def run_json(run: Run) -> Dict[str, Any]:
     return {"id": run.id, "uuid": run.uuid, "numTasks": run.num_tasks, "percentDone": percent_done(run),
             "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed,
             "name": run.name, "user": run.user_name, "maxFailures": run.limits.failures, "maxLosses": run.limits.losses,
-            "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report)}
+            "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report),
+            "hasWork": bool(run.has_work)}
 
 
 def percent_done(run: Run) -> float:
@@ -6614,21 +6698,61 @@ def drop_token(req: Request, token_id: str) -> Operation:
     return revoke_token(user and user.id, TOKEN_ID.check("id", token_id)).shown_as(show_nothing)
 
 
+FILE_OF_PARAMETERS = {"path", "size", "sha256"}
+
+
+def parameters_will_not_do(said: Dict[str, Any]) -> Optional[str]:
+    """What is wrong with parameters whose fields are right one by one; None when nothing is."""
+    wanted = {"grid"} if said["kind"] == "grid" else FILE_OF_PARAMETERS
+    return None if said.keys() == wanted | {"kind"} else "those of kind %s have %s" % (
+        said["kind"], ", ".join(sorted(wanted)))
+
+
+ARGUMENT = SystemText(BODY_LIMIT)
+WORK = Object({
+    "command": Strings(ARGUMENT), "folder": SystemText(4096, "/"),
+    "parameters": Object({
+        "kind": Choice({kind: kind for kind in ("lines", "table", "grid")}),
+        "path": SystemText(4096, "/", required=False),
+        "size": Integer(0, 2 ** 62, required=False), "sha256": Text(64, "[0-9a-f]{64}", required=False),
+        "grid": Strings(ARGUMENT, required=False)}, parameters_will_not_do, required=False)}, required=False)
+
+
 @route("POST", "/api/run", body={
     "numTasks": Integer(1, MAX_TASKS), "name": Text(128, required=False),
-    "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False)})
+    "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False),
+    "work": WORK})
 def new_run(req: Request) -> Operation:
     """Make a run.
 
     maxFailures: a task fails for good when so many failures of it were reported (1); maxLosses: when it
-    has taken so many workers down (5); 0 for never.
+    has taken so many workers down (5); 0 for never. work: what its tasks are to do, {"command": [words], "folder",
+    "parameters"}. parameters: null, {"kind": "lines" or "table", "path", "size", "sha256"} or {"kind": "grid",
+    "grid": ["lr=0.1,0.01", ...]}. It is kept as it comes; the farm runs nothing and opens no file.
 
-    201: the run
+    201: the run; hasWork: whether it knows its work
     """
     fields = req.fields
+    work = fields.get("work")
     return once(req, create_run(
         uuid.uuid4().hex, fields["numTasks"], fields.get("name"), fields.get("maxFailures", 1),
-        fields.get("maxLosses", 5)).shown_as(show_run, 201))
+        fields.get("maxLosses", 5), work and encode_json(work)).shown_as(show_run, 201))
+
+
+@route("GET", "/api/runs/<run>/work")
+def work_of_run(req: Request, run: str) -> Operation:
+    """What the tasks of a run are to do. A worker must not run it for another user than the one who made the run.
+
+    200: {"command", "folder", "parameters", "user", "own"}; own: whether the user who asks made the run
+    errors: 404 no such run, or it does not know its work
+    """
+    return read_work(run).shown_as(show_work)
+
+
+def show_work(known: Tuple[str, Optional[str], bool]) -> Reply:
+    """The work of a run."""
+    work, user, own = known
+    return json_reply(200, dict({"parameters": None}, **json.loads(work), user=user, own=own))
 
 
 RUNS_PIECE = 250        # runs that are read and shown at a time: 3 ms, 90 kB
