@@ -686,7 +686,7 @@ CREATE TABLE run (
     max_losses INTEGER NOT NULL,                -- 0: never too many
     user INTEGER,                               -- the id of who made it; NULL: administration
     user_name TEXT,                             -- kept, since the user may be gone
-    has_work INTEGER NOT NULL,                  -- 1: there is a row in table work
+    has_work INTEGER NOT NULL DEFAULT 0,        -- 1: there is a row in table work
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
 CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
@@ -13037,7 +13037,9 @@ def cmd_work(args: argparse.Namespace) -> int:
             for sentence in send_all_unsent(client):
                 display.say(sentence)
         if args.any or len(runs) > 1:
-            return RunsInTurn(args, display, clients[0], runs).work()
+            turn = RunsInTurn(args, display, clients[0], runs)
+            with contextlib.closing(turn.job):
+                return turn.work()
         (client, run_uuid), = runs
         worker = work_on(args, client, client.ask("GET", run_path(run_uuid)), display)
     except (FarmError, Unreachable) as error:
@@ -13053,7 +13055,8 @@ def worker_client(display: Display) -> Client:
     return client
 
 
-def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], display: Display) -> Optional[TaskRunner]:
+def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], display: Display,
+            job: Optional[BatchJob] = None) -> Optional[TaskRunner]:
     """Be a worker of the run, with the command that was typed or else the run's own; None with --dry-run."""
     words, parameters = args.words, open_parameters(args)
     if not words:
@@ -13070,7 +13073,7 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
     if args.dry_run:
         print_first_commands(template, run["numTasks"], args.jobs)
         return None
-    return run_commands(args, client, run, template, display, times_of_ended(client, run))
+    return run_commands(args, client, run, template, display, times_of_ended(client, run), job)
 
 
 class NotOwnRun(Refusal):
@@ -13118,6 +13121,8 @@ class RunsInTurn:
         self.args, self.display, self.client, self.given = args, display, client, given
         self.idle_s, args.idle = args.idle, 0       # in one run it does not wait for others: there may be another run
         self.log_dir = args.log_dir
+        self.job = BatchJob(os.environ, display.say, args.until)
+        self.worked_on = {uuid_ for _, uuid_ in given}
         self.left_out: Set[str] = set()             # runs that cannot be worked on here
         self.nothing_at: Dict[str, Tuple[Any, ...]] = {}    # the figures of runs when they had no task for us
         self.status = EXIT_DONE
@@ -13140,7 +13145,8 @@ class RunsInTurn:
             now = time.monotonic()
             idle_since = min(idle_since, now)
             if now >= idle_since + self.idle_s or not any(run["numWaiting"] + run["numComputing"] for _, run in runs):
-                return self.status
+                failed = any(run["numFailed"] for _, run in runs if run["uuid"] in self.worked_on)
+                return max(self.status, EXIT_TASKS_FAILED if failed else EXIT_DONE)
             self.display.say_once("no task waits now in any of the runs, but others still compute: this worker stays "
                                   "for a while, since their tasks may come back (with --idle 0 it would leave)")
             time.sleep(min(self.LOOK_AGAIN_S, self.idle_s))
@@ -13177,7 +13183,7 @@ class RunsInTurn:
             if self.log_dir:        # tasks of all runs have the same numbers
                 self.args.log_dir = os.path.join(self.log_dir, run["uuid"])
             try:
-                worker = work_on(self.args, client, run, self.display)
+                worker = work_on(self.args, client, run, self.display, self.job)
             except NotOwnRun as error:
                 self._leave_out(run["uuid"], str(error) if self.given else "", 1 if self.given else EXIT_DONE)
                 return None
@@ -13193,8 +13199,8 @@ class RunsInTurn:
         if not worker.finished:
             self.nothing_at[run["uuid"]] = self._figures(run)
         if worker.status == EXIT_RUN_DELETED:
-            self._leave_out(run["uuid"])
-        self.status = max(self.status, worker.status or EXIT_DONE)
+            self._leave_out(run["uuid"], "", EXIT_RUN_DELETED)
+        self.worked_on.add(run["uuid"])
         return worker
 
 
@@ -13212,10 +13218,10 @@ def make_template(args: argparse.Namespace, words: Sequence[str], run_uuid: str,
 
 
 def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], template: Template, display: Display,
-                 took_s: Sequence[float] = ()) -> TaskRunner:
+                 took_s: Sequence[float] = (), known_job: Optional[BatchJob] = None) -> TaskRunner:
     """Be a worker of the run, as the options of `work` say; the worker at its end. *took_s*: what tasks of it took."""
     log_dir = take_log_folder(args.log_dir, run["uuid"]) if args.log_dir else ""
-    job = BatchJob(os.environ, display.say, args.until)
+    job = known_job or BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, args.idle, args.task_time,
                           job.end, log_dir, args.log_failed, args.max_fails, args.leave_ok)
     if args.jobs > 400:
@@ -13225,8 +13231,10 @@ def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], 
     display.say("worker %s on %s: run %s, %d tasks, %d at a time" % (
         worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs))
     for sentence in job_warnings(os.environ, args.jobs):
-        display.say("warning: " + sentence)
-    with contextlib.closing(job):
+        display.say_once("warning: " + sentence)
+    with contextlib.ExitStack() as undo:
+        if not known_job:
+            undo.callback(job.close)
         job.wait(1.0)           # so that no task is begun that does not fit
         worker.work()
     return worker
@@ -14855,7 +14863,8 @@ and 'python3 taskfarm.py status first --watch' shows how far it is.
     add_verb(verbs, "check", cmd_check)
     work = add_verb(verbs, "work", cmd_work, needs_db=False)
     work.usage = "taskfarm.py work RUN ...|--any [-j N] [options] [-- COMMAND ...]"
-    work.add_argument("runs", metavar="RUN", nargs="*", help=CHANGED_RUN + "; of several, the first that has tasks")
+    work.add_argument("runs", metavar="RUN", nargs="*", help=CHANGED_RUN + "; of several, the first that has tasks. "
+                      "Where one is called like a program, end them with --")
     work.add_argument("--any", action="store_true", help="all runs that you have made and that know their command, the "
                       "oldest first")
     add_parameter_options(work.add_mutually_exclusive_group(), "values")

@@ -10949,7 +10949,7 @@ def test_new_judges_a_command_before_the_run_is_made(farm: Live, tmp_path: Path)
         assert sentence in verb(farm, "new", *words, stdin="a\n", status=1), words
     assert farm.ask("GET", "/api/runs") == (200, {"data": []})
     for words, sentence in (([*lines, "--", "true"], "each of the 2 tasks does the same"),
-                            (["5", "--", "echo", "{tsks}{task}"], "{tsks} is no field"),
+                            (["5", "--", "echo", "{other}{task}"], "{other} is no field"),
                             (["5", "--", "no-such-program", "{task}"], "no program no-such-program that can be run")):
         done = run_verb("new", *words, **as_ada(farm))
         assert done.returncode == 0 and sentence in done.stderr, words
@@ -10983,7 +10983,7 @@ def test_a_worker_goes_from_run_to_run_and_looks_at_earlier_ones_again(server: P
     unknown, empty = new_run(server, 1), make_known_run(server, tmp_path / "3", "1", "--", "true")
     server.ask("PUT", "/api/runs/%s/tasks/0" % empty, {"status": "done"})
     shutil.rmtree(tmp_path / "3")       # nothing is to be done there
-    said = Work(server, "one", "two").end(3)
+    said = Work(server, "one", "two").end(0)
     here = " %s" % (tmp_path / "2")
     assert out.read_text().split("\n") == ["one 0", "one 1", "two 0" + here, "two 1" + here, "one 1", ""]
     assert counts(server, one) == counts(server, two) == (0, 0, 2, 0)
