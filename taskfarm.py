@@ -8757,7 +8757,8 @@ class TaskFarmWorker(TaskFarm):
 # ---------------------------------------------------------------- COMMANDS
 # The command of a task: its arguments, its process, its output and how it ended. Knows no server and no report.
 # For another field like {task}: TASK_FIELDS and Template. For another variable of commands: command_environment, or
-# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, and its option.
+# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, its option, and a kind
+# in WORK of API and `parameters_again`.
 
 MAX_JOBS = 5000                     # commands that run at the same time, in one worker
 TAIL_LIMIT = 8192                   # bytes at the end of a command's output in which its last line is looked for
@@ -8825,6 +8826,7 @@ class Lines(Parameters):
     def __init__(self, path: str) -> None:
         self.path, self.options = path, ["--" + self.kind, path]
         self.lines_before = array.array("Q", [0])       # lines that end before block n
+        self.block, self.lines = -1, [b""]              # of the last line that was looked at: the next is often there
         last, digest = b"", hashlib.sha256()
         try:
             self._open()
@@ -8864,21 +8866,24 @@ class Lines(Parameters):
         skip = number - self.lines_before[block]
         stamp = None
         try:
-            self.file.seek(block * self.BLOCK)
-            text = self.file.read(self.BLOCK)
-            while text.count(b"\n") <= skip:
-                more = self.file.read(self.BLOCK)
-                if not more:
-                    break
-                text += more
+            if block != self.block or skip + 1 >= len(self.lines):
+                self.file.seek(block * self.BLOCK)
+                text = self.file.read(self.BLOCK)
+                while text.count(b"\n") <= skip:
+                    more = self.file.read(self.BLOCK)
+                    if not more:
+                        break
+                    text += more
+                self.block, self.lines = block, text.split(b"\n")
             stamp = self._stamp(os.stat(self.watched))      # after the reading: what was read is what was indexed
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):     # both: replaced or removed; ESTALE is NFS's word
                 raise
         if stamp != self.stamp:
+            self.block = -1
             raise Refusal("%s was changed, replaced or removed since this worker began, so its line %d may be another "
                           "one now: start the worker again when the file is right" % (self.path, number + 1))
-        return bytes(text.split(b"\n", skip + 1)[skip].rstrip(b"\r"))
+        return self.lines[skip].rstrip(b"\r")
 
     def values(self, task: int) -> Dict[str, str]:
         """The line of the task."""
