@@ -8757,8 +8757,8 @@ class TaskFarmWorker(TaskFarm):
 # ---------------------------------------------------------------- COMMANDS
 # The command of a task: its arguments, its process, its output and how it ended. Knows no server and no report.
 # For another field like {task}: TASK_FIELDS and Template. For another variable of commands: command_environment, or
-# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, its option, and a kind
-# in WORK of API and `parameters_again`.
+# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, its option, and a
+# kind in WORK of API and in `parameters_again`.
 
 MAX_JOBS = 5000                     # commands that run at the same time, in one worker
 TAIL_LIMIT = 8192                   # bytes at the end of a command's output in which its last line is looked for
