@@ -13135,6 +13135,7 @@ class RunsInTurn:
     def work(self) -> int:
         """Work; the exit status."""
         idle_since = math.inf
+        self._end_on_signals()
         while True:
             runs = self._runs()
             ready = [(client, run) for client, run in runs if run["numWaiting"]
@@ -13155,6 +13156,13 @@ class RunsInTurn:
             self.display.say_once("no task waits now in any of the runs, but others still compute: this worker stays "
                                   "for a while, since their tasks may come back (with --idle 0 it would leave)")
             time.sleep(min(self.LOOK_AGAIN_S, self.idle_s))
+
+    @staticmethod
+    def _end_on_signals() -> None:
+        """Have signals end this process between two runs, when there is nothing to give back."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: sys.exit(EXIT_STOPPED))
 
     def _runs(self) -> List[Tuple[Client, Dict[str, Any]]]:
         """The runs in order, with their figures now."""
@@ -13198,9 +13206,7 @@ class RunsInTurn:
         if worker is None:          # --dry-run
             self._leave_out(run["uuid"])
             return None
-        for number in STOP_SIGNALS:     # the worker that took them has ended
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self._end_on_signals()
         if not worker.finished:
             self.nothing_at[run["uuid"]] = self._figures(run)
         if worker.status == EXIT_RUN_DELETED:

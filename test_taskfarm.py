@@ -11002,16 +11002,23 @@ def test_a_signal_ends_the_work_on_several_runs(server: Process, tmp_path: Path)
     work = Work(server, "two", "one")
     wait_until(lambda: (tmp_path / "two").exists())
     assert "stopping: SIGTERM" in work.end(7, signal.SIGTERM) and not (tmp_path / "one").exists()
+    said = Work(server, "two", "one", "--until", "+6", "--grace", "0.1", "--leave-ok").end(0)
+    assert said.count("the job ends soon") == 1 and not (tmp_path / "one").exists()
 
 
 def test_a_worker_of_several_runs_waits_for_tasks_that_others_compute(server: Process, tmp_path: Path) -> None:
     run = make_known_run(server, tmp_path, "1", "--name", "one", "--", "true", "{task}")
-    make_known_run(server, tmp_path, "1", "--name", "two", "--", "true", "{task}")
+    two = make_known_run(server, tmp_path, "1", "--name", "two", "--", "true", "{task}")
     server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "n", "pid": 1})
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[0] == 201
     assert "no task waits now in any" not in Work(server, "one", "two", "--idle", "0").end(0)
-    work = Work(server, "one", "two", tweak="taskfarm.RunsInTurn.LOOK_AGAIN_S = 0.1")
-    wait_until(lambda: "no task waits now in any of the runs" in work.shown())
+    def wait_with_nothing_to_do() -> Work:
+        server.ask("POST", "/api/runs/%s/restart?all=True" % two)
+        work = Work(server, "one", "two", tweak="taskfarm.RunsInTurn.LOOK_AGAIN_S = 0.1")
+        wait_until(lambda: "no task waits now in any of the runs" in work.shown())
+        return work
+    wait_with_nothing_to_do().end(7, signal.SIGTERM)
+    work = wait_with_nothing_to_do()
     assert server.ask("DELETE", "/api/worker/other")[0] == 204
     work.end(0)
     assert counts(server, run) == (0, 0, 1, 0)
