@@ -9016,7 +9016,7 @@ def test_parameters_are_found_again_until_their_file_changes(tmp_path: Path, mon
         taskfarm.parameters_again(kept)
     os.mkfifo("t.csv")
     with pytest.raises(Refusal, match="has changed"):
-        taskfarm.parameters_again(kept)
+        taskfarm.parameters_again(dict(kept, size=0))
     monkeypatch.setenv("PWD", "/")
     assert taskfarm.current_folder() == os.path.realpath(tmp_path), "a PWD that is not true is not believed"
     reader, writer = os.pipe()
@@ -11002,7 +11002,7 @@ def test_a_signal_ends_the_work_on_several_runs(server: Process, tmp_path: Path)
     work = Work(server, "two", "one")
     wait_until(lambda: (tmp_path / "two").exists())
     assert "stopping: SIGTERM" in work.end(7, signal.SIGTERM) and not (tmp_path / "one").exists()
-    said = Work(server, "two", "one", "--until", "+6", "--grace", "0.1", "--leave-ok").end(0)
+    said = Work(server, "two", "one", "--until", "+1", "--leave-ok").end(0)
     assert said.count("the job ends soon") == 1 and not (tmp_path / "one").exists()
 
 
