@@ -48,10 +48,11 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     POST   /api/tokens                    a new token: scope, run, days, label
     GET    /api/tokens                    a page of the user's tokens; for admin, of all users'
     DELETE /api/tokens/<id>               the token is revoked
-    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses
+    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses, work
     GET    /api/runs                      all runs, in order of creation, as {"data": [...]}; user: who made it
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
+    GET    /api/runs/<run>/work           the command of its tasks, with folder and parameters, if the run knows it
     POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
     POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
     POST   /api/runs/<run>/tasks          claim up to count tasks; of more than 200, as many as there is time for
@@ -685,10 +686,16 @@ CREATE TABLE run (
     max_losses INTEGER NOT NULL,                -- 0: never too many
     user INTEGER,                               -- the id of who made it; NULL: administration
     user_name TEXT,                             -- kept, since the user may be gone
+    has_work INTEGER NOT NULL DEFAULT 0,        -- 1: there is a row in table work
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
 CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
 CREATE INDEX run_own ON run (user);             -- lists those of a user, in order of their ids
+-- What the tasks of a run are to do: of its own, since a command may be long and lists of runs are read often.
+CREATE TABLE work (
+    run INTEGER PRIMARY KEY,
+    work TEXT NOT NULL                          -- JSON in ASCII: arguments and paths need not be UTF-8
+);
 CREATE TABLE untouched (
     last INTEGER PRIMARY KEY,                   -- keyed by the end: claims take from the start, in place
     first INTEGER NOT NULL CHECK (first <= last)
@@ -786,7 +793,8 @@ class Run:
     Many tasks of one run change in one batch; its row is then written once.
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
-                 "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name")
+                 "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name",
+                 "has_work")
     id: int
     first_id: int
     num_tasks: int
@@ -794,7 +802,7 @@ class Run:
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
         num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses,
-        user, user_name"""
+        user, user_name, has_work"""
     SAVE = """
         UPDATE run
         SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
@@ -804,14 +812,14 @@ class Run:
     def __init__(self, row: Row) -> None:
         (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
          self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
-         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name) = row
+         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name, self.has_work) = row
         self.counts = [waiting, computing, done, failed]
         self.limits = Limits(max_failures, max_losses)
 
     def row(self) -> Row:
         """The values of COLUMNS."""
         return (self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1], self.name,
-                *self.limits, self.user, self.user_name)
+                *self.limits, self.user, self.user_name, self.has_work)
 
     def saved(self) -> Row:
         """What SAVE takes."""
@@ -1639,6 +1647,15 @@ def read_run(sql: Transaction, now: Now, run_uuid: str) -> Run:
 
 
 @read_operation
+def read_work(sql: Transaction, now: Now, run_uuid: str) -> Tuple[str, Optional[str], bool]:
+    """What the tasks of a run are to do, who made the run, and whether the caller did. Raises NotFound."""
+    run = find_run(sql, run_uuid, reading=True)
+    if not run.has_work:
+        raise NotFound("run %s does not know its command" % run_uuid)
+    return sql.value("SELECT work FROM work WHERE run = ?", run.id), run.user_name, run.user == sql.caller.user
+
+
+@read_operation
 def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTask:
     """One task. Raises NotFound for the run and the number."""
     run = find_run(sql, run_uuid, reading=True)
@@ -1849,7 +1866,12 @@ def check(sql: Transaction, now: Now) -> List[str]:
                 WHERE user NOT IN (SELECT id FROM user) OR run IS NOT NULL AND run NOT IN (SELECT uuid FROM run)"""),
              "%d tokens are of no user, or for no run"),
             (sql.value("SELECT count(*) FROM spared WHERE run NOT IN (SELECT id FROM run WHERE sweep IS NOT NULL)"),
-             "%d workers are spared by no restart")):
+             "%d workers are spared by no restart"),
+            (sql.value("""
+                SELECT (SELECT count(*) FROM work WHERE run NOT IN (SELECT id FROM run WHERE has_work = 1))
+                    + (SELECT count(*) FROM run
+                       WHERE has_work = 1 AND coalesce(sweep, '') <> 'delete' AND id NOT IN (SELECT run FROM work))"""),
+             "%d commands are of no run, or lacking")):
         if count:
             wrong.append(sentence % count)
     if {token.id: token for token in every_token(sql)} != sql.tokens:
@@ -1922,15 +1944,21 @@ FIRST_HELD: Place = (HELD, 0)   # where that of what it holds begins
 
 @operation
 def create_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int, name: Optional[str] = None,
-               max_failures: int = 1, max_losses: int = 5) -> Run:
-    """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out."""
+               max_failures: int = 1, max_losses: int = 5, work: Optional[str] = None) -> Run:
+    """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out.
+
+    *work*: what its tasks are to do, as it is kept.
+    """
     first_id = sql.value("SELECT next_task_id FROM farm")
     if first_id + num_tasks > 2 ** 53:
         raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
     sql.execute("UPDATE farm SET next_task_id = ?", (first_id + num_tasks,))
     row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
-           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name)
+           first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name,
+           int(work is not None))
     cursor = sql.execute("INSERT INTO run (%s) VALUES (NULL%s)" % (Run.COLUMNS, ", ?" * len(row)), row)
+    if work is not None:
+        sql.execute("INSERT INTO work (run, work) VALUES (?, ?)", (cursor.lastrowid, work))
     audit(sql, now, "new", titled(run_uuid, name))
     return sql.keep_run(Run((cursor.lastrowid,) + row)).snapshot()
 
@@ -1946,6 +1974,7 @@ def delete_run(sql: Transaction, now: Now, run_uuid: str) -> None:
     run = find_run(sql, run_uuid)
     end_holds(sql, run, {})
     end_tokens(sql, "run = ?", run_uuid)
+    sql.execute("DELETE FROM work WHERE run = ?", (run.id,))
     sql.begin_sweep(run, DELETE)
     del sql.runs[run_uuid]
     audit(sql, now, DELETE, titled(run_uuid, run.name))
@@ -4549,6 +4578,60 @@ class Message(Field):
         return value.encode("utf-8", "replace").decode()
 
 
+class SystemText(Field):
+    """A string that the system takes for an argument or, where it begins with *start*, for a path: any without NUL."""
+
+    def __init__(self, longest: int, start: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.longest, self.start = longest, start
+        self.expected = "a string of at most %d characters, without NUL" % longest + (
+            ", that begins with " + start if start else "")
+
+    def check(self, name: str, value: Any) -> str:
+        """The string."""
+        if not isinstance(value, str) or len(value) > self.longest or "\0" in value or not value.startswith(
+                self.start):
+            raise self.wrong(name, value)
+        return value
+
+
+class Strings(Field):
+    """An array of strings, one at least, each as *entry* has it."""
+    expected = "an array of strings, one at least"
+
+    def __init__(self, entry: Field, **options: Any) -> None:
+        super().__init__(**options)
+        self.entry = entry
+
+    def check(self, name: str, value: Any) -> List[str]:
+        """The strings."""
+        if not isinstance(value, list) or not value:
+            raise self.wrong(name, value)
+        return [self.entry.check(name, text) for text in value]
+
+
+class Object(Field):
+    """An object with these fields. *judge(object)* gives a sentence when they will not do together, else None."""
+
+    def __init__(self, fields: Dict[str, Field], judge: Callable[[Dict[str, Any]], Optional[str]] = lambda _: None,
+                 **options: Any) -> None:
+        super().__init__(**options)
+        self.fields, self.judge = fields, judge
+        self.expected = "an object with %s" % ", ".join(fields) + " or null" * (not self.required)
+
+    def check(self, name: str, value: Any) -> Optional[Dict[str, Any]]:
+        """The object, its values checked; None for null, where it need not be there."""
+        if value is None and not self.required:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(name, value)
+        content = checked(self.fields, value, "field of " + name)
+        sentence = self.judge(content)
+        if sentence:
+            raise self.refusal("%s: %s" % (name, sentence))
+        return content
+
+
 class Count(Field):
     """An integer in a query: ASCII digits."""
 
@@ -6389,7 +6472,8 @@ def run_json(run: Run) -> Dict[str, Any]:
     return {"id": run.id, "uuid": run.uuid, "numTasks": run.num_tasks, "percentDone": percent_done(run),
             "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed,
             "name": run.name, "user": run.user_name, "maxFailures": run.limits.failures, "maxLosses": run.limits.losses,
-            "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report)}
+            "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report),
+            "hasWork": bool(run.has_work)}
 
 
 def percent_done(run: Run) -> float:
@@ -6614,21 +6698,45 @@ def drop_token(req: Request, token_id: str) -> Operation:
     return revoke_token(user and user.id, TOKEN_ID.check("id", token_id)).shown_as(show_nothing)
 
 
+FILE_OF_PARAMETERS = {"path", "size", "sha256"}
+
+
+def parameters_will_not_do(said: Dict[str, Any]) -> Optional[str]:
+    """What is wrong with parameters whose fields are right one by one; None when nothing is."""
+    wanted = {"grid"} if said["kind"] == "grid" else FILE_OF_PARAMETERS
+    return None if said.keys() == wanted | {"kind"} else "those of kind %s have %s" % (
+        said["kind"], ", ".join(sorted(wanted)))
+
+
+ARGUMENT = SystemText(BODY_LIMIT)
+WORK = Object({
+    "command": Strings(ARGUMENT), "folder": SystemText(4096, "/"),
+    "parameters": Object({
+        "kind": Choice({kind: kind for kind in ("lines", "table", "grid")}),
+        "path": SystemText(4096, "/", required=False),
+        "size": Integer(0, 2 ** 62, required=False), "sha256": Text(64, "[0-9a-f]{64}", required=False),
+        "grid": Strings(ARGUMENT, required=False)}, parameters_will_not_do, required=False)}, required=False)
+
+
 @route("POST", "/api/run", body={
     "numTasks": Integer(1, MAX_TASKS), "name": Text(128, required=False),
-    "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False)})
+    "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False),
+    "work": WORK})
 def new_run(req: Request) -> Operation:
     """Make a run.
 
     maxFailures: a task fails for good when so many failures of it were reported (1); maxLosses: when it
-    has taken so many workers down (5); 0 for never.
+    has taken so many workers down (5); 0 for never. work: what its tasks are to do, {"command": [words], "folder",
+    "parameters"}. parameters: null, {"kind": "lines" or "table", "path", "size", "sha256"} or {"kind": "grid",
+    "grid": ["lr=0.1,0.01", ...]}. It is kept as it comes; the farm runs nothing and opens no file.
 
-    201: the run
+    201: the run; hasWork: whether it knows its work
     """
     fields = req.fields
+    work = fields.get("work")
     return once(req, create_run(
         uuid.uuid4().hex, fields["numTasks"], fields.get("name"), fields.get("maxFailures", 1),
-        fields.get("maxLosses", 5)).shown_as(show_run, 201))
+        fields.get("maxLosses", 5), work and encode_json(work)).shown_as(show_run, 201))
 
 
 RUNS_PIECE = 250        # runs that are read and shown at a time: 3 ms, 90 kB
@@ -6680,6 +6788,22 @@ def drop_run(req: Request, run: str) -> Operation:
     errors: 404 no such run
     """
     return delete_run(run).shown_as(show_nothing)
+
+
+@route("GET", "/api/runs/<run>/work")
+def work_of_run(req: Request, run: str) -> Operation:
+    """What the tasks of a run are to do. A worker must not run it for another user than the one who made the run.
+
+    200: {"command", "folder", "parameters", "user", "own"}; own: whether the user who asks made the run
+    errors: 404 no such run, or it does not know its work
+    """
+    return read_work(run).shown_as(show_work)
+
+
+def show_work(known: Tuple[str, Optional[str], bool]) -> Reply:
+    """The work of a run."""
+    work, user, own = known
+    return json_reply(200, dict({"parameters": None}, **json.loads(work), user=user, own=own))
 
 
 @route("POST", "/api/runs/<run>/restart", query={
@@ -8633,7 +8757,8 @@ class TaskFarmWorker(TaskFarm):
 # ---------------------------------------------------------------- COMMANDS
 # The command of a task: its arguments, its process, its output and how it ended. Knows no server and no report.
 # For another field like {task}: TASK_FIELDS and Template. For another variable of commands: command_environment, or
-# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, and its option.
+# Template.variables where tasks differ in it. For another source of parameters: a class like Grid, its option, and a
+# kind in WORK of API and in `parameters_again`.
 
 MAX_JOBS = 5000                     # commands that run at the same time, in one worker
 TAIL_LIMIT = 8192                   # bytes at the end of a command's output in which its last line is looked for
@@ -8670,6 +8795,14 @@ class Parameters:
         """Look at the values of all tasks. A sentence for the user where one looks odd; Refusal where one is wrong."""
         return ""
 
+    def kept(self) -> Dict[str, Any]:
+        """What a run keeps of them: `parameters_again` finds the same. Refusal where nobody could read them again."""
+        raise NotImplementedError
+
+    def text(self, task: int) -> str:
+        """The values for one task, for a person."""
+        return " ".join("%s=%s" % pair for pair in self.values(task).items() if pair[0])
+
     def _take_names(self, names: Iterable[str], source: str) -> None:
         for name, times in Counter(names).items():
             if name in TASK_FIELDS:
@@ -8687,19 +8820,23 @@ class Lines(Parameters):
     read into a temporary file first. The path - is the standard input.
     """
     BLOCK = 65536
+    kind = "lines"
     names: Tuple[str, ...] = ("line",)
 
     def __init__(self, path: str) -> None:
-        self.path, self.options = path, ["--lines", path]
+        self.path, self.options = path, ["--" + self.kind, path]
         self.lines_before = array.array("Q", [0])       # lines that end before block n
-        last = b""
+        self.block, self.lines = -1, [b""]              # of the last line that was looked at: the next is often there
+        last, digest = b"", hashlib.sha256()
         try:
             self._open()
             for block in iter(lambda: self.file.read(self.BLOCK), b""):
                 self.lines_before.append(self.lines_before[-1] + block.count(b"\n"))
+                digest.update(block)
                 last = block[-1:]
         except OSError as error:
             raise Refusal("%s cannot be read: %s" % (path, error.strerror))
+        self.sha256 = digest.hexdigest()
         self.count = self.lines_before[-1] + (last not in (b"", b"\n"))
         self.size_text = "%s has %d lines" % (path, self.count)
 
@@ -8729,21 +8866,24 @@ class Lines(Parameters):
         skip = number - self.lines_before[block]
         stamp = None
         try:
-            self.file.seek(block * self.BLOCK)
-            text = self.file.read(self.BLOCK)
-            while text.count(b"\n") <= skip:
-                more = self.file.read(self.BLOCK)
-                if not more:
-                    break
-                text += more
+            if block != self.block or skip + 1 >= len(self.lines):
+                self.file.seek(block * self.BLOCK)
+                text = self.file.read(self.BLOCK)
+                while text.count(b"\n") <= skip:
+                    more = self.file.read(self.BLOCK)
+                    if not more:
+                        break
+                    text += more
+                self.block, self.lines = block, text.split(b"\n")
             stamp = self._stamp(os.stat(self.watched))      # after the reading: what was read is what was indexed
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):     # both: replaced or removed; ESTALE is NFS's word
                 raise
         if stamp != self.stamp:
+            self.block = -1
             raise Refusal("%s was changed, replaced or removed since this worker began, so its line %d may be another "
                           "one now: start the worker again when the file is right" % (self.path, number + 1))
-        return bytes(text.split(b"\n", skip + 1)[skip].rstrip(b"\r"))
+        return self.lines[skip].rstrip(b"\r")
 
     def values(self, task: int) -> Dict[str, str]:
         """The line of the task."""
@@ -8756,14 +8896,26 @@ class Lines(Parameters):
         return "%d of the %d lines of %s %s empty: each of them is a task as well" % (
             empty, self.count, self.path, "is" if empty == 1 else "are") if empty else ""
 
+    def kept(self) -> Dict[str, Any]:
+        """Path, size and digest of the file."""
+        path = os.path.normpath(os.path.join(current_folder(), self.path))
+        if not isinstance(self.watched, str) or path.startswith("/dev/"):
+            raise Refusal("%s cannot be read again by workers: write it into a file, and name that" % self.path)
+        return {"kind": self.kind, "path": path, "size": self.stamp[0], "sha256": self.sha256}
+
+    def text(self, task: int) -> str:
+        """The line alone."""
+        return self.values(task)["line"]
+
 
 class TableRows(Lines):
     """The rows of a CSV or TSV file below its head: a value for each column. Fields may stand in quotes."""
+    kind = "table"
     names: Tuple[str, ...] = ()
+    text = Parameters.text
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.options = ["--table", path]
         head = self[0] if self.count else b""
         if head.startswith(b"\xef\xbb\xbf"):       # as spreadsheets begin a file
             head = head[3:]
@@ -8811,6 +8963,7 @@ class Grid(Parameters):
     RANGE = re.compile(r"({0})\.\.({0})(?:\.\.({0}))?".format(r"-?\d{1,15}(?:\.\d{1,9})?"))
 
     def __init__(self, axes: Sequence[str]) -> None:
+        self.given = list(axes)
         self.options = [word for axis in axes for word in ("--grid", axis)]
         self._take_names([axis.partition("=")[0] for axis in axes], "--grid")
         # For each name: how many values come before each piece (and at last, all), and the pieces as functions.
@@ -8852,6 +9005,39 @@ class Grid(Parameters):
             values.append(pieces[piece](index - starts[piece]))
         return dict(zip(self.names, reversed(values)))
 
+    def kept(self) -> Dict[str, Any]:
+        """The axes."""
+        return {"kind": "grid", "grid": self.given}
+
+
+def current_folder() -> str:
+    """This folder, by the name that the shell has for it: what an automounter calls it need not be there elsewhere."""
+    folder = os.environ.get("PWD", "")
+    with contextlib.suppress(OSError):
+        if os.path.isabs(folder) and os.path.samefile(folder, "."):
+            return folder
+    return os.getcwd()
+
+
+def parameters_again(kept: Optional[Mapping[str, Any]]) -> Optional[Parameters]:
+    """The parameters of which a run keeps this, None for none. Raises Refusal when their file has changed."""
+    if kept is None:
+        return None
+    if kept["kind"] == "grid":
+        return Grid(kept["grid"])
+    path, parameters = kept["path"], None
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise Refusal("%s, which has the parameters of the run, cannot be read: %s" % (path, error.strerror))
+    if stat.S_ISREG(status.st_mode) and status.st_size == kept["size"]:     # a pipe would be waited for
+        parameters = (TableRows if kept["kind"] == "table" else Lines)(path)
+    if parameters is None or parameters.sha256 != kept["sha256"]:
+        raise Refusal("%s has changed since the run was made, when it had %d bytes: put back what was in it, or make "
+                      "another run: python3 taskfarm.py new --%s %s -- COMMAND" % (
+                          path, kept["size"], kept["kind"], shlex.quote(path)))
+    return parameters
+
 
 class Template:
     """A command with fields in its arguments: {task}, {run}, {attempt}, {slot}, and those of the parameters.
@@ -8864,10 +9050,11 @@ class Template:
     IN_BRACES = re.compile(r"(?<!\$)(\{?)\{([A-Za-z_]\w*)\}")
 
     def __init__(self, words: Sequence[str], run: str, parameters: Optional[Parameters] = None, typed: str = "--",
-                 gpus: Sequence[Dict[str, str]] = ()) -> None:
+                 gpus: Sequence[Dict[str, str]] = (), elsewhere: bool = False) -> None:
         """*typed*: what the user typed before the words; a refusal shows it with a better command.
 
-        *gpus*: for each slot, variables that show its commands their GPUs.
+        *gpus*: for each slot, variables that show its commands their GPUs. *elsewhere*: other machines run the command,
+        and may have a program that is not here.
         """
         self.run, self.parameters, self.gpus = run, parameters, gpus
         given = parameters.names if parameters else ()
@@ -8881,13 +9068,16 @@ class Template:
         self.words = ["/bin/sh", "-c", words[0]] if alone else list(words)
         has_fields = any(self.field.search(word) for word in self.words)
         self.constant = None if has_fields else [os.fsencode(word) for word in self.words]
-        self.program = self.words[0]
+        self.program, self.is_here = self.words[0], True
         if len(self.program.split()) > 1 and not shutil.which(os.fsdecode(self.arguments(0, 1)[0])):
             raise Refusal("there is no program called '%s'. If that is a whole command, type it like this: %s %s" % (
                 self.program, typed, unquoted(self.words)))
         if not self.same_program:
             return
         path = shutil.which(self.program)
+        self.is_here = bool(path)
+        if not path and elsewhere:
+            return
         if not path:
             raise Refusal("there is no program %s that can be run here (chmod +x makes a script one)" % self.program)
         self.words[0] = path
@@ -8926,6 +9116,9 @@ class Template:
     def warnings(self, tasks: int) -> List[str]:
         """Sentences about what looks like a mistake in a command for so many tasks."""
         sentences = ["{%s} is no field of a command, and stays as it is" % name for name in self.unknown]
+        if not self.is_here:
+            sentences.append("there is no program %s that can be run here: those who work on the run need it" % (
+                self.program))
         wanted = self.parameters.names if self.parameters else ("task",)
         if tasks > 1 and not self.used & set(wanted) and (self.parameters or not (
                 self.reads_task or any(file_mentions(word, b"TASKFARM_") for word in self.words))):
@@ -10149,6 +10342,11 @@ class TaskRunner:
             finally:
                 shutil.rmtree(self.progress_folder, ignore_errors=True)
                 self.watchdog.close()
+                signal.set_wakeup_fd(-1)
+                self.selector.close()
+                if not self.reporter.thread.is_alive():     # else it may wake us yet
+                    os.close(self.wake_in)
+                    os.close(self.wake_out)
         return self.status
 
     def _after_death(self) -> None:
@@ -12456,6 +12654,22 @@ def every_page(client: Client, path: str, **query: Any) -> Iterator[List[Dict[st
         query["after"] = answer["next"]
 
 
+def known_parameters(client: Client, run: Mapping[str, Any]) -> Optional[Parameters]:
+    """The parameters that a run knows; None where it knows none, or their file cannot be read here or has changed."""
+    if run.get("hasWork"):
+        with contextlib.suppress(Refusal, NotFound, OSError):
+            return parameters_again(client.ask("GET", run_path(run["uuid"], "/work"))["parameters"])
+    return None
+
+
+def add_parameters(tasks: Sequence[Dict[str, Any]], parameters: Optional[Parameters]) -> None:
+    """Give tasks their parameters as text, under "parameters"; None where these are not known."""
+    for task in tasks:
+        task["parameters"] = None
+        with contextlib.suppress(Refusal, OSError, LookupError):    # the file was changed meanwhile
+            task["parameters"] = parameters and parameters.text(task["task"])
+
+
 class RunStatus(NamedTuple):
     """How far a run is, at one moment."""
     run: Dict[str, Any]
@@ -12498,16 +12712,20 @@ class RunMonitor:
         self.workers: List[Dict[str, Any]] = []                 # as of details_tick
         self.ends = RecentEnds([], [])                          # as of details_tick
         self.used: Tuple[List[int], List[float]] = ([], [])     # as of details_tick
+        self.parameters = functools.lru_cache(maxsize=1)(lambda: known_parameters(client, self.run))
+        self.run: Dict[str, Any] = {}                           # its latest figures
 
     def update(self) -> RunStatus:
         """Ask the server. Raises FarmError and Unreachable."""
-        run = self.client.ask("GET", run_path(self.run_uuid))
+        self.run = run = self.client.ask("GET", run_path(self.run_uuid))
         tick, utc = time.monotonic(), time.time() + self.client.clock_ahead_s
         if tick - self.details_tick >= DETAILS_S:
             self._ask_details(utc)
             self.details_tick = tick
         longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
         failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
+        if longest or failures:
+            add_parameters(longest + failures, self.parameters())
         self._add_reading(tick, run["numDone"] + run["numFailed"])
         rate, watched = estimate_rate(self.ends.points), estimate_rate(self.readings)
         if watched and (rate is None or watched.window_s > rate.window_s):
@@ -12573,7 +12791,8 @@ def time_left_text(status: RunStatus) -> str:
 def workers_text(status: RunStatus) -> str:
     """How many workers there are, and how many tasks they hold."""
     if not status.workers:
-        return "none is alive: 'python3 taskfarm.py work %s -- COMMAND' starts one" % status.run["uuid"][:8]
+        return "none is alive: 'python3 taskfarm.py work %s%s' starts one" % (
+            status.run["uuid"][:8], "" if status.run.get("hasWork") else " -- COMMAND")
     return "%s alive on %s, they hold %s (of all runs)" % (
         grouped(len(status.workers)), count_text(status.hosts, "host"), count_text(status.held, "task"))
 
@@ -12604,8 +12823,9 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
     for title, tasks, columns_shown in (("longest computing", status.longest, LONGEST_COLUMNS),
                                         ("last failures", status.failures, FAILURE_COLUMNS)):
         if tasks:
-            table = task_table(columns_shown, max(columns - 2, 1) if columns else 0)
-            rows = task_rows(tasks, columns_shown, status.utc)
+            titles = used_columns(columns_shown, tasks, "parameters")
+            table = task_table(titles, max(columns - 2, 1) if columns else 0)
+            rows = task_rows(tasks, titles, status.utc)
             lines += ["", screen.paint(title, "bold"), *("  " + line for line in table.lines(rows))]
     return lines
 
@@ -12616,11 +12836,12 @@ TASK_TABLE = {column.title: column for column in (
     Column("failures", True, optional=True), Column("losses", True, optional=True), Column("for", True),
     Column("ago", True), Column("took", True, optional=True), Column("memory", True, optional=True),
     Column("CPU", True, optional=True), Column("host", can_shrink=True), Column("exit", True),
-    Column("log", can_shrink=True, optional=True), Column("message", can_shrink=True))}
-LONGEST_COLUMNS = ("task", "for", "percent", "attempt", "host")
-FAILURE_COLUMNS = ("task", "ago", "attempt", "exit", "host", "message")
+    Column("log", can_shrink=True, optional=True), Column("parameters", can_shrink=True, optional=True),
+    Column("message", can_shrink=True))}
+LONGEST_COLUMNS = ("task", "for", "percent", "attempt", "host", "parameters")
+FAILURE_COLUMNS = ("task", "ago", "attempt", "exit", "host", "parameters", "message")
 LISTED_COLUMNS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "memory", "CPU", "host", "exit",
-                  "log", "message")
+                  "log", "parameters", "message")
 
 
 def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
@@ -12631,10 +12852,10 @@ def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
     return duration_text(max((finished or now_utc) - started, 0.0))
 
 
-def listed_columns(tasks: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
-    """The columns of a list that begins with these tasks: on a terminal those of memory, CPU and log only for a use."""
-    return [title for title in LISTED_COLUMNS if title not in ("memory", "CPU", "log") or not screen.terminal
-            or any(task[title.lower()] is not None for task in tasks)]
+def used_columns(titles: Sequence[str], tasks: Sequence[Mapping[str, Any]], *optional: str) -> List[str]:
+    """The columns of a list that begins with these tasks: the *optional* ones only where a task has something there."""
+    return [title for title in titles if title not in optional or any(task[title.lower()] is not None
+                                                                      for task in tasks)]
 
 
 def task_table(titles: Sequence[str], width: int) -> Table:
@@ -12782,7 +13003,11 @@ def read_password(name: str) -> str:
 def cmd_work(args: argparse.Namespace) -> int:
     """run a command for each task of a run, until none is left
 
-    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with. Without a
+    COMMAND it is the run's own, with its parameters, in its folder ('new' or 'run' has kept them). Only a
+    run that you have made yourself is taken so: the user of your login. With several RUNs, and with --any,
+    the worker begins with the first that has tasks, and goes on with the next one when that has none; it
+    leaves when none has any. --log-dir then has a folder for each run.
 
     {task}, {run}, {attempt} and {slot} are replaced in the arguments of the command; the result stays
     one argument. {slot} is a number from 0 to N-1 (of -j N) that no other command has at that time. The
@@ -12829,51 +13054,219 @@ def cmd_work(args: argparse.Namespace) -> int:
     and after five the worker stops. --max-fails 0 reports all and never stops.
 
     examples:
-      python3 taskfarm.py work antarctica -- ./tile.sh {task}
+      python3 taskfarm.py work antarctica
+      python3 taskfarm.py work ice antarctica -j 16
+      python3 taskfarm.py work --any -j 16
       python3 taskfarm.py work 3f2a91c4 -j 16 --timeout 3600 -- ./tile.sh {task}
       python3 taskfarm.py work ice --log-dir logs --log-failed -- ./tile.sh {task}
       python3 taskfarm.py work sweep --lines params.txt -- ./sim {task} {line}
       python3 taskfarm.py work fits --grid lr=0.1,0.01 -- ./fit {lr}
-      sbatch --array=1-50 -c 16 --wrap \\
-        "exec python3 taskfarm.py work antarctica -- ./tile.sh {task}"
+      sbatch --array=1-50 -c 16 --wrap "exec python3 taskfarm.py work antarctica"
     """
     args.jobs = args.jobs or default_jobs(os.environ)
     display = Display(args.quiet, os.environ, args.tag)
-    client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
-    client.say = display.say
+    # What was typed is meant in this folder, and the work of a run may be in another.
+    args.log_dir = args.log_dir and os.path.abspath(args.log_dir)
+    if os.environ.get("TASKFARM_ACCESS"):
+        os.environ["TASKFARM_ACCESS"] = os.path.abspath(os.environ["TASKFARM_ACCESS"])
     try:
-        run = client.ask("GET", "/api/runs/" + find_run_uuid(client, args.run, changes=True))
-        for sentence in send_all_unsent(client):
-            display.say(sentence)
-        took_s = times_of_ended(client, run)
+        clients = [worker_client(display) for _ in args.runs or [""]]
+        runs = [(client, find_run_uuid(client, name, changes=True)) for client, name in zip(clients, args.runs)]
+        for client in clients:
+            for sentence in send_all_unsent(client):
+                display.say(sentence)
+        if args.any or len(runs) > 1:
+            turn = RunsInTurn(args, display, clients[0], runs)
+            with contextlib.closing(turn.job):
+                return turn.work()
+        (client, run_uuid), = runs
+        worker = work_on(args, client, client.ask("GET", run_path(run_uuid)), display)
     except (FarmError, Unreachable) as error:
         print_notice(str(error))
         return exit_status_of(error)
-    parameters = open_parameters(args)
+    return (worker and worker.status) or EXIT_DONE
+
+
+def worker_client(display: Display) -> Client:
+    """A client for a worker. It waits long for a server that is away, and says so."""
+    client = Client(functools.partial(find_access, os.environ), WORKER_RETRY_S)
+    client.say = display.say
+    return client
+
+
+def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], display: Display,
+            job: Optional[BatchJob] = None) -> Optional[TaskRunner]:
+    """Be a worker of the run, with the command that was typed or else the run's own; None with --dry-run."""
+    words, parameters = args.words, open_parameters(args)
+    if not words:
+        if parameters is not None:
+            raise Refusal("the run knows its own parameters: type a command after -- too, or leave out %s" % (
+                parameters.options[0]))
+        words, parameters = enter_work(client, run)
     if parameters is not None and len(parameters) != run["numTasks"]:
         raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
             parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
-    template = make_template(args, run["uuid"], parameters)
+    template = make_template(args, words, run["uuid"], parameters)
     for sentence in template.warnings(run["numTasks"]):
         (print_notice if args.dry_run else display.say)(sentence)
     if args.dry_run:
         print_first_commands(template, run["numTasks"], args.jobs)
-        return 0
-    return run_commands(args, client, run, template, display, took_s)
+        return None
+    return run_commands(args, client, run, template, display, times_of_ended(client, run), job)
 
 
-def make_template(args: argparse.Namespace, run_uuid: str, parameters: Optional[Parameters]) -> Template:
-    """The command that the user typed, for tasks of a run. Raises Refusal where it cannot be meant so."""
+class NotOwnRun(Refusal):
+    """Another user has made the run: no worker takes its command out of the farm."""
+
+
+def enter_work(client: Client, run: Mapping[str, Any]) -> Tuple[List[str], Optional[Parameters]]:
+    """The command and the parameters that a run of our own knows, once we are in its folder. Raises Refusal.
+
+    A command of somebody else would be theirs with our rights, and everybody may make runs in a shared farm.
+    """
+    if not run.get("hasWork"):
+        raise Refusal("run %s does not know its command: type it, as in python3 taskfarm.py work %s -- COMMAND" % (
+            printable(run.get("name") or run["uuid"]), run["uuid"][:8]))
+    work = client.ask("GET", run_path(run["uuid"], "/work"))
+    folder, kept = work["folder"], work["parameters"]
+    if not work["own"]:
+        options = [] if kept is None else [word for axis in kept["grid"] for word in ("--grid", axis)] if (
+            kept["kind"] == "grid") else ["--" + kept["kind"], kept["path"]]
+        typed = ["python3", os.path.abspath(sys.argv[0]), "work", run["uuid"], *options, "--", *work["command"]]
+        raise NotOwnRun("run %s was made by %s and not by the user of your login, and a worker takes a command out of "
+                        "the farm only of a run that its own user made. If you trust this one, type it: cd %s && %s" % (
+                            printable(run.get("name") or run["uuid"]), printable(work["user"] or "the keeper"),
+                            shlex.quote(folder), " ".join(map(shlex.quote, typed))))
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise Refusal("the folder of the run, %s, cannot be entered on %s: %s. In another one, type the command: "
+                      "python3 taskfarm.py work %s -- COMMAND" % (folder, os.uname().nodename, error.strerror,
+                                                                 run["uuid"][:8]))
+    os.environ["PWD"] = folder
+    return work["command"], parameters_again(kept)
+
+
+class RunsInTurn:
+    """Works on the first of some runs that has tasks, then on the next one, until none has any.
+
+    Each time it begins with the first again, so that a run whose tasks wait again has its turn. *given*: runs and
+    their clients; none for all those that the user has made and that know their work.
+    """
+    LOOK_AGAIN_S = 5.0
+
+    def __init__(self, args: argparse.Namespace, display: Display, client: Client,
+                 given: Sequence[Tuple[Client, str]]) -> None:
+        self.args, self.display, self.client, self.given = args, display, client, given
+        self.idle_s, args.idle = args.idle, 0       # in one run it does not wait for others: there may be another run
+        self.log_dir = args.log_dir
+        self.job = BatchJob(os.environ, display.say, args.until)
+        self.worked_on = {uuid_ for _, uuid_ in given}
+        self.left_out: Set[str] = set()             # runs that cannot be worked on here
+        self.nothing_at: Dict[str, Tuple[Any, ...]] = {}    # the figures of runs when they had no task for us
+        self.status = EXIT_DONE
+
+    def work(self) -> int:
+        """Work; the exit status."""
+        idle_since = math.inf
+        self._end_on_signals()
+        while True:
+            runs = self._runs()
+            ready = [(client, run) for client, run in runs if run["numWaiting"]
+                     and self.nothing_at.get(run["uuid"]) != self._figures(run)]
+            if ready:
+                worker = self._work_on(*ready[0])
+                if worker and worker.finished:
+                    idle_since = math.inf
+                if worker and worker.status != EXIT_RUN_DELETED and (
+                        worker.stop_reason or worker.signals or worker.status not in (EXIT_DONE, EXIT_TASKS_FAILED)):
+                    return worker.status or EXIT_DONE
+                continue
+            now = time.monotonic()
+            idle_since = min(idle_since, now)
+            if now >= idle_since + self.idle_s or not any(run["numWaiting"] + run["numComputing"] for _, run in runs):
+                failed = any(run["numFailed"] for _, run in runs if run["uuid"] in self.worked_on)
+                return max(self.status, EXIT_TASKS_FAILED if failed else EXIT_DONE)
+            self.display.say_once("no task waits now in any of the runs, but others still compute: this worker stays "
+                                  "for a while, since their tasks may come back (with --idle 0 it would leave)")
+            time.sleep(min(self.LOOK_AGAIN_S, self.idle_s))
+
+    @staticmethod
+    def _end_on_signals() -> None:
+        """Have signals end this process between two runs, when there is nothing to give back."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: sys.exit(EXIT_STOPPED))
+
+    def _runs(self) -> List[Tuple[Client, Dict[str, Any]]]:
+        """The runs in order, with their figures now."""
+        found = []
+        for client, uuid_ in self.given:
+            try:
+                found.append((client, client.ask("GET", run_path(uuid_))))
+            except NotFound:
+                self._leave_out(uuid_, "run %s was deleted" % uuid_, EXIT_RUN_DELETED)
+        if not self.given:
+            found = [(self.client, run) for run in self.client.ask("GET", "/api/runs")["data"] if run.get("hasWork")]
+        return [(client, run) for client, run in found
+                if run["uuid"] not in self.left_out and run.get("state", "open") == "open"]
+
+    def _figures(self, run: Mapping[str, Any]) -> Tuple[Any, ...]:
+        return run["numWaiting"], run["numComputing"], run["lastReport"]
+
+    def _leave_out(self, run_uuid: str, why: str = "", status: int = EXIT_DONE) -> None:
+        if run_uuid not in self.left_out:
+            self.left_out.add(run_uuid)
+            self.status = max(self.status, status)
+            if why:
+                self.display.say(why)
+
+    def _work_on(self, known: Client, run: Dict[str, Any]) -> Optional[TaskRunner]:
+        """Be a worker of the run until it has no task for us."""
+        # A client of its own: that of a worker is given up at its end.
+        with contextlib.closing(Client(known.find, WORKER_RETRY_S)) as client:
+            client.say = self.display.say
+            self.display.readings.clear()
+            if self.log_dir:        # tasks of all runs have the same numbers
+                self.args.log_dir = os.path.join(self.log_dir, run["uuid"])
+            try:
+                worker = work_on(self.args, client, run, self.display, self.job)
+            except NotOwnRun as error:
+                self._leave_out(run["uuid"], str(error) if self.given else "", 1 if self.given else EXIT_DONE)
+                return None
+            except (Refusal, NotFound) as error:
+                self._leave_out(run["uuid"], "run %s is left out: %s" % (run.get("name") or run["uuid"], error), 1)
+                return None
+        if worker is None:          # --dry-run
+            self._leave_out(run["uuid"])
+            return None
+        self._end_on_signals()
+        if not worker.finished:
+            self.nothing_at[run["uuid"]] = self._figures(run)
+        if worker.status == EXIT_RUN_DELETED:
+            self._leave_out(run["uuid"], "", EXIT_RUN_DELETED)
+        self.worked_on.add(run["uuid"])
+        return worker
+
+
+def typed_before(args: argparse.Namespace) -> str:
+    """What the user typed before the command."""
     typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
-    return Template(args.words, run_uuid, parameters, " ".join(map(shlex.quote, typed)),
+    return " ".join(map(shlex.quote, typed))
+
+
+def make_template(args: argparse.Namespace, words: Sequence[str], run_uuid: str,
+                  parameters: Optional[Parameters]) -> Template:
+    """The command for tasks of a run, with the options of `work`. Raises Refusal where it cannot be meant so."""
+    return Template(words, run_uuid, parameters, typed_before(args),
                     share_gpus(os.environ, args.jobs, args.gpus_per_task) if args.gpus_per_task else ())
 
 
 def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], template: Template, display: Display,
-                 took_s: Sequence[float] = ()) -> int:
-    """Be a worker of the run, as the options of `work` say; the exit status. *took_s*: what tasks of it took."""
+                 took_s: Sequence[float] = (), known_job: Optional[BatchJob] = None) -> TaskRunner:
+    """Be a worker of the run, as the options of `work` say; the worker at its end. *took_s*: what tasks of it took."""
     log_dir = take_log_folder(args.log_dir, run["uuid"]) if args.log_dir else ""
-    job = BatchJob(os.environ, display.say, args.until)
+    job = known_job or BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, args.idle, args.task_time,
                           job.end, log_dir, args.log_failed, args.max_fails, args.leave_ok)
     if args.jobs > 400:
@@ -12883,10 +13276,13 @@ def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], 
     display.say("worker %s on %s: run %s, %d tasks, %d at a time" % (
         worker.uuid[:8], socket.gethostname(), run.get("name") or run["uuid"], run["numTasks"], args.jobs))
     for sentence in job_warnings(os.environ, args.jobs):
-        display.say("warning: " + sentence)
-    with contextlib.closing(job):
+        display.say_once("warning: " + sentence)
+    with contextlib.ExitStack() as undo:
+        if not known_job:
+            undo.callback(job.close)
         job.wait(1.0)           # so that no task is begun that does not fit
-        return worker.work()
+        worker.work()
+    return worker
 
 
 def open_parameters(args: argparse.Namespace) -> Optional[Parameters]:
@@ -12907,6 +13303,19 @@ def chosen_size(args: argparse.Namespace) -> Tuple[int, Optional[Parameters]]:
     if notice:
         print_notice(notice)
     return len(parameters), parameters
+
+
+WORK_LIMIT = BODY_LIMIT - 4096      # bytes of what a run keeps of its work: with its name it fits a request
+
+
+def work_to_keep(words: Sequence[str], parameters: Optional[Parameters]) -> Dict[str, Any]:
+    """What a run keeps of its work, as the API takes it. Raises Refusal when it cannot be kept."""
+    work = {"command": words, "folder": current_folder(), "parameters": parameters and parameters.kept()}
+    size = len(json.dumps(work))
+    if size > WORK_LIMIT:
+        raise Refusal("the command takes %s, and a run keeps %s at most: write it into a script, or into a file of "
+                      "--lines" % (size_text(size), size_text(WORK_LIMIT)))
+    return work
 
 
 def print_first_commands(template: Template, tasks: int, jobs: int) -> None:
@@ -12986,18 +13395,29 @@ def cmd_new(args: argparse.Namespace) -> int:
     """make a run of N tasks, and print its uuid
 
     The tasks have the numbers 0 to N-1. In place of N there may be a task for each line of a file (of
-    parameters, or of whole commands), for each row of a table, or for each combination of a grid. Give
-    'work' the same options: it replaces {line}, or the name of a column or axis in braces.
+    parameters, or of whole commands), for each row of a table, or for each combination of a grid.
+
+    With a COMMAND the run knows its work: the command, this folder, and the parameters. Then 'work RUN'
+    alone is enough, on any machine that has the folder. Of a file of parameters its size and digest are
+    kept: 'work' refuses it when it has changed. All who may see the run may see the command, so write no
+    password into it. The command's fields are those of 'work', whose help says more. Without a COMMAND,
+    'work' is told it, with the same --lines, --table or --grid.
 
     examples:
-      run=$(python3 taskfarm.py new 200000 --name antarctica)
-      python3 taskfarm.py new --lines params.txt
-      find . -name '*.nc' | sort > files; python3 taskfarm.py new --lines files
-      python3 taskfarm.py new --grid lr=0.1,0.01 --grid seed=0..999 --name sweep
-      python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
+      python3 taskfarm.py new 200000 --name antarctica -- ./tile.sh {task}
+      python3 taskfarm.py new --lines params.txt --name ice -- ./sim {line}
+      python3 taskfarm.py new --grid lr=0.1,0.01 --grid n=0..999 -- ./fit {lr} {n}
+      find . -name '*.nc' | sort > files
+      python3 taskfarm.py new --lines files -- ./convert {}
+      python3 taskfarm.py new 5000 --max-failures 3    tries each task three times
     """
-    number, _ = chosen_size(args)
+    number, parameters = chosen_size(args)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
+    if args.words:
+        body["work"] = work_to_keep(args.words, parameters)
+        template = Template(args.words, "", parameters, typed_before(args), elsewhere=True)
+        for sentence in template.warnings(number):
+            print_notice(sentence)
     wait_for_access(args)
     with open_client(args) as client:
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
@@ -13088,7 +13508,8 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     """list the tasks of a run, with host, exit code, log and message
 
     "memory" and "CPU" are what the last attempt used that ended: the peak of its largest process, and
-    the seconds of all its processors. "log" is where a failed one left its output.
+    the seconds of all its processors. "log" is where a failed one left its output. "parameters" are there
+    when the run knows its work, and their file can be read here and has not changed.
 
     On a terminal the first 200, in a file or a pipe all of them, unless --limit says otherwise.
 
@@ -13101,16 +13522,20 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
     query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
     with open_client(args) as client:
-        path = run_path(find_run_uuid(client, args.run), "/tasks")
+        run_uuid = find_run_uuid(client, args.run)
+        path = run_path(run_uuid, "/tasks")
         query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
         rows = limit_rows(every_page(client, path, **query), limit)
         if args.json:
             print_json_rows(rows)
             return 0
         columns: List[str] = []
+        parameters = known_parameters(client, client.ask("GET", run_path(run_uuid)))
         for tasks, more in rows:
+            add_parameters(tasks, parameters)
             if not columns:
-                columns = listed_columns(tasks, screen)
+                columns = used_columns(LISTED_COLUMNS, tasks, "parameters", *(
+                    ("memory", "CPU", "log") if screen.terminal else ()))
                 table = task_table(columns, screen.columns)
             print_table(screen, table, task_rows(tasks, columns, time.time() + client.clock_ahead_s))
             if not tasks and screen.terminal:
@@ -14044,11 +14469,8 @@ class OwnServer:
 
 def name_of_line(args: argparse.Namespace, number: int, parameters: Optional[Parameters]) -> str:
     """A name for a run that the same line in the same folder gets again, as long as its parameters are the same."""
-    digest = hashlib.sha256(json.dumps([os.getcwd(), number, args.grid, args.words]).encode("utf-8", "surrogateescape"))
-    for path in [args.lines or args.table] if args.lines or args.table else []:
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2 ** 20), b""):
-                digest.update(block)
+    line = [os.getcwd(), number, args.grid, args.words, getattr(parameters, "sha256", "")]
+    digest = hashlib.sha256(json.dumps(line).encode())
     program = os.path.basename(args.words[0].split()[0] if args.words[0].split() else "run")
     return "%s-%s" % (printable(program)[:40], digest.hexdigest()[:8])
 
@@ -14093,14 +14515,18 @@ def access_of_own(first: Access, farm: str = "") -> Access:
     return first
 
 
-def find_or_make_run(client: Client, name: str, number: int, args: argparse.Namespace) -> Dict[str, Any]:
-    """The run of that name, made if there is none. Raises Refusal when it has another number of tasks."""
+def find_or_make_run(client: Client, name: str, number: int, args: argparse.Namespace,
+                     work: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """The run of that name, made if there is none. Raises Refusal when it has another number of tasks.
+
+    *work*: what it keeps, so that others join by `work NAME` alone; None where it cannot be kept.
+    """
     runs = [run for run in client.ask("GET", "/api/runs")["data"] if run.get("name") == name]
     if len(runs) > 1:
         raise Refusal("%d runs are called %s: choose another by --name, or delete some" % (len(runs), name))
     if not runs:
-        limits = {"maxFailures": args.max_failures, "maxLosses": args.max_losses}
-        body = {"numTasks": number, "name": name, **{key: limit for key, limit in limits.items() if limit is not None}}
+        more = {"maxFailures": args.max_failures, "maxLosses": args.max_losses, "work": work}
+        body = {"numTasks": number, "name": name, **{key: value for key, value in more.items() if value is not None}}
         # Several of the same line may start at the same time: one key lets them make one run.
         key = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32]
         run_uuid = client.ask("POST", "/api/run", body, key)["uuid"]
@@ -14112,6 +14538,11 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
     if run["numTasks"] != number:
         raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it" % (
             name, count_text(run["numTasks"], "task"), number))
+    if work and run.get("hasWork"):
+        known = client.ask("GET", run_path(run["uuid"], "/work"))
+        if any(known[part] != work[part] for part in work):
+            client.say("run %s goes on knowing the command, folder and parameters that it was made with: who joins by "
+                       "'work %s' alone runs these, and not the command of this line" % (name, shlex.quote(name)))
     return run
 
 
@@ -14154,8 +14585,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     """run a command for each of N tasks, in one line: serve, new and work
 
     Where a farm answers, the run is made there. Else this serves a farm of its own for as long as it runs,
-    from taskfarm.sqlite in this folder, or from the file of --db. Other nodes may join meanwhile: 'work' with
-    the name of the run, which is shown at the start. They need --host 0.0.0.0 here.
+    from taskfarm.sqlite in this folder, or from the file of --db. Other nodes may join meanwhile: 'work NAME'
+    with the name of the run, which is shown at the start. They need --host 0.0.0.0 here.
 
     The same line again, in the same folder, goes on where it was, however it ended: what is done is not run
     again. --retry lets failed tasks run again. Another command, or changed parameters, are another run,
@@ -14174,7 +14605,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     args.jobs = args.jobs or default_jobs(os.environ)
     display = Display(args.quiet, os.environ, args.tag)
     number, parameters = chosen_size(args)
-    template = make_template(args, "", parameters)      # before anything is made
+    template = make_template(args, args.words, "", parameters)      # before anything is made
     for sentence in template.warnings(number):
         (print_notice if args.dry_run else display.say)(sentence)
     if args.dry_run:
@@ -14187,7 +14618,12 @@ def cmd_run(args: argparse.Namespace) -> int:
             args.idle = math.inf        # the others would lose their farm
         client = undo.enter_context(contextlib.closing(Client(find, WORKER_RETRY_S)))
         client.say = display.say
-        run = find_or_make_run(client, args.name or name_of_line(args, number, parameters), number, args)
+        work = None
+        try:
+            work = work_to_keep(args.words, parameters)
+        except Refusal as error:
+            display.say("%s. Until then others who join must type the command too" % error)
+        run = find_or_make_run(client, args.name or name_of_line(args, number, parameters), number, args, work)
         for sentence in send_all_unsent(client):
             display.say(sentence)
         if own:
@@ -14195,7 +14631,8 @@ def cmd_run(args: argparse.Namespace) -> int:
         if args.retry:
             client.ask("POST", run_path(run["uuid"], "/restart?status=failed"))
         took_s = times_of_ended(client, run)
-        status = run_commands(args, client, run, make_template(args, run["uuid"], parameters), display, took_s)
+        template = make_template(args, args.words, run["uuid"], parameters)
+        status = run_commands(args, client, run, template, display, took_s).status or EXIT_DONE
         if status == EXIT_TASKS_FAILED:
             display.say("'%s' lists what failed%s; the same line with --retry runs it again" % (
                 "python3 taskfarm.py tasks %s --status failed" % shlex.quote(run["name"]),
@@ -14291,7 +14728,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the first commands, and run none")
     parser.add_argument("--tag", action="store_true", help="begin each line that a command prints with the number of "
                         "its task and a tab")
-    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task")
+    parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task; for 'work', by "
+                        "default what the run knows")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -14388,6 +14826,8 @@ def add_client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace
 def add_client_verbs(verbs: Any) -> None:
     """Add the verbs that ask a server, but for `work`."""
     new = add_client_verb(verbs, "new", cmd_new)
+    new.usage = "taskfarm.py new N [options] [-- COMMAND ...]"
+    new.set_defaults(words=[])
     add_run_options(new)
     add_client_verb(verbs, "list", cmd_list, reads=True)
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
@@ -14439,9 +14879,9 @@ def make_parser() -> argparse.ArgumentParser:
         usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
         epilog="""three lines to start with:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
-  run=$(python3 taskfarm.py new 1000 --name first)
-  python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
-and 'python3 taskfarm.py status $run --watch' shows how far it is.
+  python3 taskfarm.py new 1000 --name first -- ./tile.sh {task}
+  python3 taskfarm.py work first -j 4
+and 'python3 taskfarm.py status first --watch' shows how far it is.
 'python3 taskfarm.py VERB --help' says more, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog="taskfarm.py", help=argparse.SUPPRESS)
@@ -14471,8 +14911,11 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_verb(verbs, "audit", cmd_audit).add_argument("--json", action="store_true", help="print JSON")
     add_verb(verbs, "check", cmd_check)
     work = add_verb(verbs, "work", cmd_work, needs_db=False)
-    work.usage = "taskfarm.py work RUN [-j N] [options] -- COMMAND ..."
-    work.add_argument("run", metavar="RUN", help=CHANGED_RUN)
+    work.usage = "taskfarm.py work RUN ...|--any [-j N] [options] [-- COMMAND ...]"
+    work.add_argument("runs", metavar="RUN", nargs="*", help=CHANGED_RUN + "; of several, the first that has tasks. "
+                      "Where one is called like a program, end them with --")
+    work.add_argument("--any", action="store_true", help="all runs that you have made and that know their command, the "
+                      "oldest first")
     add_parameter_options(work.add_mutually_exclusive_group(), "values")
     add_work_options(work)
     run = add_verb(verbs, "run", cmd_run, needs_db=False)
@@ -14502,14 +14945,14 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
 
 
 def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
-    """Parse the words of a command line. What follows the first -- of `work` or `run` is the command, not parsed.
+    """Parse the words of a command line. What follows the first -- of `new`, `work` or `run` is the command, as it is.
 
     argparse of some versions of Python would remove a second -- from the command.
     """
     verb = words[0]
-    if verb not in ("work", "run"):
+    if verb not in ("work", "run", "new"):
         return parser.parse_args(words)
-    at = words.index("--") if "--" in words else find_command(words)
+    at = words.index("--") if "--" in words else len(words) if verb == "new" else find_command(words)
     command = words[at:]
     if command[:1] == ["--"]:
         del command[0]
@@ -14518,15 +14961,22 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
                      "%s -- %s" % (verb, *(" ".join(map(shlex.quote, part)) for part in (words[:at], command))))
     args = parser.parse_args(words[:at])
     args.words += command
-    if not args.words:
-        parser.error("which command? python3 taskfarm.py %s -- COMMAND ..." % (
-            "work RUN" if verb == "work" else "run N"))
+    if verb == "run" and not args.words:
+        parser.error("which command? python3 taskfarm.py run N -- COMMAND ...")
+    if verb == "work" and bool(args.runs) == args.any:
+        parser.error("work takes the name of a run, or of several, or --any for all of yours" if not args.any else
+                     "--any means all of your runs: leave out %s" % " ".join(args.runs))
+    if verb == "work" and args.words and (args.any or len(args.runs) > 1):
+        parser.error("several runs have a command each: leave it out, or name one run")
     return args
 
 
 def find_command(words: Sequence[str]) -> int:
     """Where the command begins in words of `work` or `run` without --: at the first that is neither option, value, run
-    nor number of tasks."""
+    nor number of tasks.
+
+    Words after the run that look like names, the first of which is no program, are further runs.
+    """
     options = argparse.ArgumentParser(add_help=False)
     add_work_options(options)
     add_run_options(options)
@@ -14535,7 +14985,10 @@ def find_command(words: Sequence[str]) -> int:
     others = [at for at in range(1, len(words))
               if not words[at].startswith("-") and words[at - 1] not in takes_value]
     skipped = 1 if words[0] == "work" or others and words[others[0]].isdigit() else 0
-    return others[skipped] if len(others) > skipped else len(words)
+    names = words[0] == "work" and all(re.fullmatch(r"[^\s/{]+", words[at]) for at in others[1:])
+    if len(others) <= skipped or names and not shutil.which(words[others[1]]):
+        return len(words)
+    return others[skipped]
 
 
 def open_standard_streams() -> None:

@@ -477,11 +477,11 @@ class Model:
         self.now = 0.0
 
     def add_run(self, run: Dict[str, Any], name: Optional[str] = None, most_failures: int = 1,
-                most_losses: int = 5) -> None:
+                most_losses: int = 5, work: Optional[Dict[str, Any]] = None) -> None:
         assert run["uuid"] not in self.runs
         assert re.fullmatch("[0-9a-f]{32}", run["uuid"])
         self.runs[run["uuid"]] = {"id": run["id"], "n": run["numTasks"], "tasks": {}, "name": name, "reported": False,
-                                  "failures": most_failures, "losses": most_losses}
+                                  "failures": most_failures, "losses": most_losses, "work": work}
 
     def task(self, run: str, number: int) -> Dict[str, Any]:
         """A copy of a task. `touch` gives the task itself, to be changed."""
@@ -505,7 +505,8 @@ class Model:
                 "percentDone": sum(millionths for _, millionths in states) / (entry["n"] * 1000000),
                 "numWaiting": counts["waiting"], "numComputing": counts["computing"],
                 "numDone": counts["done"], "numFailed": counts["failed"], "name": entry["name"],
-                "maxFailures": entry["failures"], "maxLosses": entry["losses"], "user": "ada"}
+                "maxFailures": entry["failures"], "maxLosses": entry["losses"], "user": "ada",
+                "hasWork": entry["work"] is not None}
 
     def task_json(self, run: str, number: int) -> Dict[str, Any]:
         """A task as it is shown, without its id. Instead of times: whether there is one."""
@@ -747,6 +748,7 @@ def plain_run(run: Dict[str, Any]) -> Dict[str, Any]:
 
 
 TIME = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+GRID_WORK = {"command": ["./fit", "{lr}"], "folder": "/work", "parameters": {"kind": "grid", "grid": ["lr=0.1,0.01"]}}
 BAD_NUMBERS = [-1, 0, "abc", "10", 1.5, True, None, 2 ** 31, 10 ** 30, [], {}]
 BAD_PERCENTS = [-0.001, 100.001, "50", True, None, b'{"percentCompleted": NaN}', b'{"percentCompleted": Infinity}',
                 b'{"percentCompleted": 1e999}', 10 ** 400]
@@ -810,11 +812,13 @@ class Machine(RuleBasedStateMachine):
     @rule(target=runs, n=st.sampled_from([4, 3, 2, 5, 6, 1, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
           more=st.fixed_dictionaries({}, optional={"name": st.sampled_from(["antarctica", "Ä b"]),
                                                    "maxFailures": st.sampled_from([0, 2, 1000]),
-                                                   "maxLosses": st.sampled_from([0, 1, 2])}))
+                                                   "maxLosses": st.sampled_from([0, 1, 2]),
+                                                   "work": st.sampled_from([None, GRID_WORK])}))
     def create(self, n: int, keyed: bool, more: Dict[str, Any]) -> str:
         status, run = self.post("/api/run", dict(more, numTasks=n), keyed)
         assert status == 201
-        self.model.add_run(run, more.get("name"), more.get("maxFailures", 1), more.get("maxLosses", 5))
+        self.model.add_run(run, more.get("name"), more.get("maxFailures", 1), more.get("maxLosses", 5),
+                           more.get("work"))
         assert plain_run(run) == self.model.run_json(run["uuid"]) and run["lastReport"] is None
         return str(run["uuid"])
 
@@ -1154,6 +1158,9 @@ class Machine(RuleBasedStateMachine):
         assert (status, [plain_run(run) for run in answer["data"]]) == (
             200, [self.model.run_json(run) for run in self.model.runs])
         for run in answer["data"]:
+            work = self.model.runs[run["uuid"]]["work"]
+            status, known = self.farm.ask("GET", "/api/runs/%s/work" % run["uuid"])
+            assert (status, known) == (200, dict(work, user="ada", own=True)) if work else status == 404
             parts = run["numWaiting"] + run["numComputing"] + run["numDone"] + run["numFailed"]
             assert parts == run["numTasks"]
             assert (run["lastReport"] is not None) == self.model.runs[run["uuid"]]["reported"]
@@ -1260,7 +1267,8 @@ def test_only_the_store_speaks_sql() -> None:
     ("socketserver", {"SERVER"}), ("argparse", {"VERBS", "UPKEEP", "RUN", "COMMAND LINE"}),
     ("socket", {"CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP",
                 "RUN"}),
-    ("hashlib", {"LOGIN", "TLS", "RUN"}), ("ssl", {"TLS", "CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
+    ("hashlib", {"LOGIN", "TLS", "COMMANDS", "RUN"}),
+    ("ssl", {"TLS", "CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
     ("fcntl", {"FILE", "COMMANDS"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "CONNECTIONS", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
@@ -3805,6 +3813,63 @@ def test_refused_beyond_the_documented(store: Direct, method: str, path: str, bo
     before = store.store.connection.total_changes
     assert store.ask(method, path.replace("{run}", run), body)[0] == status
     assert store.store.connection.total_changes == before
+
+
+WORDS = st.lists(st.text(max_size=9).map(lambda text: text.replace("\0", "")) | st.sampled_from(
+    ["\udcff", "{task}", "\n", "é"]), min_size=1, max_size=4)
+PATHS = st.text(max_size=20).map(lambda text: "/" + text.replace("\0", ""))
+FILES = st.fixed_dictionaries({"kind": st.sampled_from(["lines", "table"]), "path": PATHS,
+                               "size": st.integers(0, 2 ** 62), "sha256": st.text("0123456789abcdef", min_size=64,
+                                                                                  max_size=64)})
+WORKS_OF_RUNS = st.fixed_dictionaries({
+    "command": WORDS, "folder": PATHS,
+    "parameters": st.none() | FILES | st.fixed_dictionaries({"kind": st.just("grid"), "grid": WORDS})})
+WRONG_PARTS: Dict[str, List[Any]] = {
+    "command": [None, "x", [], [5], [None], ["a\0b"], {}], "folder": [None, "x", "", 5, "/a\0b", "/" * 4097],
+    "parameters": [5, [], {}, {"kind": "lines"}, {"kind": "grid"}, {"kind": "table", "grid": ["a=1"]}], "more": [None],
+    "kind": [None, "file", 5, ["grid"]], "path": [None, "x", "/a\0b"], "size": [None, -1, 1.5, True, "1", 2 ** 63],
+    "sha256": [None, "g" * 64, "a" * 63, 5], "grid": [None, "a=1", [], [5]]}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(work=WORKS_OF_RUNS, data=st.data())
+def test_the_work_of_a_run_comes_back_as_it_went_and_another_shape_changes_nothing(
+        store: Direct, work: Dict[str, Any], data: st.DataObject) -> None:
+    broken = json.loads(json.dumps(work))
+    place = data.draw(st.sampled_from([place for place in (broken, broken["parameters"]) if place]))
+    name = data.draw(st.sampled_from([*place, "more"]))
+    lacks = name not in ("more", "parameters") and data.draw(st.booleans())
+    place[name] = data.draw(st.sampled_from(WRONG_PARTS[name]))
+    if lacks:
+        del place[name]
+    before = store.store.connection.total_changes
+    assert store.ask("POST", "/api/run", {"numTasks": 1, "work": broken})[0] == 400, broken
+    assert store.store.connection.total_changes == before
+    status, run = store.ask("POST", "/api/run", {"numTasks": 1, "work": work})
+    assert status == 201 and run["hasWork"]
+    assert store.ask("GET", "/api/runs/%s/work" % run["uuid"]) == (200, dict(work, user="ada", own=True))
+
+
+def test_the_work_of_a_run_goes_with_it_and_is_somebodys(store: Direct) -> None:
+    run = a_run(store, 3, work=GRID_WORK)
+    path = "/api/runs/%s/work" % run
+    ada = store.user
+    store.user = User(2, "ada", "", 1)      # another one, who came later
+    assert store.ask("GET", path) == (200, dict(GRID_WORK, user="ada", own=False))
+    store.user = ada
+    large = dict(GRID_WORK, command=["x" * 65000])
+    kept = store.ask("POST", "/api/run", {"numTasks": 1, "work": large})[1]["uuid"]
+    assert store.ask("GET", "/api/runs/%s/work" % kept)[1]["command"] == large["command"]
+    store.restart_server()
+    assert store.ask("GET", path)[1]["own"] is True and store.ask("GET", "/api/runs/" + run)[1]["hasWork"] is True
+    for gone in (run, kept):
+        assert store.ask("DELETE", "/api/runs/" + gone)[0] == 204
+    assert store.store.connection.execute("SELECT count(*) FROM work").fetchone() == (0,)
+    other = a_run(store, 3, work=GRID_WORK)
+    store.store.connection.execute("DELETE FROM work")
+    assert store.store.call(taskfarm.check()) == ["1 commands are of no run, or lacking"]
+    store.store.connection.execute("INSERT INTO work (run, work) SELECT id, '' FROM run WHERE uuid = ?", (other,))
+    assert store.store.call(taskfarm.check()) == []
 
 
 def test_limits_that_are_just_kept(store: Direct) -> None:
@@ -6777,6 +6842,7 @@ WHO_MAY: Dict[Tuple[str, str], Tuple[str, Any]] = {
     ("GET", "/api/runs"): (LOGINS, None),
     ("GET", "/api/runs/<run>"): (READS, None),
     ("DELETE", "/api/runs/<run>"): (FULLS, None),
+    ("GET", "/api/runs/<run>/work"): ("LLLLNNNFNNN", None),     # these runs know none
     ("POST", "/api/runs/<run>/restart"): (FULLS, None),
     ("POST", "/api/runs/<run>/task"): (WORKS, {"worker_uuid": "{worker}"}),
     ("POST", "/api/runs/<run>/tasks"): (WORKS, {"worker_uuid": "{worker}", "count": 1}),
@@ -8928,6 +8994,40 @@ def test_a_file_of_lines_that_changes_fails_no_task(server: Process, tmp_path: P
         server.ask("POST", "/api/runs/%s/restart?all=True" % run)
 
 
+def test_parameters_are_found_again_until_their_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.setenv("PWD", str(link))
+    Path("t.csv").write_text("a,b\n1,2\n3,4\n")
+    for parameters, text in ((taskfarm.Lines("./t.csv"), "1,2"), (taskfarm.TableRows("t.csv"), "a=3 b=4"),
+                             (taskfarm.Grid(["x=1,2", "y=a"]), "x=2 y=a")):
+        kept = json.loads(json.dumps(parameters.kept()))
+        assert kept.get("path", str(link / "t.csv")) == str(link / "t.csv"), "the shell's name of this folder"
+        again = taskfarm.parameters_again(kept)
+        assert again and type(again) is type(parameters) and again.text(1) == text
+    kept = taskfarm.Lines("t.csv").kept()
+    for change in ("a,b\n1,2\n3,5\n", "a,b\n1,2\n3,4\n\n", ""):
+        Path("t.csv").write_text(change)
+        with pytest.raises(Refusal, match="t.csv has changed .* had 12 bytes"):
+            taskfarm.parameters_again(kept)
+    Path("t.csv").unlink()
+    with pytest.raises(Refusal, match="t.csv, which has .* cannot be read"):
+        taskfarm.parameters_again(kept)
+    os.mkfifo("t.csv")
+    with pytest.raises(Refusal, match="has changed"):
+        taskfarm.parameters_again(dict(kept, size=0))
+    monkeypatch.setenv("PWD", "/")
+    assert taskfarm.current_folder() == os.path.realpath(tmp_path), "a PWD that is not true is not believed"
+    reader, writer = os.pipe()
+    os.write(writer, b"x\n")
+    os.close(writer)
+    for path in ("/dev/fd/%d" % reader, "/dev/null"):
+        with pytest.raises(Refusal, match="cannot be read again by workers"):
+            taskfarm.Lines(path).kept()
+    os.close(reader)
+
+
 def test_lines_whose_file_handle_is_stale_are_refused_and_others_errors_are_for_later(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("a\n")
     lines = taskfarm.Lines(str(tmp_path / "lines"))
@@ -10551,6 +10651,19 @@ def test_a_farm_that_answers_gets_the_run(server: Process, tmp_path: Path) -> No
     assert len(server.ask("GET", "/api/runs")[1]["data"]) == 1, "also when its server has the file"
 
 
+def test_others_join_a_line_by_its_name_alone(server: Process, tmp_path: Path) -> None:
+    line = [sys.executable, str(MODULE), "run", "4", "--name", "x", "--", "sh", "-c", "touch {task}; sleep 0.{task}"]
+    with subprocess.Popen(line, cwd=tmp_path, env=own_home(Path(server.home)), stderr=subprocess.PIPE) as first:
+        wait_until(lambda: (tmp_path / "0").exists())
+        assert "run x, 4 tasks" in Work(server, "x").end(0)
+        first.communicate()
+    assert first.returncode == 0 and all((tmp_path / str(task)).exists() for task in range(4))
+    said = run_line(tmp_path, "4", "--name", "x", "--", "true", "{task}", home=Path(server.home))
+    assert "who joins by 'work x' alone runs these" in said
+    said = run_line(tmp_path, "1", "--name", "y", "--", "true", "{task}" * 12000, home=Path(server.home))
+    assert "others who join must type the command too" in said and "1 done" in said
+
+
 def test_a_wrong_line_makes_nothing(tmp_path: Path) -> None:
     assert "there is no program" in run_line(tmp_path, "3", "--", "./missing", "{task}", status=1)
     assert "which command" in run_line(tmp_path, "3", status=2)
@@ -10785,6 +10898,130 @@ def test_new_prints_the_uuid_alone_and_makes_what_was_asked_for(farm: Live, tmp_
                   ["new", "--table", "t", "--grid", "a=1"]):
         verb(farm, *words, status=2)
     assert farm.ask("GET", "/api/runs") == before
+
+
+def make_known_run(server: Process, folder: Path, *words: str) -> str:
+    """A run that `new` has made in a folder."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, str(MODULE), "new", *words], cwd=folder, capture_output=True, text=True,
+                          env=dict(os.environ, HOME=server.home, PWD=str(folder)))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_run_that_knows_its_work_needs_no_command(server: Process, tmp_path: Path) -> None:
+    folder, logs = tmp_path / "project", tmp_path / "logs"
+    folder.mkdir()
+    (folder / "params").write_text("a b\nc\n'd'\n")
+    (folder / "tile.sh").write_text("#!/bin/sh\necho \"$1\" in $PWD\n[ $2 != 1 ]\n")
+    (folder / "tile.sh").chmod(0o755)
+    run = make_known_run(server, folder, "--lines", "params", "--name", "ice", "--", "./tile.sh", "{line}", "{task}")
+    shown = run_verb("work", "ice", "--dry-run", HOME=server.home).stdout
+    assert "task 0: line=a b\n./tile.sh 'a b' 0\n" in shown
+    access = os.path.relpath(os.path.join(server.home, ".config/taskfarm/access.json"))
+    Work(server, "ice", "--log-dir", os.path.relpath(logs), TASKFARM_ACCESS=access).end(3)
+    assert [(logs / ("%d.log" % task)).read_text() for task in range(3)] == [
+        "%s in %s\n" % (line, folder) for line in ("a b", "c", "'d'")]
+    for words in (["tasks", "ice", "--status", "failed"], ["status", "ice"]):
+        assert re.search(r"parameters  message\n.* c  .*\n", run_verb(*words, HOME=server.home).stdout), words
+    assert json.loads(run_verb("status", run, "--json", HOME=server.home).stdout)["failures"][0]["parameters"] == "c"
+    server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    (folder / "params").write_text("a b\nc\n'e'\n")
+    assert "params has changed since the run was made" in Work(server, "ice").end(1)
+    assert "parameters" not in run_verb("tasks", "ice", HOME=server.home).stdout, "rather none than wrong ones"
+    assert "type a command after -- too" in Work(server, "ice", "--lines", str(folder / "params")).end(1)
+    folder.rename(tmp_path / "moved")
+    assert "project, cannot be entered on %s: No such file" % os.uname().nodename in Work(server, "ice").end(1)
+    assert counts(server, run) == (3, 0, 0, 0)
+    Work(server, "ice", "--", "true", "{task}").end(0)
+    assert "does not know its command: type it" in Work(server, new_run(server, 1)).end(1)
+
+
+def test_new_judges_a_command_before_the_run_is_made(farm: Live, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("a\nb\n")
+    lines = ["--lines", str(tmp_path / "lines")]
+    for words, sentence in (
+            (["5", "--", "./tile {task}"], "type it like this: python3 %s new 5 -- ./tile {task}\n" % MODULE),
+            (["5", "--", "echo", "{tasl}"], "there is no field {tasl}"),
+            (["5", "--", "echo", "{line}"], "--lines FILE"),
+            (["--lines", "/dev/fd/0", "--", "echo", "{line}"], "cannot be read again by workers"),
+            (["5", "--", "echo", "{task}" * 12000], "and a run keeps 61 kB at most")):
+        assert sentence in verb(farm, "new", *words, stdin="a\n", status=1), words
+    assert farm.ask("GET", "/api/runs") == (200, {"data": []})
+    for words, sentence in (([*lines, "--", "true"], "each of the 2 tasks does the same"),
+                            (["5", "--", "echo", "{other}{task}"], "{other} is no field"),
+                            (["5", "--", "no-such-program", "{task}"], "no program no-such-program that can be run")):
+        done = run_verb("new", *words, **as_ada(farm))
+        assert done.returncode == 0 and sentence in done.stderr, words
+        work = farm.ask("GET", "/api/runs/%s/work" % done.stdout.strip())[1]
+        assert (work["command"], work["folder"]) == (words[words.index("--") + 1:], os.getcwd())
+
+
+def test_no_worker_takes_the_command_of_another_user_out_of_the_farm(farm: Live, tmp_path: Path) -> None:
+    run = verb(farm, "new", "2", "--name", "adas", "--", "touch", str(tmp_path / "ran")).strip()
+    user = farm.service.store.call(taskfarm.add_user("bob", ADAS_HASH))
+    as_bob = dict(as_ada(farm), TASKFARM_TOKEN=farm.service.farm.token(user, 0))
+    for words in (["work", run], ["work", run, "adas"]):
+        done = run_verb(*words, **as_bob)
+        assert done.returncode == 1 and "was made by ada and not by the user of your login" in done.stderr
+    everything = run_verb("work", "--any", **as_bob)
+    assert everything.returncode == 0 and "ada" not in everything.stderr, "not one of his"
+    assert not (tmp_path / "ran").exists() and farm.ask("GET", "/api/runs/" + run)[1]["numWaiting"] == 2
+    better = done.stderr.partition("type it: ")[2].splitlines()[0]
+    assert subprocess.run(["sh", "-c", better], env=dict(os.environ, **as_bob)).returncode == 0
+    assert (tmp_path / "ran").exists() and farm.ask("GET", "/api/runs/" + run)[1]["numDone"] == 2
+
+
+def test_a_worker_goes_from_run_to_run_and_looks_at_earlier_ones_again(server: Process, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # The last task of the second run lets the failed one of the first wait again.
+    again = "%s %s restart one --failed" % (sys.executable, MODULE)
+    one = make_known_run(server, tmp_path / "1", "2", "--name", "one", "--", "sh", "-c",
+                         "echo one {task} >> %s; [ {task} = 0 ] || [ -e mended ]" % out)
+    two = make_known_run(server, tmp_path / "2", "2", "--name", "two", "--", "sh", "-c",
+                         "echo two {task} $PWD >> %s; [ {task} = 0 ] || { touch ../1/mended; %s; }" % (out, again))
+    unknown, empty = new_run(server, 1), make_known_run(server, tmp_path / "3", "1", "--", "true")
+    server.ask("PUT", "/api/runs/%s/tasks/0" % empty, {"status": "done"})
+    shutil.rmtree(tmp_path / "3")       # nothing is to be done there
+    said = Work(server, "one", "two").end(0)
+    here = " %s" % (tmp_path / "2")
+    assert out.read_text().split("\n") == ["one 0", "one 1", "two 0" + here, "two 1" + here, "one 1", ""]
+    assert counts(server, one) == counts(server, two) == (0, 0, 2, 0)
+    assert said.count(": run one, 2 tasks") == 2 and said.count(": run two, 2 tasks") == 1
+    out.unlink()
+    for run in (one, two):
+        server.ask("POST", "/api/runs/%s/restart?all=True" % run)
+    Work(server, "--any", "--log-dir", str(tmp_path / "logs")).end(0)
+    assert out.read_text().split("\n")[:4] == ["one 0", "one 1", "two 0" + here, "two 1" + here]
+    assert sorted(os.listdir(tmp_path / "logs")) == sorted([one, two]) and counts(server, unknown) == (1, 0, 0, 0)
+
+
+def test_a_signal_ends_the_work_on_several_runs(server: Process, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_known_run(server, tmp_path, "1", "--name", name, "--", "sh", "-c", "touch %s; sleep 100" % name)
+    work = Work(server, "two", "one")
+    wait_until(lambda: (tmp_path / "two").exists())
+    assert "stopping: SIGTERM" in work.end(7, signal.SIGTERM) and not (tmp_path / "one").exists()
+    said = Work(server, "two", "one", "--until", "+1", "--leave-ok").end(0)
+    assert said.count("the job ends soon") == 1 and not (tmp_path / "one").exists()
+
+
+def test_a_worker_of_several_runs_waits_for_tasks_that_others_compute(server: Process, tmp_path: Path) -> None:
+    run = make_known_run(server, tmp_path, "1", "--name", "one", "--", "true", "{task}")
+    two = make_known_run(server, tmp_path, "1", "--name", "two", "--", "true", "{task}")
+    server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "n", "pid": 1})
+    assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[0] == 201
+    assert "no task waits now in any" not in Work(server, "one", "two", "--idle", "0").end(0)
+    def wait_with_nothing_to_do() -> Work:
+        server.ask("POST", "/api/runs/%s/restart?all=True" % two)
+        work = Work(server, "one", "two", tweak="taskfarm.RunsInTurn.LOOK_AGAIN_S = 0.1")
+        wait_until(lambda: "no task waits now in any of the runs" in work.shown())
+        return work
+    wait_with_nothing_to_do().end(7, signal.SIGTERM)
+    work = wait_with_nothing_to_do()
+    assert server.ask("DELETE", "/api/worker/other")[0] == 204
+    work.end(0)
+    assert counts(server, run) == (0, 0, 1, 0)
 
 
 def test_new_counts_lines_of_a_pipe_rows_and_combinations(farm: Live, tmp_path: Path) -> None:
@@ -11593,7 +11830,11 @@ def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_pat
     ([], 2, "--db runs.sqlite"),
     (["harvest"], 2, "invalid choice"),
     (["user", "list", "--db", "{dir}/missing"], 1, "there is no"),
-    (["work", "antarctica"], 2, "which command?"),
+    (["work"], 2, "takes the name of a run"),
+    (["work", "antarctica", "--any"], 2, "--any means all of your runs: leave out antarctica"),
+    (["work", "--any", "--", "true"], 2, "several runs have a command each"),
+    (["work", "a", "b", "--", "true"], 2, "several runs have a command each"),
+    (["run", "3"], 2, "which command?"),
     (["work", "antarctica", "--until", "later", "--", "true"], 2, "17:30"),
 ])
 def test_a_wrong_start_gets_a_sentence(tmp_path: Path, words: List[str], status: int, sentence: str) -> None:
