@@ -7960,6 +7960,8 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
         farm = farm or environ.get("TASKFARM_FARM", "")
     if farm and in_file.farm != farm:
         in_file = find_access_file(path, farm=farm) or parse_access({}, path)
+    elif not (in_file.url or given_url):
+        in_file = next(iter(access_files(path)), in_file)       # of a farm that `run` serves
     token, source = ("", "the arguments") if user else (environ.get("TASKFARM_TOKEN", ""), "the environment")
     if not user and not token:
         user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
@@ -13877,14 +13879,16 @@ def take_lock(db: str) -> Lock:
     return lock
 
 
-def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str) -> str:
+def farm_access_path(environ: Dict[str, str], identity: str, url: str, db: str,
+                     beside: bool = False) -> str:
     """Where this farm writes: the access file, or a file beside it when that is of another farm that answers.
 
-    Another one may be of this identity too: the server of the file that this one is a copy of.
+    Another one may be of this identity too: the server of the file that this one is a copy of. *beside*: in any case,
+    since this server ends with the command that it serves.
     """
     path = access_path(environ)
     access = parse_access(read_access(path), path)
-    if not access.farm or access.url == url or not farm_answers(access):
+    if not beside and (not access.farm or access.url == url or not farm_answers(access)):
         return path
     name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.splitext(os.path.basename(db))[0])
     return os.path.join(os.path.dirname(path), "access-%s-%s.json" % (name, identity[:8]))
@@ -13897,7 +13901,7 @@ def access_entries(service: Service, user: User) -> Dict[str, Any]:
             "farm": service.store.identity, "certificate": service.certificate, "host": socket.gethostname()}
 
 
-def publish_access(service: Service, user: User, db: str) -> None:
+def publish_access(service: Service, user: User, db: str, beside: bool = False) -> None:
     """Write the access file, with a token of *user*, the same until it is revoked or the password changes.
 
     Raises OSError, also when there is no token and the disk takes none.
@@ -13905,7 +13909,7 @@ def publish_access(service: Service, user: User, db: str) -> None:
     environ = dict(os.environ)
     identity = service.store.identity
     try:
-        path = farm_access_path(environ, identity, service.url, db)
+        path = farm_access_path(environ, identity, service.url, db, beside)
         access = access_entries(service, user)
     except (Refusal, FarmError) as error:
         raise OSError(errno.EPERM, str(error))
@@ -13914,7 +13918,7 @@ def publish_access(service: Service, user: User, db: str) -> None:
     except OSError:
         if read_access(path) != access:     # else the last start wrote the same
             raise
-    if path != access_path(environ):
+    if path != access_path(environ) and not beside:
         log.warning("another farm, or another copy of this one, answers at the address in %s, so the access file is "
                     "%s: export TASKFARM_ACCESS=%s chooses it", access_path(environ), path, path)
 
@@ -13988,17 +13992,17 @@ def cmd_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def announce(service: Service, db: str) -> User:
+def announce(service: Service, db: str, beside: bool = False) -> User:
     """Tell users, clients and systemd where the server is; whose login the access file has.
 
-    On a full disk that file is written later.
+    On a full disk that file is written later. *beside*: it is a file beside that of the farms that stay.
     """
     users = service.store.users
     user = users.get(default_user_name()) or next(iter(users.values()), None) or make_first_user(service.store, db)
 
     def publish(user: User) -> None:
         service.files.write("the access file " + access_path(os.environ),
-                            lambda: publish_access(service, user, db),
+                            lambda: publish_access(service, user, db, beside),
                             "clients need TASKFARM_URL and a login, or set XDG_CONFIG_HOME to a folder that can be "
                             "written")
     publish(user)
@@ -14401,75 +14405,133 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
 # have. Another thing that a person would type before or after 'work' every time belongs here.
 
 OWN_FILE = "taskfarm.sqlite"        # in the current folder
-OTHERS_LEAVE_S = 30.0                     # at the end, our server waits so long for other workers to leave
+PRESENT_S = 45.0                    # a worker that was heard within that time lives: it beats every 24 to 30 s
+KEEPER_PAUSE_S = 1.0                # between two tries to serve
+AGAIN = {EXIT_TASKS_FAILED: "; with --retry the failed tasks run again", EXIT_STOPPED: "", EXIT_BAD_NODE: "",
+         EXIT_TOO_MANY_FAILED: "; with --retry the failed tasks run again"}
 
 
 class OwnServer:
-    """A server in a process of its own, which ends when this one has ended or closes it. Raises Refusal and InUse.
+    """Has a file served as long as this process lives. Raises Refusal.
 
-    It has a session of its own and ignores the signals that end jobs: this process still reports to it then. `access`
-    is how to reach it.
+    A child, the keeper, starts a server, and another when that was killed. Where another process serves the file
+    already, the keeper tries again every second: so of several lines that work on one file, any may end.
+    Both have a session of their own and ignore the signals that end jobs: this process still reports then.
     """
-    def __init__(self, db: str, host: str) -> None:
-        told, tell = os.pipe()
-        wait, self.held = os.pipe()
+    def __init__(self, db: str, host: str = "127.0.0.1", advertise: str = "") -> None:
+        self.db, self.host, self.advertise = db, host, advertise
+        self.server_pid = mmap.mmap(-1, 4)      # an int, 0 while our keeper does not serve
+        answer_in, self.answer_out = os.pipe()
+        self.parent_in, self.parent_out = os.pipe()     # closes when this process has ended
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.close(told)
-                os.close(self.held)
-                self._serve(db, host, tell, wait)
-            except BaseException as error:
-                known = isinstance(error, (Refusal, FarmError, OSError))
-                self._tell(tell, {"in_use" if isinstance(error, InUse) else "refused": str(error) if known
-                                  else traceback.format_exc()})
+                os.close(answer_in)
+                os.close(self.parent_out)
+                self._keep()
             finally:
                 os._exit(0)
-        os.close(tell)
-        os.close(wait)
-        with open(told, "rb") as file:
-            answer = json.loads(file.read() or b"{}")
-        if "url" not in answer:
+        os.close(self.answer_out)
+        os.close(self.parent_in)
+        with open(answer_in, "rb") as file:
+            answer = json.loads(file.readline() or b'{"refused": "the server was killed while it started"}')
+        self.in_use = answer.get("in_use", "")      # who else serves the file, in words
+        if "refused" in answer:
             self.close()
-            raise (InUse if "in_use" in answer else Refusal)(answer.get("in_use") or answer.get("refused") or (
-                "the server of %s was killed while it started" % db))
-        self.access = parse_access(answer, db)
+            raise Refusal(answer["refused"])
+        self.access = parse_access(answer, db) if "url" in answer else self._find_other()
 
-    def _serve(self, db: str, host: str, tell: int, wait: int) -> None:
+    def _find_other(self) -> Access:
+        """How to reach the process that serves our file. It may be starting, or stopping."""
+        deadline = time.monotonic() + VERB_PATIENCE_S
+        while time.monotonic() < deadline:
+            holder = read_holder(self.db)
+            known = find_access_file(access_path(os.environ), url=str(holder.get("url")),
+                                     certificate=str(holder.get("certificate")))
+            if known and farm_answers(known):
+                return known
+            time.sleep(0.2)
+        self.close()
+        there = ", for its own machine alone: with --host 0.0.0.0 there, others can join" if is_loopback(
+            str(read_holder(self.db).get("url"))) else ""
+        raise Refusal(self.in_use + there)
+
+    @property
+    def serves(self) -> bool:
+        """Whether the file is served by our own keeper."""
+        return bool(struct.unpack("i", self.server_pid)[0])
+
+    def _keep(self) -> None:
         os.setsid()
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        parent_ended = False
+        while not parent_ended:
+            server = os.fork()
+            if server == 0:
+                status = 1
+                try:
+                    self._serve()
+                    status = 0
+                finally:
+                    os._exit(status)
+            os.waitpid(server, 0)
+            struct.pack_into("i", self.server_pid, 0, 0)
+            parent_ended = bool(select.select([self.parent_in], [], [], KEEPER_PAUSE_S)[0])
+
+    def _serve(self) -> None:
         logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.WARNING)
         sys.stdout = open(os.devnull, "w")      # noqa: SIM115
         raise_descriptor_limit()
-        service = Service(db, host, 0, take_lock=take_lock)
-        with contextlib.ExitStack() as undo:
-            undo.callback(service.close)
-            user = announce(service, db)
-            self._tell(tell, access_entries(service, user))
+        try:
+            service = Service(self.db, self.host, 0, self.advertise, take_lock=take_lock)
+            with contextlib.ExitStack() as undo:
+                undo.callback(service.close)
+                user = announce(service, self.db, beside=True)
+                answer = access_entries(service, user)
+                undo.pop_all()
+        except (Refusal, FarmError, OSError) as error:
+            self._answer({"in_use" if isinstance(error, InUse) else "refused": str(error)})
+            return
+        struct.pack_into("i", self.server_pid, 0, os.getpid())
+        self._answer(answer)
 
-            def wait_for_parent() -> None:
-                os.read(wait, 1)
-                service.stop()
-            threading.Thread(target=wait_for_parent, name="parent", daemon=True).start()
-            undo.pop_all()
-        service.serve()
+        def wait_for_parent() -> None:
+            os.read(self.parent_in, 1)
+            service.stop()
+        threading.Thread(target=wait_for_parent, name="parent", daemon=True).start()
+        try:
+            service.serve()
+        except BaseException:
+            log.critical("the server of %s ended", self.db, exc_info=True)
+            raise
+        path = farm_access_path(dict(os.environ), service.store.identity, service.url, self.db, beside=True)
+        with contextlib.suppress(OSError):      # what leads nowhere would be tried by every verb
+            if read_access(path).get("url") == service.url:
+                os.remove(path)
 
-    def _tell(self, tell: int, answer: Dict[str, Any]) -> None:
-        with contextlib.suppress(OSError), open(tell, "wb") as file:       # it has told already, or nobody listens
-            file.write(json.dumps(answer).encode())
+    def _answer(self, answer: Dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):      # only the first one is waited for
+            os.write(self.answer_out, json.dumps(answer).encode() + b"\n")
 
     def close(self) -> None:
         """Let it write what is in hand, and end."""
-        os.close(self.held)
+        os.close(self.parent_out)
         with contextlib.suppress(ChildProcessError):        # the worker has waited for all its children
             os.waitpid(self.pid, 0)
 
+    def find(self, farm: str = "") -> Access:
+        """How to reach the file's farm now: its server may have been killed, and another started."""
+        return find_access_file(access_path(os.environ), farm=self.access.farm) or self.access
 
-def name_of_line(args: argparse.Namespace, number: int, parameters: Optional[Parameters]) -> str:
-    """A name for a run that the same line in the same folder gets again, as long as its parameters are the same."""
-    line = [os.getcwd(), number, args.grid, args.words, getattr(parameters, "sha256", "")]
+
+def name_of_line(args: argparse.Namespace, number: int, parameters: Optional[Parameters], folder: str) -> str:
+    """A name for a run that the same line gets again, as long as its parameters are the same.
+
+    *folder*: the current one, where the farm has runs of other folders too; else "", since a folder may be moved.
+    """
+    line = [folder, number, args.grid, args.words, getattr(parameters, "sha256", "")]
     digest = hashlib.sha256(json.dumps(line).encode())
     program = os.path.basename(args.words[0].split()[0] if args.words[0].split() else "run")
     return "%s-%s" % (printable(program)[:40], digest.hexdigest()[:8])
@@ -14477,10 +14539,10 @@ def name_of_line(args: argparse.Namespace, number: int, parameters: Optional[Par
 
 def open_farm(args: argparse.Namespace,
               say: Callable[[str], None]) -> Tuple[Callable[..., Access], Optional[OwnServer]]:
-    """The farm for `run`: how to find it, and the server if it is ours.
+    """The farm for `run`: how to find it, and what serves it if it is our own.
 
     It is the farm in the file of --db, else that in this folder, else the one of the access file where it answers,
-    else a new one in this folder.
+    else a new one in this folder. Raises Refusal.
     """
     db = args.db or (OWN_FILE if os.path.exists(OWN_FILE) else "")
     if not db:
@@ -14489,30 +14551,15 @@ def open_farm(args: argparse.Namespace,
             if access.url_given or farm_answers(access):
                 say("the farm at %s has the run (%s)" % (access.url, access.source))
                 return functools.partial(find_access, os.environ), None
+            say("the farm of %s does not answer: if it has a run of this line, that one does not go on here"
+                % access.source)
+    elif not args.db and os.stat(db).st_uid != os.geteuid():
+        raise Refusal("%s in this folder is another user's: --db FILE says which file is meant" % db)
     db = db or OWN_FILE
-    deadline = time.monotonic() + VERB_PATIENCE_S
-    while True:
-        try:
-            own = OwnServer(db, args.host)
-        except InUse:
-            url = str(read_holder(db).get("url", ""))
-            known = find_access_file(access_path(os.environ), url=url) if url else None
-            if known and farm_answers(known):
-                say("%s is served at %s already" % (db, url))
-                return functools.partial(find_access, os.environ, farm=known.farm), None
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)         # it may be starting, or stopping
-        else:
-            say("this serves %s at %s until it ends" % (db, own.access.url))
-            return functools.partial(access_of_own, own.access), own
-
-
-def access_of_own(first: Access, farm: str = "") -> Access:
-    """Where the farm of our file is: its server may have been killed, and another started."""
-    with contextlib.suppress(Refusal):
-        return find_access(os.environ, farm=first.farm)
-    return first
+    own = OwnServer(db, args.host, args.advertise)
+    say("%s is served at %s already: this line joins, and serves it when that ends" % (db, own.access.url)
+        if own.in_use else "this serves %s at %s until it ends" % (db, own.access.url))
+    return own.find, own
 
 
 def find_or_make_run(client: Client, name: str, number: int, args: argparse.Namespace,
@@ -14546,51 +14593,40 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
     return run
 
 
-def let_dead_workers_lapse(client: Client) -> None:
-    """Give the workers of this machine whose process has ended a lease of a second, so that their tasks come back."""
-    for page in every_page(client, "/api/workers", limit=ROWS_AT_ONCE):
-        for worker in page:
-            if worker["hostname"] == socket.gethostname() and not process_lives(worker["pid"]):
-                with contextlib.suppress(Conflict, NotFound):
-                    register(client, worker["uuid"], 1, worker["pid"])
-
-
-def process_lives(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):        # another user's, or no number of a process
-        pass
-    return True
-
-
 def wait_for_others(client: Client, say: Callable[[str], None]) -> None:
-    """The run is over: let other workers learn that, before their farm is gone. For OTHERS_LEAVE_S at most."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    deadline, noticed = time.monotonic() + OTHERS_LEAVE_S, False
+    """The run is over: serve on until other workers have left, since they would lose their farm. A signal ends it.
+
+    Workers without a lease, and those that were not heard for a while, are not waited for: they may be dead.
+    """
+    noticed = False
     with contextlib.suppress(KeyboardInterrupt, Unreachable, FarmError):
-        while time.monotonic() < deadline:
-            others = client.ask("GET", "/api/workers?limit=1")["data"]
-            if not others:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+        while True:
+            pages = list(every_page(client, "/api/workers", limit=ROWS_AT_ONCE))
+            utc = time.time() + client.clock_ahead_s
+            if not any(worker["lease"] and (parse_time(worker["heard"]) or 0.0) > utc - PRESENT_S
+                       for page in pages for worker in page):
                 return
             if not noticed:
-                say("other workers have not left yet: waiting for them, for up to %d s" % OTHERS_LEAVE_S)
+                say("other workers still use this farm: it is served until they have left (Ctrl-C ends it)")
                 noticed = True
-            time.sleep(0.2)
+            time.sleep(0.5)
 
 
 def cmd_run(args: argparse.Namespace) -> int:
     """run a command for each of N tasks, in one line: serve, new and work
 
-    Where a farm answers, the run is made there. Else this serves a farm of its own for as long as it runs,
-    from taskfarm.sqlite in this folder, or from the file of --db. Other nodes may join meanwhile: 'work NAME'
-    with the name of the run, which is shown at the start. They need --host 0.0.0.0 here.
+    It serves a farm of its own for as long as it runs: the file of --db, else taskfarm.sqlite in this
+    folder. Where neither is there and the farm of the access file answers, the run is made in that one.
+    The same line may run several times, also on other nodes with --host 0.0.0.0: one serves, all work,
+    and when that one ends another serves. 'work UUID' joins too, with the uuid that is shown at the start.
 
     The same line again, in the same folder, goes on where it was, however it ended: what is done is not run
     again. --retry lets failed tasks run again. Another command, or changed parameters, are another run,
-    unless --name says which it is.
+    unless --name says which it is. It ends when the whole run is over, also what others compute of it; with
+    --idle SECONDS sooner.
 
     In place of N there may be --lines, --table or --grid. These and the other options are those of 'work',
     whose help says more, also of the fields {task}, {slot} and others, and of the exit status.
@@ -14601,6 +14637,8 @@ def cmd_run(args: argparse.Namespace) -> int:
       python3 taskfarm.py run --lines params.txt -j 8 --log-dir logs -- ./sim {line}
       python3 taskfarm.py run --grid lr=0.1,0.01 --grid n=0..9 -- ./fit {lr} {n}
       sbatch -c 16 --wrap "exec python3 taskfarm.py run 5000 -- ./tile.sh {task}"
+      sbatch --array=1-9 -c 16 --wrap \\
+        "exec python3 taskfarm.py run 5000 --host 0.0.0.0 -- ./tile.sh {task}"
     """
     args.jobs = args.jobs or default_jobs(os.environ)
     display = Display(args.quiet, os.environ, args.tag)
@@ -14615,7 +14653,8 @@ def cmd_run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as undo:
         if own:
             undo.callback(own.close)
-            args.idle = math.inf        # the others would lose their farm
+        if args.idle is None:
+            args.idle = math.inf        # what comes after this line wants all of the run
         client = undo.enter_context(contextlib.closing(Client(find, WORKER_RETRY_S)))
         client.say = display.say
         work = None
@@ -14623,21 +14662,19 @@ def cmd_run(args: argparse.Namespace) -> int:
             work = work_to_keep(args.words, parameters)
         except Refusal as error:
             display.say("%s. Until then others who join must type the command too" % error)
-        run = find_or_make_run(client, args.name or name_of_line(args, number, parameters), number, args, work)
+        folder = "" if own and not args.db else current_folder()
+        run = find_or_make_run(client, args.name or name_of_line(args, number, parameters, folder), number, args, work)
+        client.stay_with(client.access.farm)
         for sentence in send_all_unsent(client):
             display.say(sentence)
-        if own:
-            let_dead_workers_lapse(client)
         if args.retry:
             client.ask("POST", run_path(run["uuid"], "/restart?status=failed"))
         took_s = times_of_ended(client, run)
         template = make_template(args, args.words, run["uuid"], parameters)
         status = run_commands(args, client, run, template, display, took_s).status or EXIT_DONE
-        if status == EXIT_TASKS_FAILED:
-            display.say("'%s' lists what failed%s; the same line with --retry runs it again" % (
-                "python3 taskfarm.py tasks %s --status failed" % shlex.quote(run["name"]),
-                ", while 'python3 taskfarm.py --db %s' serves it" % shlex.quote(args.db or OWN_FILE) if own else ""))
-        if own and status in (EXIT_DONE, EXIT_TASKS_FAILED):
+        if status in AGAIN:
+            display.say("the same line again goes on where it was%s" % AGAIN[status])
+        if own and own.serves and status in (EXIT_DONE, EXIT_TASKS_FAILED):
             wait_for_others(client, display.say)
     return status
 
@@ -14735,7 +14772,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a new run: of `new` and of `run`."""
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("tasks", metavar="N", nargs="?", type=whole_number, help="how many tasks")
+    size.add_argument("tasks", metavar="N", nargs="?", type=positive_number, help="how many tasks")
     add_parameter_options(size, "a task")
     parser.add_argument("--name", help="a name for people")
     parser.add_argument("--max-failures", type=whole_number, metavar="M",
@@ -14926,7 +14963,10 @@ and 'python3 taskfarm.py status first --watch' shows how far it is.
                    "answers" % OWN_FILE)
     add_env_option(run, "--host ADDRESS", "127.0.0.1", "the address to listen on, 0.0.0.0 for all of them, so that "
                    "other nodes may join; by default 127.0.0.1")
+    add_env_option(run, "--advertise NAME", "", "the host name for other nodes, where it is not the address to listen "
+                   "on")
     add_work_options(run)
+    run.set_defaults(idle=None)
     add_verb(verbs, "progress", cmd_progress, needs_db=False).add_argument(
         "percent", metavar="PERCENT", help="0 to 100",
         type=number_type(lambda text: float(text.rstrip("%")), 0, 100, "a percentage from 0 to 100"))
@@ -14981,7 +15021,7 @@ def find_command(words: Sequence[str]) -> int:
     add_work_options(options)
     add_run_options(options)
     takes_value = {option for action in options._actions if action.nargs is None for option in action.option_strings}
-    takes_value |= {"--db", "--host"}
+    takes_value |= {"--db", "--host", "--advertise"}
     others = [at for at in range(1, len(words))
               if not words[at].startswith("-") and words[at - 1] not in takes_value]
     skipped = 1 if words[0] == "work" or others and words[others[0]].isdigit() else 0

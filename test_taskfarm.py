@@ -10609,6 +10609,7 @@ def test_one_line_serves_works_ends_and_goes_on(tmp_path: Path) -> None:
     assert "5 done, 0 failed" in run_line(tmp_path, "5", "-j", "2", "--retry", "--", *FAILS_ONCE)
     assert sorted((tmp_path / "ran").read_text().split()) == ["0", "1", "2", "2", "3", "4"]
     assert "would be 6" in run_line(tmp_path, "6", "--name", name_of_run(tmp_path), "--", "true", status=1)
+    assert [path.name for path in (tmp_path / ".config/taskfarm").iterdir()] == [], "what leads nowhere is removed"
 
 
 def name_of_run(folder: Path) -> str:
@@ -10640,6 +10641,104 @@ def test_a_line_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     assert "3 done, 0 failed" in run_line(tmp_path, *words)
     assert (tmp_path / "ran").read_text().count("1") == 2
+
+
+class Line:
+    """A `run` that goes on beside the test; its commands wait until a file `go` is there."""
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(MODULE), "run", *words, "--", "sh", "-c",
+             "echo {task} >> ran; until [ -e go ]; do sleep 0.02; done"],
+            cwd=folder, env=own_home(folder), stderr=subprocess.PIPE, text=True)
+        RUNNING.append(self.process)
+        assert self.process.stderr
+        self.first_line = self.process.stderr.readline()
+
+    def started(self) -> List[str]:
+        ran = self.folder / "ran"
+        return ran.read_text().split() if ran.exists() else []
+
+    def end(self) -> str:
+        """What it says until it has ended well."""
+        said = self.process.communicate(timeout=60)[1]
+        assert self.process.returncode == 0, said
+        return str(said)
+
+
+def pid_of_server(folder: Path) -> int:
+    return int(json.loads((folder / "taskfarm.sqlite.lock").read_text())["pid"])
+
+
+def test_a_line_whose_server_was_killed_has_another(tmp_path: Path) -> None:
+    line = Line(tmp_path, "3", "-j", "2")
+    wait_until(lambda: len(line.started()) == 2)
+    os.kill(pid_of_server(tmp_path), signal.SIGKILL)
+    (tmp_path / "go").touch()
+    assert "3 done, 0 failed" in line.end() and sorted(line.started()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_of_two_lines_the_second_serves_when_the_first_has_ended(tmp_path: Path, number: int) -> None:
+    first = Line(tmp_path, "3", "--name", "x", "--grace", "0.1")
+    wait_until(lambda: len(first.started()) == 1)
+    second = Line(tmp_path, "3", "--name", "x")
+    assert "is served at https://127.0.0.1:" in second.first_line and "this line joins" in second.first_line
+    wait_until(lambda: len(first.started()) == 2)
+    first.process.send_signal(number)
+    first.process.wait(30)
+    (tmp_path / "go").touch()
+    assert "3 done, 0 failed" in second.end()
+    assert sorted(first.started()) == ["0", "0", "1", "2"], "that of the first line again, and no other"
+    assert first.process.stderr
+    assert number == signal.SIGKILL or "the same line again goes on where it was" in first.process.stderr.read()
+    first.process.stderr.close()
+
+
+def test_a_line_leaves_the_access_file_to_farms_that_stay(tmp_path: Path) -> None:
+    access = tmp_path / ".config/taskfarm/access.json"
+    taskfarm.write_access(str(access), {"url": "https://127.0.0.1:1", "token": "t", "farm": "f",
+                                        "certificate": "system"})
+    before = access.read_text()
+    line = Line(tmp_path, "1")
+    assert "does not answer: if it has a run of this line" in line.first_line
+    wait_until(lambda: len(line.started()) == 1)
+    beside, = (path for path in access.parent.iterdir() if path != access)
+    assert json.loads(beside.read_text())["url"] in line.process.stderr.readline()      # type: ignore[union-attr]
+    (tmp_path / "go").touch()
+    line.end()
+    assert access.read_text() == before and list(access.parent.iterdir()) == [access]
+
+
+def test_a_line_serves_on_while_others_work_on_its_run(tmp_path: Path) -> None:
+    line = Line(tmp_path, "2", "--name", "x")
+    wait_until(lambda: len(line.started()) == 1)
+    helper = subprocess.Popen(
+        [sys.executable, str(MODULE), "work", "x", "--", "sh", "-c",
+         "touch helps; until [ -e go2 ]; do sleep 0.02; done"],
+        cwd=tmp_path, env=own_home(tmp_path), stderr=subprocess.DEVNULL, text=True)
+    RUNNING.append(helper)
+    wait_until(lambda: (tmp_path / "helps").exists())
+    (tmp_path / "go").touch()
+    assert line.process.stderr
+    while "this one stays, since" not in line.process.stderr.readline():
+        assert line.process.poll() is None
+    (tmp_path / "go2").touch()
+    assert "2 done, 0 failed" in line.end() and helper.wait(30) == 0
+
+
+def test_a_line_in_a_moved_folder_goes_on_and_parameters_may_come_through_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    words = ["run", "--lines", "-", "--", "sh", "-c", "echo {line} >> ran"]
+    for text, folder, runs in (("a\nb\n", "one", True), ("c\nd\n", "one", True), ("c\nd\n", "two", False)):
+        if not (tmp_path / folder).exists():
+            (tmp_path / "one").rename(tmp_path / folder)
+        (tmp_path / folder / "ran").touch()
+        before = (tmp_path / folder / "ran").read_text()
+        done = subprocess.run([sys.executable, str(MODULE), *words], cwd=tmp_path / folder, input=text, text=True,
+                              env=own_home(tmp_path), stderr=subprocess.PIPE)
+        assert done.returncode == 0 and "2 done" in done.stderr, done.stderr
+        assert sorted((tmp_path / folder / "ran").read_text()[len(before):].split()) == (text.split() if runs else [])
 
 
 def test_a_farm_that_answers_gets_the_run(server: Process, tmp_path: Path) -> None:
