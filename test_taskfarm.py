@@ -11093,6 +11093,9 @@ def test_a_worker_goes_from_run_to_run_and_looks_at_earlier_ones_again(server: P
     Work(server, "--any", "--log-dir", str(tmp_path / "logs")).end(0)
     assert out.read_text().split("\n")[:4] == ["one 0", "one 1", "two 0" + here, "two 1" + here]
     assert sorted(os.listdir(tmp_path / "logs")) == sorted([one, two]) and counts(server, unknown) == (1, 0, 0, 0)
+    server.ask("PUT", "/api/runs/%s/tasks/0" % one, {"status": "failed"})
+    Work(server, "one", "two").end(3)
+    Work(server, "--any").end(0)        # it has worked on none of them
 
 
 def test_a_signal_ends_the_work_on_several_runs(server: Process, tmp_path: Path) -> None:
