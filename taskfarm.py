@@ -14523,6 +14523,8 @@ class OwnServer:
 
     def find(self, farm: str = "") -> Access:
         """How to reach the file's farm now: its server may have been killed, and another started."""
+        if self.serves:     # then neither the name of this host nor the home directory is needed
+            return self.access._replace(url=str(read_holder(self.db).get("admin_url") or self.access.url))
         return find_access_file(access_path(os.environ), farm=self.access.farm) or self.access
 
 
@@ -14556,7 +14558,7 @@ def open_farm(args: argparse.Namespace,
     elif not args.db and os.stat(db).st_uid != os.geteuid():
         raise Refusal("%s in this folder is another user's: --db FILE says which file is meant" % db)
     db = db or OWN_FILE
-    own = OwnServer(db, args.host, args.advertise)
+    own = OwnServer(db, args.host or ("0.0.0.0" if batch_system(os.environ)[0] else "127.0.0.1"), args.advertise)
     say("%s is served at %s already: this line joins, and serves it when that ends" % (db, own.access.url)
         if own.in_use else "this serves %s at %s until it ends" % (db, own.access.url))
     return own.find, own
@@ -14620,8 +14622,8 @@ def cmd_run(args: argparse.Namespace) -> int:
 
     It serves a farm of its own for as long as it runs: the file of --db, else taskfarm.sqlite in this
     folder. Where neither is there and the farm of the access file answers, the run is made in that one.
-    The same line may run several times, also on other nodes with --host 0.0.0.0: one serves, all work,
-    and when that one ends another serves. 'work UUID' joins too, with the uuid that is shown at the start.
+    The same line may run several times, also in jobs on other nodes: one serves, all work, and when that
+    one ends another serves. 'work UUID' joins too, with the uuid that is shown at the start.
 
     The same line again, in the same folder, goes on where it was, however it ended: what is done is not run
     again. --retry lets failed tasks run again. Another command, or changed parameters, are another run,
@@ -14638,7 +14640,7 @@ def cmd_run(args: argparse.Namespace) -> int:
       python3 taskfarm.py run --grid lr=0.1,0.01 --grid n=0..9 -- ./fit {lr} {n}
       sbatch -c 16 --wrap "exec python3 taskfarm.py run 5000 -- ./tile.sh {task}"
       sbatch --array=1-9 -c 16 --wrap \\
-        "exec python3 taskfarm.py run 5000 --host 0.0.0.0 -- ./tile.sh {task}"
+        "exec python3 taskfarm.py run 5000 -- ./tile.sh {task}"
     """
     args.jobs = args.jobs or default_jobs(os.environ)
     display = Display(args.quiet, os.environ, args.tag)
@@ -14961,8 +14963,8 @@ and 'python3 taskfarm.py status first --watch' shows how far it is.
     run.add_argument("--retry", action="store_true", help="let the failed tasks run again")
     add_env_option(run, "--db FILE", None, "the farm's file; by default %s in this folder, if it is there or no farm "
                    "answers" % OWN_FILE)
-    add_env_option(run, "--host ADDRESS", "127.0.0.1", "the address to listen on, 0.0.0.0 for all of them, so that "
-                   "other nodes may join; by default 127.0.0.1")
+    add_env_option(run, "--host ADDRESS", None, "the address to listen on; by default 127.0.0.1, for this machine "
+                   "alone, and in a batch job 0.0.0.0, so that others may join")
     add_env_option(run, "--advertise NAME", "", "the host name for other nodes, where it is not the address to listen "
                    "on")
     add_work_options(run)
