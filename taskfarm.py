@@ -7405,7 +7405,8 @@ class Screen:
             size = os.get_terminal_size(self.stream.fileno())
             if size.columns and size.lines:
                 return size
-        return shutil.get_terminal_size()
+        size = shutil.get_terminal_size()       # before Python 3.11 a terminal without a size passes through it
+        return os.terminal_size((size.columns or 80, size.lines or 24))
 
     @property
     def columns(self) -> int:
