@@ -11159,7 +11159,8 @@ def test_a_verb_sends_what_workers_left(farm: Live, tmp_path: Path) -> None:
     taskfarm.write_access(str(left), {"farm": "", "url": farm.url, "run": run, "worker": "w1", "reports": [
         {"task": number, "attempt": 1, "status": "done"}]})
     done = run_verb("list", "--json", XDG_STATE_HOME=str(tmp_path), **as_ada(farm))
-    assert json.loads(done.stdout)["data"][0]["numDone"] == 1 and " had saved: sent" in done.stderr and not left.exists()
+    assert json.loads(done.stdout)["data"][0]["numDone"] == 1
+    assert " had saved: sent" in done.stderr and not left.exists()
 
 
 def test_what_workers_left_keeps_nobody_waiting_where_nothing_answers(tmp_path: Path) -> None:
