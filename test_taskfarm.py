@@ -481,7 +481,8 @@ class Model:
         assert run["uuid"] not in self.runs
         assert re.fullmatch("[0-9a-f]{32}", run["uuid"])
         self.runs[run["uuid"]] = {"id": run["id"], "n": run["numTasks"], "tasks": {}, "name": name, "reported": False,
-                                  "failures": most_failures, "losses": most_losses}
+                                  "failures": most_failures, "losses": most_losses,
+                                  "state": "open", "after": run["after"], "any": run["afterAny"]}
 
     def task(self, run: str, number: int) -> Dict[str, Any]:
         """A copy of a task. `touch` gives the task itself, to be changed."""
@@ -505,7 +506,8 @@ class Model:
                 "percentDone": sum(millionths for _, millionths in states) / (entry["n"] * 1000000),
                 "numWaiting": counts["waiting"], "numComputing": counts["computing"],
                 "numDone": counts["done"], "numFailed": counts["failed"], "name": entry["name"],
-                "maxFailures": entry["failures"], "maxLosses": entry["losses"], "user": "ada"}
+                "maxFailures": entry["failures"], "maxLosses": entry["losses"], "user": "ada",
+                "state": entry["state"], "after": entry["after"], "afterAny": entry["any"]}
 
     def task_json(self, run: str, number: int) -> Dict[str, Any]:
         """A task as it is shown, without its id. Instead of times: whether there is one."""
@@ -561,9 +563,28 @@ class Model:
             return 404
         return 409 if self.workers[worker]["signed off"] else 0
 
+    def withheld(self, run: str) -> str:
+        """Why a run hands out nothing though tasks wait: "for now", "for good", or "" if it does hand out some."""
+        entry = self.runs[run]
+        if not self.run_json(run)["numWaiting"]:
+            return ""
+        if entry["state"] != "open":
+            return "for now" if entry["state"] == "paused" else "for good"
+        if entry["after"] is None:
+            return ""
+        if entry["after"] not in self.runs:
+            return "" if entry["any"] else "for good"
+        first = self.run_json(entry["after"])
+        if first["state"] != "cancelled" and first["numWaiting"] + first["numComputing"]:
+            return "for now"
+        return "" if entry["any"] or first["numDone"] == first["numTasks"] else "for good"
+
     def assign(self, run: str, worker: str, count: int, begun: bool) -> List[int]:
         """Give the lowest tasks that wait to the worker."""
         given: List[int] = []
+        if self.withheld(run) or not self.run_json(run)["numWaiting"]:
+            return given
+        self.runs[run].update(after=None, any=False)
         for number in range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count)):
             if len(given) < count and self.task(run, number)["status"] == "waiting":
                 given.append(number)
@@ -589,6 +610,8 @@ class Model:
 
     def may_come_back(self, run: str) -> bool:
         """Whether the 204 of a claim says when to ask again."""
+        if self.withheld(run):
+            return self.withheld(run) == "for now"
         return any(task["hold"] == "active" and self.has_running_lease(task["worker"])
                    for task in self.runs[run]["tasks"].values())
 
@@ -669,6 +692,8 @@ class Model:
         """*everything*: True, False, or "failed" for the failed ones alone."""
         if run not in self.runs:
             return 404, None
+        if self.runs[run]["state"] == "cancelled":
+            self.runs[run]["state"] = "open"
         for number, task in self.runs[run]["tasks"].items():
             if everything is True:
                 self.note_taken(task)
@@ -685,6 +710,44 @@ class Model:
                 task.update(status="waiting", failures=0, losses=0, lost=False,
                             finished=task["finished"] and UNKNOWN)
         return 204, None
+
+    def set_state(self, run: str, word: str) -> int:
+        """Pause or resume a run: the status of the answer."""
+        if run not in self.runs:
+            return 404
+        if word == "pause" and self.runs[run]["state"] == "cancelled":
+            return 409
+        self.runs[run]["state"] = "paused" if word == "pause" else "open"
+        return 204
+
+    def cancel(self, run: str, numbers: Optional[List[int]]) -> int:
+        """Cancel these tasks of a run, all of it for None: the status of the answer."""
+        if run not in self.runs:
+            return 404
+        entry = self.runs[run]
+        if numbers is None:
+            entry["state"] = "cancelled"
+        elif max(numbers) >= entry["n"]:
+            return 400
+        for number in entry["tasks"] if numbers is None else numbers:
+            task = self.touch(run, number)
+            self.note_taken(task)
+            task["hold"] = ""
+            if numbers is None:
+                task["status"] = "waiting" if task["status"] == "computing" else task["status"]
+            elif task["status"] in ("waiting", "computing"):
+                task.update(dict.fromkeys(("exitCode", "memory", "cpu", "log")), status="failed", message="cancelled",
+                            finished=True)
+        return 204
+
+    def extend(self, run: str, more: int) -> int:
+        """Give a run more tasks: the status of the answer."""
+        if run not in self.runs:
+            return 404
+        if self.runs[run]["n"] + more > 2 ** 31 - 1:
+            return 400
+        self.runs[run]["n"] += more
+        return 204
 
     def register(self, worker: str, hostname: str, pid: int, lease: Optional[int] = None) -> int:
         entry = self.workers.setdefault(worker, {"hostname": hostname, "pid": pid, "revision": 0, "taken": False})
@@ -806,12 +869,18 @@ class Machine(RuleBasedStateMachine):
             self.remembered.append((path, body, key, worker, answer))
         return answer
 
-    @precondition(lambda self: len(self.model.runs) < 2)    # few, so that rules meet on the same tasks
-    @rule(target=runs, n=st.sampled_from([4, 3, 2, 5, 6, 1, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
+    @precondition(lambda self: len(self.model.runs) < 3)    # few, so that rules meet on the same tasks
+    @rule(target=runs, waits=st.sampled_from(["", "", "after", "any", "nowhere"]), dice=dices,
+          n=st.sampled_from([4, 3, 2, 5, 6, 1, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
           more=st.fixed_dictionaries({}, optional={"name": st.sampled_from(["antarctica", "Ä b"]),
                                                    "maxFailures": st.sampled_from([0, 2, 1000]),
                                                    "maxLosses": st.sampled_from([0, 1, 2])}))
-    def create(self, n: int, keyed: bool, more: Dict[str, Any]) -> str:
+    def create(self, n: int, keyed: bool, more: Dict[str, Any], waits: str = "",
+               dice: random.Random = random.Random(0)) -> str:     # noqa: B008
+        if waits == "nowhere":
+            assert self.farm.ask("POST", "/api/run", {"numTasks": n, "after": "f" * 32})[0] == 404
+        elif waits and self.model.runs:
+            more = dict(more, after=dice.choice(list(self.model.runs)), afterAny=waits == "any")
         status, run = self.post("/api/run", dict(more, numTasks=n), keyed)
         assert status == 201
         self.model.add_run(run, more.get("name"), more.get("maxFailures", 1), more.get("maxLosses", 5))
@@ -857,7 +926,7 @@ class Machine(RuleBasedStateMachine):
         assert answer[0] == status and (content is None or answer[1] == content)
 
     def check_retry_after(self, run: str, status: int) -> None:
-        """Retry-After stands in a 204 when leased tasks may come back, and only then."""
+        """Retry-After stands in a 204 when leased tasks may come back, or the run is held up, and only then."""
         pause = self.farm.retry_after
         assert (pause is not None) == (status == 204 and self.model.may_come_back(run))
         assert pause is None or 1 <= int(pause) <= 60
@@ -992,7 +1061,30 @@ class Machine(RuleBasedStateMachine):
         got = self.post("/api/runs/%s/restart%s" % (run, word), None, keyed)[0]
         assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True")[0]
 
-    @precondition(lambda self: len(self.model.runs) == 2)
+    @rule(run=runs, word=st.sampled_from(["pause", "pause", "resume", "resume", "cancel"]), keyed=st.booleans())
+    def set_state(self, run: str, word: str, keyed: bool) -> None:
+        got = self.post("/api/runs/%s/%s" % (run, word), {} if keyed else None, keyed)[0]
+        assert got == (self.model.cancel(run, None) if word == "cancel" else self.model.set_state(run, word))
+
+    @rule(run=runs, numbers=st.sets(st.integers(0, 6), min_size=1), keyed=st.booleans())
+    def cancel_tasks(self, run: str, numbers: Set[int], keyed: bool) -> None:
+        wanted, ranges = sorted(numbers), []        # type: Tuple[List[int], List[List[int]]]
+        for number in wanted:
+            if ranges and ranges[-1][1] == number - 1 and number != 3:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        got = self.post("/api/runs/%s/cancel" % run, {"tasks": ranges[::-1]}, keyed)[0]
+        assert got == self.model.cancel(run, wanted)
+
+    @rule(run=runs, more=st.sampled_from([1, 1, 2, 3, 2 ** 31 - 1]), keyed=st.booleans())
+    def extend(self, run: str, more: int, keyed: bool) -> None:
+        entry = self.model.runs.get(run)
+        if entry is None or not 6 - more < entry["n"] < 1000 or more > 6:      # few tasks, or very many
+            got = self.post("/api/runs/%s/extend" % run, {"numTasks": more}, keyed)[0]
+            assert got == self.model.extend(run, more)
+
+    @precondition(lambda self: len(self.model.runs) >= 2)
     @rule(run=consumes(runs))
     def delete(self, run: str) -> None:
         assert self.farm.ask("DELETE", "/api/runs/" + run)[0] == self.model.delete(run)[0]
@@ -1032,7 +1124,8 @@ class Machine(RuleBasedStateMachine):
     def one_workers_life(self, run: str, worker: str, rival: str, dice: random.Random) -> None:
         """Some of the other rules in a row, on one worker: so they meet more often."""
         for _ in range(dice.randrange(4, 12)):
-            seldom = dice.choice(["sign off", "register", "restart", "put", "server"])
+            seldom = dice.choice(["sign off", "register", "restart", "put", "server", "cancel", "cancel tasks", "pause",
+                                  "resume", "resume", "resume", "extend"])
             act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "report", "end", "end", "silence",
                                "silence", "silence", "beat", "restart", seldom])
             if act == "claim":
@@ -1056,6 +1149,12 @@ class Machine(RuleBasedStateMachine):
                 self.register(worker, 7, 150)
             elif act == "restart":
                 self.restart(run, dice.choice(["", "?status=failed", "?all=True"]), False)
+            elif act in ("pause", "resume", "cancel"):
+                self.set_state(run, act, False)
+            elif act == "cancel tasks":
+                self.cancel_tasks(run, {dice.randrange(4) for _ in range(2)}, False)
+            elif act == "extend":
+                self.extend(run, 1, False)
             elif act == "put":
                 self.report(run, dice.randrange(3), None, dice.choice(["done", "waiting", "computing", "failed"]), {})
             else:
