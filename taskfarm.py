@@ -8596,10 +8596,10 @@ def hold_up(run: Mapping[str, Any], find: Callable[[str], Optional[Mapping[str, 
             title, first["numDone"], count_text(first["numTasks"], "task")), False)
     if run["afterAny"] or first["numDone"] == first["numTasks"]:
         return None
-    what = "was cancelled" if first["state"] == "cancelled" else "is over with %s failed" % count_text(
-        first["numFailed"], "task")
-    return HoldUp("never begins", "the run never begins: %s, for which it waits, %s: 'python3 taskfarm.py restart %s' "
-                  "changes that" % (title, what, first["uuid"][:8]), True)
+    what, verb = ("was cancelled", "resume %s") if first["state"] == "cancelled" else (
+        "is over, and %s failed" % count_text(first["numFailed"], "task"), "restart %s --failed")
+    return HoldUp("never begins", "the run never begins: %s, for which it waits, %s: 'python3 taskfarm.py %s' "
+                  "changes that" % (title, what, verb % first["uuid"][:8]), True)
 
 
 def ask_hold_up(client: Client, run: Mapping[str, Any]) -> Optional[HoldUp]:
@@ -9740,7 +9740,8 @@ ALL_CLAIMED = 16                    # a larger claim first asks how many tasks w
 TasksClaimed = NamedTuple("TasksClaimed", [("tasks", List[Tuple[int, int]])])       # (task, attempt) of each
 # retry_s: until there may be one; None where none comes by itself. computing: tasks of others, when we have none.
 # held_up: by what, where tasks wait and none is handed out; it may last, so then computing is infinite.
-NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float]), ("computing", float), ("held_up", str)])
+NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float]), ("computing", float),
+                                             ("held_up", Optional[HoldUp])])
 TasksHeld = NamedTuple("TasksHeld", [("tasks", Set[Tuple[int, int]])])      # when some may have been taken from us
 ReportRefused = NamedTuple("ReportRefused", [("report", Dict[str, Any]), ("why", str)])
 RunFigures = NamedTuple("RunFigures", [("run", Dict[str, Any])])        # as the API shows them
@@ -9905,7 +9906,7 @@ class Reporter:
                 run = self.client.ask("GET", "/api/runs/" + self.run)
                 held_up = ask_hold_up(self.client, run) if run["numWaiting"] else None
                 computing = math.inf if held_up else run["numComputing"]
-            self.post(NoTaskClaimed(retry_s, computing, held_up.why if held_up else ""))
+            self.post(NoTaskClaimed(retry_s, computing, held_up))
         else:
             self.post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
 
@@ -10593,9 +10594,9 @@ class TaskRunner:
 
     def _on_no_task_claimed(self, event: NoTaskClaimed) -> None:
         self.supply.none_left(time.monotonic(), event.retry_s, event.computing)
-        if event.held_up and event.held_up != self.held_up:
-            self.display.say("%s; this worker stays for a while (with --idle 0 it would leave)" % event.held_up)
-        self.held_up = event.held_up
+        if event.held_up and event.held_up.word != self.held_up:
+            self.display.say("%s; this worker stays for a while (with --idle 0 it would leave)" % event.held_up.why)
+        self.held_up = event.held_up.word if event.held_up else ""
 
     def _on_tasks_held(self, event: TasksHeld) -> None:
         self.supply.keep(event.tasks)
@@ -10641,7 +10642,7 @@ class TaskRunner:
             slot = self.slots.pop()
             try:
                 command = self.launcher.start(ready.task, ready.attempt, slot)
-            except (OSError, ValueError, Refusal) as error:
+            except (OSError, ValueError, IndexError, Refusal) as error:
                 self.slots.append(slot)
                 if not self._could_not_start(ready, error, now):
                     return
@@ -10661,6 +10662,9 @@ class TaskRunner:
             return False
         if number in (errno.ENOENT, errno.EACCES) and self.template.same_program:   # it was there when we began
             error = Refusal("%s cannot be started here (%s)" % (self.template.program, sentence))
+        if isinstance(error, IndexError):
+            error = Refusal("the run was extended, and there are no parameters for task %d: start this worker again "
+                            "with more of them" % ready.task)
         if isinstance(error, Refusal):
             self.supply.ready.appendleft(ready)
             self.stop_status = 1
@@ -12910,8 +12914,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
         facts = [("over", status.why if status.held_up else "all tasks are done" if not run["numFailed"] else
                   "'python3 taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
-                 ("workers", workers_text(status))]
+        facts = [("rate", recent_rate_text(status.rate)), ("state" if status.held_up else "time left",
+                 time_left_text(status)), ("workers", workers_text(status))]
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
     lines += [fitting("%-11s%s" % fact) for fact in facts]
@@ -13309,7 +13313,7 @@ def cmd_new(args: argparse.Namespace) -> int:
       find . -name '*.nc' | sort > files; python3 taskfarm.py new --lines files
       python3 taskfarm.py new --grid lr=0.1,0.01 --grid seed=0..999 --name sweep
       python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
-      python3 taskfarm.py new 1 --after sweep           begins when all tasks of sweep are done
+      python3 taskfarm.py new 1 --after sweep       begins when sweep is done
     """
     number, _ = chosen_size(args)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
