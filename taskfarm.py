@@ -2072,7 +2072,7 @@ def pause_run(sql: Transaction, now: Now, run_uuid: str) -> None:
     """No task is handed out until the run is resumed. Raises NotFound, and Conflict for a cancelled one."""
     run = find_run(sql, run_uuid)
     if run.state == CANCELLED:
-        raise Conflict("run %s was cancelled, so nothing of it is to be paused: POST /resume opens it" % run_uuid)
+        raise Conflict("run %s was cancelled, so there is nothing to pause: resume it first" % run_uuid)
     set_state(sql, run, PAUSED)
     audit(sql, now, "pause", titled(run_uuid, run.name))
 
@@ -9177,6 +9177,8 @@ class Grid(Parameters):
 
     def values(self, task: int) -> Dict[str, str]:
         """The combination of the task: its number, read with a digit for each axis."""
+        if task >= self.size:
+            raise IndexError(task)
         values = []
         for starts, pieces in reversed(self.axes):
             task, index = divmod(task, starts[-1])

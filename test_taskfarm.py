@@ -7177,26 +7177,29 @@ if not QUICK:
 
         def change(word: str, **body: Any) -> None:
             assert farm.ask("POST", "/api/runs/%s/%s" % (run.uuid, word), body)[0] == 204
+
+        def end_task() -> None:
+            worker.update(100)
+            worker.done()
         change("pause")
-        worker.update(50)
-        worker.done()
+        end_task()
         assert worker.task is None and run.numDone == 1
         change("resume")
         assert worker.task == 1
         change("cancel", tasks=[[1, 1]])
         worker.update(50)
         assert run.getTaskInfo(1, "status") == "failed"
-        worker.done()       # a result is taken from whoever names no claim
+        end_task()          # a result is taken from whoever names no claim
         assert run.getTaskInfo(1, "status") == "done" and worker.task == 2
         change("cancel")
         worker.update(10)
         assert (run.numWaiting, run.numComputing) == (1, 0)
-        worker.done()
+        end_task()
         change("extend", numTasks=1)
         assert worker.task is None and waits.task is None and run.info("")["numTasks"] == 4
         change("resume")
         assert worker.task == 3
-        worker.done()
+        end_task()
         assert waits.task == 0
         assert len(taskfarm_worker.tfRuns("ada", Live.PASSWORD, url_base=PLAIN_API % farm.port)) == 2
 
@@ -9638,6 +9641,8 @@ def test_a_worker_without_parameters_for_tasks_that_came_later_says_so(server: P
     wait_until((tmp_path / "on").exists)
     assert server.ask("POST", "/api/runs/%s/extend" % run, {"numTasks": 1})[0] == 204
     (tmp_path / "go").touch()
+    with pytest.raises(IndexError):
+        taskfarm.Grid(["a=1,2", "b=1..3"]).values(6)
     assert "there are no parameters for task 2: start this worker again with more" in work.end(1)
     assert counts(server, run) == (1, 0, 2, 0) and work.printed() == "a\nb\n"
 
@@ -11147,7 +11152,7 @@ def test_a_run_is_paused_resumed_extended_and_cancelled(farm: Live) -> None:
     terminal.wait_for("[y/N]")
     terminal.type("y\r")
     assert terminal.end() == 0 and "the run was cancelled" in terminal.shown
-    assert "was cancelled: POST /resume opens it" in verb(farm, "pause", "tiles", status=1)
+    assert "was cancelled, so there is nothing to pause: resume it first" in verb(farm, "pause", "tiles", status=1)
     assert "over       the run was cancelled: " in verb(farm, "status", run)
     assert json.loads(verb(farm, "status", run, "--json"))["over"] and "was cancelled" in verb(farm, "status", second)
     listed = [line.split()[7] for line in verb(farm, "list").splitlines()]
