@@ -13609,7 +13609,7 @@ def cmd_extend(args: argparse.Namespace) -> int:
     """give a run N more tasks; their numbers follow those that it has
 
     Workers of the run take them as the others. Those with --lines, --table or --grid have a number of
-    parameters: start them again with more.
+    parameters: start them again with more. Those of the published client are to be started again as well.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     example:

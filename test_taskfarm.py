@@ -946,7 +946,7 @@ class Machine(RuleBasedStateMachine):
                 ("/api/runs/%s/task" % run, {"worker_uuid": "first" if worker != "first" else "a"}),
                 ("/api/runs/%s/tasks" % run, {"worker_uuid": worker or "first", "count": 9})) if other != (path, body)])
         status, content = self.farm.ask("POST", path, body, key)
-        self.model.renew_lease(body and body.get("worker_uuid"))
+        self.model.renew_lease((body or {}).get("worker_uuid"))
         if any(entry["signed off"] for entry in self.model.workers.values()):
             assert status in (answer[0], 409, 422)      # whether a claim of theirs is told again is left open
         elif not again:
@@ -7198,6 +7198,8 @@ if not QUICK:
         change("extend", numTasks=1)
         assert worker.task is None and waits.task is None and run.info("")["numTasks"] == 4
         change("resume")
+        worker = taskfarm_worker.TaskFarmWorker(        # one that is older knows no more tasks than there were
+            "ada", Live.PASSWORD, run.uuid, url_base=PLAIN_API % farm.port)
         assert worker.task == 3
         end_task()
         assert waits.task == 0
