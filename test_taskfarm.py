@@ -1152,7 +1152,7 @@ class Machine(RuleBasedStateMachine):
             elif act in ("pause", "resume", "cancel"):
                 self.set_state(run, act, False)
             elif act == "cancel tasks":
-                self.cancel_tasks(run, {dice.randrange(4) for _ in range(2)}, False)
+                self.cancel_tasks(run, {dice.randrange(4) for _ in range(dice.choice([1, 2, 9]))}, dice.random() < 0.5)
             elif act == "extend":
                 self.extend(run, 1, False)
             elif act == "put":
@@ -2387,10 +2387,10 @@ def test_cancelling_tasks_makes_of_each_what_the_rule_makes_of_it(trials: Direct
             and number != 701 else task for number, task in enumerate(planted)]
 
 
-@given(tasks=some_tasks, more=st.integers(1, 5), touched=st.sets(st.integers(0, 16), max_size=4))
+@given(tasks=some_tasks, more=st.integers(1, 5), touched=st.sets(st.integers(0, 16), max_size=4), claimed=st.booleans())
 @many_trials
 def test_tasks_that_a_run_is_extended_by_are_as_those_of_a_new_one(
-        trials: Direct, tasks: List[Optional[Task]], more: int, touched: Set[int]) -> None:
+        trials: Direct, tasks: List[Optional[Task]], more: int, touched: Set[int], claimed: bool) -> None:
     with trial_of(trials) as trial:
         planted = trial.plant(tasks)
         trial.do(taskfarm.extend_run("r", more))
@@ -2403,8 +2403,21 @@ def test_tasks_that_a_run_is_extended_by_are_as_those_of_a_new_one(
         trial.do(taskfarm.extend_run("r", 2))
         trial.promises_hold()
         waiting = sum(task.status == taskfarm.WAITING for task in trial.rows())
-        assert len(trial.do(taskfarm.claim_many("r", "c", 100))) == waiting if waiting else True
+        if claimed:
+            assert waiting and len(trial.do(taskfarm.claim_many("r", "c", 100))) == waiting
+        else:
+            trial.do(taskfarm.cancel_tasks("r", ((0, trial.run.num_tasks - 1),)))
         trial.promises_hold()
+
+
+def test_many_tasks_are_cancelled_with_a_key_in_slices(store: Direct) -> None:
+    run = a_run(store, 5000)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S
+    for _ in range(2):
+        assert store.ask("POST", "/api/runs/%s/cancel" % run, {"tasks": [[0, 3999]]}, "key") == (204, None)
+        assert store.ask("GET", "/api/runs/" + run)[1]["numFailed"] == 4000
+    store.clock.step_s = 0.0
 
 
 def test_batches_of_claims_and_single_ones_make_of_each_task_what_the_rule_makes_of_it(trials: Direct) -> None:
