@@ -705,9 +705,9 @@ CREATE TABLE worker (
 CREATE INDEX worker_living ON worker (state) WHERE state = 0;   -- lists the living ones
 CREATE INDEX worker_heard ON worker (heard);                    -- finds who was silent for long
 CREATE INDEX worker_own ON worker (user, state);                -- lists those of a user
--- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs no number. No other run is given
--- ids up to the largest number of tasks, so that each can be extended. Tasks that nothing has happened to are no rows:
--- they are the interval from head to head_end - 1 and the intervals of table untouched, all of which lie above it.
+-- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs no number. Those up to
+-- ids_end - 1 are no other run's, so that it can be extended. Tasks that nothing has happened to are no rows, but the
+-- interval from head to head_end - 1 and the intervals of table untouched, all of which lie above it.
 CREATE TABLE run (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     uuid TEXT NOT NULL UNIQUE,
@@ -734,6 +734,7 @@ CREATE TABLE run (
     state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'paused', 'cancelled')),
     after TEXT,                                 -- the uuid of the run that it waits for; NULL once it has begun
     after_any INTEGER NOT NULL DEFAULT 0 CHECK (after_any IN (0, 1)),   -- it waits for its end, whatever failed
+    ids_end INTEGER NOT NULL DEFAULT 0,
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
 CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
@@ -836,7 +837,7 @@ class Run:
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
                  "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name",
-                 "state", "after", "after_any")
+                 "state", "after", "after_any", "ids_end")
     id: int
     first_id: int
     num_tasks: int
@@ -844,7 +845,7 @@ class Run:
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
         num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses,
-        user, user_name, state, after, after_any"""
+        user, user_name, state, after, after_any, ids_end"""
     SAVE = """
         UPDATE run
         SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
@@ -855,14 +856,15 @@ class Run:
         (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
          self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
          self.last_report, self.name, max_failures, max_losses, self.user, self.user_name, self.state, self.after,
-         self.after_any) = row
+         self.after_any, self.ids_end) = row
         self.counts = [waiting, computing, done, failed]
         self.limits = Limits(max_failures, max_losses)
 
     def row(self) -> Row:
         """The values of COLUMNS."""
         return (self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1], self.name,
-                *self.limits, self.user, self.user_name, self.state, self.after, self.after_any)
+                *self.limits, self.user, self.user_name, self.state, self.after, self.after_any,
+                self.ids_end)
 
     def saved(self) -> Row:
         """What SAVE takes."""
@@ -1890,10 +1892,10 @@ def check(sql: Transaction, now: Now) -> List[str]:
     next_id = sql.value("SELECT next_task_id FROM farm")
     for row in sql.all("SELECT " + Run.COLUMNS + " FROM run ORDER BY first_id"):
         run = Run(row)
-        if run.first_id < taken or run.end_id > next_id:
+        if run.first_id < taken or max(run.ids_end, run.end_id) > next_id:
             wrong.append("run %s: its task ids are another run's" % run.uuid)
-        lost += sql.value(TASKS_BETWEEN, taken, run.first_id)
-        taken = run.end_id
+        lost += sql.value(TASKS_BETWEEN, taken, run.first_id) + sql.value(TASKS_BETWEEN, run.end_id, run.ids_end)
+        taken = max(run.ids_end, run.end_id)
         if not run.sweep:
             wrong += ["run %s: %s" % (run.uuid, sentence) for sentence in recount(sql, run)]
     lost += sql.value(TASKS_BETWEEN, taken, 2 ** 62)
@@ -1998,15 +2000,21 @@ def create_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int, name: 
     if after is not None:
         find_run(sql, after, reading=True)
     first_id = sql.value("SELECT next_task_id FROM farm")
-    if first_id + MAX_TASKS > 2 ** 53:
+    ids_end = first_id + room_to_grow(num_tasks)
+    if ids_end > 2 ** 53:
         raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
-    sql.execute("UPDATE farm SET next_task_id = ?", (first_id + MAX_TASKS,))
+    sql.execute("UPDATE farm SET next_task_id = ?", (ids_end,))
     row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
            first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name,
-           OPEN_RUN, after, int(after_any))
+           OPEN_RUN, after, int(after_any), ids_end)
     cursor = sql.execute("INSERT INTO run (%s) VALUES (NULL%s)" % (Run.COLUMNS, ", ?" * len(row)), row)
     audit(sql, now, "new", titled(run_uuid, name))
     return sql.keep_run(Run((cursor.lastrowid,) + row)).snapshot()
+
+
+def room_to_grow(num_tasks: int) -> int:
+    """How many ids a run of so many tasks gets. MAX_TASKS for each made a file a fifth larger: long ids."""
+    return min(10 * num_tasks + 1000, MAX_TASKS)
 
 
 def titled(run_uuid: str, name: Optional[str]) -> str:
@@ -2138,12 +2146,21 @@ def spans_text(spans: Spans) -> str:
 
 @operation
 def extend_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int) -> None:
-    """The run has so many more tasks, which wait. Raises NotFound, and BadRequest when they are too many."""
+    """The run has so many more tasks, which wait. Raises NotFound; BadRequest when they are too many for any run, and
+    Conflict when the ids that this one may still use are too few.
+    """
     run = find_run(sql, run_uuid)
     if run.num_tasks + num_tasks > MAX_TASKS:
         raise BadRequest("run %s has %d tasks, and no run more than %d: make another one for the rest" % (
             run_uuid, run.num_tasks, MAX_TASKS))
     end = run.end_id
+    if end + num_tasks > run.ids_end:
+        ids_end = end + room_to_grow(num_tasks)
+        if run.ids_end != sql.value("SELECT next_task_id FROM farm") or ids_end > 2 ** 53:
+            raise Conflict("run %s can have %d tasks at most, since others were made after it: make another for the "
+                           "rest" % (run_uuid, run.ids_end - run.first_id))
+        sql.execute("UPDATE farm SET next_task_id = ?", (ids_end,))
+        run.ids_end = ids_end
     if not run.num_untouched:
         run.head, run.head_end = end, end + num_tasks
     elif run.head_end == end:
@@ -2154,8 +2171,8 @@ def extend_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int) -> Non
     run.num_untouched += num_tasks
     run.counts[WAITING] += num_tasks
     # One statement, as the table's CHECK wants it; what else has changed of the run is written with the others.
-    sql.execute("UPDATE run SET num_tasks = num_tasks + ?, num_waiting = num_waiting + ? WHERE id = ?",
-                (num_tasks, num_tasks, run.id))
+    sql.execute("UPDATE run SET num_tasks = num_tasks + ?, num_waiting = num_waiting + ?, ids_end = ? WHERE id = ?",
+                (num_tasks, num_tasks, run.ids_end, run.id))
     sql.changed[run.id] = run
     audit(sql, now, "extend", titled(run_uuid, run.name))
 
@@ -6979,7 +6996,8 @@ def extend(req: Request, run: str) -> Operation:
     """Give a run so many more tasks; their numbers follow those that it has.
 
     204: it has them
-    errors: 404 no such run, 400 more than a run may have
+    errors: 404 no such run, 400 more than a run may have, 409 more than about ten times those that it began with, where
+    others were made after it
     """
     return once(req, extend_run(run, req.fields["numTasks"]).shown_as(show_nothing))
 

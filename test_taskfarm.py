@@ -2410,6 +2410,19 @@ def test_tasks_that_a_run_is_extended_by_are_as_those_of_a_new_one(
         trial.promises_hold()
 
 
+def test_a_run_is_extended_ten_times_and_the_newest_without_end(store: Direct) -> None:
+    old, new = make_run(store, 5), make_run(store, 5)
+    for run, more, status in ((old, 1045, 204), (old, 1, 409), (new, 1045, 204), (new, 1, 204), (new, 10 ** 7, 204),
+                              (new, 2 ** 31 - 1, 400), (old, 1, 409)):
+        assert store.ask("POST", "/api/runs/%s/extend" % run, {"numTasks": more})[0] == status
+    later = make_run(store, 5)
+    assert store.ask("POST", "/api/runs/%s/extend" % new, {"numTasks": 10 ** 8 + 1000})[0] == 409
+    enlist(store, "c")
+    for run, number in ((old, 1049), (new, 10 ** 7 + 1050), (later, 0)):
+        assert report(store, run, number, status="done") == 204
+    assert store.wrong() == []
+
+
 def test_many_tasks_are_cancelled_with_a_key_in_slices(store: Direct) -> None:
     run = a_run(store, 5000)
     assert isinstance(store.clock, FakeClock)
