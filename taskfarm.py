@@ -20,6 +20,9 @@ Words
     failure   an attempt that was reported failed; a loss: one that was started, and whose lease ran out
     fencing   a report that names worker or attempt counts only for the claim that holds the task
     restart   to let tasks of a run wait again
+    paused    of a run: no task is handed out, what computes goes on
+    cancelled of a run: it is given up, and over; of a task: it was given up, and has failed with this message
+    after     the run for which another waits before its first task is handed out
     user      somebody with a password; every user may do everything, unless the farm is private
     private   for a user there are their own runs and workers alone: what others made is answered as what there is not
     token     a signed text that stands for a user until it expires, is revoked, or the password changes
@@ -40,6 +43,12 @@ States of a task
     A report that names no worker and no attempt may also set any state from any other, and ends every
     hold. A restart lets tasks wait again: all of them (at 0 percent); or those that are not done at 100
     percent and that no worker under a lease computes; or the failed ones. The last two keep percentages.
+    A cancelled run keeps its tasks: those that compute wait, and none is handed out until it is resumed or
+    restarted. Single tasks that are cancelled, and are not done, have failed: no attempt, and no failure counted.
+    A run that waits for another begins when all tasks of that one are done (with afterAny when it is over), once for
+    all: "after" is null then. While that one is over and not complete, or when it was deleted, it does not begin. A
+    claim of a run that is paused or waits gets 204 with Retry-After; of one that is cancelled or does not begin by
+    itself, 204 without.
 
 Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /livez                         open  200 while the server answers
@@ -48,12 +57,17 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     POST   /api/tokens                    a new token: scope, run, days, label
     GET    /api/tokens                    a page of the user's tokens; for admin, of all users'
     DELETE /api/tokens/<id>               the token is revoked
-    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses, work
+    POST   /api/run                       a new run of numTasks tasks; name, maxFailures, maxLosses, work, after,
+                                                 afterAny
     GET    /api/runs                      all runs, in order of creation, as {"data": [...]}; user: who made it
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
     GET    /api/runs/<run>/work           the command of its tasks, with folder and parameters, if the run knows it
     POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
+    POST   /api/runs/<run>/pause          no task is handed out any more
+    POST   /api/runs/<run>/resume         tasks of a paused or cancelled run are handed out again
+    POST   /api/runs/<run>/cancel         the run is given up, or only its tasks [[first, last], ...]
+    POST   /api/runs/<run>/extend         numTasks more tasks
     POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
     POST   /api/runs/<run>/tasks          claim up to count tasks; of more than 200, as many as there is time for
     GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?limit=, ?after=
@@ -255,6 +269,9 @@ CLOCK_CHECK_S = 5.0                 # with leases running, the writer reads the 
 STOPPED_S = 1.0                     # the writer woke this much too late: the process was stopped
 MAX_ELAPSED_S = 10 ** 9             # seconds that a task may have taken
 MAX_RETRY_AFTER_S = 60
+WITHHELD_S = 30.0                   # after which a worker asks again for tasks of a run that is paused, or waits
+MAX_SPANS = 1000                    # ranges of tasks in one request,
+MAX_NAMED = 100000                  # and the tasks in them
 MAX_TRIES = 1000                    # the largest maxFailures and maxLosses
 DEFAULT_PAGE, MAX_PAGE = 100, 1000  # entries of a page
 PAGE_ROWS = 10000                   # rows read for a page: a rare status makes short pages, not slow ones
@@ -584,7 +601,26 @@ def taken_back(task: Task) -> Task:
     return task._replace(status=COMPUTING, hold=HELD if task.started is None else STARTED, losses=losses, finished=None)
 
 
+OPEN_RUN, PAUSED, CANCELLED = "open", "paused", "cancelled"        # states of a run; the last is also a task's message
+
+
+def ended_hold(task: Task) -> Optional[int]:
+    """What becomes of the hold of a task that nobody may take back: one that was ended is kept, to know its report."""
+    return task.hold if task.hold is not None and task.hold > GIVEN_UP else None
+
+
+def cancelled(task: Task, now_ms: int) -> Task:
+    """Nobody is to work on the task: it has failed. One that is done, or has failed already, stays so."""
+    if task.status == DONE:
+        return task
+    if task.status == FAILED:
+        return task._replace(hold=ended_hold(task))
+    return task._replace(status=FAILED, hold=ended_hold(task), finished=now_ms, exit_code=None, message=CANCELLED,
+                         memory=None, cpu_ms=None, log=None)
+
+
 RESTART, RESTART_ALL, RESTART_FAILED, DELETE = "restart", "restart all", "restart failed", "delete"
+CANCEL = "cancel"
 
 
 def restarted(task: Task, which: str, spared: bool) -> Task:
@@ -592,17 +628,27 @@ def restarted(task: Task, which: str, spared: bool) -> Task:
 
     *which*: RESTART_ALL takes every task, to 0 percent; RESTART those that are not complete, but not what a worker
     under a running lease holds (*spared*); RESTART_FAILED the failed ones. What a holder reported may still come
-    again, so an ended hold is kept; a lapsed one has no loss to undo any more.
+    again, so an ended hold is kept; a lapsed one has no loss to undo any more. CANCEL is for a run that is cancelled
+    as a whole: what computes waits, and nobody may take a task back.
     """
     if which == RESTART_ALL:
-        ended = task.hold if task.hold is not None and task.hold > GIVEN_UP else None
-        return Task(task.id, task.run, WAITING, 0, task.worker, task.attempt, ended)
+        return Task(task.id, task.run, WAITING, 0, task.worker, task.attempt, ended_hold(task))
+    if which == CANCEL:
+        return task._replace(status=WAITING if task.status == COMPUTING else task.status, hold=ended_hold(task))
     if which == RESTART_FAILED and task.status != FAILED:
         return task
     if which == RESTART and (is_complete(task) or is_held(task) and spared):
         return task
     hold = GIVEN_UP if is_held(task) else LAPSED if task.hold == LOST else task.hold
     return task._replace(status=WAITING, hold=hold, failures=0, losses=0)
+
+
+def may_begin(over: bool, complete: bool, whatever: bool) -> Optional[bool]:
+    """Whether a run that waits for another may begin; None for not yet, False for not by itself.
+
+    *over*, *complete*: so is that other one. *whatever*: it need not be complete.
+    """
+    return None if not over else whatever or complete
 
 
 # ---------------------------------------------------------------- SCHEMA
@@ -661,9 +707,9 @@ CREATE TABLE worker (
 CREATE INDEX worker_living ON worker (state) WHERE state = 0;   -- lists the living ones
 CREATE INDEX worker_heard ON worker (heard);                    -- finds who was silent for long
 CREATE INDEX worker_own ON worker (user, state);                -- lists those of a user
--- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs no number. Tasks that nothing
--- has happened to are no rows: they are the interval from head to head_end - 1 and the intervals of table untouched,
--- all of which lie above it.
+-- A run owns the task ids from first_id to first_id + num_tasks - 1, so a task needs no number. Those up to
+-- ids_end - 1 are no other run's, so that it can be extended. Tasks that nothing has happened to are no rows, but the
+-- interval from head to head_end - 1 and the intervals of table untouched, all of which lie above it.
 CREATE TABLE run (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     uuid TEXT NOT NULL UNIQUE,
@@ -679,13 +725,18 @@ CREATE TABLE run (
     millionths INTEGER NOT NULL CHECK (millionths >= 0),        -- sum over the tasks, of a percent
     head INTEGER NOT NULL,
     head_end INTEGER NOT NULL CHECK (head_end >= head),
-    sweep TEXT CHECK (sweep IN ('restart', 'restart all', 'restart failed', 'delete')),  -- begun, its rows follow
+    sweep TEXT CHECK (sweep IN ('restart', 'restart all', 'restart failed', 'cancel', 'delete')),
+                                                -- begun, its rows follow
     last_report REAL,
     name TEXT,
     max_failures INTEGER NOT NULL,              -- 0: never too many
     max_losses INTEGER NOT NULL,                -- 0: never too many
     user INTEGER,                               -- the id of who made it; NULL: administration
     user_name TEXT,                             -- kept, since the user may be gone
+    state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'paused', 'cancelled')),
+    after TEXT,                                 -- the uuid of the run that it waits for; NULL once it has begun
+    after_any INTEGER NOT NULL DEFAULT 0 CHECK (after_any IN (0, 1)),   -- it waits for its end, whatever failed
+    ids_end INTEGER NOT NULL DEFAULT 0,
     has_work INTEGER NOT NULL DEFAULT 0,        -- 1: there is a row in table work
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
@@ -794,7 +845,7 @@ class Run:
     """
     __slots__ = ("id", "uuid", "first_id", "num_tasks", "created", "counts", "num_untouched", "num_complete",
                  "millionths", "head", "head_end", "sweep", "last_report", "name", "limits", "user", "user_name",
-                 "has_work")
+                 "state", "after", "after_any", "ids_end", "has_work")
     id: int
     first_id: int
     num_tasks: int
@@ -802,7 +853,7 @@ class Run:
 
     COLUMNS = """id, uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
         num_untouched, num_complete, millionths, head, head_end, sweep, last_report, name, max_failures, max_losses,
-        user, user_name, has_work"""
+        user, user_name, state, after, after_any, ids_end, has_work"""
     SAVE = """
         UPDATE run
         SET num_waiting = ?, num_computing = ?, num_done = ?, num_failed = ?, num_untouched = ?, num_complete = ?,
@@ -812,14 +863,16 @@ class Run:
     def __init__(self, row: Row) -> None:
         (self.id, self.uuid, self.first_id, self.num_tasks, self.created, waiting, computing, done, failed,
          self.num_untouched, self.num_complete, self.millionths, self.head, self.head_end, self.sweep,
-         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name, self.has_work) = row
+         self.last_report, self.name, max_failures, max_losses, self.user, self.user_name, self.state, self.after,
+         self.after_any, self.ids_end, self.has_work) = row
         self.counts = [waiting, computing, done, failed]
         self.limits = Limits(max_failures, max_losses)
 
     def row(self) -> Row:
         """The values of COLUMNS."""
         return (self.id, self.uuid, self.first_id, self.num_tasks, self.created, *self.saved()[:-1], self.name,
-                *self.limits, self.user, self.user_name, self.has_work)
+                *self.limits, self.user, self.user_name, self.state, self.after, self.after_any,
+                self.ids_end, self.has_work)
 
     def saved(self) -> Row:
         """What SAVE takes."""
@@ -834,6 +887,11 @@ class Run:
     def end_id(self) -> int:
         """The id after the last task's."""
         return self.first_id + self.num_tasks
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no task of it is left to be done."""
+        return self.state == CANCELLED or not self.counts[WAITING] + self.counts[COMPUTING]
 
 
 class Worker:
@@ -903,7 +961,10 @@ class ShownWorker(NamedTuple):
 
 
 class NothingWaiting(NamedTuple):
-    """*retry_s*: seconds until the first lease could end under which a task is held; None if there is none."""
+    """No task is handed out. *retry_s*: seconds until there may be one; None where none comes by itself.
+
+    That is when the first lease could end under which a task is held, or when a run that is paused is looked at again.
+    """
     retry_s: Optional[float]
 
 
@@ -1325,16 +1386,22 @@ def find_run(sql: Transaction, run_uuid: str, reading: bool = False) -> Run:
 
     One that is not for the caller is looked for in the file like one that there is not: the same answer, as soon.
     """
-    run, owner = sql.runs.get(run_uuid), sql.caller.owner
+    run = found_run(sql, run_uuid, sql.caller.owner)
+    if run is None:
+        raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
+    if run.sweep and not reading:
+        raise RunBusy(run_uuid)
+    return run
+
+
+def found_run(sql: Transaction, run_uuid: str, owner: Optional[int]) -> Optional[Run]:
+    """The run of that uuid, if it is that owner's, or whosever it is for None; None when there is none."""
+    run = sql.runs.get(run_uuid)
     if run is None or owner is not None and run.user != owner:
         row = sql.one("SELECT " + Run.COLUMNS + """
             FROM run
             WHERE uuid = ? AND (? IS NULL OR user = ?) AND coalesce(sweep, '') <> 'delete'""", run_uuid, owner, owner)
-        if row is None:
-            raise NotFound("there is no run %s: GET /api/runs lists them" % shortened(run_uuid))
-        run = sql.keep_run(Run(row))
-    if run.sweep and not reading:
-        raise RunBusy(run_uuid)
+        run = None if row is None else sql.keep_run(Run(row))
     return run
 
 
@@ -1842,10 +1909,10 @@ def check(sql: Transaction, now: Now) -> List[str]:
     next_id = sql.value("SELECT next_task_id FROM farm")
     for row in sql.all("SELECT " + Run.COLUMNS + " FROM run ORDER BY first_id"):
         run = Run(row)
-        if run.first_id < taken or run.end_id > next_id:
+        if run.first_id < taken or max(run.ids_end, run.end_id) > next_id:
             wrong.append("run %s: its task ids are another run's" % run.uuid)
-        lost += sql.value(TASKS_BETWEEN, taken, run.first_id)
-        taken = run.end_id
+        lost += sql.value(TASKS_BETWEEN, taken, run.first_id) + sql.value(TASKS_BETWEEN, run.end_id, run.ids_end)
+        taken = max(run.ids_end, run.end_id)
         if not run.sweep:
             wrong += ["run %s: %s" % (run.uuid, sentence) for sentence in recount(sql, run)]
     lost += sql.value(TASKS_BETWEEN, taken, 2 ** 62)
@@ -1940,27 +2007,38 @@ def recount(sql: Transaction, run: Run) -> Iterator[str]:
 SLICE = 200                     # tasks between two looks at the clock
 Place = Tuple[int, int]         # hold and id: how far a walk over what a worker holds, or held, has come
 FIRST_HELD: Place = (HELD, 0)   # where that of what it holds begins
+Spans = Tuple[Tuple[int, int], ...]     # ranges of tasks: first and last number of each, in order
 
 
 @operation
 def create_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int, name: Optional[str] = None,
-               max_failures: int = 1, max_losses: int = 5, work: Optional[str] = None) -> Run:
+               max_failures: int = 1, max_losses: int = 5, after: Optional[str] = None,
+               after_any: bool = False, work: Optional[str] = None) -> Run:
     """A new run; costs the same for any number of tasks. Raises BadRequest when ids run out.
 
-    *work*: what its tasks are to do, as it is kept.
+    *after*: the uuid of a run that is to be over before: complete, or with *after_any* however it ended. Raises
+    NotFound for that. *work*: what its tasks are to do, as it is kept.
     """
+    if after is not None:
+        find_run(sql, after, reading=True)
     first_id = sql.value("SELECT next_task_id FROM farm")
-    if first_id + num_tasks > 2 ** 53:
+    ids_end = first_id + room_to_grow(num_tasks)
+    if ids_end > 2 ** 53:
         raise BadRequest("this farm has given out nearly all ids that JSON can carry: start another with a new file")
-    sql.execute("UPDATE farm SET next_task_id = ?", (first_id + num_tasks,))
+    sql.execute("UPDATE farm SET next_task_id = ?", (ids_end,))
     row = (run_uuid, first_id, num_tasks, now.utc, num_tasks, 0, 0, 0, num_tasks, 0, 0,
            first_id, first_id + num_tasks, None, None, name, max_failures, max_losses, sql.caller.user, sql.caller.name,
-           int(work is not None))
+           OPEN_RUN, after, int(after_any), ids_end, int(work is not None))
     cursor = sql.execute("INSERT INTO run (%s) VALUES (NULL%s)" % (Run.COLUMNS, ", ?" * len(row)), row)
     if work is not None:
         sql.execute("INSERT INTO work (run, work) VALUES (?, ?)", (cursor.lastrowid, work))
     audit(sql, now, "new", titled(run_uuid, name))
     return sql.keep_run(Run((cursor.lastrowid,) + row)).snapshot()
+
+
+def room_to_grow(num_tasks: int) -> int:
+    """How many ids a run of so many tasks gets. MAX_TASKS for each made a file a fifth larger: long ids."""
+    return min(10 * num_tasks + 1000, MAX_TASKS)
 
 
 def titled(run_uuid: str, name: Optional[str]) -> str:
@@ -1982,7 +2060,7 @@ def delete_run(sql: Transaction, now: Now, run_uuid: str) -> None:
 
 @operation
 def restart_run(sql: Transaction, now: Now, run_uuid: str, which: str) -> None:
-    """Tasks wait again. Raises NotFound.
+    """Tasks wait again, and a run that was cancelled is open again. Raises NotFound.
 
     *which*: RESTART, RESTART_ALL or RESTART_FAILED, see `restarted` in RULES. The run's figures change at once and
     its rows follow in slices; what changes the run waits meanwhile.
@@ -1992,6 +2070,8 @@ def restart_run(sql: Transaction, now: Now, run_uuid: str, which: str) -> None:
         return      # nobody has changed the run since
     if run.sweep:
         raise RunBusy(run_uuid)
+    if run.state == CANCELLED:
+        set_state(sql, run, OPEN_RUN)
     if which == RESTART_ALL:
         run.counts = [run.num_tasks, 0, 0, 0]
         run.num_complete = run.millionths = 0
@@ -2009,6 +2089,117 @@ def restart_run(sql: Transaction, now: Now, run_uuid: str, which: str) -> None:
         end_holds(sql, run, spared)
     sql.begin_sweep(run, which)
     audit(sql, now, which, titled(run_uuid, run.name))
+
+
+def set_state(sql: Transaction, run: Run, state: str, waits: bool = True) -> None:
+    """Write that a run is open, paused or cancelled; *waits* False: and that it waits for no other any more."""
+    run.state = state
+    if not waits:
+        run.after, run.after_any = None, 0
+    sql.execute("UPDATE run SET state = ?, after = ?, after_any = ? WHERE id = ?",
+                (run.state, run.after, run.after_any, run.id))
+
+
+@operation
+def pause_run(sql: Transaction, now: Now, run_uuid: str) -> None:
+    """No task is handed out until the run is resumed. Raises NotFound, and Conflict for a cancelled one."""
+    run = find_run(sql, run_uuid)
+    if run.state == CANCELLED:
+        raise Conflict("run %s was cancelled, so there is nothing to pause: resume it first" % run_uuid)
+    set_state(sql, run, PAUSED)
+    audit(sql, now, "pause", titled(run_uuid, run.name))
+
+
+@operation
+def resume_run(sql: Transaction, now: Now, run_uuid: str) -> None:
+    """A run that was paused or cancelled is open again. Raises NotFound."""
+    run = find_run(sql, run_uuid)
+    set_state(sql, run, OPEN_RUN)
+    audit(sql, now, "resume", titled(run_uuid, run.name))
+
+
+@operation
+def cancel_run(sql: Transaction, now: Now, run_uuid: str) -> None:
+    """No task is handed out any more, and what computes is taken from its worker and waits. Raises NotFound.
+
+    As with a restart, the run's figures change at once, and its rows follow in slices.
+    """
+    run = find_run(sql, run_uuid, reading=True)
+    if run.sweep == CANCEL:
+        return
+    if run.sweep:
+        raise RunBusy(run_uuid)
+    set_state(sql, run, CANCELLED)
+    run.counts[WAITING] += run.counts[COMPUTING]
+    run.counts[COMPUTING] = 0
+    end_holds(sql, run, {})
+    sql.begin_sweep(run, CANCEL)
+    audit(sql, now, CANCEL, titled(run_uuid, run.name))
+
+
+@operation
+def cancel_tasks(sql: Transaction, now: Now, run_uuid: str, spans: Spans, left: Optional[Spans] = None) -> Optional[
+        Continue]:
+    """Tasks that are not done fail, without an attempt. Raises NotFound, and BadRequest when one is out of range.
+
+    *spans*: first and last number of each range. *left*: those that the slices before have left.
+    """
+    run = find_run(sql, run_uuid)
+    if left is None:
+        if spans[-1][1] >= run.num_tasks:
+            raise BadRequest(out_of_range(run, spans[-1][1]))
+        left = spans
+    sql.takes_long(sum(last + 1 - first for first, last in left))
+    while left:
+        (first, last), left = left[0], left[1:]
+        end = min(last, first + SLICE - 1)
+        if end < last:
+            left = ((end + 1, last), *left)
+        tasks = tasks_by_id(sql, range(run.first_id + first, run.first_id + end + 1))
+        changes = [(task, cancelled(task, milliseconds(now.utc))) for task in tasks]
+        change_many(sql, run, [(before, after) for before, after in changes if before != after])
+        if left and sql.over():
+            return Continue((run_uuid, spans, left))
+    audit(sql, now, CANCEL, "%s %s" % (titled(run_uuid, run.name), shortened(spans_text(spans))))
+    return None
+
+
+def spans_text(spans: Spans) -> str:
+    """Ranges of tasks as people write them."""
+    return ",".join("%d" % first if first == last else "%d-%d" % (first, last) for first, last in spans)
+
+
+@operation
+def extend_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int) -> None:
+    """The run has so many more tasks, which wait. Raises NotFound; BadRequest when they are too many for any run, and
+    Conflict when the ids that this one may still use are too few.
+    """
+    run = find_run(sql, run_uuid)
+    if run.num_tasks + num_tasks > MAX_TASKS:
+        raise BadRequest("run %s has %d tasks, and no run more than %d: make another one for the rest" % (
+            run_uuid, run.num_tasks, MAX_TASKS))
+    end = run.end_id
+    if end + num_tasks > run.ids_end:
+        ids_end = end + room_to_grow(num_tasks)
+        if run.ids_end != sql.value("SELECT next_task_id FROM farm") or ids_end > 2 ** 53:
+            raise Conflict("run %s can have %d tasks at most, since others were made after it: make another for the "
+                           "rest" % (run_uuid, run.ids_end - run.first_id))
+        sql.execute("UPDATE farm SET next_task_id = ?", (ids_end,))
+        run.ids_end = ids_end
+    if not run.num_untouched:
+        run.head, run.head_end = end, end + num_tasks
+    elif run.head_end == end:
+        run.head_end += num_tasks
+    elif not sql.execute("UPDATE untouched SET last = last + ? WHERE last = ?", (num_tasks, end - 1)).rowcount:
+        sql.execute("INSERT INTO untouched (last, first) VALUES (?, ?)", (end + num_tasks - 1, end))
+    run.num_tasks += num_tasks
+    run.num_untouched += num_tasks
+    run.counts[WAITING] += num_tasks
+    # One statement, as the table's CHECK wants it; what else has changed of the run is written with the others.
+    sql.execute("UPDATE run SET num_tasks = num_tasks + ?, num_waiting = num_waiting + ?, ids_end = ? WHERE id = ?",
+                (num_tasks, num_tasks, run.ids_end, run.id))
+    sql.changed[run.id] = run
+    audit(sql, now, "extend", titled(run_uuid, run.name))
 
 
 def end_holds(sql: Transaction, run: Run, spared: Mapping[int, int]) -> None:
@@ -2033,6 +2224,9 @@ def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str,
         return shown(sql, run, before[0])
     if not run.counts[WAITING]:
         return nothing_waiting(sql, now, run)
+    nothing = withheld(sql, run) if run.state != OPEN_RUN or run.after else None
+    if nothing is not None:
+        return nothing
     if worker.lease is not None:
         room_for(sql, worker)
     task = None
@@ -2072,6 +2266,9 @@ def claim_many(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, coun
         return [(task.id - run.first_id, task.attempt, task.millionths) for task in before]
     if not run.counts[WAITING]:
         return nothing_waiting(sql, now, run)
+    nothing = withheld(sql, run) if run.state != OPEN_RUN or run.after else None
+    if nothing is not None:
+        return nothing
     count = min(count, room_for(sql, worker), run.counts[WAITING])
     taken: List[Tuple[int, int, int]] = []
     while len(taken) < count and not (len(taken) >= SLICE and sql.over()):
@@ -2129,6 +2326,24 @@ def room_for(sql: Transaction, worker: Worker) -> int:
         raise Conflict("worker %s holds %d tasks, and no worker more: report some first, or let some go"
                        % (worker.uuid, MAX_BATCH))
     return room
+
+
+def withheld(sql: Transaction, run: Run) -> Optional[NothingWaiting]:
+    """Nothing of a run that is paused, cancelled or waits for another; None when it may begin, and that is written.
+
+    What it waits for is looked at with each claim: to tell all who wait for a run of its end would take long.
+    """
+    if run.state == PAUSED:
+        return NothingWaiting(WITHHELD_S)
+    if run.state == CANCELLED:
+        return NothingWaiting(None)
+    first = found_run(sql, run.after or "", None)     # a deleted one is over, and was not complete
+    begins = may_begin(first is None or first.is_over, first is not None and first.counts[DONE] == first.num_tasks,
+                       bool(run.after_any))
+    if not begins:
+        return NothingWaiting(WITHHELD_S if begins is None else None)
+    set_state(sql, run, OPEN_RUN, waits=False)
+    return None
 
 
 def nothing_waiting(sql: Transaction, now: Now, run: Run) -> NothingWaiting:
@@ -2226,7 +2441,7 @@ def remember_claim(sql: Transaction, worker: Worker, key: IdempotencyKey, given:
 
 @operation
 def answer_once(sql: Transaction, now: Now, key: IdempotencyKey, named: Operation,
-                render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
+                render: Callable[[Any], Tuple[int, bytes]]) -> Union[Continue, Tuple[int, bytes]]:
     """Run an operation once for a key: status and body of its answer, or those that were given before.
 
     *render* turns its result into them. What is refused is not remembered, since it has changed
@@ -2242,7 +2457,10 @@ def answer_once(sql: Transaction, now: Now, key: IdempotencyKey, named: Operatio
     if before is not None:
         request, _ = before
         key.compare(request)
-    status, body = render(named.function(sql, now, *named.args))
+    result = named.function(sql, now, *named.args)
+    if type(result) is Continue:
+        return Continue((key, Operation(named.function, result.args, named.reads), render))
+    status, body = render(result)
     cursor = sql.execute("INSERT OR REPLACE INTO answer (key, request, at, status, body) VALUES (?, ?, ?, ?, ?)",
                          (key.key, key.request, utc, status, body))
     sql.execute("DELETE FROM answer WHERE id <= ?", (int(cursor.lastrowid or 0) - KEYS_REMEMBERED,))
@@ -2809,12 +3027,16 @@ SWEEPS = {
         UPDATE task
         SET status = 0, failures = 0, losses = 0, hold = CASE WHEN hold = 4 THEN 3 ELSE hold END
         WHERE""", " id BETWEEN :first AND :last AND status = 3 AND status <> 2"),
+    CANCEL: ("""
+        UPDATE task
+        SET status = CASE WHEN status = 1 THEN 0 ELSE status END, hold = CASE WHEN hold > 5 THEN hold END
+        WHERE""", " id BETWEEN :first AND :last AND (status = 1 OR hold <= 5)"),
     DELETE: ("DELETE FROM task WHERE", " id BETWEEN :first AND :last"),
 }
 
 
 class Sweep:
-    """The rows of a restarted or deleted run follow, a slice at a time.
+    """The rows of a restarted, cancelled or deleted run follow, a slice at a time.
 
     The mark in the run's row is written with the run's new figures; it is taken off in the
     transaction of the last slice. A sweep may begin anew after a crash: a slice done twice is
@@ -4698,6 +4920,34 @@ class Entries(Field):
         return "it is malformed"
 
 
+class Ranges(Field):
+    """An array of ranges of tasks, [first, last] each; handlers get them in order."""
+    expected = "an array of 1 to %d ranges [first, last], of %d different tasks in all" % (MAX_SPANS, MAX_NAMED)
+
+    def check(self, name: str, value: Any) -> Tuple[Tuple[int, int], ...]:
+        """The ranges."""
+        if not (isinstance(value, list) and 1 <= len(value) <= MAX_SPANS and all(
+                isinstance(each, list) and len(each) == 2 and all(type(number) is int for number in each)
+                and 0 <= each[0] <= each[1] < MAX_TASKS for each in value)):
+            raise self.wrong(name, value)
+        spans = tuple(sorted((first, last) for first, last in value))
+        if any(before >= first for (_, before), (first, _) in zip(spans, spans[1:])) or (
+                sum(last + 1 - first for first, last in spans) > MAX_NAMED):
+            raise self.wrong(name, value)
+        return spans
+
+
+class Flag(Field):
+    """true or false."""
+    expected = "true or false"
+
+    def check(self, name: str, value: Any) -> bool:
+        """Which of them."""
+        if not isinstance(value, bool):
+            raise self.wrong(name, value)
+        return value
+
+
 class EntriesRead:
     """What has been read of an array of entries. Reading ends with the first few that are wrong."""
 
@@ -6471,7 +6721,8 @@ def run_json(run: Run) -> Dict[str, Any]:
     waiting, computing, done, failed = run.counts
     return {"id": run.id, "uuid": run.uuid, "numTasks": run.num_tasks, "percentDone": percent_done(run),
             "numWaiting": waiting, "numComputing": computing, "numDone": done, "numFailed": failed,
-            "name": run.name, "user": run.user_name, "maxFailures": run.limits.failures, "maxLosses": run.limits.losses,
+            "name": run.name, "user": run.user_name, "state": run.state, "after": run.after,
+            "afterAny": bool(run.after_any), "maxFailures": run.limits.failures, "maxLosses": run.limits.losses,
             "created": shown_seconds(run.created), "lastReport": shown_seconds(run.last_report),
             "hasWork": bool(run.has_work)}
 
@@ -6721,22 +6972,28 @@ WORK = Object({
 @route("POST", "/api/run", body={
     "numTasks": Integer(1, MAX_TASKS), "name": Text(128, required=False),
     "maxFailures": Integer(0, MAX_TRIES, required=False), "maxLosses": Integer(0, MAX_TRIES, required=False),
-    "work": WORK})
+    "after": Text(64, UUID_PATTERN, required=False), "afterAny": Flag(required=False), "work": WORK})
 def new_run(req: Request) -> Operation:
     """Make a run.
 
     maxFailures: a task fails for good when so many failures of it were reported (1); maxLosses: when it
-    has taken so many workers down (5); 0 for never. work: what its tasks are to do, {"command": [words], "folder",
-    "parameters"}. parameters: null, {"kind": "lines" or "table", "path", "size", "sha256"} or {"kind": "grid",
-    "grid": ["lr=0.1,0.01", ...]}. It is kept as it comes; the farm runs nothing and opens no file.
+    has taken so many workers down (5); 0 for never. after: the uuid of a run; no task is handed out before all of its
+    tasks are done, with afterAny before it is over. Once one was, the run waits for no other. work: what its tasks
+    are to do, {"command": [words], "folder", "parameters"}. parameters: null, {"kind": "lines" or "table", "path",
+    "size", "sha256"} or {"kind": "grid", "grid": ["lr=0.1,0.01", ...]}. It is kept as it comes; the farm runs nothing
+    and opens no file.
 
     201: the run; hasWork: whether it knows its work
+    errors: 404 no such run to wait for, 400 afterAny without it
     """
     fields = req.fields
+    if fields.get("afterAny") and "after" not in fields:
+        raise BadRequest("afterAny says how to wait for a run: name it by after")
     work = fields.get("work")
     return once(req, create_run(
         uuid.uuid4().hex, fields["numTasks"], fields.get("name"), fields.get("maxFailures", 1),
-        fields.get("maxLosses", 5), work and encode_json(work)).shown_as(show_run, 201))
+        fields.get("maxLosses", 5), fields.get("after"), fields.get("afterAny", False),
+        work and encode_json(work)).shown_as(show_run, 201))
 
 
 RUNS_PIECE = 250        # runs that are read and shown at a time: 3 ms, 90 kB
@@ -6819,6 +7076,51 @@ def begin_again(req: Request, run: str) -> Operation:
         raise BadRequest("all and status do not go together: status=failed restarts the failed tasks alone")
     which = next(iter(req.query.values()), "restart")
     return once(req, restart_run(run, which).shown_as(show_nothing))
+
+
+@route("POST", "/api/runs/<run>/pause")
+def pause(req: Request, run: str) -> Operation:
+    """Hand out no task of a run until it is resumed; what is computed goes on, and is reported.
+
+    204: it is paused
+    errors: 404 no such run, 409 it was cancelled
+    """
+    return once(req, pause_run(run).shown_as(show_nothing))
+
+
+@route("POST", "/api/runs/<run>/resume")
+def resume(req: Request, run: str) -> Operation:
+    """Hand out tasks of a run that was paused or cancelled again.
+
+    204: it is open
+    errors: 404 no such run
+    """
+    return once(req, resume_run(run).shown_as(show_nothing))
+
+
+@route("POST", "/api/runs/<run>/cancel", body={"tasks": Ranges(required=False)})
+def cancel(req: Request, run: str) -> Operation:
+    """Give a run up: none of its tasks is handed out any more, and those that are computed wait. Or some of its tasks:
+    those that are not done have failed, with the message "cancelled".
+
+    Workers lose what they hold of it. A restart undoes both, and resume the first.
+
+    204: it is cancelled, or they are
+    errors: 404 no such run, 400 a number out of range
+    """
+    spans = req.fields.get("tasks")
+    return once(req, (cancel_tasks(run, spans) if spans else cancel_run(run)).shown_as(show_nothing))
+
+
+@route("POST", "/api/runs/<run>/extend", body={"numTasks": Integer(1, MAX_TASKS)})
+def extend(req: Request, run: str) -> Operation:
+    """Give a run so many more tasks; their numbers follow those that it has.
+
+    204: it has them
+    errors: 404 no such run, 400 more than a run may have, 409 more than about ten times those that it began with, where
+    others were made after it
+    """
+    return once(req, extend_run(run, req.fields["numTasks"]).shown_as(show_nothing))
 
 
 @route("POST", "/api/runs/<run>/task", scope="work", body={"worker_uuid": UUID})
@@ -8410,6 +8712,51 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
     return run_uuid
 
 
+class HoldUp(NamedTuple):
+    """Why no task of a run is handed out."""
+    word: str
+    why: str                        # a sentence
+    for_good: bool                  # none will be by itself
+
+
+def hold_up(run: Mapping[str, Any], find: Callable[[str], Optional[Mapping[str, Any]]]) -> Optional[HoldUp]:
+    """Why no task of a run is handed out, None when some may be. *find* gives the run of a uuid, None for a deleted."""
+    verb = "'python3 taskfarm.py %%s %s' lets it go on" % run["uuid"][:8]
+    if run["state"] == "cancelled":
+        return HoldUp("cancelled", "the run was cancelled: " + verb % "resume", True)
+    if run["state"] == "paused":
+        return HoldUp("paused", "the run is paused: " + verb % "resume", False)
+    if not run["after"]:
+        return None
+    first, title = find(run["after"]), "run " + run["after"][:8]
+    if first is None:
+        return None if run["afterAny"] else HoldUp(
+            "never begins", "the run never begins: %s, for which it waits, was deleted" % title, True)
+    title = printable(first["name"] or title)
+    if first["state"] != "cancelled" and first["numWaiting"] + first["numComputing"]:
+        return HoldUp("waits", "the run begins when %s is over (%d of %s are done)" % (
+            title, first["numDone"], count_text(first["numTasks"], "task")), False)
+    if run["afterAny"] or first["numDone"] == first["numTasks"]:
+        return None
+    what, verb = ("was cancelled", "resume %s") if first["state"] == "cancelled" else (
+        "is over, and %s failed" % count_text(first["numFailed"], "task"), "restart %s --failed")
+    return HoldUp("never begins", "the run never begins: %s, for which it waits, %s: 'python3 taskfarm.py %s' "
+                  "changes that" % (title, what, verb % first["uuid"][:8]), True)
+
+
+def ask_hold_up(client: Client, run: Mapping[str, Any]) -> Optional[HoldUp]:
+    """The same, asking for the run that it waits for."""
+    def find(run_uuid: str) -> Optional[Mapping[str, Any]]:
+        try:
+            found: Mapping[str, Any] = client.ask("GET", "/api/runs/" + run_uuid)
+            return found
+        except NotFound:
+            return None
+        except Forbidden:           # a token for one run alone: we know that it waits, and not for how long
+            return dict(run, uuid=run_uuid, name=None, state="open")
+    return hold_up(run, find)
+
+
 def match_run(client: Client, text: str, changes: bool) -> str:
     """The same, of the client's farm alone."""
     if re.fullmatch("[0-9a-f]{32}", text):
@@ -9001,6 +9348,8 @@ class Grid(Parameters):
 
     def values(self, task: int) -> Dict[str, str]:
         """The combination of the task: its number, read with a digit for each axis."""
+        if task >= self.size:
+            raise IndexError(task)
         values = []
         for starts, pieces in reversed(self.axes):
             task, index = divmod(task, starts[-1])
@@ -9622,8 +9971,10 @@ ALL_CLAIMED = 16                    # a larger claim first asks how many tasks w
 
 # What the runner is told
 TasksClaimed = NamedTuple("TasksClaimed", [("tasks", List[Tuple[int, int]])])       # (task, attempt) of each
-# retry_s: until the first lease could end; None where none does. computing: tasks of others, when we have none.
-NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float]), ("computing", int)])
+# retry_s: until there may be one; None where none comes by itself. computing: tasks of others, when we have none.
+# held_up: by what, where tasks wait and none is handed out; it may last, so then computing is infinite.
+NoTaskClaimed = NamedTuple("NoTaskClaimed", [("retry_s", Optional[float]), ("computing", float),
+                                             ("held_up", Optional[HoldUp])])
 TasksHeld = NamedTuple("TasksHeld", [("tasks", Set[Tuple[int, int]])])      # when some may have been taken from us
 ReportRefused = NamedTuple("ReportRefused", [("report", Dict[str, Any]), ("why", str)])
 RunFigures = NamedTuple("RunFigures", [("run", Dict[str, Any])])        # as the API shows them
@@ -9785,8 +10136,12 @@ class Reporter:
         if answer is not None:
             event = TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]])
         else:
-            retry_s = self.client.retry_after
-            event = NoTaskClaimed(retry_s, self._figure("numComputing") if self.idle and retry_s is not None else 0)
+            retry_s, computing, held_up = self.client.retry_after, 0.0, None
+            if self.idle and retry_s is not None:
+                run = self.client.ask("GET", "/api/runs/" + self.run)
+                held_up = ask_hold_up(self.client, run) if run["numWaiting"] else None
+                computing = math.inf if held_up else run["numComputing"]
+            event = NoTaskClaimed(retry_s, computing, held_up)
         with self.changed:      # not before: a claim that ends by an error is repeated
             self.claim_count, self.open_claim = 0, None
         self.post(event)
@@ -10237,8 +10592,8 @@ class Supply:
         self.nothing_waits, self.idle_since = False, None
         self.ready.extend(ReadyTask(task, attempt, now) for task, attempt in tasks)
 
-    def none_left(self, now: float, retry_s: Optional[float], computing: int) -> None:
-        """The claim got nothing. *retry_s*: until the first lease could end; *computing*: tasks that may come back.
+    def none_left(self, now: float, retry_s: Optional[float], computing: float) -> None:
+        """The claim got nothing. *retry_s*: until there may be a task; *computing*: tasks that may come back.
 
         A worker that waits costs as much as one that computes. So it stays no longer than it would need for all that
         may come back. (Others give back within a second what they have claimed ahead.)
@@ -10287,6 +10642,7 @@ class TaskRunner:
         self.unconfirmed: List[Tuple[float, int, Command]] = []     # heap of ends, by the tick when they are confirmed
         self.first_ends = FirstEnds(run["numDone"], options.max_fails)
         self.ask_figures_at = 0.0           # tick: to judge the first ends
+        self.held_up = ""                   # why the farm hands out no task though some wait
         self.finished = 0                   # tasks whose end was reported
         self.failed = 0                     # those of them that failed
         # Time and signals
@@ -10417,7 +10773,7 @@ class TaskRunner:
         if self.supply.leaves:
             self.status = EXIT_DONE
             return True
-        if self.supply.idle_since is not None:
+        if self.supply.idle_since is not None and not self.held_up:
             self.display.say_once("no task waits now, but other workers still compute: this one stays%s, since their "
                                   "tasks may come back" % (" for a while" if self.options.idle_s < math.inf else ""))
         return False
@@ -10483,6 +10839,9 @@ class TaskRunner:
 
     def _on_no_task_claimed(self, event: NoTaskClaimed) -> None:
         self.supply.none_left(time.monotonic(), event.retry_s, event.computing)
+        if event.held_up and event.held_up.word != self.held_up:
+            self.display.say("%s; this worker stays for a while (with --idle 0 it would leave)" % event.held_up.why)
+        self.held_up = event.held_up.word if event.held_up else ""
 
     def _on_tasks_held(self, event: TasksHeld) -> None:
         self.supply.keep(event.tasks)
@@ -10528,7 +10887,7 @@ class TaskRunner:
             slot = self.slots.pop()
             try:
                 command = self.launcher.start(ready.task, ready.attempt, slot)
-            except (OSError, ValueError, Refusal) as error:
+            except (OSError, ValueError, IndexError, Refusal) as error:
                 self.slots.append(slot)
                 if not self._could_not_start(ready, error, now):
                     return
@@ -10548,6 +10907,9 @@ class TaskRunner:
             return False
         if number in (errno.ENOENT, errno.EACCES) and self.template.same_program:   # it was there when we began
             error = Refusal("%s cannot be started here (%s)" % (self.template.program, sentence))
+        if isinstance(error, IndexError):
+            error = Refusal("the run was extended, and there are no parameters for task %d: start this worker again "
+                            "with more of them" % ready.task)
         if isinstance(error, Refusal):
             self.supply.ready.appendleft(ready)
             self.stop_status = 1
@@ -10969,6 +11331,7 @@ class TaskRunner:
                         self._on_report_refused(event)
                 client.ask("DELETE", "/api/worker/" + self.uuid)
                 run = client.ask("GET", "/api/runs/" + self.run["uuid"])
+                held_up = ask_hold_up(client, run) if run["numWaiting"] else None
             except NotFound:
                 self.display.say("run %s was deleted" % self.run["uuid"])
                 self.status = EXIT_RUN_DELETED
@@ -10978,9 +11341,11 @@ class TaskRunner:
                 return
         self.display.show_run(run)
         self.display.say(state_counts(run))
+        if held_up:
+            self.display.say(held_up.why)
         if self.stop_reason:
             self.status = self.stop_status
-        elif run["numFailed"]:
+        elif run["numFailed"] or held_up and held_up.for_good:
             self.status = EXIT_TASKS_FAILED
 
     def _save_unsent(self, unsent: List[Dict[str, Any]], error: Exception) -> None:
@@ -12685,12 +13050,13 @@ class RunStatus(NamedTuple):
     why: str                            # least_s and most_s are not known
     memory: List[int]                   # bytes that the tasks which ended last had at their peak, ascending
     cpu_shares: List[float]             # how many processors they kept busy, ascending
+    held_up: Optional[HoldUp]           # why no task is handed out; None when some may be
     utc: float                          # seconds since 1970, by the server's clock
 
     @property
     def over(self) -> bool:
-        """Whether nothing waits and nothing computes."""
-        return not self.run["numWaiting"] + self.run["numComputing"]
+        """Whether no task is left to be done."""
+        return self.run["state"] == "cancelled" or not self.run["numWaiting"] + self.run["numComputing"]
 
     @property
     def hosts(self) -> int:
@@ -12735,7 +13101,10 @@ class RunMonitor:
             rate = watched
         started = parse_time(longest[0]["started"]) if longest else None
         least_s, most_s, why = estimate_time_left(run, rate, self.ends, None if started is None else utc - started)
-        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, utc)
+        held_up = ask_hold_up(self.client, run) if run["numWaiting"] else None
+        if held_up:
+            least_s, most_s, why = None, None, held_up.why
+        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, held_up, utc)
 
     def _ask_details(self, utc: float) -> None:
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
@@ -12787,7 +13156,7 @@ def recent_rate_text(rate: Optional[Rate]) -> str:
 def time_left_text(status: RunStatus) -> str:
     """The time left as a range, or why it is not known."""
     if status.least_s is None and status.why:
-        return "unknown: " + status.why
+        return status.why if status.held_up else "unknown: " + status.why
     return range_text(status.least_s, status.most_s)
 
 
@@ -12815,11 +13184,11 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
              "%s %s" % (state_bar(run, max((min(columns, 120) or 80) - len(share) - 3, 10), screen), share),
              *state_lines(run, screen)]
     if status.over:
-        facts = [("over", "all tasks are done" if not run["numFailed"] else
+        facts = [("over", status.why if status.held_up else "all tasks are done" if not run["numFailed"] else
                   "'python3 taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
-                 ("workers", workers_text(status))]
+        facts = [("rate", recent_rate_text(status.rate)), ("state" if status.held_up else "time left",
+                 time_left_text(status)), ("workers", workers_text(status))]
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
     lines += [fitting("%-11s%s" % fact) for fact in facts]
@@ -12894,7 +13263,7 @@ def status_json(status: RunStatus) -> Dict[str, Any]:
 def status_line(status: RunStatus) -> str:
     """A status in one line, for a log."""
     run = status.run
-    forecast = "over" if status.over else "%s, time left %s" % (
+    forecast = "over" if status.over else status.why if status.held_up else "%s, time left %s" % (
         rate_text(status.rate.per_s) if status.rate else "rate unknown", time_left_text(status))
     return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), forecast)
 
@@ -13413,6 +13782,7 @@ def cmd_new(args: argparse.Namespace) -> int:
       find . -name '*.nc' | sort > files
       python3 taskfarm.py new --lines files -- ./convert {}
       python3 taskfarm.py new 5000 --max-failures 3    tries each task three times
+      python3 taskfarm.py new 1 --after ice            begins when ice is done
     """
     number, parameters = chosen_size(args)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
@@ -13423,6 +13793,9 @@ def cmd_new(args: argparse.Namespace) -> int:
             print_notice(sentence)
     wait_for_access(args)
     with open_client(args) as client:
+        after = args.after or args.after_any
+        if after:
+            body.update(after=find_run_uuid(client, after, changes=True), afterAny=args.after_any is not None)
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
         if is_loopback(client.access.url) and (shutil.which("sbatch") or shutil.which("qsub")):
             print_notice("this farm can be reached from this machine alone: for jobs on other nodes start its server "
@@ -13458,16 +13831,21 @@ def cmd_list(args: argparse.Namespace) -> int:
         return 0
     screen, now = Screen(sys.stdout, os.environ), time.time() + client.clock_ahead_s
     runs = answer["data"]
+    by_uuid = {run["uuid"]: run for run in runs}
+    # One that is not in the list was deleted, or is not for us: that is not asked for each of many.
+    held_up = [hold_up(run, lambda uuid_: by_uuid.get(uuid_, dict(run, name=None))) if run["numWaiting"] else None  # noqa: B023
+               for run in runs]
+    states = [Column("state")] if any(held_up) else []
     table = Table([
         Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, optional=True),
         Column("computing", True, optional=True), Column("done", True, optional=True), Column("failed", True),
-        Column("age", True, optional=True), Column("user", optional=True), Column("name", can_shrink=True)],
+        *states, Column("age", True, optional=True), Column("user", optional=True), Column("name", can_shrink=True)],
         screen.columns)
     print_table(screen, table, [
         (short, run["numTasks"], percent_text(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
-         run["numComputing"], run["numDone"], run["numFailed"], time_since(run.get("created"), now), run.get("user"),
-         run.get("name"))
-        for run, short in zip(runs, short_uuids(runs, screen))])
+         run["numComputing"], run["numDone"], run["numFailed"], *((held.word if held else "") for _ in states),
+         time_since(run.get("created"), now), run.get("user"), run.get("name"))
+        for run, short, held in zip(runs, short_uuids(runs, screen), held_up)])
     if not runs:
         print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
     return 0
@@ -13641,6 +14019,102 @@ def cmd_workers(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_pause(args: argparse.Namespace) -> int:
+    """hand out no task of a run until it is resumed; what computes goes on
+
+    Workers without a task stay for a while (--idle of 'work'). Running commands end as ever, and are reported.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+
+    example:
+      python3 taskfarm.py pause antarctica
+    """
+    return change_run(args, "pause")
+
+
+def cmd_resume(args: argparse.Namespace) -> int:
+    """hand out tasks of a run again that was paused or cancelled
+
+    Tasks that were cancelled by their numbers have failed: 'restart RUN --failed' lets these wait again.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+
+    example:
+      python3 taskfarm.py resume antarctica
+    """
+    return change_run(args, "resume")
+
+
+def cmd_cancel(args: argparse.Namespace) -> int:
+    """give up a run, or some of its tasks; asks first
+
+    Workers end what they compute of it. What is done stays so, and nothing is deleted. A run that was
+    cancelled is over: its workers leave. 'resume' or 'restart' lets its other tasks be done all the same.
+
+    Tasks are named by their numbers and ranges of them. They have failed then, with the message
+    "cancelled", but for those that are done; 'restart RUN --failed' lets them wait again.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+
+    examples:
+      python3 taskfarm.py cancel antarctica
+      python3 taskfarm.py cancel antarctica --yes       does not ask: for scripts
+      python3 taskfarm.py cancel antarctica 13 17-20
+    """
+    with open_client(args) as client:
+        run_uuid = find_run_uuid(client, args.run, changes=True)
+        if not args.yes:
+            tasks = sum(last + 1 - first for first, last in args.tasks)
+            confirm_change(client, "cancel %s of" % count_text(tasks, "task") if tasks else "cancel", run_uuid,
+                           "What workers compute of it is ended.")
+        for body in [{"tasks": part} for part in split_ranges(args.tasks)] or [{}]:
+            client.ask("POST", run_path(run_uuid, "/cancel"), body)
+        print_counts(client, run_uuid)
+    return 0
+
+
+def split_ranges(ranges: Sequence[Tuple[int, int]]) -> List[List[Tuple[int, int]]]:
+    """Ranges of tasks in parts that a request may name."""
+    parts: List[List[Tuple[int, int]]] = []
+    room = 0
+    for first, last in sorted(ranges):
+        while first <= last:
+            if room <= 0 or len(parts[-1]) == MAX_SPANS:
+                parts.append([])
+                room = MAX_NAMED
+            end = min(last, first + room - 1)
+            parts[-1].append((first, end))
+            room -= end + 1 - first
+            first = end + 1
+    return parts
+
+
+def cmd_extend(args: argparse.Namespace) -> int:
+    """give a run N more tasks; their numbers follow those that it has
+
+    Workers of the run take them as the others. Those with --lines, --table or --grid have a number of
+    parameters: start them again with more. Those of the published client are to be started again as well.
+    RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
+
+    example:
+      python3 taskfarm.py extend antarctica 500
+    """
+    return change_run(args, "extend", {"numTasks": args.tasks})
+
+
+def change_run(args: argparse.Namespace, word: str, body: Optional[Dict[str, Any]] = None) -> int:
+    """Ask for a change of a run that has no answer, and show its figures."""
+    with open_client(args) as client:
+        run_uuid = find_run_uuid(client, args.run, changes=True)
+        client.ask("POST", run_path(run_uuid, "/" + word), body)
+        print_counts(client, run_uuid)
+    return 0
+
+
+def print_counts(client: Client, run_uuid: str) -> None:
+    """Print how many tasks of a run are in each state, and what holds it up."""
+    run = client.ask("GET", run_path(run_uuid))
+    held_up = ask_hold_up(client, run)
+    print("run %s: %s" % (run_uuid, state_counts(run) + ("; " + held_up.why if held_up else "")))
+
+
 def cmd_restart(args: argparse.Namespace) -> int:
     """let tasks of a run wait again: those that are not done, the failed ones, or all
 
@@ -13660,8 +14134,7 @@ def cmd_restart(args: argparse.Namespace) -> int:
         if args.all and not args.yes:
             confirm_change(client, "restart", run_uuid, "No task will count as done any more.")
         client.ask("POST", run_path(run_uuid, "/restart" + query))
-        run = client.ask("GET", run_path(run_uuid))
-    print("run %s: %s" % (run_uuid, state_counts(run)))
+        print_counts(client, run_uuid)
     return 0
 
 
@@ -14718,6 +15191,14 @@ whole_number = number_type(int, 0, 1e18, "a whole number from 0 on")        # th
 port_number = number_type(int, 0, 65535, "a port from 0 to 65535")
 
 
+def range_of_tasks(text: str) -> Tuple[int, int]:
+    """The first and the last number of 17-20, or of 13."""
+    match = re.fullmatch("([0-9]{1,10})(?:-([0-9]{1,10}))?", text, re.ASCII)
+    if not match or int(match.group(1)) > int(match.group(2) or match.group(1)):
+        raise argparse.ArgumentTypeError("must be a number of a task or a range of them as 17-20, not %r" % text)
+    return int(match.group(1)), int(match.group(2) or match.group(1))
+
+
 def numbers_of_clients(text: str) -> List[int]:
     """Whole numbers from 1 on, with commas between."""
     return [positive_number(word) for word in text.split(",")]
@@ -14834,7 +15315,8 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 # 'taskfarm.py --help' shows the verbs in this order, and those without a group at the end.
 VERB_GROUPS = (
     ("work on tasks", ("run", "new", "work", "status")),
-    ("look and keep", ("list", "tasks", "log", "workers", "restart", "delete", "progress")),
+    ("look and keep", ("list", "tasks", "log", "workers", "pause", "resume", "cancel", "extend", "restart", "delete",
+                       "progress")),
     ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
 )
 
@@ -14869,6 +15351,9 @@ def add_client_verbs(verbs: Any) -> None:
     new.usage = "taskfarm.py new N [options] [-- COMMAND ...]"
     new.set_defaults(words=[])
     add_run_options(new)
+    after = new.add_mutually_exclusive_group()
+    after.add_argument("--after", metavar="RUN", help="hand out no task before all tasks of that run are done")
+    after.add_argument("--after-any", metavar="RUN", help="nor before that run is over, also if tasks of it failed")
     add_client_verb(verbs, "list", cmd_list, reads=True)
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
@@ -14883,6 +15368,13 @@ def add_client_verbs(verbs: Any) -> None:
         "task", metavar="TASK", type=whole_number, help="its number")
     add_client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
         "--all", action="store_true", help="also those that have signed off or whose lease has run out")
+    add_client_verb(verbs, "pause", cmd_pause, run=True)
+    add_client_verb(verbs, "resume", cmd_resume, run=True)
+    cancel = add_client_verb(verbs, "cancel", cmd_cancel, run=True)
+    cancel.add_argument("tasks", metavar="TASKS", nargs="*", type=range_of_tasks, help="some of them, as 13 17-20")
+    cancel.add_argument("--yes", action="store_true", help="do not ask")
+    add_client_verb(verbs, "extend", cmd_extend, run=True).add_argument(
+        "tasks", metavar="N", type=positive_number, help="how many more")
     restart = add_client_verb(verbs, "restart", cmd_restart, run=True)
     restart.add_argument("--yes", action="store_true", help="do not ask")
     which = restart.add_mutually_exclusive_group()

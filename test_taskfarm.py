@@ -481,7 +481,8 @@ class Model:
         assert run["uuid"] not in self.runs
         assert re.fullmatch("[0-9a-f]{32}", run["uuid"])
         self.runs[run["uuid"]] = {"id": run["id"], "n": run["numTasks"], "tasks": {}, "name": name, "reported": False,
-                                  "failures": most_failures, "losses": most_losses, "work": work}
+                                  "failures": most_failures, "losses": most_losses, "work": work,
+                                  "state": "open", "after": run["after"], "any": run["afterAny"]}
 
     def task(self, run: str, number: int) -> Dict[str, Any]:
         """A copy of a task. `touch` gives the task itself, to be changed."""
@@ -506,6 +507,7 @@ class Model:
                 "numWaiting": counts["waiting"], "numComputing": counts["computing"],
                 "numDone": counts["done"], "numFailed": counts["failed"], "name": entry["name"],
                 "maxFailures": entry["failures"], "maxLosses": entry["losses"], "user": "ada",
+                "state": entry["state"], "after": entry["after"], "afterAny": entry["any"],
                 "hasWork": entry["work"] is not None}
 
     def task_json(self, run: str, number: int) -> Dict[str, Any]:
@@ -562,9 +564,28 @@ class Model:
             return 404
         return 409 if self.workers[worker]["signed off"] else 0
 
+    def withheld(self, run: str) -> str:
+        """Why a run hands out nothing though tasks wait: "for now", "for good", or "" if it does hand out some."""
+        entry = self.runs[run]
+        if not self.run_json(run)["numWaiting"]:
+            return ""
+        if entry["state"] != "open":
+            return "for now" if entry["state"] == "paused" else "for good"
+        if entry["after"] is None:
+            return ""
+        if entry["after"] not in self.runs:
+            return "" if entry["any"] else "for good"
+        first = self.run_json(entry["after"])
+        if first["state"] != "cancelled" and first["numWaiting"] + first["numComputing"]:
+            return "for now"
+        return "" if entry["any"] or first["numDone"] == first["numTasks"] else "for good"
+
     def assign(self, run: str, worker: str, count: int, begun: bool) -> List[int]:
         """Give the lowest tasks that wait to the worker."""
         given: List[int] = []
+        if self.withheld(run) or not self.run_json(run)["numWaiting"]:
+            return given
+        self.runs[run].update(after=None, any=False)
         for number in range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count)):
             if len(given) < count and self.task(run, number)["status"] == "waiting":
                 given.append(number)
@@ -590,6 +611,8 @@ class Model:
 
     def may_come_back(self, run: str) -> bool:
         """Whether the 204 of a claim says when to ask again."""
+        if self.withheld(run):
+            return self.withheld(run) == "for now"
         return any(task["hold"] == "active" and self.has_running_lease(task["worker"])
                    for task in self.runs[run]["tasks"].values())
 
@@ -670,6 +693,8 @@ class Model:
         """*everything*: True, False, or "failed" for the failed ones alone."""
         if run not in self.runs:
             return 404, None
+        if self.runs[run]["state"] == "cancelled":
+            self.runs[run]["state"] = "open"
         for number, task in self.runs[run]["tasks"].items():
             if everything is True:
                 self.note_taken(task)
@@ -686,6 +711,44 @@ class Model:
                 task.update(status="waiting", failures=0, losses=0, lost=False,
                             finished=task["finished"] and UNKNOWN)
         return 204, None
+
+    def set_state(self, run: str, word: str) -> int:
+        """Pause or resume a run: the status of the answer."""
+        if run not in self.runs:
+            return 404
+        if word == "pause" and self.runs[run]["state"] == "cancelled":
+            return 409
+        self.runs[run]["state"] = "paused" if word == "pause" else "open"
+        return 204
+
+    def cancel(self, run: str, numbers: Optional[List[int]]) -> int:
+        """Cancel these tasks of a run, all of it for None: the status of the answer."""
+        if run not in self.runs:
+            return 404
+        entry = self.runs[run]
+        if numbers is None:
+            entry["state"] = "cancelled"
+        elif max(numbers) >= entry["n"]:
+            return 400
+        for number in entry["tasks"] if numbers is None else numbers:
+            task = self.touch(run, number)
+            self.note_taken(task)
+            task["hold"] = ""
+            if numbers is None:
+                task["status"] = "waiting" if task["status"] == "computing" else task["status"]
+            elif task["status"] in ("waiting", "computing"):
+                task.update(dict.fromkeys(("exitCode", "memory", "cpu", "log")), status="failed", message="cancelled",
+                            finished=True)
+        return 204
+
+    def extend(self, run: str, more: int) -> int:
+        """Give a run more tasks: the status of the answer."""
+        if run not in self.runs:
+            return 404
+        if self.runs[run]["n"] + more > 2 ** 31 - 1:
+            return 400
+        self.runs[run]["n"] += more
+        return 204
 
     def register(self, worker: str, hostname: str, pid: int, lease: Optional[int] = None) -> int:
         entry = self.workers.setdefault(worker, {"hostname": hostname, "pid": pid, "revision": 0, "taken": False})
@@ -808,13 +871,19 @@ class Machine(RuleBasedStateMachine):
             self.remembered.append((path, body, key, worker, answer))
         return answer
 
-    @precondition(lambda self: len(self.model.runs) < 2)    # few, so that rules meet on the same tasks
-    @rule(target=runs, n=st.sampled_from([4, 3, 2, 5, 6, 1, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
+    @precondition(lambda self: len(self.model.runs) < 3)    # few, so that rules meet on the same tasks
+    @rule(target=runs, waits=st.sampled_from(["", "", "after", "any", "nowhere"]), dice=dices,
+          n=st.sampled_from([4, 3, 2, 5, 6, 1, 1000, 2 ** 31 - 1]), keyed=st.booleans(),
           more=st.fixed_dictionaries({}, optional={"name": st.sampled_from(["antarctica", "Ä b"]),
                                                    "maxFailures": st.sampled_from([0, 2, 1000]),
                                                    "maxLosses": st.sampled_from([0, 1, 2]),
                                                    "work": st.sampled_from([None, GRID_WORK])}))
-    def create(self, n: int, keyed: bool, more: Dict[str, Any]) -> str:
+    def create(self, n: int, keyed: bool, more: Dict[str, Any], waits: str = "",
+               dice: random.Random = random.Random(0)) -> str:     # noqa: B008
+        if waits == "nowhere":
+            assert self.farm.ask("POST", "/api/run", {"numTasks": n, "after": "f" * 32})[0] == 404
+        elif waits and self.model.runs:
+            more = dict(more, after=dice.choice(list(self.model.runs)), afterAny=waits == "any")
         status, run = self.post("/api/run", dict(more, numTasks=n), keyed)
         assert status == 201
         self.model.add_run(run, more.get("name"), more.get("maxFailures", 1), more.get("maxLosses", 5),
@@ -861,7 +930,7 @@ class Machine(RuleBasedStateMachine):
         assert answer[0] == status and (content is None or answer[1] == content)
 
     def check_retry_after(self, run: str, status: int) -> None:
-        """Retry-After stands in a 204 when leased tasks may come back, and only then."""
+        """Retry-After stands in a 204 when leased tasks may come back, or the run is held up, and only then."""
         pause = self.farm.retry_after
         assert (pause is not None) == (status == 204 and self.model.may_come_back(run))
         assert pause is None or 1 <= int(pause) <= 60
@@ -881,7 +950,7 @@ class Machine(RuleBasedStateMachine):
                 ("/api/runs/%s/task" % run, {"worker_uuid": "first" if worker != "first" else "a"}),
                 ("/api/runs/%s/tasks" % run, {"worker_uuid": worker or "first", "count": 9})) if other != (path, body)])
         status, content = self.farm.ask("POST", path, body, key)
-        self.model.renew_lease(body and body.get("worker_uuid"))
+        self.model.renew_lease((body or {}).get("worker_uuid"))
         if any(entry["signed off"] for entry in self.model.workers.values()):
             assert status in (answer[0], 409, 422)      # whether a claim of theirs is told again is left open
         elif not again:
@@ -996,7 +1065,30 @@ class Machine(RuleBasedStateMachine):
         got = self.post("/api/runs/%s/restart%s" % (run, word), None, keyed)[0]
         assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True")[0]
 
-    @precondition(lambda self: len(self.model.runs) == 2)
+    @rule(run=runs, word=st.sampled_from(["pause", "pause", "resume", "resume", "cancel"]), keyed=st.booleans())
+    def set_state(self, run: str, word: str, keyed: bool) -> None:
+        got = self.post("/api/runs/%s/%s" % (run, word), {} if keyed else None, keyed)[0]
+        assert got == (self.model.cancel(run, None) if word == "cancel" else self.model.set_state(run, word))
+
+    @rule(run=runs, numbers=st.sets(st.integers(0, 6), min_size=1), keyed=st.booleans())
+    def cancel_tasks(self, run: str, numbers: Set[int], keyed: bool) -> None:
+        wanted, ranges = sorted(numbers), []        # type: Tuple[List[int], List[List[int]]]
+        for number in wanted:
+            if ranges and ranges[-1][1] == number - 1 and number != 3:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        got = self.post("/api/runs/%s/cancel" % run, {"tasks": ranges[::-1]}, keyed)[0]
+        assert got == self.model.cancel(run, wanted)
+
+    @rule(run=runs, more=st.sampled_from([1, 1, 2, 3, 2 ** 31 - 1]), keyed=st.booleans())
+    def extend(self, run: str, more: int, keyed: bool) -> None:
+        entry = self.model.runs.get(run)
+        if entry is None or not 6 - more < entry["n"] < 1000 or more > 6:      # few tasks, or very many
+            got = self.post("/api/runs/%s/extend" % run, {"numTasks": more}, keyed)[0]
+            assert got == self.model.extend(run, more)
+
+    @precondition(lambda self: len(self.model.runs) >= 2)
     @rule(run=consumes(runs))
     def delete(self, run: str) -> None:
         assert self.farm.ask("DELETE", "/api/runs/" + run)[0] == self.model.delete(run)[0]
@@ -1036,7 +1128,8 @@ class Machine(RuleBasedStateMachine):
     def one_workers_life(self, run: str, worker: str, rival: str, dice: random.Random) -> None:
         """Some of the other rules in a row, on one worker: so they meet more often."""
         for _ in range(dice.randrange(4, 12)):
-            seldom = dice.choice(["sign off", "register", "restart", "put", "server"])
+            seldom = dice.choice(["sign off", "register", "restart", "put", "server", "cancel", "cancel tasks", "pause",
+                                  "resume", "resume", "resume", "extend"])
             act = dice.choice(["claim", "claim", "ahead", "rival", "rival", "report", "report", "end", "end", "silence",
                                "silence", "silence", "beat", "restart", seldom])
             if act == "claim":
@@ -1060,6 +1153,12 @@ class Machine(RuleBasedStateMachine):
                 self.register(worker, 7, 150)
             elif act == "restart":
                 self.restart(run, dice.choice(["", "?status=failed", "?all=True"]), False)
+            elif act in ("pause", "resume", "cancel"):
+                self.set_state(run, act, False)
+            elif act == "cancel tasks":
+                self.cancel_tasks(run, {dice.randrange(4) for _ in range(dice.choice([1, 2, 9]))}, dice.random() < 0.5)
+            elif act == "extend":
+                self.extend(run, 1, False)
             elif act == "put":
                 self.report(run, dice.randrange(3), None, dice.choice(["done", "waiting", "computing", "failed"]), {})
             else:
@@ -1191,8 +1290,8 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["run"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
-         ["tasks"], ["log"], ["workers"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"],
-         ["token", "revoke"], ["doctor"]]
+         ["tasks"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"], ["extend"], ["restart"], ["delete"],
+         ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"], ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -1371,7 +1470,7 @@ class Life:
         """Let one thing happen that may happen to the task as it is."""
         task, dice = self.task, self.dice
         self.now_ms += dice.randint(0, 5)
-        events = [self.restart]
+        events = [self.restart, self.cancel]
         if task.status == taskfarm.WAITING:
             events += [self.claim] * 8
         if task.hold is not None:
@@ -1435,8 +1534,25 @@ class Life:
         which, spared = self.dice.choice(RESTARTS), self.dice.random() < 0.5
         return taskfarm.restarted(self.task, which, spared)
 
+    def cancel(self) -> Task:
+        task = self.task
+        after = taskfarm.cancelled(task, self.now_ms)
+        assert not is_held(after) and taskfarm.cancelled(after, self.now_ms + 1) == after, "twice is once"
+        assert (after.failures, after.losses, after.attempt, after.millionths) == (
+            task.failures, task.losses, task.attempt, task.millionths)
+        if task.status in (taskfarm.DONE, taskfarm.FAILED):
+            assert after._replace(hold=task.hold) == task, "what has ended stays as it is"
+        else:
+            assert (after.status, after.message) == (taskfarm.FAILED, "cancelled")
+            for which in RESTARTS:
+                assert taskfarm.restarted(after, which, False).status == taskfarm.WAITING, "every restart undoes it"
+        return after
+
     def promises_hold(self) -> None:
         task, limits = self.task, self.limits
+        whole = taskfarm.restarted(task, taskfarm.CANCEL, True)
+        assert whole == task._replace(status=task.status if task.status != taskfarm.COMPUTING else taskfarm.WAITING,
+                                      hold=task.hold if (task.hold or 0) > taskfarm.GIVEN_UP else None)
         row = task._replace(run=1)
         self.table.execute("INSERT OR REPLACE INTO task (%s) VALUES (%s)" % (
             taskfarm.TASK_COLUMNS, ", ".join("?" * len(row))), row)     # raises where a CHECK does not hold
@@ -1469,6 +1585,14 @@ def test_whatever_happens_to_a_task_the_promises_hold(seed: int, events: int) ->
     for _ in range(events):
         life.go_on()
     life.table.close()
+
+
+@pytest.mark.parametrize("over, complete, whatever, begins", [
+    (False, False, False, None), (False, False, True, None), (True, False, False, False), (True, False, True, True),
+    (True, True, False, True), (True, True, True, True)])
+def test_when_a_run_that_waits_for_another_may_begin(
+        over: bool, complete: bool, whatever: bool, begins: Optional[bool]) -> None:
+    assert taskfarm.may_begin(over, complete, whatever) is begins
 
 
 def every_task() -> Iterator[Task]:
@@ -2246,18 +2370,75 @@ many_trials = settings(max_examples=20 if QUICK else 150, deadline=None, databas
                        suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("which", RESTARTS)
+@pytest.mark.parametrize("which", [*RESTARTS, taskfarm.CANCEL])
 def test_a_sweep_makes_of_each_task_what_the_rule_makes_of_it(trials: Direct, which: str) -> None:
     with trial_of(trials) as trial:
         planted = trial.plant([None, *every_task(), None])
         expected = [taskfarm.restarted(task, which, task.worker == 1) for task in planted]
-        trial.do(taskfarm.restart_run("r", which))
+        trial.do(taskfarm.cancel_run("r") if which == taskfarm.CANCEL else taskfarm.restart_run("r", which))
         seen = [trial.do(taskfarm.read_task("r", number)).task for number in range(len(planted))]
         assert seen == expected, "at once"
         assert trial.sql.holds.number(1) == sum(is_held(task) and task.worker == 1 for task in expected)
         trial.sweep()
         assert trial.rows() == expected
         trial.promises_hold()
+
+
+def test_cancelling_tasks_makes_of_each_what_the_rule_makes_of_it(trials: Direct) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task(), None, None])
+        first, last = 1, len(planted) - 2
+        trial.do(taskfarm.cancel_tasks("r", ((first, 700), (702, last))))
+        trial.promises_hold()
+        assert trial.rows() == [
+            taskfarm.cancelled(task, NOW_MS)._replace(run=trial.run.id) if number in range(first, last + 1)
+            and number != 701 else task for number, task in enumerate(planted)]
+
+
+@given(tasks=some_tasks, more=st.integers(1, 5), touched=st.sets(st.integers(0, 16), max_size=4), claimed=st.booleans())
+@many_trials
+def test_tasks_that_a_run_is_extended_by_are_as_those_of_a_new_one(
+        trials: Direct, tasks: List[Optional[Task]], more: int, touched: Set[int], claimed: bool) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant(tasks)
+        trial.do(taskfarm.extend_run("r", more))
+        trial.promises_hold()
+        assert trial.rows() == planted + [Task(planted[-1].id + number) for number in range(1, more + 1)]
+        assert trial.run.row() == trial.sql.one("SELECT " + taskfarm.Run.COLUMNS + " FROM run WHERE uuid = 'r'")
+        for number in sorted(touched):
+            if number < trial.run.num_tasks:
+                trial.do(taskfarm.report("r", None, Report(number, None, taskfarm.DONE)))
+        trial.do(taskfarm.extend_run("r", 2))
+        trial.promises_hold()
+        waiting = sum(task.status == taskfarm.WAITING for task in trial.rows())
+        if claimed:
+            assert waiting and len(trial.do(taskfarm.claim_many("r", "c", 100))) == waiting
+        else:
+            trial.do(taskfarm.cancel_tasks("r", ((0, trial.run.num_tasks - 1),)))
+        trial.promises_hold()
+
+
+def test_a_run_is_extended_ten_times_and_the_newest_without_end(store: Direct) -> None:
+    old, new = make_run(store, 5), make_run(store, 5)
+    for run, more, status in ((old, 1045, 204), (old, 1, 409), (new, 1045, 204), (new, 1, 204), (new, 10 ** 7, 204),
+                              (new, 2 ** 31 - 1, 400), (old, 1, 409)):
+        assert store.ask("POST", "/api/runs/%s/extend" % run, {"numTasks": more})[0] == status
+    later = make_run(store, 5)
+    assert store.ask("POST", "/api/runs/%s/extend" % new, {"numTasks": 10 ** 8 + 1000})[0] == 409
+    enlist(store, "c")
+    for run, number in ((old, 1049), (new, 10 ** 7 + 1050), (later, 0)):
+        assert report(store, run, number, status="done") == 204
+    assert store.wrong() == []
+
+
+def test_many_tasks_are_cancelled_with_a_key_in_slices(store: Direct) -> None:
+    run = a_run(store, 5000)
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.BATCH_S
+    for _ in range(2):
+        assert store.ask("POST", "/api/runs/%s/cancel" % run, {"tasks": [[0, 3999]]}, "key") == (204, None)
+        assert store.ask("GET", "/api/runs/" + run)[1]["numFailed"] == 4000
+    store.clock.step_s = 0.0
 
 
 def test_batches_of_claims_and_single_ones_make_of_each_task_what_the_rule_makes_of_it(trials: Direct) -> None:
@@ -2421,7 +2602,7 @@ def some_operation(dice: random.Random, runs: List[str]) -> Operation:
     run, worker, new = dice.choice(runs[-4:]), dice.choice("abcd"), "%x" % dice.getrandbits(64)
     if dice.random() < 0.03:
         runs.append(new)
-        return taskfarm.create_run(new, 9)
+        return taskfarm.create_run(new, 9, None, 1, 5, dice.choice([None, run]), dice.random() < 0.5)
     key = dice.choice([None, taskfarm.IdempotencyKey(bytes([dice.randrange(6)]) * 16, (worker + run).encode())])
     reports = [some_report(dice, number)._replace(attempt=None) for number in range(4)]
     return dice.choice([
@@ -2433,6 +2614,10 @@ def some_operation(dice: random.Random, runs: List[str]) -> Operation:
         lambda: taskfarm.report(run, dice.choice([None, worker, worker]), reports[dice.randrange(4)]),
         lambda: taskfarm.report_many(run, dice.choice([None, worker, worker]), reports),
         lambda: taskfarm.restart_run(run, dice.choice(RESTARTS)),
+        lambda: dice.choice([taskfarm.pause_run, taskfarm.resume_run, taskfarm.resume_run, taskfarm.cancel_run])(run),
+        lambda: taskfarm.cancel_tasks(run, ((0, 0), (2, 6))), lambda: taskfarm.extend_run(run, 2),
+        lambda: taskfarm.answer_once(taskfarm.IdempotencyKey(bytes([dice.randrange(9, 12)]) * 16, run.encode()),
+                                     taskfarm.cancel_tasks(run, ((1, 5),)), lambda _: (204, b"")),
         lambda: taskfarm.delete_run(run) if dice.random() < 0.3 else taskfarm.read_run(run),
         lambda: taskfarm.list_runs(0, 10),
         lambda: taskfarm.answer_once(taskfarm.IdempotencyKey(bytes([dice.randrange(6, 9)]) * 16, b"r"),
@@ -2472,6 +2657,7 @@ def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
             if failure == "full disk in a turn":
                 batch = []
                 store.turn()
+                before = before if store.sql.trouble else remembered(store)     # a slice that changes no row succeeds
             ended = store.apply(batch)
         failed = alone and [type(outcome) for _, outcome in ended] == [ZeroDivisionError]
         if failed or store.sql.trouble:
@@ -2523,6 +2709,8 @@ class Lives:
             ("PUT", path + "/tasks/%d" % dice.randrange(3), task), ("DELETE", path, None),
             ("PUT", path + "/tasks", {"worker_uuid": worker, "data": [{"task": 1, "status": "done"}]}),
             ("POST", path + "/restart" + dice.choice(["", "?all=True", "?status=failed"]), None),
+            ("POST", path + "/" + dice.choice(["pause", "resume", "resume", "cancel"]), None),
+            ("POST", path + "/cancel", {"tasks": [[1, 2]]}), ("POST", path + "/extend", {"numTasks": 1}),
             ("POST", "/api/worker", {"uuid": mine, "hostname": "h", "pid": 1, "lease": dice.choice([1, 5])}),
             ("POST", "/api/worker", {"uuid": mine, "hostname": "h", "pid": 1}), ("GET", path + "/tasks", None),
             ("GET", "/api/worker/" + worker, None), ("PUT", "/api/worker/" + worker, None),
@@ -2565,6 +2753,14 @@ def test_what_a_user_of_a_private_farm_is_told_does_not_depend_on_others(seed: i
         assert lives[0] == lives[1]
 
 
+def test_nobody_waits_for_a_run_of_another_user_in_a_private_farm(store: Direct) -> None:
+    store.farm.private = True
+    run = a_run(store, 2)
+    store.user = User(2, "bob", "", 1)
+    assert store.ask("POST", "/api/run", {"numTasks": 1, "after": run})[0] == 404
+    assert store.ask("POST", "/api/runs/%s/cancel" % run)[0] == 404
+
+
 def audit_of(farm: Any) -> List[Tuple[Any, ...]]:
     """User, action, object, address and times of each line."""
     store = farm.store if isinstance(farm, Direct) else farm.service.store
@@ -2579,6 +2775,10 @@ def test_what_is_made_changed_and_removed_is_in_the_audit_and_what_is_refused_is
     for word in ("?status=failed", "", "?all=True"):
         assert store.ask("POST", "/api/runs/%s/restart%s" % (run, word))[0] == 204
         store.settle()
+    for word, body in (("pause", {}), ("resume", {}), ("cancel", {"tasks": [[1, 2], [0, 0]]}), ("cancel", {}),
+                       ("extend", {"numTasks": 2})):
+        assert store.ask("POST", "/api/runs/%s/%s" % (run, word), body)[0] == 204
+        store.settle()
     assert store.ask("DELETE", "/api/runs/" + run)[0] == 204
     for method, path, status in (("DELETE", "", 404), ("POST", "/restart", 404), ("POST", "/restart?all=1", 404)):
         assert store.ask(method, "/api/runs/" + run + path)[0] == status
@@ -2589,12 +2789,13 @@ def test_what_is_made_changed_and_removed_is_in_the_audit_and_what_is_refused_is
     assert store.ask("DELETE", "/api/users/eve")[0] == 204
     store.store.call(taskfarm.add_user("ann", ADAS_HASH))
     lines = audit_of(store)
-    assert lines == [("ada", action, run + " tiles", "192.0.2.1", 1) for action in (
-        "new", "restart failed", "restart", "restart all", "delete")] + [
+    assert lines == [("ada", action, run + " tiles" + tasks, "192.0.2.1", 1) for action, tasks in (
+        ("new", ""), ("restart failed", ""), ("restart", ""), ("restart all", ""), ("pause", ""), ("resume", ""),
+        ("cancel", " 0,1-2"), ("cancel", ""), ("extend", ""), ("delete", ""))] + [
         (None, "user " + action, "eve", "192.0.2.1", 1) for action in ("add", "passwd", "remove")] + [
         (None, "user add", "ann", "", 1)]
-    answers = [store.ask("GET", "/api/audit?limit=4&after=%d" % after)[1] for after in (0, 4, 8)]
-    assert [(len(answer["data"]), answer["next"]) for answer in answers] == [(4, "4"), (4, "8"), (1, None)]
+    answers = [store.ask("GET", "/api/audit?limit=6&after=%d" % after)[1] for after in (0, 6, 12)]
+    assert [(len(answer["data"]), answer["next"]) for answer in answers] == [(6, "6"), (6, "12"), (2, None)]
     assert answers[0]["data"][0] == {"utc": "2023-11-14T22:13:20.000Z", "user": "ada", "action": "new", "times": 1,
                                      "object": run + " tiles", "address": "192.0.2.1"}
 
@@ -3594,6 +3795,36 @@ def test_no_request_costs_more_in_a_large_farm(store: Direct) -> None:
         assert large.steps <= small.steps * 1.2 + 10 and large.calls <= small.calls * 1.2 + 10, (name, small, large)
 
 
+def test_runs_that_are_held_up_cost_no_more_in_a_farm_of_many(store: Direct) -> None:
+    first, paused, given_up = (a_run(store, 1200) for _ in range(3))
+    assert store.ask("POST", "/api/runs/%s/pause" % paused)[0] == store.ask("POST", "/api/runs/%s/cancel" % given_up)[0]
+    waits = a_run(store, 1200, after=first)
+    held = {"paused": paused, "cancelled": given_up, "waits": waits}
+    cases: Dict[str, Callable[[], Operation]] = {
+        "claim": lambda: taskfarm.claim(first, "c"),
+        "end": lambda: taskfarm.report(first, "c", Report(0, None, taskfarm.DONE)),
+        "open claim in vain": lambda: taskfarm.claim("empty", "c"),
+        **{"claim of " + name: lambda run=run: taskfarm.claim(run, "c")     # type: ignore[misc]
+           for name, run in held.items()},
+        **{"batch of " + name: lambda run=run: taskfarm.claim_many(run, "c", 5)     # type: ignore[misc]
+           for name, run in held.items()},
+        **{"look at " + name: lambda run=run: taskfarm.read_run(run) for name, run in held.items()}}    # type: ignore[misc]
+    store.store.call(taskfarm.create_run("empty", 1))
+    assert isinstance(store.store.call(taskfarm.claim("empty", "c")), taskfarm.ShownTask)
+    costs: List[Dict[str, Cost]] = []
+    for size in (20, 20000):
+        store.store.call_all([taskfarm.create_run("%d-%d" % (size, number), 1, None, 1, 5, first)
+                              for number in range(size)])
+        costs.append({name: cost_of(store, named) for name, named in cases.items()})
+        store.settle()
+    for name in cases:
+        small, large = costs[0][name], costs[1][name]
+        assert large.statements <= small.statements and large.calls <= small.calls * 1.2 + 10, (name, small, large)
+        assert large.steps <= small.steps * 1.2 + 10, (name, small, large)
+    for name in held:
+        assert costs[1]["claim of " + name].calls <= costs[1]["open claim in vain"].calls + 25, name
+
+
 def test_no_request_about_a_worker_costs_more_when_it_holds_much(store: Direct) -> None:
     run = a_run(store, 200000)
     enlist(store, *("w%d" % number for number in range(200)))
@@ -3776,6 +4007,16 @@ BAD_BATCHES: List[Any] = [
     ("POST", "/api/runs/{run}/restart?all=False&status=failed", None, 400),
     ("POST", "/api/runs/{run}/restart?status=done", None, 404),
     ("POST", "/api/runs/none/restart?status=failed", None, 404),
+    *[("POST", "/api/runs/none/" + word, None, 404) for word in ("pause", "resume", "cancel")],
+    ("POST", "/api/runs/none/extend", {"numTasks": 1}, 404),
+    *[("POST", "/api/runs/{run}/extend", {"numTasks": number}, 400) for number in (0, -1, "1", 2 ** 31 - 1)],
+    ("POST", "/api/runs/{run}/extend", None, 400),
+    *[("POST", "/api/runs/{run}/cancel", {"tasks": ranges}, 400) for ranges in (
+        [], 5, [1], [[1]], [[2, 1]], [[-1, 1]], [[1, 2, 3]], [["1", 2]], [[True, 2]], [[1, 2], [2, 3]], [[0, 20000]],
+        [[0, 1], [20000, 20000]], [[0, 2 ** 40]], [[0, 100000]], [[0, 0]] * 1001, None)],
+    ("POST", "/api/run", {"numTasks": 1, "after": "none"}, 404), ("POST", "/api/run", {"numTasks": 1, "after": 7}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "afterAny": True}, 400),
+    ("POST", "/api/run", {"numTasks": 1, "after": "none", "afterAny": 1}, 400),
     *[("POST", "/api/worker", {"uuid": "z", "hostname": "n", "pid": 1, "lease": lease}, 400)
       for lease in BAD_LEASES],
     ("PUT", "/api/worker/a", {"held": 1}, 400),
@@ -7019,6 +7260,43 @@ if not QUICK:
         run.restart(everything=True)
         assert (run.numWaiting, run.percentDone) == (64, 0)
 
+    def test_the_published_client_at_a_run_that_is_paused_cancelled_extended_or_waits(farm: Live) -> None:
+        run = published_run(farm, numTasks=3)
+        second = farm.ask("POST", "/api/run", {"numTasks": 1, "after": run.uuid})[1]["uuid"]
+        worker, waits = (taskfarm_worker.TaskFarmWorker("ada", Live.PASSWORD, uuid, url_base=PLAIN_API % farm.port)
+                         for uuid in (run.uuid, second))
+        assert worker.task == 0 and waits.task is None
+
+        def change(word: str, **body: Any) -> None:
+            assert farm.ask("POST", "/api/runs/%s/%s" % (run.uuid, word), body)[0] == 204
+
+        def end_task() -> None:
+            worker.update(100)
+            worker.done()
+        change("pause")
+        end_task()
+        assert worker.task is None and run.numDone == 1
+        change("resume")
+        assert worker.task == 1
+        change("cancel", tasks=[[1, 1]])
+        worker.update(50)
+        assert run.getTaskInfo(1, "status") == "failed"
+        end_task()          # a result is taken from whoever names no claim
+        assert run.getTaskInfo(1, "status") == "done" and worker.task == 2
+        change("cancel")
+        worker.update(10)
+        assert (run.numWaiting, run.numComputing) == (1, 0)
+        end_task()
+        change("extend", numTasks=1)
+        assert worker.task is None and waits.task is None and run.info("")["numTasks"] == 4
+        change("resume")
+        worker = taskfarm_worker.TaskFarmWorker(        # one that is older knows no more tasks than there were
+            "ada", Live.PASSWORD, run.uuid, url_base=PLAIN_API % farm.port)
+        assert worker.task == 3
+        end_task()
+        assert waits.task == 0
+        assert len(taskfarm_worker.tfRuns("ada", Live.PASSWORD, url_base=PLAIN_API % farm.port)) == 2
+
     def test_the_published_command_line(farm: Live) -> None:
         def manage(*words: str) -> str:
             done = subprocess.run([sys.executable, "-m", "taskfarm_worker.manage", "-u", "ada", "-p", Live.PASSWORD,
@@ -9444,6 +9722,62 @@ def test_a_run_that_is_deleted_ends_its_commands(server: Process, tmp_path: Path
     assert not any(map(alive, pids_in(tmp_path / "pids")))
 
 
+def test_a_worker_stays_at_a_paused_run_and_leaves_a_cancelled_one(server: Process, tmp_path: Path) -> None:
+    run = new_run(server, 10)
+    assert server.ask("POST", "/api/runs/%s/pause" % run)[0] == 204
+    assert "the run is paused: 'python3 taskfarm.py resume %s'" % run[:8] in Work(
+        server, run, "--idle", "0", "--", "true").end(0)
+    (tmp_path / "pids").mkdir()
+    work = Work(server, run, "-j", "2", "--grace", "0.1", "--", *stubborn(tmp_path / "pids"),
+                tweak="taskfarm.HEARTBEAT_S = 0.05; taskfarm.IDLE_LEAST_S = 0")
+    wait_until(lambda: "this worker stays for a while" in work.shown())
+    time.sleep(0.6)
+    assert work.shown().count("the run is paused") == 1 and work.process.poll() is None
+    assert server.ask("POST", "/api/runs/%s/resume" % run)[0] == 204
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 4)
+    assert server.ask("POST", "/api/runs/%s/cancel" % run, {"tasks": [[0, 0]]})[0] == 204
+    wait_until(lambda: len(pids_in(tmp_path / "pids")) == 6)
+    assert "task 0 was taken from this worker: its command is ended" in work.shown()
+    assert server.ask("POST", "/api/runs/%s/cancel" % run)[0] == 204
+    shown = work.end(3)
+    assert "the run was cancelled: 'python3 taskfarm.py resume %s' lets it go on" % run[:8] in shown
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+    assert counts(server, run) == (9, 0, 0, 1)
+
+
+def test_a_worker_begins_when_the_run_before_is_over_and_leaves_where_that_does_not_help(server: Process) -> None:
+    first = new_run(server, 2, name="first")
+    second, third = (new_run(server, 1, after=first, afterAny=any_end) for any_end in (False, True))
+    works = [Work(server, run, "--", "echo", "begun") for run in (second, third)]
+    for work in works:
+        wait_until(lambda work=work: "the run begins when first is over (0 of 2 tasks are done)" in work.shown())  # type: ignore[misc]
+    assert server.ask("PUT", "/api/runs/%s/tasks/0" % first, {"status": "failed"})[0] == 204
+    assert server.ask("PUT", "/api/runs/%s/tasks/1" % first, {"status": "done"})[0] == 204
+    why = "the run never begins: first, for which it waits, is over, and 1 task failed: 'python3 taskfarm.py restart %s"
+    assert why % first[:8] in works[0].end(3) and works[0].printed() == ""
+    works[1].end(0)
+    assert works[1].printed() == "begun\n"
+    assert server.ask("GET", "/api/runs/" + third)[1]["after"] is None
+    assert server.ask("DELETE", "/api/runs/" + first)[0] == 204
+    assert "never begins: run %s, for which it waits, was deleted" % first[:8] in Work(
+        server, second, "--", "echo", "begun").end(3)
+
+
+def test_a_worker_without_parameters_for_tasks_that_came_later_says_so(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("a\nb\n")
+    run = new_run(server, 2)
+    script = "[ {task} = 0 ] || { touch %s/on; while [ ! -e %s/go ]; do sleep 0.02; done; }; echo {line}" % (
+        tmp_path, tmp_path)
+    work = Work(server, run, "--lines", str(tmp_path / "lines"), "--", "sh", "-c", script)
+    wait_until((tmp_path / "on").exists)
+    assert server.ask("POST", "/api/runs/%s/extend" % run, {"numTasks": 1})[0] == 204
+    (tmp_path / "go").touch()
+    with pytest.raises(IndexError):
+        taskfarm.Grid(["a=1,2", "b=1..3"]).values(6)
+    assert "there are no parameters for task 2: start this worker again with more" in work.end(1)
+    assert counts(server, run) == (1, 0, 2, 0) and work.printed() == "a\nb\n"
+
+
 def test_a_task_that_was_taken_away_is_given_up(server: Process, tmp_path: Path) -> None:
     run = new_run(server, 2)
     work = Work(server, run, "--grace", "0.1", "--", "sh", "-c", "touch %s/on-{task}-{attempt}; [ {attempt} = 2 ] || "
@@ -11170,6 +11504,47 @@ def test_what_workers_left_keeps_nobody_waiting_where_nothing_answers(tmp_path: 
     done = run_verb("list", XDG_STATE_HOME=str(tmp_path), TASKFARM_URL="https://127.0.0.1:1", TASKFARM_TOKEN="tf1.x")
     assert done.returncode == 5 and done.stderr.count("could not be sent") == 1 and done.stderr.count("\n") < 5
     assert len(list((tmp_path / "taskfarm").iterdir())) == 20
+
+
+def test_a_run_is_paused_resumed_extended_and_cancelled(farm: Live) -> None:
+    run = verb(farm, "new", "4", "--name", "tiles").strip()
+    second, third = (verb(farm, "new", "1", word, "tiles").strip() for word in ("--after", "--after-any"))
+    assert "0 done" in verb(farm, "pause", "tiles") and "state      the run is paused: " in verb(farm, "status", run)
+    listed = [line.split()[7] for line in verb(farm, "list").splitlines()]
+    assert listed == ["state", "paused", "waits", "waits"]
+    assert "paused" not in verb(farm, "resume", "tiles")
+    assert "6 waiting" in verb(farm, "extend", "tiles", "2")
+    assert "2 failed, 0 computing, 4 waiting" in verb(farm, "cancel", "tiles", "0", "3-3", "--yes")
+    assert [task["message"] for task in farm.ask("GET", "/api/runs/%s/tasks?status=failed" % run)[1]["data"]] == [
+        "cancelled"] * 2
+    assert "(0 to 5), not 6" in verb(farm, "cancel", "tiles", "0-6", "--yes", status=1)
+    assert "cancel 2 tasks of run" in verb(farm, "cancel", "tiles", "1-2", stdin="y\n", status=1), "a pipe cannot agree"
+    terminal = Terminal(["cancel", "tiles"], as_ada(farm))
+    terminal.wait_for("[y/N]")
+    terminal.type("y\r")
+    assert terminal.end() == 0 and "the run was cancelled" in terminal.shown
+    assert "was cancelled, so there is nothing to pause: resume it first" in verb(farm, "pause", "tiles", status=1)
+    assert "over       the run was cancelled: " in verb(farm, "status", run)
+    assert json.loads(verb(farm, "status", run, "--json"))["over"] and "was cancelled" in verb(farm, "status", second)
+    listed = [line.split()[7] for line in verb(farm, "list").splitlines()]
+    assert listed == ["state", "cancelled", "never", "-"]
+    assert "cancelled" not in verb(farm, "restart", "tiles", "--failed")
+    assert farm.ask("GET", "/api/runs/" + run)[1]["state"] == "open"
+    verb(farm, "delete", "tiles", "--yes")
+    assert "never begins: run %s, for which it waits, was deleted" % run[:8] in verb(farm, "status", second)
+    assert "unknown" in verb(farm, "status", third)
+    verb(farm, "new", "1", "--after", "tile", status=1)
+    verb(farm, "cancel", second, "5-2", status=2)
+
+
+def test_ranges_are_split_into_what_a_request_may_name() -> None:
+    most = taskfarm.MAX_NAMED
+    assert taskfarm.split_ranges([]) == []
+    assert taskfarm.split_ranges([(5, 6), (1, 1)]) == [[(1, 1), (5, 6)]]
+    assert taskfarm.split_ranges([(0, 9), (20, 2 * most)]) == [
+        [(0, 9), (20, most + 9)], [(most + 10, 2 * most)]]
+    parts = taskfarm.split_ranges([(2 * number, 2 * number) for number in range(2500)])
+    assert list(map(len, parts)) == [1000, 1000, 500]
 
 
 def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
