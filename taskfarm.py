@@ -52,10 +52,12 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/runs                      all runs, in order of creation, as {"data": [...]}; user: who made it
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
-    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
-    POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
+    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those; a body selects
+                                                 some of them: tasks, exitCode, like
+    POST   /api/runs/<run>/task           claim a task for worker_uuid, or that task; 204 when none waits
     POST   /api/runs/<run>/tasks          claim up to count tasks; of more than 200, as many as there is time for
-    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?limit=, ?after=
+    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?tasks=13,17-20,
+                                                 ?limit=, ?after=
     PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
     PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed;
@@ -105,7 +107,8 @@ Promises
     4. percentDone is the exact mean of percentCompleted over all tasks.
     5. A refused request has changed nothing; reading never writes (but for the audit, that somebody has logged in).
     6. A run costs the same to create whatever its size, and ids are never used again.
-    7. A restart or a deletion happens wholly or not at all, as clients see it.
+    7. A restart or a deletion happens wholly or not at all, as clients see it. A restart with a body takes the tasks
+       one after another; said again, it does the rest.
     8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
        claimed the task. A report that names worker or attempt counts once, however often it comes.
     9. A task of a worker whose lease has run out, or who has signed off, waits again.
@@ -474,6 +477,30 @@ class Limits(NamedTuple):
     """After how many failures or losses a task of a run has failed for good; 0 for never."""
     failures: int = 1
     losses: int = 5
+
+
+class Selection(NamedTuple):
+    """Which tasks of a run somebody means. Each field narrows; None does not."""
+    spans: Optional[Sequence[Tuple[int, int]]] = None   # first and last numbers, in order, none in two
+    exit_code: Optional[int] = None     # of the last failure; like *like*, it selects failed tasks alone
+    like: Optional[str] = None          # what the message contains; a * in it stands for anything
+
+    @property
+    def failed_only(self) -> bool:
+        """Whether it selects no others than failed tasks."""
+        return (self.exit_code, self.like) != (None, None)
+
+    def judges(self, task: Task) -> bool:
+        """Whether it selects a task within its spans; a message is compared with single blanks, as lists show it."""
+        if self.failed_only and task.status != FAILED or self.exit_code not in (None, task.exit_code):
+            return False
+        message, at = " ".join((task.message or "").split()), 0
+        for part in " ".join((self.like or "").split()).split("*"):
+            found = message.find(part, at)
+            if found < 0:
+                return False
+            at = found + len(part)
+        return True
 
 
 def is_held(task: Task) -> bool:
@@ -1704,21 +1731,32 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
 
 @read_operation
 def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int], order: str, limit: int,
-               after: str) -> Page:
-    """A page of a run's tasks: ShownTask of each.
+               after: str, spans: Sequence[Tuple[int, int]] = ()) -> Page:
+    """A page of a run's tasks: ShownTask of each. *spans*: first and last numbers of those that are wanted, if not all.
 
     *order*: "task" by number, "started" those that compute, the longest ago first, "finished" those that are, the
     latest first. *after*: what the page before said, or "". Untouched tasks are listed too, and not written. Raises
-    NotFound, and BadRequest for another *after*, or for "started" with another status than COMPUTING.
+    NotFound, and BadRequest for another *after*, a number out of range, spans by time, or for "started" with another
+    status than COMPUTING.
     """
     run = find_run(sql, run_uuid)
     sql.takes_long(limit)
+    if spans and order != "task":
+        raise BadRequest("tasks= lists tasks by number: leave order out")
+    whole_spans = spans_of(run, spans)
     if order == "task":
         if after and not (after.isascii() and after.isdigit()) or len(after) > 18:
             raise BadRequest("after must be what the page before gave as next")
-        first = run.first_id + (int(after) + 1 if after else 0)
-        tasks, last = by_number(sql, run, status, limit, first)
-        following = None if last is None else str(last - run.first_id)
+        tasks: List[Task] = []
+        following, first = None, int(after) + 1 if after else 0
+        wanted = [span for span in whole_spans if span[1] >= first]
+        for at, (begin, end) in enumerate(wanted, 1):
+            found, last = by_number(sql, run, status, limit - len(tasks), run.first_id + max(begin, first),
+                                    run.first_id + end + 1)
+            tasks += found
+            if last is not None or at < len(wanted) and (len(tasks) == limit or at == SPANS_AT_ONCE):
+                following = str(end if last is None else last - run.first_id)
+                break
     else:
         if order == "started" and status not in (None, COMPUTING):
             raise BadRequest("order=started lists tasks that compute: leave status out, or say computing")
@@ -1726,14 +1764,24 @@ def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int],
     return Page([shown(sql, run, task) for task in tasks], following)
 
 
-def by_number(sql: Transaction, run: Run, status: Optional[int], limit: int,
-              first: int) -> Tuple[List[Task], Optional[int]]:
-    """Up to *limit* tasks with ids from *first* on, and the last id that was looked at, None at the end.
+SPANS_AT_ONCE = 200     # that are looked at for a page: then it is short
+
+
+def spans_of(run: Run, spans: Optional[Sequence[Tuple[int, int]]]) -> Sequence[Tuple[int, int]]:
+    """First and last numbers of tasks of the run, all of it for none. Raises BadRequest when one is out of range."""
+    if spans and spans[-1][1] >= run.num_tasks:
+        raise BadRequest(out_of_range(run, spans[-1][1]))
+    return spans or [(0, run.num_tasks - 1)]
+
+
+def by_number(sql: Transaction, run: Run, status: Optional[int], limit: int, first: int,
+              end: int) -> Tuple[List[Task], Optional[int]]:
+    """Up to *limit* tasks with ids from *first* on, below *end*, and the last id looked at, None when that is the end.
 
     Waiting, computing and failed ones are found by an index, untouched ones in their intervals.
     Those that are done, by looking at PAGE_ROWS rows at most.
     """
-    select, end = "SELECT " + TASK_COLUMNS + " FROM task ", run.end_id
+    select = "SELECT " + TASK_COLUMNS + " FROM task "
     if status is None:
         last = min(first + limit, end) - 1
         touched = {task.id: task for task in sql.tasks(select + "WHERE id BETWEEN ? AND ?", first, last)}
@@ -1753,19 +1801,19 @@ def by_number(sql: Transaction, run: Run, status: Optional[int], limit: int,
         ORDER BY id
         LIMIT ?""", status, first, end, limit)
     if status == WAITING:
-        tasks = sorted(tasks + untouched_tasks(sql, run, first, limit), key=operator.attrgetter("id"))[:limit]
+        tasks = sorted(tasks + untouched_tasks(sql, run, first, limit, end), key=operator.attrgetter("id"))[:limit]
     return tasks, tasks[-1].id if len(tasks) == limit else None
 
 
-def untouched_tasks(sql: Transaction, run: Run, first: int, limit: int) -> List[Task]:
-    """Up to *limit* untouched tasks with ids from *first* on."""
+def untouched_tasks(sql: Transaction, run: Run, first: int, limit: int, end: int) -> List[Task]:
+    """Up to *limit* untouched tasks with ids from *first* on, below *end*."""
     spans = [(run.head_end - 1, run.head)] if first < run.head_end else []
     spans += sql.all("""
         SELECT last, first FROM untouched
         WHERE last >= ? AND last < ?
         ORDER BY last
         LIMIT ?""", max(first, run.head_end), run.end_id, limit)
-    ids = itertools.chain.from_iterable(range(max(begin, first), end + 1) for end, begin in spans)
+    ids = itertools.chain.from_iterable(range(max(begin, first), min(last + 1, end)) for last, begin in spans)
     return [Task(task_id) for task_id in itertools.islice(ids, limit)]
 
 
@@ -1982,6 +2030,43 @@ def restart_run(sql: Transaction, now: Now, run_uuid: str, which: str) -> None:
     audit(sql, now, which, titled(run_uuid, run.name))
 
 
+@operation
+def restart_some(sql: Transaction, now: Now, run_uuid: str, which: str, selection: Selection, reached: int = 0,
+                 restarted_before: int = 0) -> Union[Continue, int]:
+    """Of the tasks that `restart_run` would let wait, only those that are selected, one after another; how many.
+
+    Raises NotFound, and BadRequest for a number out of range. *reached* and *restarted_before*: the number up to which
+    the slices before have come, and what they restarted. Others come between slices, so that nobody waits, whatever the
+    size of the run; what they do to a task behind that number stays.
+    """
+    run = find_run(sql, run_uuid)
+    spans = spans_of(run, selection.spans)
+    sql.takes_long(sum([last + 1 - first for first, last in spans]))
+    number = restarted_before
+    select = "SELECT " + TASK_COLUMNS + " FROM task " + (
+        "INDEXED BY task_open WHERE status = 3 AND status <> 2 AND" if selection.failed_only or which == RESTART_FAILED
+        else "WHERE") + " id BETWEEN ? AND ? ORDER BY id LIMIT ?"
+    for first, last in spans:
+        reached = max(reached, first)
+        while reached <= last:
+            tasks = sql.tasks(select, run.first_id + reached, run.first_id + last, SLICE)
+            changes = []
+            for task in filter(selection.judges, tasks):
+                held = is_held(task)
+                after = restarted(task, which, held and sql.leases.runs(task.worker, now))  # type: ignore[arg-type]
+                if after != task:
+                    changes.append((task, after))
+                    if held:
+                        sql.leases.taken_from(task.worker)      # type: ignore[arg-type]
+            change_many(sql, run, changes)
+            number += len(changes)
+            reached = tasks[-1].id + 1 - run.first_id if len(tasks) == SLICE else last + 1
+            if sql.over():
+                return Continue((run_uuid, which, selection, reached, number))
+    audit(sql, now, which, "%s, %d of its tasks" % (titled(run_uuid, run.name), number))
+    return number
+
+
 def end_holds(sql: Transaction, run: Run, spared: Mapping[int, int]) -> None:
     """Every worker but those *spared* loses the tasks of the run that it holds."""
     for worker_id, tasks in list(sql.holds.workers_of(run.id).items()):
@@ -1991,23 +2076,30 @@ def end_holds(sql: Transaction, run: Run, spared: Mapping[int, int]) -> None:
 
 
 @operation
-def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str,
-          key: "Optional[IdempotencyKey]" = None) -> Union[ShownTask, NothingWaiting]:
-    """Give the lowest waiting task to the worker, or say that none waits.
+def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, key: "Optional[IdempotencyKey]" = None,
+          number: Optional[int] = None) -> Union[ShownTask, NothingWaiting]:
+    """Give the lowest waiting task to the worker, or task *number*, or say that none waits.
 
-    Raises NotFound for worker and run; Conflict for a worker that has signed off, or has a lease
-    and holds all it may; Unprocessable for a key that came with another claim.
+    Raises NotFound for worker, run and number; Conflict for a worker that has signed off, or has a lease
+    and holds all it may, and for a number that does not wait; Unprocessable for a key that came with another claim.
     """
     worker, run = claimant(sql, now, worker_uuid), find_run(sql, run_uuid)
     before = earlier_claim(sql, now, worker, key) if key else []
     if before:
         return shown(sql, run, before[0])
+    task = None
+    if number is not None:
+        task = find_task(sql, run, number)
+        if task.status != WAITING:
+            raise Conflict("task %d is %s, and a task that does not wait cannot be claimed" % (
+                number, STATUS[task.status]))
     if not run.counts[WAITING]:
         return nothing_waiting(sql, now, run)
     if worker.lease is not None:
         room_for(sql, worker)
-    task = None
-    if run.counts[WAITING] > run.num_untouched:       # some task that waits has a row
+    if task is not None:
+        remember_ends(sql, [task])
+    elif run.counts[WAITING] > run.num_untouched:       # some task that waits has a row
         row = sql.execute(LOWEST_WAITING, (run.first_id, run.head if run.num_untouched else run.end_id, 1)).fetchone()
         if row is not None:
             task = Task._make(row)
@@ -2197,7 +2289,7 @@ def remember_claim(sql: Transaction, worker: Worker, key: IdempotencyKey, given:
 
 @operation
 def answer_once(sql: Transaction, now: Now, key: IdempotencyKey, named: Operation,
-                render: Callable[[Any], Tuple[int, bytes]]) -> Tuple[int, bytes]:
+                render: Callable[[Any], Tuple[int, bytes]]) -> Union[Continue, Tuple[int, bytes]]:
     """Run an operation once for a key: status and body of its answer, or those that were given before.
 
     *render* turns its result into them. What is refused is not remembered, since it has changed
@@ -2213,7 +2305,10 @@ def answer_once(sql: Transaction, now: Now, key: IdempotencyKey, named: Operatio
     if before is not None:
         request, _ = before
         key.compare(request)
-    status, body = render(named.function(sql, now, *named.args))
+    result = named.function(sql, now, *named.args)
+    if type(result) is Continue:
+        return Continue((key, Operation(named.function, result.args, named.reads), render))
+    status, body = render(result)
     cursor = sql.execute("INSERT OR REPLACE INTO answer (key, request, at, status, body) VALUES (?, ?, ?, ?, ?)",
                          (key.key, key.request, utc, status, body))
     sql.execute("DELETE FROM answer WHERE id <= ?", (int(cursor.lastrowid or 0) - KEYS_REMEMBERED,))
@@ -4579,6 +4674,37 @@ class Choice(Field):
         return self.choices[value]
 
 
+def parse_span(text: str) -> Tuple[int, int]:
+    """The first and the last number of 13 or 17-20. Raises ValueError for another text."""
+    match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text, re.ASCII)
+    if not match:
+        raise ValueError(text)
+    first, last = match.groups()
+    return int(first), int(last or first)
+
+
+class Spans(Field):
+    """Numbers of tasks, as [[13, 13], [17, 20]] or "13,17-20"."""
+    expected = "numbers of tasks, as [[13, 13], [17, 20]] or '13,17-20'"
+
+    def check(self, name: str, value: Any) -> Tuple[Tuple[int, int], ...]:
+        """First and last numbers, in order, and no number in two of them."""
+        spans: List[Tuple[int, int]] = []
+        try:
+            for first, last in sorted(map(parse_span, value.split(",")) if isinstance(value, str) else value):
+                if not (type(first) is type(last) is int and 0 <= first <= last < MAX_TASKS):
+                    raise ValueError
+                if spans and first <= spans[-1][1] + 1:
+                    first, before = spans.pop()
+                    last = max(last, before)
+                spans.append((first, last))
+        except (ValueError, TypeError):
+            raise self.wrong(name, value)
+        if not spans:
+            raise self.wrong(name, value)
+        return tuple(spans)
+
+
 class Entries(Field):
     """An array of objects with these fields, the first of which tells them apart; handlers get *kind* of their values.
 
@@ -6684,28 +6810,39 @@ def drop_run(req: Request, run: str) -> Operation:
 
 @route("POST", "/api/runs/<run>/restart", query={
     "all": Choice({"True": "restart all", "False": "restart"}, required=False, refusal=NotFound),
-    "status": Choice({"failed": "restart failed"}, required=False, refusal=NotFound)})
+    "status": Choice({"failed": "restart failed"}, required=False, refusal=NotFound)}, body={
+        "tasks": Spans(required=False), "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
+        "like": Message(MESSAGE_LIMIT, required=False)})
 def begin_again(req: Request, run: str) -> Operation:
     """Let tasks wait again: those not done at 100 percent, or with ?status=failed the failed ones, ?all=True every one.
 
-    204: they wait
-    errors: 404 no such run, or another value of all or status; 400 both of them
+    A body narrows that, to tasks: [[first, last], ...]; to the failed ones with that exitCode; to those whose message
+    contains like, in which * stands for anything. These are restarted one after another, and others come between.
+
+    204: they wait; with a body 200: {"restarted": n}
+    errors: 404 no such run, or another value of all or status; 400 both of them, or a number out of range
     """
     if len(req.query) > 1:
         raise BadRequest("all and status do not go together: status=failed restarts the failed tasks alone")
     which = next(iter(req.query.values()), "restart")
+    if req.fields:
+        selection = Selection(*map(req.fields.get, ("tasks", "exitCode", "like")))
+        return once(req, restart_some(run, which, selection).shown_as(
+            lambda number: json_reply(200, {"restarted": number})))
     return once(req, restart_run(run, which).shown_as(show_nothing))
 
 
-@route("POST", "/api/runs/<run>/task", scope="work", body={"worker_uuid": UUID})
+@route("POST", "/api/runs/<run>/task", scope="work", body={
+    "worker_uuid": UUID, "task": Integer(0, MAX_TASKS - 1, required=False)})
 def claim_task(req: Request, run: str) -> Operation:
-    """Hand out the lowest waiting task.
+    """Hand out the lowest waiting task, or the one that is named.
 
     201: the task, now computing
     204: nothing is waiting; with Retry-After when leased tasks may come back
-    errors: 400 worker_uuid missing, 404 no such worker or run, 409 the worker has signed off, or holds all it may
+    errors: 400 worker_uuid missing, 404 no such worker, run or number, 409 the worker has signed off, or holds all it
+    may, or the task that is named does not wait
     """
-    return claim(run, req.fields["worker_uuid"], idempotency_key(req)).shown_as(show_claimed)
+    return claim(run, req.fields["worker_uuid"], idempotency_key(req), req.fields.get("task")).shown_as(show_claimed)
 
 
 @route("POST", "/api/runs/<run>/tasks", scope="work", body={"worker_uuid": UUID, "count": Integer(1, MAX_BATCH)})
@@ -6751,19 +6888,19 @@ def will_not_do(said: Report) -> Optional[str]:
 @route("GET", "/api/runs/<run>/tasks", query={
     "status": Choice(dict(zip(STATUS, range(4))), required=False),
     "order": Choice({word: word for word in ("task", "started", "finished")}, required=False),
-    "limit": PAGE["limit"], "after": Text(40, required=False)})
+    "limit": PAGE["limit"], "after": Text(40, required=False), "tasks": Spans(required=False)})
 def tasks_page(req: Request, run: str) -> Operation:
     """A page of the tasks of a run by number, or by time those that compute (started) or have ended (finished).
 
-    Pass next as after for more.
+    Pass next as after for more. tasks=13,17-20 lists only these, by number; their pages may be short.
 
     200: {"data": [task, ...], "next"}; next is null at the end
-    errors: 404 no such run
+    errors: 404 no such run; 400 a number out of range, or tasks with an order by time
     """
     query = req.query
     limit = query.get("limit", DEFAULT_PAGE)
-    return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", "")).shown_as(
-        show_page, task_json, big_answer=limit > BIG_PAGE)
+    return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", ""),
+                      query.get("tasks", ())).shown_as(show_page, task_json, big_answer=limit > BIG_PAGE)
 
 
 @route("PUT", "/api/runs/<run>/tasks", scope="work", body={
