@@ -29,6 +29,7 @@ import contextlib
 import csv
 import decimal
 import errno
+import fnmatch
 import fcntl
 import functools
 import hashlib
@@ -561,10 +562,11 @@ class Model:
             return 404
         return 409 if self.workers[worker]["signed off"] else 0
 
-    def assign(self, run: str, worker: str, count: int, begun: bool) -> List[int]:
-        """Give the lowest tasks that wait to the worker."""
+    def assign(self, run: str, worker: str, count: int, begun: bool, only: Optional[int] = None) -> List[int]:
+        """Give the lowest tasks that wait to the worker, or only that one."""
         given: List[int] = []
-        for number in range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count)):
+        lowest = range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count))
+        for number in lowest if only is None else [only]:
             if len(given) < count and self.task(run, number)["status"] == "waiting":
                 given.append(number)
                 task = self.touch(run, number)
@@ -572,11 +574,15 @@ class Model:
                             lost=False, started=begun, finished=False)
         return given
 
-    def claim(self, run: str, worker: str) -> Answer:
+    def claim(self, run: str, worker: str, number: Optional[int] = None) -> Answer:
         status = self.claim_refusal(worker, run)
         if status:
             return status, None
-        given = self.assign(run, worker, 1, True)
+        if number is not None and number >= self.runs[run]["n"]:
+            return 404, None
+        if number is not None and self.task(run, number)["status"] != "waiting":
+            return 409, None
+        given = self.assign(run, worker, 1, True, number)
         return (201, self.task_json(run, given[0])) if given else (204, None)
 
     def claim_batch(self, run: str, worker: str, count: int) -> Answer:
@@ -665,11 +671,23 @@ class Model:
             task["status"] = status
             task["finished"] = task["finished"] and UNKNOWN
 
-    def restart(self, run: str, everything: Any) -> Answer:
-        """*everything*: True, False, or "failed" for the failed ones alone."""
+    def selects(self, body: Dict[str, Any], number: int, task: Dict[str, Any]) -> bool:
+        """Whether a restart with this body is meant for a task."""
+        message = " ".join((task["message"] or "").split())
+        return any(first <= number <= last for first, last in body.get("tasks", [(number, number)])) and (
+            task["status"] == "failed" or not {"exitCode", "like"} & set(body)) and (
+            task["exitCode"] == body.get("exitCode", task["exitCode"])) and (
+            "like" not in body or fnmatch.fnmatchcase(message, "*%s*" % body["like"]))
+
+    def restart(self, run: str, everything: Any, body: Optional[Dict[str, Any]] = None) -> Answer:
+        """*everything*: True, False, or "failed" for the failed ones alone. How many it restarts is left open."""
         if run not in self.runs:
             return 404, None
+        if any(last >= self.runs[run]["n"] for _, last in (body or {}).get("tasks", [])):
+            return 400, None
         for number, task in self.runs[run]["tasks"].items():
+            if not self.selects(body or {}, number, task):
+                continue
             if everything is True:
                 self.note_taken(task)
                 task.update(status="waiting", millionths=0, failures=0, losses=0, exitCode=None, message=None, hold="",
@@ -684,7 +702,7 @@ class Model:
                     self.lapse(run, number, "restarted")
                 task.update(status="waiting", failures=0, losses=0, lost=False,
                             finished=task["finished"] and UNKNOWN)
-        return 204, None
+        return 200 if body else 204, None
 
     def register(self, worker: str, hostname: str, pid: int, lease: Optional[int] = None) -> int:
         entry = self.workers.setdefault(worker, {"hostname": hostname, "pid": pid, "revision": 0, "taken": False})
@@ -769,6 +787,9 @@ ends = st.fixed_dictionaries({}, optional={     # what a report says of an end; 
     "exitCode": st.sampled_from([0, 1, -9, 2 ** 31 - 1]), "log": st.sampled_from(["", "/logs/7.log"]),
     "message": st.sampled_from(["", "no space left\non device", "\0ü"]),
     "memory": st.sampled_from([0, 1, 2 ** 53]), "cpu": st.sampled_from([0, 0.5, 1000000000])})
+selections = st.fixed_dictionaries({}, optional={       # what the body of a restart says
+    "tasks": st.lists(st.sampled_from([[0, 0], [1, 1], [1, 2], [0, 3], [2, 5]]), min_size=1, max_size=3),
+    "exitCode": st.sampled_from([0, 1]), "like": st.sampled_from(["", "no space left on", "n*left*dev", "left*no"])})
 
 
 class Machine(RuleBasedStateMachine):
@@ -801,7 +822,7 @@ class Machine(RuleBasedStateMachine):
         self.keys += 1
         key = "key %d" % self.keys
         answer = self.farm.ask("POST", path, body, key)
-        if answer[0] in (201, 204) and not (worker and answer[0] == 204):
+        if answer[0] in (200, 201, 204) and not (worker and answer[0] == 204):
             self.remembered = [entry for entry in self.remembered if not worker or entry[3] != worker][-5:]
             self.remembered.append((path, body, key, worker, answer))
         return answer
@@ -835,11 +856,12 @@ class Machine(RuleBasedStateMachine):
             self.register(name, 7, lease)
         return str(self.create(n, False, {"maxFailures": 2, "maxLosses": most}))
 
-    @rule(run=runs, worker=names, keyed=st.booleans(), again=st.booleans())
-    def claim(self, run: str, worker: str, keyed: bool, again: bool) -> None:
-        answer = self.post("/api/runs/%s/task" % run, {"worker_uuid": worker}, keyed, worker)
+    @rule(run=runs, worker=names, keyed=st.booleans(), again=st.booleans(), number=st.none() | st.none() | numbers)
+    def claim(self, run: str, worker: str, keyed: bool, again: bool, number: Optional[int] = None) -> None:
+        body = {"worker_uuid": worker} if number is None else {"worker_uuid": worker, "task": number}
+        answer = self.post("/api/runs/%s/task" % run, body, keyed, worker)
         self.check_retry_after(run, answer[0])
-        self.compare_task(run, answer, self.model.claim(run, worker))
+        self.compare_task(run, answer, self.model.claim(run, worker, number))
         if again:
             self.claim(run, worker, False, False)
 
@@ -987,10 +1009,11 @@ class Machine(RuleBasedStateMachine):
         if run in self.model.runs:
             assert self.farm.ask("PUT", "/api/runs/%s/tasks" % run, body)[0] == 400
 
-    @rule(run=runs, word=st.sampled_from(["", "", "?all=True", "?all=False", "?status=failed"]), keyed=st.booleans())
-    def restart(self, run: str, word: str, keyed: bool) -> None:
-        got = self.post("/api/runs/%s/restart%s" % (run, word), None, keyed)[0]
-        assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True")[0]
+    @rule(run=runs, word=st.sampled_from(["", "", "?all=True", "?all=False", "?status=failed"]), keyed=st.booleans(),
+          body=st.none() | selections)
+    def restart(self, run: str, word: str, keyed: bool, body: Optional[Dict[str, Any]] = None) -> None:
+        got = self.post("/api/runs/%s/restart%s" % (run, word), body, keyed)[0]
+        assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True", body)[0]
 
     @precondition(lambda self: len(self.model.runs) == 2)
     @rule(run=consumes(runs))
@@ -1055,11 +1078,24 @@ class Machine(RuleBasedStateMachine):
             elif act == "register":
                 self.register(worker, 7, 150)
             elif act == "restart":
-                self.restart(run, dice.choice(["", "?status=failed", "?all=True"]), False)
+                self.restart(run, dice.choice(["", "?status=failed", "?all=True"]), False, dice.choice(
+                    [None, {"tasks": [[0, 0]]}, {"exitCode": 1}]))
             elif act == "put":
                 self.report(run, dice.randrange(3), None, dice.choice(["done", "waiting", "computing", "failed"]), {})
             else:
                 self.server_restarts()
+
+    @rule(run=runs, status=statuses, limit=st.integers(1, 4), wanted=st.sets(st.integers(0, 5), min_size=1))
+    def list_some_tasks(self, run: str, status: Optional[str], limit: int, wanted: Set[int]) -> None:
+        """Those with these numbers, some pages of which are short."""
+        if run in self.model.runs:
+            path, words = "/api/runs/%s/tasks" % run, ["limit=%d" % limit, "tasks=" + ",".join(map(str, wanted))]
+            words += ["status=" + status] if status else []
+            if max(wanted) >= self.model.runs[run]["n"]:
+                assert self.farm.ask("GET", path + "?" + "&".join(words))[0] == 400
+                return
+            assert [task["task"] for task in walk(self.farm, path, *words)] == [
+                number for number in sorted(wanted) if status in (None, self.model.task(run, number)["status"])]
 
     @rule(run=runs, status=st.sampled_from([None, "waiting", "computing", "done", "failed"]), limit=st.integers(1, 4))
     def list_tasks(self, run: str, status: Optional[str], limit: int) -> None:
@@ -1495,7 +1531,7 @@ class StoreMachine(Machine):
     def open(self, path: str) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(taskfarm.Sweep, "SLICE", 2)
-        for name in ("SMALL", "SLICE", "REPORTS_SLICE"):
+        for name in ("SMALL", "SLICE", "REPORTS_SLICE", "SPANS_AT_ONCE"):
             self.patch.setattr(taskfarm, name, 2)
         self.farm = Direct(path, FakeClock(step_s=taskfarm.BATCH_S * 0.6))
 
@@ -2252,6 +2288,28 @@ def test_a_sweep_makes_of_each_task_what_the_rule_makes_of_it(trials: Direct, wh
         trial.promises_hold()
 
 
+@pytest.mark.parametrize("selection", [
+    taskfarm.Selection([(3, 9), (12, 12), (400, 900)]), taskfarm.Selection(exit_code=3), taskfarm.Selection(like="w*y"),
+    taskfarm.Selection([(0, 700)], 3, "why"), taskfarm.Selection(exit_code=4), taskfarm.Selection(like="y*w")], ids=str)
+@pytest.mark.parametrize("which", RESTARTS)
+def test_a_restart_of_some_makes_of_those_what_the_rule_makes_of_each(
+        trials: Direct, which: str, selection: taskfarm.Selection) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task(), None])
+        expected = [taskfarm.restarted(task, which, task.worker == 1) if selection.judges(task) and any(
+            first <= number <= last for first, last in selection.spans or [(0, len(planted))]) else task
+            for number, task in enumerate(planted)]
+        revision = trial.sql.leases.revision_of(1)
+        assert trial.do(taskfarm.restart_some("r", which, selection)) == sum(
+            before != after for before, after in zip(planted, expected))
+        assert trial.rows() == expected
+        taken = any(is_held(task) and not is_held(after) and task.worker == 1
+                    for task, after in zip(planted, expected))
+        assert (trial.sql.leases.revision_of(1) > revision) == taken, "its worker learns that a task was taken from it"
+        trial.promises_hold()
+        assert trial.do(taskfarm.restart_some("r", which, selection)) == 0, "twice is once"
+
+
 def test_batches_of_claims_and_single_ones_make_of_each_task_what_the_rule_makes_of_it(trials: Direct) -> None:
     tasks = [*every_task(), None, None, None, Task(0, 1, taskfarm.DONE), None]
     for count, singly in ((5000, False), (700, False), (700, True)):
@@ -2445,7 +2503,7 @@ def failing(named: Operation, error: Exception) -> Operation:
 def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(taskfarm.Sweep, "SLICE", 2)
-    for name in ("SMALL", "SLICE", "REPORTS_SLICE"):
+    for name in ("SMALL", "SLICE", "REPORTS_SLICE", "SPANS_AT_ONCE"):
         monkeypatch.setattr(taskfarm, name, 2)
     dice, clock = random.Random(seed), FakeClock(step_s=taskfarm.BATCH_S * 0.3)
     direct = Direct(str(tmp_path / "f"), clock)
@@ -3738,6 +3796,79 @@ def test_restarts_take_failed_tasks_in_and_set_the_counters_back(store: Direct) 
     assert beat(store, "b")[0] == 0
 
 
+def test_a_restart_takes_the_tasks_that_its_body_selects(store: Direct) -> None:
+    run = a_run(store, 9)
+    for number, (code, message) in enumerate([(137, "killed"), (1, "no /a/b:\n  7"), (1, "no /c: 9"), (1, None)]):
+        report(store, run, number, status="failed", exitCode=code, message=message)
+    report(store, run, 8, status="done")
+
+    def restart(query: str = "", **body: Any) -> List[int]:
+        """How many were restarted, and the numbers of those that have still failed, or are done."""
+        status, answer = store.ask("POST", "/api/runs/%s/restart%s" % (run, query), body)
+        return [answer["restarted"] if status == 200 else status] + [
+            number for number in range(9) if look(store, run, number)[0] in ("failed", "done")]
+    assert restart(exitCode=7) == [0, 0, 1, 2, 3, 8]
+    assert restart(exitCode=137) == [1, 1, 2, 3, 8]
+    assert restart(like="no *: *", tasks=[[2, 8]]) == [1, 1, 3, 8]
+    assert restart(like="no /a/b: 7") == [1, 3, 8], "a message is compared as lists show it"
+    assert restart(tasks=[[8, 8], [3, 3], [0, 0]]) == [1, 8], "what is done stays"
+    assert restart("?all=True", tasks=[[7, 8]]) == [1]
+    assert restart(tasks=[[3, 9]]) == [400]
+    store.ask("DELETE", "/api/runs/" + run)
+    assert store.ask("POST", "/api/runs/%s/restart" % run, {"exitCode": 1})[0] == 404
+
+
+def test_who_computes_a_task_that_is_restarted_learns_it(store: Direct) -> None:
+    run = a_run(store, 4)
+    assert [take(store, run, worker)["task"] for worker in "abc"] == [0, 1, 2]
+    before = [beat(store, worker) for worker in "abc"]
+    assert store.ask("POST", "/api/runs/%s/restart" % run, {"tasks": [[0, 2]]}) == (200, {"restarted": 1})
+    assert [beat(store, worker) for worker in "ab"] == before[:2], "a lease runs: left alone"
+    assert beat(store, "c")[0] == 0 and beat(store, "c")[1] > before[2][1]
+    assert store.ask("POST", "/api/runs/%s/restart?all=True" % run, {"tasks": [[1, 3]]}) == (200, {"restarted": 2})
+    assert beat(store, "a") == before[0] and beat(store, "b")[0] == 0 and beat(store, "b")[1] > before[1][1]
+
+
+@pytest.mark.parametrize("body", [{"like": ""}, {"tasks": [[0, 8999]]}], ids=str)
+def test_a_large_restart_of_some_lets_others_come_between_and_happens_once_for_a_key(
+        store: Direct, body: Dict[str, Any]) -> None:
+    run = a_run(store, 9000)
+    for first in range(0, 9000, 3000):
+        assert tell_batch(store, run, *({"task": number, "status": "failed"} for number in range(first, first + 3000)))
+    selection = taskfarm.Selection(body.get("tasks"), None, body.get("like"))
+    key, asking = taskfarm.IdempotencyKey(b"k" * 16, b"r" * 16), taskfarm.restart_some(run, "restart", selection)
+    slow = taskfarm.answer_once(key, asking, lambda number: (200, b"%d" % number))
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.SLICE_S
+    ended, claimed = store.store.apply([slow]), []
+    while not ended:
+        ended = store.store.apply([taskfarm.claim(run, "c")])
+        claimed += [outcome.number for named, outcome in ended if named is not slow]
+        ended = [entry for entry in ended if entry[0] is slow]
+    store.clock.step_s = 0.0
+    assert ended[0][1] == (200, b"9000") and len(claimed) > 10, "each as soon as a task waits"
+    assert figures(store, run)[0] == 9000 - len(claimed)
+    report(store, run, 8999, status="failed")
+    assert store.store.call(taskfarm.answer_once(key, asking, lambda _: (200, b""))) == (200, b"9000")
+    assert look(store, run, 8999)[0] == "failed", "it was done already"
+
+
+def test_a_single_task_is_claimed_by_its_number(store: Direct) -> None:
+    run = a_run(store, 9)
+
+    def take_one(number: int, worker: str = "a", key: str = "") -> Any:
+        status, task = store.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": worker, "task": number}, key)
+        return task["attempt"] if status == 201 and task["task"] == number else status
+    assert take_one(5, key="k") == take_one(5, key="k") == 1
+    assert take_one(5, "b") == 409 and take_one(9) == 404
+    assert take_batch(store, run, "b", 9) == [0, 1, 2, 3, 4, 6, 7, 8]
+    report(store, run, 5, worker_uuid="a", attempt=1, status="waiting")
+    assert take_one(5, "b") == 2
+    assert report(store, run, 5, worker_uuid="a", attempt=1, status="waiting") == 204, "known, when it comes again"
+    report(store, run, 5, worker_uuid="b", attempt=2, status="done")
+    assert take_one(5) == 409 and take_one(0) == 409
+
+
 def test_a_loss_that_a_restart_forgot_is_not_undone_once_more(store: Direct) -> None:
     run = a_run(store, 1)
     take(store, run, "a")
@@ -3768,6 +3899,15 @@ BAD_BATCHES: List[Any] = [
     ("POST", "/api/runs/{run}/restart?all=False&status=failed", None, 400),
     ("POST", "/api/runs/{run}/restart?status=done", None, 404),
     ("POST", "/api/runs/none/restart?status=failed", None, 404),
+    *[("POST", "/api/runs/{run}/restart", {"tasks": spans}, 400) for spans in (
+        [], None, 5, "", "1,", "2-1", "-1", "1-2-3", [[1]], [[1, 2, 3]], [["1", "2"]], [1], [[2, 1]], [[-1, 0]],
+        [[0, 1.0]], [[True, 1]], [[0, 2 ** 31]], {"0": 1}, "\u0661")],
+    ("POST", "/api/runs/{run}/restart", {"exitCode": "1"}, 400),
+    ("POST", "/api/runs/{run}/restart", {"like": "x" * 2001}, 400),
+    ("POST", "/api/runs/{run}/task", {"worker_uuid": "a", "task": -1}, 400),
+    ("POST", "/api/runs/{run}/task", {"worker_uuid": "a", "task": None}, 400),
+    ("GET", "/api/runs/{run}/tasks?tasks=0&order=finished", None, 400),
+    ("GET", "/api/runs/{run}/tasks?tasks=0-2147483646", None, 400),
     *[("POST", "/api/worker", {"uuid": "z", "hostname": "n", "pid": 1, "lease": lease}, 400)
       for lease in BAD_LEASES],
     ("PUT", "/api/worker/a", {"held": 1}, 400),
