@@ -12821,11 +12821,11 @@ def status_line(status: RunStatus) -> str:
 LATEST_ENDS = 100000                # are looked at, unless the user wants all
 FAILURES_SHOWN = 3                  # tasks of each kind of failure
 HOSTS_NAMED = 3                     # of each kind of failure; the others are counted
-# What differs between messages of one kind: paths, and numbers, also hexadecimal ones, with what joins them. A path
-# is looked for only where a word begins: from each of its characters on, a word of 2 000 took 20 ms.
-VARYING = re.compile(r"""(?<![^\s'"(),:;<=>\[\]{}|`])[^\s'"(),:;<=>\[\]{}|`]*/[^\s'"(),:;<=>\[\]{}|`]*
-    | (?:0x[0-9a-fA-F]+ | \b(?=[a-f]*[0-9])[0-9a-f]{8,}\b | [0-9]+)
-      (?:[-.:+_,]*(?:0x[0-9a-fA-F]+ | \b(?=[a-f]*[0-9])[0-9a-f]{8,}\b | [0-9]+))*""", re.VERBOSE)
+# What differs between messages of one kind: numbers, also hexadecimal ones, with what joins them, and paths, not "I/O".
+# A path is looked for only where a word begins: from each of its characters on, a word of 2 000 took 20 ms.
+VARYING = re.compile(r"""(?<!IN_WORD)(?:[~.]{0,2}/IN_WORD* | (?:(?!/)IN_WORD)+/IN_WORD*[/.]IN_WORD+)
+    | NUMBER(?:[-.:+_,]*NUMBER)*""".replace("IN_WORD", r"""[^\s'"(),:;<=>\[\]{}|`]""").replace("NUMBER", r"""
+        (?:0x[0-9a-fA-F]+ | \b(?=[a-f]*[0-9])[0-9a-f]{8,}\b | [0-9]+(?:[eE][-+]?[0-9]+)?)"""), re.VERBOSE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -13078,12 +13078,17 @@ def cmd_work(args: argparse.Namespace) -> int:
     except (FarmError, Unreachable) as error:
         print("taskfarm: %s" % error, file=sys.stderr)
         return exit_status_of(error)
+    if args.task is not None:
+        status = client.ask("GET", run_path(run["uuid"], "/tasks/%d" % args.task))["status"]
+        if status != "waiting":
+            raise Refusal("task %d is %s: 'python3 taskfarm.py restart %s %d%s' lets it wait again" % (
+                args.task, status, run["uuid"][:8], args.task, "" if status == "failed" else " --all"))
     parameters = open_parameters(args)
     if parameters is not None and len(parameters) != run["numTasks"]:
         raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
             parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
     template = make_template(args, run["uuid"], parameters)
-    for sentence in template.warnings(run["numTasks"]):
+    for sentence in template.warnings(run["numTasks"] if args.task is None else 1):
         (print_notice if args.dry_run else display.say)(sentence)
     if args.dry_run:
         print_first_commands(template, run["numTasks"], args.jobs, args.task or 0)
@@ -13396,8 +13401,8 @@ def cmd_wait(args: argparse.Namespace) -> int:
 
     examples:
       python3 taskfarm.py wait antarctica && ./collect.sh
-      python3 taskfarm.py wait antarctica; mail -s "exit status $?" me@example.org < /dev/null
-      python3 taskfarm.py wait antarctica --percent 10 && python3 taskfarm.py failures antarctica
+      python3 taskfarm.py wait ice; mail -s "ice: $?" me@example.org < /dev/null
+      python3 taskfarm.py wait ice --percent 10 && python3 taskfarm.py hosts ice
     """
     pause_s, most_s = WAIT_S
     with open_client(args) as client:
@@ -13722,7 +13727,8 @@ def cmd_restart(args: argparse.Namespace) -> int:
         run = client.ask("GET", run_path(run_uuid))
     if answer:
         print("%s again" % ("1 task waits" if answer["restarted"] == 1 else "%d tasks wait" % answer["restarted"]))
-        if args.numbers and not args.all:
+        named = sum(last + 1 - first for first, last in args.numbers)
+        if answer["restarted"] < named and not args.all:
             print_notice("what is done, waits already or is being computed stays as it is; --all takes it too")
     print("run %s: %s" % (run_uuid, state_counts(run)))
     return 0

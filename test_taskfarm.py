@@ -29,8 +29,8 @@ import contextlib
 import csv
 import decimal
 import errno
-import fnmatch
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -48,6 +48,7 @@ import re
 import resource
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -899,7 +900,7 @@ class Machine(RuleBasedStateMachine):
                 ("/api/runs/%s/task" % run, {"worker_uuid": "first" if worker != "first" else "a"}),
                 ("/api/runs/%s/tasks" % run, {"worker_uuid": worker or "first", "count": 9})) if other != (path, body)])
         status, content = self.farm.ask("POST", path, body, key)
-        self.model.renew_lease(body and body.get("worker_uuid"))
+        self.model.renew_lease((body or {}).get("worker_uuid"))
         if any(entry["signed off"] for entry in self.model.workers.values()):
             assert status in (answer[0], 409, 422)      # whether a claim of theirs is told again is left open
         elif not again:
@@ -1220,7 +1221,8 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["run"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
-         ["tasks"], ["log"], ["workers"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"],
+         ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"],
+         ["workers"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"],
          ["token", "revoke"], ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
@@ -10975,7 +10977,7 @@ def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
     assert report(farm, second, 3, status="done") == 204
     lines = verb(farm, "list").splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [[first, "4"], [second, "10"]] and "\x1b" not in "".join(lines)
-    assert lines[1].endswith("one") and "10.0%" in lines[2] and "\t" not in "".join(lines)
+    assert lines[1].endswith("\tone") and lines[2].split("\t")[2] == "10", "with tabs, and bare numbers"
     verb(farm, "new", "5", "--name", "\u00e9tude")
     ascii_ = run_verb("list", PYTHONIOENCODING="ascii", **as_ada(farm))
     assert ascii_.returncode == 0 and ascii_.stdout.endswith("\\xe9tude\n"), "what the terminal cannot show is spelt"
@@ -10983,7 +10985,7 @@ def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
     terminal = Terminal(["list"], as_ada(farm), columns=60)
     assert terminal.end() == 0
     shown = terminal.shown.replace("\x1b[1m", "").replace("\x1b[0m", "").split("\r\n")
-    assert max(map(len, shown)) <= 60 and shown[1].split()[0] == first[:8]
+    assert max(map(len, shown)) <= 60 and shown[1].split()[0] == first[:8] and "10.0%" in terminal.shown
     assert "\x1b[1m" in terminal.shown
     plain = Terminal(["list"], dict(as_ada(farm), NO_COLOR="1"))
     assert plain.end() == 0 and "\x1b" not in plain.shown and "one" in plain.shown
@@ -11076,6 +11078,191 @@ def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
     assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
 
 
+def test_some_tasks_are_listed_by_their_numbers(farm: Live) -> None:
+    run = make_run(farm, 1000)
+    assert [line.split("\t")[0] for line in verb(farm, "tasks", run, "17-20", "13", "18").splitlines()[1:]] == [
+        "13", "17", "18", "19", "20"]
+    many = [str(number) for number in range(0, 1000, 2)]        # more than a request asks for
+    assert [str(task["task"]) for task in json.loads(verb(farm, "tasks", run, *many, "--json"))["data"]] == many
+    assert "has 1000 tasks" in verb(farm, "tasks", run, "990-1000", status=1)
+    for wrong in ("20-17", "-3", "x", "1,2"):
+        verb(farm, "tasks", run, wrong, status=2)
+
+
+def test_tasks_are_written_for_spreadsheets_and_as_a_joblog(farm: Live) -> None:
+    run = make_run(farm, 5)
+    worker(farm, "w1")
+    started = [start_task(farm, run, "w1") for _ in range(4)]
+    assert report(farm, run, started[0], status="done", worker_uuid="w1", elapsed=1.5, memory=7, cpu=0.25) == 204
+    assert report(farm, run, started[1], status="failed", worker_uuid="w1", elapsed=2, exitCode=137,
+                  message='no "space",\nleft') == 204
+    assert report(farm, run, started[2], status="failed", worker_uuid="w1", elapsed=2) == 204
+    rows = list(csv.DictReader(io.StringIO(verb(farm, "tasks", run, "--csv"))))
+    assert tuple(rows[0]) == taskfarm.CSV_COLUMNS and [row["task"] for row in rows] == list("01234")
+    assert [(row["status"], row["seconds"], row["host"], row["worker"], row["attempt"], row["exit"], row["message"],
+             row["memory"], row["cpu"]) for row in rows] == [
+        ("done", "1.5", "node-w1", "w1", "1", "", "", "7", "0.25"),
+        ("failed", "2", "node-w1", "w1", "1", "137", 'no "space",\nleft', "", ""),
+        ("failed", "2", "node-w1", "w1", "1", "", "", "", ""),
+        ("computing", "", "node-w1", "w1", "1", "", "", "", ""), ("waiting", "", "", "", "0", "", "", "", "")]
+    assert len(verb(farm, "tasks", run, "1-2", "--csv", "--limit", "1").splitlines()) == 3, "a message has two lines"
+    log = verb(farm, "tasks", run, "--joblog").splitlines()
+    assert log[0].split("\t") == ["Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal",
+                                  "Command"]
+    cells = [line.split("\t") for line in log[1:]]
+    assert [(cell[0], cell[1], cell[3], cell[6]) for cell in cells] == [
+        ("0", "node-w1", "1.500", "0"), ("1", "node-w1", "2.000", "137"), ("2", "node-w1", "2.000", "1")]
+    assert abs(float(cells[0][2]) - time.time()) < 100
+    verb(farm, "tasks", run, "--csv", "--joblog", status=2)
+
+
+@pytest.mark.parametrize("message, kind", [
+    ("cannot open /data/17.nc: No space left on device", "cannot open *: No space left on device"),
+    ("step 3 of 1_000 at 12:31:07.5, lr=1e-05", "step * of * at *, lr=*"), ("~/x and ./y/ and C:/z", "* and * and C:*"),
+    ("segfault at 0x7ffe12ab, id 3f2a91c4d0", "segfault at *, id *"), ("deadbeef faded", "deadbeef faded"),
+    ("File \"/a b/c.py\", line 7", "File \"* *\", line *"), ("two\nlines  of node7", "two lines of node*"),
+    ("I/O error and/or data/x.nc", "I/O error and/or *"), ("", ""), ("x" * 2000 + "/", "x" * 2000 + "/"),
+    ("a/" * 1000, "*")])
+def test_messages_that_differ_in_numbers_and_paths_are_of_one_kind(message: str, kind: str) -> None:
+    assert taskfarm.kind_of_message(message) == kind
+    judged = Task(0, 1, taskfarm.FAILED, message=message)
+    assert taskfarm.Selection(like=kind).judges(judged), "what failures shows is what restart takes"
+    assert not taskfarm.Selection(like=kind + "?").judges(judged)
+
+
+@given(message=st.text(max_size=60) | st.from_regex(r"([a-z]+|[0-9]+|[/.:,x=-]| )*", fullmatch=True))
+@settings(max_examples=50 if QUICK else 300, deadline=None, database=None)
+def test_the_kind_of_any_message_selects_it(message: str) -> None:
+    kind = taskfarm.kind_of_message(message)
+    assert taskfarm.Selection(like=kind.replace("?", "*")).judges(Task(0, 1, taskfarm.FAILED, message=message))
+
+
+def test_failures_are_grouped_by_exit_status_and_message(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(farm, 30)
+    assert verb(farm, "failures", run).split() == ["failed", "exit", "first", "last", "hosts", "tasks", "message"]
+    for name in ("w1", "w2", "w3", "w4", "w5"):
+        worker(farm, name)
+    for number in range(12):
+        holder = "w%d" % (1 + number % 5)
+        start_task(farm, run, holder)
+        said = {"exitCode": 137, "message": "killed"} if number in (3, 4) else {
+            "exitCode": 1, "message": "no file /data/%d in step %d" % (number, number)} if number != 7 else {}
+        assert report(farm, run, number, status="failed", worker_uuid=holder, **said) == 204
+    done = run_verb("failures", run, **as_ada(farm))
+    rows = [line.split("\t") for line in done.stdout.splitlines()[1:]]
+    assert [(row[0], row[1], row[4], row[5], row[6]) for row in rows] == [
+        ("9", "1", "node-w2,node-w1,node-w5,+2", "11,10,9", "no file * in step *"),
+        ("2", "137", "node-w5,node-w4", "4,3", "killed"), ("1", "-", "node-w3", "7", "-")]
+    assert done.stderr == "taskfarm: of 12 failed tasks\n" and float(rows[0][2]) >= float(rows[0][3]) >= 0
+    found = json.loads(verb(farm, "failures", run, "--json"))
+    assert (found["failed"], found["told"], found["data"][1]["hosts"]) == (12, 12, {"node-w5": 1, "node-w4": 1})
+    terminal = Terminal(["failures", run], as_ada(farm))
+    assert terminal.end() == 0
+    (line,) = [line for line in terminal.shown.splitlines() if "wait again" in line]
+    assert line.endswith("python3 taskfarm.py restart %s --exit 1 --like 'no file * in step *'" % run[:8])
+    assert verb(farm, *shlex.split(line)[-6:]).startswith("9 tasks wait again"), "it can be pasted"
+    monkeypatch.setattr(taskfarm, "LATEST_ENDS", 2)
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        for everything, number in ((False, 2), (True, 3)):
+            tasks = list(taskfarm.latest_ends(client, run, everything, status="failed"))
+            assert len(tasks) == number and tasks[0]["task"] == 7
+
+
+def test_hosts_shows_which_are_slow_and_which_fail(farm: Live) -> None:
+    run = make_run(farm, 40)
+    assert report(farm, make_run(farm, 1), 0, status="done") == 204     # of another run
+    for name in ("w1", "w2", "w3"):
+        worker(farm, name, 60)
+    for took_s, name in [(1, "w1")] * 10 + [(2, "w2")] * 10:
+        assert report(farm, run, start_task(farm, run, name), status="done", worker_uuid=name, elapsed=took_s,
+                      memory=5 * took_s) == 204
+    assert report(farm, run, start_task(farm, run, "w1"), status="done", worker_uuid="w1", elapsed=9) == 204
+    assert report(farm, run, start_task(farm, run, "w3"), status="failed", worker_uuid="w3", elapsed=0.1) == 204
+    done = run_verb("hosts", run, **as_ada(farm))
+    assert [line.split("\t") for line in done.stdout.splitlines()] == [
+        ["host", "tasks", "failed", "lost", "median", "95 %", "times", "memory"],
+        ["node-w3", "1", "1", "0", "-", "-", "-", "-"],
+        ["node-w2", "10", "0", "0", "2", "2", "1", "10"],
+        ["node-w1", "11", "0", "0", "1", done.stdout.splitlines()[3].split("\t")[5], "0.5", "5"]]
+    assert done.stderr == "taskfarm: of 22 ends\n"
+    found = json.loads(verb(farm, "hosts", run, "--json"))
+    assert (found["told"], found["ended"], found["median"]) == (22, 22, 2.0)
+    assert set(found["data"][0]) == {"host", "tasks", "failed", "lost", "median", "p95", "times", "memory"}
+
+
+def test_hosts_counts_workers_that_were_lost_since_the_run_was_made(tmp_path: Path) -> None:
+    farm = Live(str(tmp_path / "farm.sqlite"), FakeClock())
+    try:
+        worker(farm, "w1", 60)
+        farm.pass_time(100)
+        run = make_run(farm, 3)
+        worker(farm, "w2", 60)
+        start_task(farm, run, "w2")
+        farm.pass_time(100)
+        assert verb(farm, "hosts", run).splitlines()[1:] == ["node-w2\t0\t0\t1\t-\t-\t-\t-"]
+    finally:
+        farm.close()
+
+
+def test_wait_is_silent_and_tells_by_its_status(farm: Live) -> None:
+    run = make_run(farm, 4)
+    waiting: Dict[Tuple[str, ...], Any] = {
+        words: subprocess.Popen([sys.executable, str(MODULE), "wait", run, *words], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=dict(os.environ, **as_ada(farm)))
+        for words in ((), ("--percent", "50"), ("--percent", "90"))}
+
+    def end(words: Tuple[str, ...]) -> Tuple[bytes, int]:
+        process = waiting.pop(words)
+        return process.communicate(timeout=30)[0], process.returncode
+    assert report(farm, run, 0, percentCompleted=99) == 204 and report(farm, run, 1, status="done") == 204
+    assert report(farm, run, 2, percentCompleted=1) == 204
+    assert end(("--percent", "50")) == (b"", 0)
+    assert all(process.poll() is None for process in waiting.values())
+    assert report(farm, run, 0, status="failed") == report(farm, run, 2, status="done") == 204
+    assert report(farm, run, 3, status="done") == 204
+    assert end(("--percent", "90")) == (b"", 0), "99, 100, 100 and 100 percent"
+    assert end(()) == (b"", 3)
+    assert verb(farm, "restart", run, "--failed") and report(farm, run, 0, status="done") == 204
+    assert run_verb("wait", run, **as_ada(farm)).returncode == 0
+    assert report(farm, run, 0, status="failed", percentCompleted=0) == 204
+    assert run_verb("wait", run, "--percent", "90", **as_ada(farm)).returncode == 3, "over without that"
+    verb(farm, "wait", "greenland", status=1)
+
+
+def test_status_without_a_run_shows_the_newest_one(farm: Live) -> None:
+    assert "'python3 taskfarm.py new 1000' makes one" in verb(farm, "status", status=1)
+    make_run(farm, 4)
+    newest = make_run(farm, 5)
+    assert newest in verb(farm, "status")
+
+
+def test_the_list_of_runs_is_watched_until_all_are_over(farm: Live) -> None:
+    runs = [make_run(farm, 1) for _ in range(2)]
+    terminal = Terminal(["list", "--watch"], as_ada(farm))
+    terminal.wait_for(runs[1][:8])
+    for run in runs:
+        assert report(farm, run, 0, status="done") == 204
+    assert terminal.end() == 0 and terminal.shown.count(runs[0][:8]) > 1 and "100.0%" in terminal.shown
+    line = run_verb("list", "--watch", **as_ada(farm)).stdout
+    assert re.fullmatch("20.*  0 of 2 runs not over: 0 tasks waiting, 0 computing\n", line)
+    assert [run["uuid"] for run in json.loads(verb(farm, "list", "--watch", "--json"))["data"]] == runs
+
+
+def test_one_task_is_worked_on_by_hand(farm: Live) -> None:
+    run = verb(farm, "new", "20", "--max-failures", "2").strip()
+    one = ["work", run, "--task", "13", "--", "sh", "-c", "exit $((TASKFARM_TASK - TASKFARM_ATTEMPT - 11))"]
+    for status in (3, 0):       # it fails in the first attempt, and waits again
+        done = run_verb(*one, **as_ada(farm))
+        assert done.returncode == status and "does the same" not in done.stderr, done.stderr
+    assert look(farm, run, 13) == ("done", 2) and figures(farm, run)[:3] == (19, 0, 1)
+    refused = verb(farm, *one, status=1)
+    assert "task 13 is done: 'python3 taskfarm.py restart %s 13 --all' lets it wait again" % run[:8] in refused
+    assert "has 20 tasks (0 to 19), not 20" in verb(farm, "work", run, "--task", "20", "--", "true", status=1)
+    shown = verb(farm, "work", run, "--task", "7", "--dry-run", "--", "echo", "{task}")
+    assert shown.splitlines()[1].endswith("echo 7")
+    assert verb(farm, "work", run, "--task", "3", "echo", "{task}") == "3\n"
+
+
 def test_what_tasks_used_is_shown_where_it_is_known(farm: Live) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
@@ -11088,7 +11275,7 @@ def test_what_tasks_used_is_shown_where_it_is_known(farm: Live) -> None:
     found = json.loads(verb(farm, "status", run, "--json"))
     assert found["memory"] == {"median": 2 * 10 ** 9, "largest": 3 * 10 ** 9}
     assert found["cpuShare"] == {"median": 1.0, "largest": 1.5}
-    assert verb(farm, "tasks", run).splitlines()[3].split()[6:12] == ["1", "min", "40", "s", "3.0", "GB"]
+    assert verb(farm, "tasks", run).splitlines()[3].split("\t")[6:9] == ["100", "3000000000", "150"]
     for words, known in (([], True), (["--status", "waiting"], False)):
         terminal = Terminal(["tasks", run, *words], as_ada(farm), columns=150)
         assert terminal.end() == 0
@@ -11163,7 +11350,9 @@ def test_workers_are_listed_alive_or_all(farm: Live) -> None:
 
 
 @pytest.mark.parametrize("words, counts", [
-    ([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all", "--yes"], (4, 0, 0))])
+    ([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all", "--yes"], (4, 0, 0)), (["0-2"], (3, 1, 0)),
+    (["0-2", "--all"], (4, 0, 0)), (["--exit", "3"], (2, 1, 0)), (["--exit", "1"], (1, 1, 1)),
+    (["--like", "m*"], (1, 1, 1)), (["3", "--like", ""], (1, 1, 1))])
 def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], counts: Tuple[int, int, int]) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
