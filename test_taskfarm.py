@@ -3800,8 +3800,8 @@ def test_restarts_take_failed_tasks_in_and_set_the_counters_back(store: Direct) 
 
 def test_a_restart_takes_the_tasks_that_its_body_selects(store: Direct) -> None:
     run = a_run(store, 9)
-    for number, (code, message) in enumerate([(137, "killed"), (1, "no /a/b:\n  7"), (1, "no /c: 9"), (1, None)]):
-        report(store, run, number, status="failed", exitCode=code, message=message)
+    for number, (code, message) in enumerate([(137, "killed"), (1, "no /a/b:\n  7"), (1, "no /c: 9"), (1, "")]):
+        assert report(store, run, number, status="failed", exitCode=code, message=message) == 204
     report(store, run, 8, status="done")
 
     def restart(query: str = "", **body: Any) -> List[int]:
@@ -4529,6 +4529,7 @@ def test_each_page_costs_the_same(store: Direct) -> None:
         steps[0] += 1
         return 0
     for words in ("", "status=waiting", "status=computing", "status=done", "status=failed",
+                  "tasks=0-999999", "tasks=0-999999&status=failed",
                   "status=computing&order=started", "status=done&order=finished", "status=failed&order=finished"):
         costs, after = [], ""
         store.store.connection.set_progress_handler(step, 20)
@@ -11324,7 +11325,7 @@ def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
     process = subprocess.Popen([sys.executable, str(MODULE), "tasks", run], stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.PIPE, env=dict(os.environ, **as_ada(farm)))
     assert process.stdout and process.stderr
-    assert process.stdout.readline().startswith("task ")
+    assert process.stdout.readline().startswith("task\t")
     process.stdout.close()
     assert process.wait(20) == 1 and process.stderr.read() == ""
     process.stderr.close()
