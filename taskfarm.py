@@ -9722,7 +9722,7 @@ class Reporter:
         with self.changed:
             self.claim_count, self.open_claim = 0, None
         if answer is None:
-            retry_s = self.client.retry_after if self.only_task != -1 else None
+            retry_s = self.client.retry_after
             self.post(NoTaskClaimed(retry_s, self._figure("numComputing") if self.idle and retry_s is not None else 0))
         else:
             self.post(TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]]))
@@ -13697,7 +13697,7 @@ def cmd_workers(args: argparse.Namespace) -> int:
 
 
 def cmd_restart(args: argparse.Namespace) -> int:
-    """let tasks of a run wait again: those that are not done, the failed ones, some, or all
+    """let tasks of a run wait again: those not done, the failed ones, some, or all
 
     Without an option, tasks stay as they are that are done, or that a worker alive computes. With --all
     the run begins anew: no task counts as done any more. So --all asks first.

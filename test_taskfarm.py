@@ -4487,6 +4487,10 @@ def test_tasks_are_listed_in_pages(store: Direct) -> None:
         assert [task["task"] for task in tasks] == list(range(0, 300, 2))
     tasks = walk(store, "/api/runs/%s/tasks" % run, "status=waiting", "limit=1000")
     assert [task["task"] for task in tasks] == [n for n in range(2500) if n >= 300 or n % 2]
+    some = walk(store, "/api/runs/%s/tasks" % run, "tasks=2499,17-20,13,18", "limit=2")
+    assert [task["task"] for task in some] == [13, 17, 18, 19, 20, 2499]
+    odd = ",".join(map(str, range(1, 600, 2)))      # more spans than are looked at for a page
+    assert walk(store, "/api/runs/%s/tasks" % run, "status=done", "tasks=%s,298" % odd)[0]["task"] == 298
     assert store.store.connection.total_changes == before, "untouched tasks are listed without being written"
 
 
