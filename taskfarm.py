@@ -63,14 +63,16 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/runs/<run>                one run, or ?info= one of its figures
     DELETE /api/runs/<run>                the run and its tasks are gone
     GET    /api/runs/<run>/work           the command of its tasks, with folder and parameters, if the run knows it
-    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those
+    POST   /api/runs/<run>/restart        tasks wait again; ?all=True every one, ?status=failed those; a body selects
+                                                 some of them: tasks, exitCode, like
     POST   /api/runs/<run>/pause          no task is handed out any more
     POST   /api/runs/<run>/resume         tasks of a paused or cancelled run are handed out again
     POST   /api/runs/<run>/cancel         the run is given up, or only its tasks [[first, last], ...]
     POST   /api/runs/<run>/extend         numTasks more tasks
-    POST   /api/runs/<run>/task           claim a task for worker_uuid; 204 when none waits
+    POST   /api/runs/<run>/task           claim a task for worker_uuid, or that task; 204 when none waits
     POST   /api/runs/<run>/tasks          claim up to count tasks; of more than 200, as many as there is time for
-    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?limit=, ?after=
+    GET    /api/runs/<run>/tasks          a page of tasks; ?status=, ?order=task, started or finished, ?tasks=13,17-20,
+                                                 ?limit=, ?after=
     PUT    /api/runs/<run>/tasks          report many tasks
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
     PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed;
@@ -120,7 +122,8 @@ Promises
     4. percentDone is the exact mean of percentCompleted over all tasks.
     5. A refused request has changed nothing; reading never writes (but for the audit, that somebody has logged in).
     6. A run costs the same to create whatever its size, and ids are never used again.
-    7. A restart or a deletion happens wholly or not at all, as clients see it.
+    7. A restart or a deletion happens wholly or not at all, as clients see it. A restart with a body takes the tasks
+       one after another; said again, it does the rest.
     8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
        claimed the task. A report that names worker or attempt counts once, however often it comes.
     9. A task of a worker whose lease has run out, or who has signed off, waits again.
@@ -492,6 +495,30 @@ class Limits(NamedTuple):
     """After how many failures or losses a task of a run has failed for good; 0 for never."""
     failures: int = 1
     losses: int = 5
+
+
+class Selection(NamedTuple):
+    """Which tasks of a run somebody means. Each field narrows; None does not."""
+    spans: Optional[Sequence[Tuple[int, int]]] = None   # first and last numbers, in order, none in two
+    exit_code: Optional[int] = None     # of the last failure; like *like*, it selects failed tasks alone
+    like: Optional[str] = None          # what the message contains; a * in it stands for anything
+
+    @property
+    def failed_only(self) -> bool:
+        """Whether it selects no others than failed tasks."""
+        return (self.exit_code, self.like) != (None, None)
+
+    def judges(self, task: Task) -> bool:
+        """Whether it selects a task within its spans; a message is compared with single blanks, as lists show it."""
+        if self.failed_only and task.status != FAILED or self.exit_code not in (None, task.exit_code):
+            return False
+        message, at = " ".join((task.message or "").split()), 0
+        for part in " ".join((self.like or "").split()).split("*"):
+            found = message.find(part, at)
+            if found < 0:
+                return False
+            at = found + len(part)
+        return True
 
 
 def is_held(task: Task) -> bool:
@@ -1788,21 +1815,32 @@ def read_worker(sql: Transaction, now: Now, worker_uuid: str, limit: int, after:
 
 @read_operation
 def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int], order: str, limit: int,
-               after: str) -> Page:
-    """A page of a run's tasks: ShownTask of each.
+               after: str, spans: Sequence[Tuple[int, int]] = ()) -> Page:
+    """A page of a run's tasks: ShownTask of each. *spans*: first and last numbers of those that are wanted, if not all.
 
     *order*: "task" by number, "started" those that compute, the longest ago first, "finished" those that are, the
     latest first. *after*: what the page before said, or "". Untouched tasks are listed too, and not written. Raises
-    NotFound, and BadRequest for another *after*, or for "started" with another status than COMPUTING.
+    NotFound, and BadRequest for another *after*, a number out of range, spans by time, or for "started" with another
+    status than COMPUTING.
     """
     run = find_run(sql, run_uuid)
     sql.takes_long(limit)
+    if spans and order != "task":
+        raise BadRequest("tasks= lists tasks by number: leave order out")
+    whole_spans = spans_of(run, spans)
     if order == "task":
         if after and not (after.isascii() and after.isdigit()) or len(after) > 18:
             raise BadRequest("after must be what the page before gave as next")
-        first = run.first_id + (int(after) + 1 if after else 0)
-        tasks, last = by_number(sql, run, status, limit, first)
-        following = None if last is None else str(last - run.first_id)
+        tasks: List[Task] = []
+        following, first = None, int(after) + 1 if after else 0
+        wanted = [span for span in whole_spans if span[1] >= first]
+        for at, (begin, end) in enumerate(wanted, 1):
+            found, last = by_number(sql, run, status, limit - len(tasks), run.first_id + max(begin, first),
+                                    run.first_id + end + 1)
+            tasks += found
+            if last is not None or at < len(wanted) and (len(tasks) == limit or at == SPANS_AT_ONCE):
+                following = str(end if last is None else last - run.first_id)
+                break
     else:
         if order == "started" and status not in (None, COMPUTING):
             raise BadRequest("order=started lists tasks that compute: leave status out, or say computing")
@@ -1810,14 +1848,24 @@ def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int],
     return Page([shown(sql, run, task) for task in tasks], following)
 
 
-def by_number(sql: Transaction, run: Run, status: Optional[int], limit: int,
-              first: int) -> Tuple[List[Task], Optional[int]]:
-    """Up to *limit* tasks with ids from *first* on, and the last id that was looked at, None at the end.
+SPANS_AT_ONCE = 200     # that are looked at for a page: then it is short
+
+
+def spans_of(run: Run, spans: Optional[Sequence[Tuple[int, int]]]) -> Sequence[Tuple[int, int]]:
+    """First and last numbers of tasks of the run, all of it for none. Raises BadRequest when one is out of range."""
+    if spans and spans[-1][1] >= run.num_tasks:
+        raise BadRequest(out_of_range(run, spans[-1][1]))
+    return spans or [(0, run.num_tasks - 1)]
+
+
+def by_number(sql: Transaction, run: Run, status: Optional[int], limit: int, first: int,
+              end: int) -> Tuple[List[Task], Optional[int]]:
+    """Up to *limit* tasks with ids from *first* on, below *end*, and the last id looked at, None when that is the end.
 
     Waiting, computing and failed ones are found by an index, untouched ones in their intervals.
     Those that are done, by looking at PAGE_ROWS rows at most.
     """
-    select, end = "SELECT " + TASK_COLUMNS + " FROM task ", run.end_id
+    select = "SELECT " + TASK_COLUMNS + " FROM task "
     if status is None:
         last = min(first + limit, end) - 1
         touched = {task.id: task for task in sql.tasks(select + "WHERE id BETWEEN ? AND ?", first, last)}
@@ -1837,19 +1885,19 @@ def by_number(sql: Transaction, run: Run, status: Optional[int], limit: int,
         ORDER BY id
         LIMIT ?""", status, first, end, limit)
     if status == WAITING:
-        tasks = sorted(tasks + untouched_tasks(sql, run, first, limit), key=operator.attrgetter("id"))[:limit]
+        tasks = sorted(tasks + untouched_tasks(sql, run, first, limit, end), key=operator.attrgetter("id"))[:limit]
     return tasks, tasks[-1].id if len(tasks) == limit else None
 
 
-def untouched_tasks(sql: Transaction, run: Run, first: int, limit: int) -> List[Task]:
-    """Up to *limit* untouched tasks with ids from *first* on."""
+def untouched_tasks(sql: Transaction, run: Run, first: int, limit: int, end: int) -> List[Task]:
+    """Up to *limit* untouched tasks with ids from *first* on, below *end*."""
     spans = [(run.head_end - 1, run.head)] if first < run.head_end else []
     spans += sql.all("""
         SELECT last, first FROM untouched
         WHERE last >= ? AND last < ?
         ORDER BY last
         LIMIT ?""", max(first, run.head_end), run.end_id, limit)
-    ids = itertools.chain.from_iterable(range(max(begin, first), end + 1) for end, begin in spans)
+    ids = itertools.chain.from_iterable(range(max(begin, first), min(last + 1, end)) for last, begin in spans)
     return [Task(task_id) for task_id in itertools.islice(ids, limit)]
 
 
@@ -2146,9 +2194,7 @@ def cancel_tasks(sql: Transaction, now: Now, run_uuid: str, spans: Spans, left: 
     """
     run = find_run(sql, run_uuid)
     if left is None:
-        if spans[-1][1] >= run.num_tasks:
-            raise BadRequest(out_of_range(run, spans[-1][1]))
-        left = spans
+        left = tuple(spans_of(run, spans))
     sql.takes_long(sum(last + 1 - first for first, last in left))
     while left:
         (first, last), left = left[0], left[1:]
@@ -2202,6 +2248,45 @@ def extend_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int) -> Non
     audit(sql, now, "extend", titled(run_uuid, run.name))
 
 
+@operation
+def restart_some(sql: Transaction, now: Now, run_uuid: str, which: str, selection: Selection, reached: int = 0,
+                 restarted_before: int = 0) -> Union[Continue, int]:
+    """Of the tasks that `restart_run` would let wait, only those that are selected, one after another; how many.
+
+    Raises NotFound, and BadRequest for a number out of range. *reached* and *restarted_before*: the number up to which
+    the slices before have come, and what they restarted. Others come between slices, so that nobody waits, whatever the
+    size of the run; what they do to a task behind that number stays.
+    """
+    run = find_run(sql, run_uuid)
+    if run.state == CANCELLED:
+        set_state(sql, run, OPEN_RUN)
+    spans = spans_of(run, selection.spans)
+    sql.takes_long(sum([last + 1 - first for first, last in spans]))
+    number = restarted_before
+    select = "SELECT " + TASK_COLUMNS + " FROM task " + (
+        "INDEXED BY task_open WHERE status = 3 AND status <> 2 AND" if selection.failed_only or which == RESTART_FAILED
+        else "WHERE") + " id BETWEEN ? AND ? ORDER BY id LIMIT ?"
+    for first, last in spans:
+        reached = max(reached, first)
+        while reached <= last:
+            tasks = sql.tasks(select, run.first_id + reached, run.first_id + last, SLICE)
+            changes = []
+            for task in filter(selection.judges, tasks):
+                held = is_held(task)
+                after = restarted(task, which, held and sql.leases.runs(task.worker, now))  # type: ignore[arg-type]
+                if after != task:
+                    changes.append((task, after))
+                    if held:
+                        sql.leases.taken_from(task.worker)      # type: ignore[arg-type]
+            change_many(sql, run, changes)
+            number += len(changes)
+            reached = tasks[-1].id + 1 - run.first_id if len(tasks) == SLICE else last + 1
+            if sql.over():
+                return Continue((run_uuid, which, selection, reached, number))
+    audit(sql, now, which, "%s, %d of its tasks" % (titled(run_uuid, run.name), number))
+    return number
+
+
 def end_holds(sql: Transaction, run: Run, spared: Mapping[int, int]) -> None:
     """Every worker but those *spared* loses the tasks of the run that it holds."""
     for worker_id, tasks in list(sql.holds.workers_of(run.id).items()):
@@ -2211,17 +2296,23 @@ def end_holds(sql: Transaction, run: Run, spared: Mapping[int, int]) -> None:
 
 
 @operation
-def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str,
-          key: "Optional[IdempotencyKey]" = None) -> Union[ShownTask, NothingWaiting]:
-    """Give the lowest waiting task to the worker, or say that none waits.
+def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, key: "Optional[IdempotencyKey]" = None,
+          number: Optional[int] = None) -> Union[ShownTask, NothingWaiting]:
+    """Give the lowest waiting task to the worker, or task *number*, or say that none waits.
 
-    Raises NotFound for worker and run; Conflict for a worker that has signed off, or has a lease
-    and holds all it may; Unprocessable for a key that came with another claim.
+    Raises NotFound for worker, run and number; Conflict for a worker that has signed off, or has a lease
+    and holds all it may, and for a number that does not wait; Unprocessable for a key that came with another claim.
     """
     worker, run = claimant(sql, now, worker_uuid), find_run(sql, run_uuid)
     before = earlier_claim(sql, now, worker, key) if key else []
     if before:
         return shown(sql, run, before[0])
+    task = None
+    if number is not None:
+        task = find_task(sql, run, number)
+        if task.status != WAITING:
+            raise Conflict("task %d is %s, and a task that does not wait cannot be claimed" % (
+                number, STATUS[task.status]))
     if not run.counts[WAITING]:
         return nothing_waiting(sql, now, run)
     nothing = withheld(sql, run) if run.state != OPEN_RUN or run.after else None
@@ -2229,8 +2320,9 @@ def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str,
         return nothing
     if worker.lease is not None:
         room_for(sql, worker)
-    task = None
-    if run.counts[WAITING] > run.num_untouched:       # some task that waits has a row
+    if task is not None:
+        remember_ends(sql, [task])
+    elif run.counts[WAITING] > run.num_untouched:       # some task that waits has a row
         row = sql.execute(LOWEST_WAITING, (run.first_id, run.head if run.num_untouched else run.end_id, 1)).fetchone()
         if row is not None:
             task = Task._make(row)
@@ -4884,6 +4976,42 @@ class Choice(Field):
         return self.choices[value]
 
 
+def parse_span(text: str) -> Tuple[int, int]:
+    """The first and the last number of 13 or 17-20. Raises ValueError for another text."""
+    match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text, re.ASCII)
+    if not match:
+        raise ValueError(text)
+    first, last = match.groups()
+    return int(first), int(last or first)
+
+
+class Ranges(Field):
+    """Numbers of tasks, as [[13, 13], [17, 20]] or "13,17-20". With *most* so many at most, in MAX_SPANS ranges."""
+    def __init__(self, most: int = MAX_TASKS, **options: Any) -> None:
+        super().__init__(**options)
+        self.most = most
+        self.expected = "numbers of tasks, as [[13, 13], [17, 20]] or '13,17-20'" + (
+            "" if most == MAX_TASKS else ", %d of them in %d ranges at most" % (most, MAX_SPANS))
+
+    def check(self, name: str, value: Any) -> Tuple[Tuple[int, int], ...]:
+        """First and last numbers, in order, and no number in two of them."""
+        spans: List[Tuple[int, int]] = []
+        try:
+            for first, last in sorted(map(parse_span, value.split(",")) if isinstance(value, str) else value):
+                if not (type(first) is type(last) is int and 0 <= first <= last < MAX_TASKS):
+                    raise ValueError
+                if spans and first <= spans[-1][1] + 1:
+                    first, before = spans.pop()
+                    last = max(last, before)
+                spans.append((first, last))
+        except (ValueError, TypeError):
+            raise self.wrong(name, value)
+        if not spans or self.most < MAX_TASKS and (
+                len(spans) > MAX_SPANS or sum(last + 1 - first for first, last in spans) > self.most):
+            raise self.wrong(name, value)
+        return tuple(spans)
+
+
 class Entries(Field):
     """An array of objects with these fields, the first of which tells them apart; handlers get *kind* of their values.
 
@@ -4918,23 +5046,6 @@ class Entries(Field):
         except FarmError as error:
             return str(error)
         return "it is malformed"
-
-
-class Ranges(Field):
-    """An array of ranges of tasks, [first, last] each; handlers get them in order."""
-    expected = "an array of 1 to %d ranges [first, last], of %d different tasks in all" % (MAX_SPANS, MAX_NAMED)
-
-    def check(self, name: str, value: Any) -> Tuple[Tuple[int, int], ...]:
-        """The ranges."""
-        if not (isinstance(value, list) and 1 <= len(value) <= MAX_SPANS and all(
-                isinstance(each, list) and len(each) == 2 and all(type(number) is int for number in each)
-                and 0 <= each[0] <= each[1] < MAX_TASKS for each in value)):
-            raise self.wrong(name, value)
-        spans = tuple(sorted((first, last) for first, last in value))
-        if any(before >= first for (_, before), (first, _) in zip(spans, spans[1:])) or (
-                sum(last + 1 - first for first, last in spans) > MAX_NAMED):
-            raise self.wrong(name, value)
-        return spans
 
 
 class Flag(Field):
@@ -7065,16 +7176,25 @@ def show_work(known: Tuple[str, Optional[str], bool]) -> Reply:
 
 @route("POST", "/api/runs/<run>/restart", query={
     "all": Choice({"True": "restart all", "False": "restart"}, required=False, refusal=NotFound),
-    "status": Choice({"failed": "restart failed"}, required=False, refusal=NotFound)})
+    "status": Choice({"failed": "restart failed"}, required=False, refusal=NotFound)}, body={
+        "tasks": Ranges(required=False), "exitCode": Integer(-2 ** 31, 2 ** 31 - 1, required=False),
+        "like": Message(MESSAGE_LIMIT, required=False)})
 def begin_again(req: Request, run: str) -> Operation:
     """Let tasks wait again: those not done at 100 percent, or with ?status=failed the failed ones, ?all=True every one.
 
-    204: they wait
-    errors: 404 no such run, or another value of all or status; 400 both of them
+    A body narrows that, to tasks: [[first, last], ...]; to the failed ones with that exitCode; to those whose message
+    contains like, in which * stands for anything. These are restarted one after another, and others come between.
+
+    204: they wait; with a body 200: {"restarted": n}
+    errors: 404 no such run, or another value of all or status; 400 both of them, or a number out of range
     """
     if len(req.query) > 1:
         raise BadRequest("all and status do not go together: status=failed restarts the failed tasks alone")
     which = next(iter(req.query.values()), "restart")
+    if req.fields:
+        selection = Selection(*map(req.fields.get, ("tasks", "exitCode", "like")))
+        return once(req, restart_some(run, which, selection).shown_as(
+            lambda number: json_reply(200, {"restarted": number})))
     return once(req, restart_run(run, which).shown_as(show_nothing))
 
 
@@ -7098,7 +7218,7 @@ def resume(req: Request, run: str) -> Operation:
     return once(req, resume_run(run).shown_as(show_nothing))
 
 
-@route("POST", "/api/runs/<run>/cancel", body={"tasks": Ranges(required=False)})
+@route("POST", "/api/runs/<run>/cancel", body={"tasks": Ranges(MAX_NAMED, required=False)})
 def cancel(req: Request, run: str) -> Operation:
     """Give a run up: none of its tasks is handed out any more, and those that are computed wait. Or some of its tasks:
     those that are not done have failed, with the message "cancelled".
@@ -7123,15 +7243,17 @@ def extend(req: Request, run: str) -> Operation:
     return once(req, extend_run(run, req.fields["numTasks"]).shown_as(show_nothing))
 
 
-@route("POST", "/api/runs/<run>/task", scope="work", body={"worker_uuid": UUID})
+@route("POST", "/api/runs/<run>/task", scope="work", body={
+    "worker_uuid": UUID, "task": Integer(0, MAX_TASKS - 1, required=False)})
 def claim_task(req: Request, run: str) -> Operation:
-    """Hand out the lowest waiting task.
+    """Hand out the lowest waiting task, or the one that is named.
 
     201: the task, now computing
     204: nothing is waiting; with Retry-After when leased tasks may come back
-    errors: 400 worker_uuid missing, 404 no such worker or run, 409 the worker has signed off, or holds all it may
+    errors: 400 worker_uuid missing, 404 no such worker, run or number, 409 the worker has signed off, or holds all it
+    may, or the task that is named does not wait
     """
-    return claim(run, req.fields["worker_uuid"], idempotency_key(req)).shown_as(show_claimed)
+    return claim(run, req.fields["worker_uuid"], idempotency_key(req), req.fields.get("task")).shown_as(show_claimed)
 
 
 @route("POST", "/api/runs/<run>/tasks", scope="work", body={"worker_uuid": UUID, "count": Integer(1, MAX_BATCH)})
@@ -7177,19 +7299,19 @@ def will_not_do(said: Report) -> Optional[str]:
 @route("GET", "/api/runs/<run>/tasks", query={
     "status": Choice(dict(zip(STATUS, range(4))), required=False),
     "order": Choice({word: word for word in ("task", "started", "finished")}, required=False),
-    "limit": PAGE["limit"], "after": Text(40, required=False)})
+    "limit": PAGE["limit"], "after": Text(40, required=False), "tasks": Ranges(required=False)})
 def tasks_page(req: Request, run: str) -> Operation:
     """A page of the tasks of a run by number, or by time those that compute (started) or have ended (finished).
 
-    Pass next as after for more.
+    Pass next as after for more. tasks=13,17-20 lists only these, by number; their pages may be short.
 
     200: {"data": [task, ...], "next"}; next is null at the end
-    errors: 404 no such run
+    errors: 404 no such run; 400 a number out of range, or tasks with an order by time
     """
     query = req.query
     limit = query.get("limit", DEFAULT_PAGE)
-    return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", "")).shown_as(
-        show_page, task_json, big_answer=limit > BIG_PAGE)
+    return list_tasks(run, query.get("status"), query.get("order", "task"), limit, query.get("after", ""),
+                      query.get("tasks", ())).shown_as(show_page, task_json, big_answer=limit > BIG_PAGE)
 
 
 @route("PUT", "/api/runs/<run>/tasks", scope="work", body={
@@ -7851,26 +7973,35 @@ class Column(NamedTuple):
     right: bool = False         # flush right, as numbers stand
     can_shrink: bool = False    # may be cut where the terminal is too narrow
     optional: bool = False      # is left out where cutting is not enough
+    text: Callable[[Any], str] = str    # a value for people
+
+
+def bare_text(value: Any) -> str:
+    """A value for programs: 1234, 12.5."""
+    return ("%.3f" % value).rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 class Table:
     """Rows under headings, in columns as wide as they need to be. On a terminal the lines fit its width.
 
-    *width*: columns of the terminal, 0 for any number. Rows may come in several calls of `lines`. A column never
-    becomes narrower then, and the headings come once.
+    *width*: columns of the terminal, 0 for any number. *bare*: for programs, with tabs between bare numbers. Rows may
+    come in several calls of `lines`. A column never becomes narrower then, and the headings come once.
     """
-    def __init__(self, columns: Sequence[Column], width: int = 0) -> None:
-        self.columns, self.width = columns, width
+    def __init__(self, columns: Sequence[Column], width: int = 0, bare: bool = False) -> None:
+        self.columns, self.width, self.bare = columns, width, bare
         self.widths = [display_width(column.title) for column in columns]
         self.shown = list(range(len(columns)))
         self.has_headings = False
 
     def lines(self, rows: Sequence[Sequence[Any]]) -> List[str]:
         """The lines of some rows, with the headings before the first of all. An empty cell is shown as -."""
-        texts = [[printable("" if cell is None else cell) or "-" for cell in row] for row in rows]
+        texts = [[printable("" if cell is None else bare_text(cell) if self.bare else column.text(cell)) or "-"
+                  for cell, column in zip(row, self.columns)] for row in rows]
         if not self.has_headings:
             self.has_headings = True
             texts.insert(0, [column.title for column in self.columns])
+        if self.bare:
+            return ["\t".join(row) for row in texts]
         for row in texts:
             self.widths = [max(width, display_width(cell)) for width, cell in zip(self.widths, row)]
         self._leave_out_columns()
@@ -8024,10 +8155,10 @@ def parse_time(text: Optional[str]) -> Optional[float]:
     return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
 
 
-def time_since(text: Optional[str], now_utc: float) -> str:
-    """How long ago a time of the API was. "" for None."""
+def seconds_since(text: Optional[str], now_utc: float) -> Optional[float]:
+    """How long ago a time of the API was. None for None."""
     utc = parse_time(text)
-    return "" if utc is None else duration_text(max(now_utc - utc, 0.0))
+    return None if utc is None else max(now_utc - utc, 0.0)
 
 
 class RecentEnds(NamedTuple):
@@ -9988,13 +10119,15 @@ class Reporter:
 
     It keeps each report until the farm has judged it. It adds what it learns to `events`, and calls *wake*.
     """
-    def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], wants_figures: bool) -> None:
+    def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], wants_figures: bool,
+                 only_task: Optional[int] = None) -> None:
         self.client, self.run, self.worker, self.wake = client, run, worker, wake
         self.events: "deque[ReporterEvent]" = deque()
         self.changed = threading.Condition()
         self.reports: Dict[int, Dict[str, Any]] = {}        # the latest unsent report of each task
         self.claim_count = 0                # tasks to claim
         self.open_claim: Optional[Tuple[int, str]] = None   # count and key of a claim without an answer
+        self.only_task = only_task          # the one to claim, and no other: -1 when it was
         self.closing = False
         self.idle = True                    # no command runs: nothing is lost by giving up
         self.revision: Optional[int] = None         # of the worker's holds; None: not registered
@@ -10130,8 +10263,15 @@ class Reporter:
                 count = min(count, max(ALL_CLAIMED, self._figure("numWaiting") // 4))
             self.open_claim = count, secrets.token_hex(16)
         count, key = self.open_claim
-        answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
-                                 {"worker_uuid": self.worker, "count": count}, key)
+        if self.only_task is None:
+            answer = self.client.ask("POST", "/api/runs/%s/tasks" % self.run,
+                                     {"worker_uuid": self.worker, "count": count}, key)
+        elif self.only_task >= 0:
+            task = self.client.ask("POST", "/api/runs/%s/task" % self.run,
+                                   {"worker_uuid": self.worker, "task": self.only_task}, key)
+            answer, self.only_task = task and {"data": [task]}, -1 if task else self.only_task
+        else:
+            answer = None
         event: Any = None
         if answer is not None:
             event = TasksClaimed([(entry["task"], entry["attempt"]) for entry in answer["data"]])
@@ -10283,6 +10423,7 @@ class WorkOptions(NamedTuple):
     log_failed: bool                # keep the logs of failed tasks alone
     max_fails: Optional[int] = None     # stop after so many; 0: never. None: the first ends alone are judged
     leave_ok: bool = False          # to leave before the job ends is no failure
+    only_task: Optional[int] = None     # run that one, and no other
 
 
 def times_of_ended(client: Client, run: Mapping[str, Any]) -> List[float]:
@@ -10682,7 +10823,8 @@ class TaskRunner:
             raise Refusal("no process can be started here (%s; ulimit -u): end some first" % error.strerror)
         environ = command_environment(self.client.access, self.run["uuid"], self.uuid)
         self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir, self.progress_folder)
-        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.screen.can_redraw)
+        self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.screen.can_redraw,
+                                 self.options.only_task)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
         self.client.meanwhile = "; commands go on meanwhile"
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
@@ -11345,7 +11487,8 @@ class TaskRunner:
             self.display.say(held_up.why)
         if self.stop_reason:
             self.status = self.stop_status
-        elif run["numFailed"] or held_up and held_up.for_good:
+        elif self.failed if self.options.only_task is not None else (
+                run["numFailed"] or held_up and held_up.for_good):
             self.status = EXIT_TASKS_FAILED
 
     def _save_unsent(self, unsent: List[Dict[str, Any]], error: Exception) -> None:
@@ -13038,6 +13181,11 @@ def add_parameters(tasks: Sequence[Dict[str, Any]], parameters: Optional[Paramet
             task["parameters"] = parameters and parameters.text(task["task"])
 
 
+def is_over(run: Mapping[str, Any]) -> bool:
+    """Whether nothing of a run waits and nothing computes, or it was cancelled."""
+    return run["state"] == "cancelled" or not run["numWaiting"] + run["numComputing"]
+
+
 class RunStatus(NamedTuple):
     """How far a run is, at one moment."""
     run: Dict[str, Any]
@@ -13056,7 +13204,7 @@ class RunStatus(NamedTuple):
     @property
     def over(self) -> bool:
         """Whether no task is left to be done."""
-        return self.run["state"] == "cancelled" or not self.run["numWaiting"] + self.run["numComputing"]
+        return is_over(self.run)
 
     @property
     def hosts(self) -> int:
@@ -13067,6 +13215,18 @@ class RunStatus(NamedTuple):
     def held(self) -> int:
         """How many tasks the workers hold, of all runs."""
         return sum(worker["held"] for worker in self.workers)
+
+    def lines(self, screen: Screen) -> List[str]:
+        """For a person."""
+        return status_lines(self, screen)
+
+    def line(self) -> str:
+        """For a log."""
+        return status_line(self)
+
+    def json(self) -> Dict[str, Any]:
+        """For programs."""
+        return status_json(self)
 
 
 class RunMonitor:
@@ -13177,7 +13337,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
         return cut(line, columns) if columns else line
     name = printable(run.get("name") or "run")
     first = fitting("%s  %s   %s, made %s ago%s" % (
-        name, run["uuid"], count_text(run["numTasks"], "task"), time_since(run.get("created"), status.utc),
+        name, run["uuid"], count_text(run["numTasks"], "task"),
+        duration_text(seconds_since(run["created"], status.utc) or 0.0),
         " by " + printable(run["user"]) if run.get("user") else ""))
     share = percent_text(run["percentDone"], 100)
     lines = [screen.paint(first[:len(name)], "bold") + first[len(name):],
@@ -13204,24 +13365,25 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
 
 # The columns of tables of tasks by title, and those of each table.
 TASK_TABLE = {column.title: column for column in (
-    Column("task", True), Column("status"), Column("percent", True), Column("attempt", True, optional=True),
-    Column("failures", True, optional=True), Column("losses", True, optional=True), Column("for", True),
-    Column("ago", True), Column("took", True, optional=True), Column("memory", True, optional=True),
-    Column("CPU", True, optional=True), Column("host", can_shrink=True), Column("exit", True),
-    Column("log", can_shrink=True, optional=True), Column("parameters", can_shrink=True, optional=True),
-    Column("message", can_shrink=True))}
+    Column("task", True), Column("status"), Column("percent", True, text="%.1f".__mod__),
+    Column("attempt", True, optional=True), Column("failures", True, optional=True),
+    Column("losses", True, optional=True), Column("for", True, text=duration_text),
+    Column("ago", True, text=duration_text), Column("took", True, optional=True, text=duration_text),
+    Column("memory", True, optional=True, text=size_text), Column("CPU", True, optional=True, text=duration_text),
+    Column("host", can_shrink=True), Column("exit", True), Column("log", can_shrink=True, optional=True),
+    Column("parameters", can_shrink=True, optional=True), Column("message", can_shrink=True))}
 LONGEST_COLUMNS = ("task", "for", "percent", "attempt", "host", "parameters")
 FAILURE_COLUMNS = ("task", "ago", "attempt", "exit", "host", "parameters", "message")
 LISTED_COLUMNS = ("task", "status", "percent", "attempt", "failures", "losses", "took", "memory", "CPU", "host", "exit",
                   "log", "parameters", "message")
 
 
-def attempt_duration(task: Mapping[str, Any], now_utc: float) -> str:
-    """How long the last attempt took, or takes so far. "" when that is not known."""
+def attempt_duration(task: Mapping[str, Any], now_utc: float) -> Optional[float]:
+    """The seconds that the last attempt took, or takes so far. None when that is not known."""
     started, finished = parse_time(task["started"]), parse_time(task["finished"])
     if started is None or finished is None and task["status"] != "computing":
-        return ""
-    return duration_text(max((finished or now_utc) - started, 0.0))
+        return None
+    return max((finished or now_utc) - started, 0.0)
 
 
 def used_columns(titles: Sequence[str], tasks: Sequence[Mapping[str, Any]], *optional: str) -> List[str]:
@@ -13230,20 +13392,18 @@ def used_columns(titles: Sequence[str], tasks: Sequence[Mapping[str, Any]], *opt
                                                                       for task in tasks)]
 
 
-def task_table(titles: Sequence[str], width: int) -> Table:
+def task_table(titles: Sequence[str], width: int, bare: bool = False) -> Table:
     """A table of tasks, with some of TASK_TABLE."""
-    return Table([TASK_TABLE[title] for title in titles], width)
+    return Table([TASK_TABLE[title] for title in titles], width, bare)
 
 
 def task_rows(tasks: Sequence[Mapping[str, Any]], titles: Sequence[str], now_utc: float) -> List[List[Any]]:
     """The rows of such a table."""
     rows = []
     for task in tasks:
-        cells = {"percent": "%.1f" % task["percentCompleted"], "for": time_since(task["started"], now_utc),
-                 "ago": time_since(task["finished"], now_utc), "took": attempt_duration(task, now_utc),
-                 "memory": None if task["memory"] is None else size_text(task["memory"]),
-                 "CPU": None if task["cpu"] is None else duration_text(task["cpu"]),
-                 "host": task["hostname"], "exit": task["exitCode"]}
+        cells = {"percent": task["percentCompleted"], "for": seconds_since(task["started"], now_utc),
+                 "ago": seconds_since(task["finished"], now_utc), "took": attempt_duration(task, now_utc),
+                 "CPU": task["cpu"], "host": task["hostname"], "exit": task["exitCode"]}
         rows.append([cells[title] if title in cells else task[title] for title in titles])
     return rows
 
@@ -13268,14 +13428,99 @@ def status_line(status: RunStatus) -> str:
     return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), forecast)
 
 
+# Ends in groups: which failures are alike, and which hosts are slow or fail.
+
+LATEST_ENDS = 100000                # are looked at, unless the user wants all
+FAILURES_SHOWN = 3                  # tasks of each kind of failure
+HOSTS_NAMED = 3                     # of each kind of failure; the others are counted
+# What differs between messages of one kind: numbers, also hexadecimal ones, with what joins them, and paths, not "I/O".
+# A path is looked for only where a word begins: from each of its characters on, a word of 2 000 took 20 ms.
+VARYING = re.compile(r"""(?<!IN_WORD)(?:[~.]{0,2}/IN_WORD* | (?:(?!/)IN_WORD)+/IN_WORD*[/.]IN_WORD+)
+    | NUMBER(?:[-.:+_,]*NUMBER)*""".replace("IN_WORD", r"""[^\s'"(),:;<=>\[\]{}|`]""").replace("NUMBER", r"""
+        (?:0x[0-9a-fA-F]+ | \b(?=[a-f]*[0-9])[0-9a-f]{8,}\b | [0-9]+(?:[eE][-+]?[0-9]+)?)"""), re.VERBOSE)
+
+
+@functools.lru_cache(maxsize=4096)
+def kind_of_message(message: str) -> str:
+    """A message with * in place of what differs between those of one kind: what `restart --like` takes."""
+    return VARYING.sub("*", printable(message))
+
+
+class FailureKind:
+    """Failures that are alike, in what was looked at."""
+
+    def __init__(self, exit_code: Optional[int], message: str) -> None:
+        self.exit_code, self.message = exit_code, message
+        self.hosts: "Counter[str]" = Counter()
+        self.tasks: List[int] = []          # the latest ones
+        self.first = self.last = ""         # times of the API
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(self.hosts.values())
+
+    def hosts_text(self) -> str:
+        """The hosts with the most of them."""
+        names = [name for name, _ in self.hosts.most_common(HOSTS_NAMED)]
+        return ",".join(names + ["+%d" % (len(self.hosts) - HOSTS_NAMED)] * (len(self.hosts) > HOSTS_NAMED))
+
+
+def group_failures(tasks: Iterable[Mapping[str, Any]]) -> List[FailureKind]:
+    """Failed tasks, the latest first, by exit status and kind of message; the most frequent kind first."""
+    kinds: Dict[Tuple[Any, str], FailureKind] = {}
+    for task in tasks:
+        key = task["exitCode"], kind_of_message(task["message"] or "")
+        kind = kinds[key] if key in kinds else kinds.setdefault(key, FailureKind(*key))
+        kind.hosts[task["hostname"] or "?"] += 1
+        kind.first, kind.last = task["finished"], kind.last or task["finished"]
+        if len(kind.tasks) < FAILURES_SHOWN:
+            kind.tasks.append(task["task"])
+    return sorted(kinds.values(), key=lambda kind: -kind.count)
+
+
+class HostEnds:
+    """What ended on a host, in what was looked at."""
+
+    def __init__(self) -> None:
+        self.took_s = array.array("d")      # of tasks that are done
+        self.ends = self.failed = 0
+        self.lost = 0                       # workers whose lease ran out
+        self.memory: Optional[int] = None   # bytes: the peak of the largest task
+
+    def add(self, task: Mapping[str, Any], took_s: Optional[float]) -> None:
+        """A task has ended here."""
+        self.ends += 1
+        self.failed += task["status"] != "done"
+        if task["status"] == "done" and took_s is not None:
+            self.took_s.append(took_s)
+        if task["memory"] is not None:
+            self.memory = max(self.memory or 0, task["memory"])
+
+    def quantile(self, part: float) -> Optional[float]:
+        """The seconds that so large a part of the tasks that are done took at most."""
+        return quantile(sorted(self.took_s), part) if self.took_s else None
+
+
+def group_hosts(tasks: Iterable[Mapping[str, Any]]) -> Tuple[HostEnds, Dict[str, HostEnds]]:
+    """The ends of tasks together, and by host."""
+    together, hosts = HostEnds(), {}        # type: HostEnds, Dict[str, HostEnds]
+    for task in tasks:
+        took_s = attempt_duration(task, 0.0)
+        together.add(task, took_s)
+        hosts.setdefault(task["hostname"] or "?", HostEnds()).add(task, took_s)
+    return together, hosts
+
+
 class Watch:
     """Shows a run until it is over: redrawn in place on a terminal, else as lines. It waits for a server that is away.
 
-    *interval_s*: between two updates or lines; None for WATCH_S or WATCH_LINE_S.
+    *monitor*: its `update` gives a RunStatus, or what can be shown like one. *interval_s*: between two updates or
+    lines; None for WATCH_S or WATCH_LINE_S.
     """
-    def __init__(self, monitor: RunMonitor, screen: Screen, interval_s: Optional[float], as_json: bool) -> None:
+    def __init__(self, monitor: Any, screen: Screen, interval_s: Optional[float], as_json: bool) -> None:
         self.monitor, self.screen, self.interval_s, self.as_json = monitor, screen, interval_s, as_json
-        self.status: Optional[RunStatus] = None
+        self.status: Any = None
         self.line_tick = -math.inf                      # of the last line
         self.away_since: Optional[float] = None         # tick at which the server did not answer first
         self.trouble = ""                               # why it does not
@@ -13322,10 +13567,10 @@ class Watch:
             self._log("the server is back after %s" % duration_text(time.monotonic() - self.away_since))
             self.away_since = None
 
-    def _show(self, status: RunStatus) -> None:
+    def _show(self, status: Any) -> None:
         tick = time.monotonic()
         if self.redraws:
-            lines = status_lines(status, self.screen)
+            lines = status.lines(self.screen)
             if self.away_since is not None:
                 sentence = "the server is away, for %s now: %s" % (duration_text(tick - self.away_since), self.trouble)
                 lines.insert(0, self.screen.paint(cut(sentence, self.screen.columns), "red"))
@@ -13333,9 +13578,9 @@ class Watch:
         elif self.away_since is None and (status.over or tick - self.line_tick >= (self.interval_s or WATCH_LINE_S)):
             self.line_tick = tick
             if self.as_json:
-                print(json.dumps(status_json(status)), flush=True)
+                print(json.dumps(status.json()), flush=True)
             else:
-                self._log(status_line(status))
+                self._log(status.line())
 
 
 # ---------------------------------------------------------------- VERBS
@@ -13417,6 +13662,9 @@ def cmd_work(args: argparse.Namespace) -> int:
     on, or as many as --max-fails says, 10 the job is too short: no task has ended in it, or none is
     likely to
 
+    --task N runs that task alone, once, if it waits: to see by hand what fails. Then the exit status is 3
+    when it has failed. 'restart RUN N' lets it wait again.
+
     When no task waits but others compute, the worker stays for --idle seconds at most, since their
     tasks may come back. It does not stay longer than it would need for these tasks itself.
 
@@ -13469,6 +13717,11 @@ def worker_client(display: Display) -> Client:
 def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], display: Display,
             job: Optional[BatchJob] = None) -> Optional[TaskRunner]:
     """Be a worker of the run, with the command that was typed or else the run's own; None with --dry-run."""
+    if args.task is not None:
+        status = client.ask("GET", run_path(run["uuid"], "/tasks/%d" % args.task))["status"]
+        if status != "waiting":
+            raise Refusal("task %d is %s: 'python3 taskfarm.py restart %s %d%s' lets it wait again" % (
+                args.task, status, run["uuid"][:8], args.task, "" if status == "failed" else " --all"))
     words, parameters = args.words, open_parameters(args)
     if not words:
         if parameters is not None:
@@ -13479,10 +13732,10 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
         raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
             parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
     template = make_template(args, words, run["uuid"], parameters)
-    for sentence in template.warnings(run["numTasks"]):
+    for sentence in template.warnings(run["numTasks"] if args.task is None else 1):
         (print_notice if args.dry_run else display.say)(sentence)
     if args.dry_run:
-        print_first_commands(template, run["numTasks"], args.jobs)
+        print_first_commands(template, run["numTasks"], args.jobs, args.task or 0)
         return None
     return run_commands(args, client, run, template, display, times_of_ended(client, run), job)
 
@@ -13640,7 +13893,8 @@ def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], 
     log_dir = take_log_folder(args.log_dir, run["uuid"]) if args.log_dir else ""
     job = known_job or BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, args.idle, args.task_time,
-                          job.end, log_dir, args.log_failed, args.max_fails, args.leave_ok)
+                          job.end, log_dir, args.log_failed, args.max_fails if args.task is None else 0, args.leave_ok,
+                          args.task)
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
     worker = TaskRunner(client, run, template, options, display, took_s)
@@ -13690,13 +13944,13 @@ def work_to_keep(words: Sequence[str], parameters: Optional[Parameters]) -> Dict
     return work
 
 
-def print_first_commands(template: Template, tasks: int, jobs: int) -> None:
-    """Print the commands of the first tasks, as they can be pasted into a shell."""
-    shown = min(tasks, DRY_RUN_TASKS)
-    for task in range(shown):
+def print_first_commands(template: Template, tasks: int, jobs: int, first: int = 0) -> None:
+    """Print the commands of the first tasks, or of those from *first* on, as they can be pasted into a shell."""
+    shown = range(first, min(tasks, first + DRY_RUN_TASKS))
+    for task in shown:
         print("\n".join(template.shown(task, task % jobs)))
-    if tasks > shown:
-        print("# and %d more" % (tasks - shown))
+    if tasks > shown.stop:
+        print("# and %d more" % (tasks - shown.stop))
 
 
 def cmd_progress(args: argparse.Namespace) -> int:
@@ -13814,50 +14068,109 @@ def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
     return uuids
 
 
+class RunList(NamedTuple):
+    """All runs, at one moment."""
+    runs: List[Dict[str, Any]]
+    utc: float                          # seconds since 1970, by the server's clock
+
+    @property
+    def over(self) -> bool:
+        """Whether all are."""
+        return all(map(is_over, self.runs))
+
+    def table(self, screen: Screen) -> List[str]:
+        """The runs as a table."""
+        by_uuid = {run["uuid"]: run for run in self.runs}
+        # One that is not in the list was deleted, or is not for us: that is not asked for each of many.
+        held_up = [hold_up(run, lambda uuid_: by_uuid.get(uuid_, dict(run, name=None)))     # noqa: B023
+                   if run["numWaiting"] else None for run in self.runs]
+        states = [Column("state")] if any(held_up) else []
+        table = screen_table(
+            screen, Column("run"), Column("tasks", True),
+            Column("complete", True, text=lambda percent: percent_text(percent, 100).replace(" ", "")),
+            Column("waiting", True, optional=True), Column("computing", True, optional=True),
+            Column("done", True, optional=True), Column("failed", True), *states,
+            Column("age", True, optional=True, text=duration_text), Column("user", optional=True),
+            Column("name", can_shrink=True))
+        return table_lines(screen, table, [
+            (short, run["numTasks"], run["percentDone"], run["numWaiting"], run["numComputing"], run["numDone"],
+             run["numFailed"], *((held.word if held else "") for _ in states), seconds_since(run["created"], self.utc),
+             run["user"], run["name"])
+            for run, short, held in zip(self.runs, short_uuids(self.runs, screen), held_up)])
+
+    def lines(self, screen: Screen) -> List[str]:
+        """The last ones that a terminal has room for."""
+        return self._replace(runs=self.runs[-max(screen.size.lines - 1, 1):]).table(screen)
+
+    def line(self) -> str:
+        """For a log."""
+        going_on = [run for run in self.runs if not is_over(run)]
+        return "%d of %s not over: %d tasks waiting, %d computing" % (
+            len(going_on), count_text(len(self.runs), "run"), sum(run["numWaiting"] for run in going_on),
+            sum(run["numComputing"] for run in going_on))
+
+    def json(self) -> Dict[str, Any]:
+        """For programs."""
+        return {"data": self.runs}
+
+
+class RunListMonitor:
+    """Asks for all runs again and again."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def update(self) -> RunList:
+        """Ask the server. Raises FarmError and Unreachable."""
+        return RunList(self.client.ask("GET", "/api/runs")["data"], time.time() + self.client.clock_ahead_s)
+
+
 def cmd_list(args: argparse.Namespace) -> int:
     """list the runs, the newest last
 
     Every verb takes a run by its uuid, its whole name, or 8 or more digits that its uuid begins with.
     A verb that only reads also takes any beginning of a uuid or name that no other run has.
+    With --watch the list is shown again and again until all runs are over.
+
+    In a pipe there are tabs between the columns, times are seconds, and sizes are bytes.
 
     examples:
       python3 taskfarm.py list
-      python3 taskfarm.py list --json
+      python3 taskfarm.py list --watch
+      python3 taskfarm.py list | cut -f 1,2
     """
+    screen = Screen(sys.stdout, os.environ)
     with open_client(args) as client:
-        answer = client.ask("GET", "/api/runs")
+        monitor = RunListMonitor(client)
+        if args.watch:
+            return Watch(monitor, screen, None, args.json).run()
+        shown = monitor.update()
     if args.json:
-        print_json(answer)
+        print_json(shown.json())
         return 0
-    screen, now = Screen(sys.stdout, os.environ), time.time() + client.clock_ahead_s
-    runs = answer["data"]
-    by_uuid = {run["uuid"]: run for run in runs}
-    # One that is not in the list was deleted, or is not for us: that is not asked for each of many.
-    held_up = [hold_up(run, lambda uuid_: by_uuid.get(uuid_, dict(run, name=None))) if run["numWaiting"] else None  # noqa: B023
-               for run in runs]
-    states = [Column("state")] if any(held_up) else []
-    table = Table([
-        Column("run"), Column("tasks", True), Column("complete", True), Column("waiting", True, optional=True),
-        Column("computing", True, optional=True), Column("done", True, optional=True), Column("failed", True),
-        *states, Column("age", True, optional=True), Column("user", optional=True), Column("name", can_shrink=True)],
-        screen.columns)
-    print_table(screen, table, [
-        (short, run["numTasks"], percent_text(run["percentDone"], 100).replace(" ", ""), run["numWaiting"],
-         run["numComputing"], run["numDone"], run["numFailed"], *((held.word if held else "") for _ in states),
-         time_since(run.get("created"), now), run.get("user"), run.get("name"))
-        for run, short, held in zip(runs, short_uuids(runs, screen), held_up)])
-    if not runs:
+    screen.print(shown.table(screen))
+    if not shown.runs:
         print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
     return 0
 
 
-def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows, with the headings in bold."""
+def screen_table(screen: Screen, *columns: Column) -> Table:
+    """A table for a terminal, or for the program that reads a pipe."""
+    return Table(columns, screen.columns, not screen.terminal)
+
+
+def table_lines(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> List[str]:
+    """The lines of some rows, with the headings in bold."""
     with_headings = not table.has_headings
     lines = table.lines(rows)
     if with_headings:
         lines[0] = screen.paint(lines[0], "bold")
-    screen.print(lines)
+    return lines
+
+
+def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows."""
+    screen.print(table_lines(screen, table, rows))
 
 
 def cmd_status(args: argparse.Namespace) -> int:
@@ -13865,16 +14178,18 @@ def cmd_status(args: argparse.Namespace) -> int:
 
     The rate is that of a recent window, and the time left is a probable range: it is wide where the
     rate changed much in that window. With --watch the status is shown again and again until the run is
-    over: in place on a terminal, as a line every 30 s in a file or a pipe (see --every).
+    over: in place on a terminal, as a line every 30 s in a file or a pipe (see --every). Without RUN it is
+    that of the newest run.
 
     examples:
+      python3 taskfarm.py status
       python3 taskfarm.py status antarctica
       python3 taskfarm.py status $run --watch
       python3 taskfarm.py status 3f2a --json
     """
     screen = Screen(sys.stdout, os.environ)
     with open_client(args) as client:
-        monitor = RunMonitor(client, find_run_uuid(client, args.run))
+        monitor = RunMonitor(client, find_run_uuid(client, args.run) if args.run else newest_run(client))
         if args.watch:
             return Watch(monitor, screen, args.every, args.json).run()
         status = monitor.update()
@@ -13885,6 +14200,45 @@ def cmd_status(args: argparse.Namespace) -> int:
     return 0
 
 
+def newest_run(client: Client) -> str:
+    """The uuid of the run that was made last. Raises Refusal when there is none."""
+    runs = client.ask("GET", "/api/runs")["data"]
+    if not runs:
+        raise Refusal("there are no runs yet: 'python3 taskfarm.py new 1000' makes one")
+    return str(runs[-1]["uuid"])
+
+
+WAIT_S = 0.1, 5.0                   # between two looks of `wait`: at first, and at most
+
+
+def cmd_wait(args: argparse.Namespace) -> int:
+    """wait until a run is over, and print nothing
+
+    What is to be done then stands behind it: a mail, another run, a web hook. With --percent it waits
+    until so much of the run is done, or it is over.
+
+    exit status: 0 all tasks are done (with --percent: so much of them), 3 the run is over without that,
+    1 refused, 5 the server has not answered for 15 minutes, 6 the login is refused
+
+    examples:
+      python3 taskfarm.py wait antarctica && ./collect.sh
+      python3 taskfarm.py wait ice; mail -s "ice: $?" me@example.org < /dev/null
+      python3 taskfarm.py wait ice --percent 10 && python3 taskfarm.py hosts ice
+    """
+    pause_s, most_s = WAIT_S
+    with open_client(args) as client:
+        run_uuid = find_run_uuid(client, args.run)
+        client.retry_s = WORKER_RETRY_S
+        while True:
+            run = client.ask("GET", run_path(run_uuid))
+            if run["numDone"] == run["numTasks"] or args.percent is not None and run["percentDone"] >= args.percent:
+                return EXIT_DONE
+            if is_over(run):
+                return EXIT_TASKS_FAILED
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.2, most_s)
+
+
 def cmd_tasks(args: argparse.Namespace) -> int:
     """list the tasks of a run, with host, exit code, log and message
 
@@ -13892,23 +14246,36 @@ def cmd_tasks(args: argparse.Namespace) -> int:
     the seconds of all its processors. "log" is where a failed one left its output. "parameters" are there
     when the run knows its work, and their file can be read here and has not changed.
 
-    On a terminal the first 200, in a file or a pipe all of them, unless --limit says otherwise.
+    On a terminal the first 200, in a file or a pipe all of them, unless --limit says otherwise. In a
+    pipe there are tabs between the columns, times are seconds, and sizes are bytes.
+
+    --csv prints all columns for spreadsheets and pandas. --joblog prints those of GNU parallel's
+    --joblog, of tasks that have ended; Seq is the number of the task, from 0.
 
     examples:
+      python3 taskfarm.py tasks antarctica 13 17-20
       python3 taskfarm.py tasks antarctica --status failed
       python3 taskfarm.py tasks antarctica --status computing --order started
-      python3 taskfarm.py tasks $run --status failed | awk 'NR > 1 {print $1}'
+      python3 taskfarm.py tasks $run --csv > tasks.csv
+      python3 taskfarm.py tasks $run --status failed | cut -f 1
     """
     screen = Screen(sys.stdout, os.environ)
-    limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not args.json else 0
+    form = "csv" if args.csv else "joblog" if args.joblog else "json" if args.json else ""
+    limit = args.limit if args.limit is not None else TABLE_ROWS if screen.terminal and not form else 0
     query: Dict[str, Any] = {name: value for name, value in (("status", args.status), ("order", args.order)) if value}
     with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run)
-        path = run_path(run_uuid, "/tasks")
         query["limit"] = min(limit + 1, ROWS_AT_ONCE) if limit else ROWS_AT_ONCE
-        rows = limit_rows(every_page(client, path, **query), limit)
-        if args.json:
+        rows = limit_rows(chosen_pages(client, run_path(run_uuid, "/tasks"), args.numbers, query), limit)
+        if form == "json":
             print_json_rows(rows)
+            return 0
+        if form:
+            head, cells = (CSV_COLUMNS, csv_cells) if args.csv else (JOBLOG_COLUMNS, joblog_cells)
+            writer = csv.writer(sys.stdout, "excel" if args.csv else "excel-tab", lineterminator="\n")
+            writer.writerow(head)
+            for tasks, _ in rows:
+                writer.writerows(cells(task) for task in tasks if args.csv or task["status"] in ("done", "failed"))
             return 0
         columns: List[str] = []
         parameters = known_parameters(client, client.ask("GET", run_path(run_uuid)))
@@ -13917,12 +14284,150 @@ def cmd_tasks(args: argparse.Namespace) -> int:
             if not columns:
                 columns = used_columns(LISTED_COLUMNS, tasks, "parameters", *(
                     ("memory", "CPU", "log") if screen.terminal else ()))
-                table = task_table(columns, screen.columns)
+                table = task_table(columns, screen.columns, not screen.terminal)
             print_table(screen, table, task_rows(tasks, columns, time.time() + client.clock_ahead_s))
             if not tasks and screen.terminal:
                 print("none", file=sys.stderr)
             if more:
                 print("... and more: --limit 0 shows all", file=sys.stderr)
+    return 0
+
+
+SPANS_ASKED = 100                   # in a request: its line has a bound
+
+
+def chosen_pages(client: Client, path: str, spans: Sequence[Tuple[int, int]],
+                 query: Dict[str, Any]) -> Iterator[List[Dict[str, Any]]]:
+    """The pages of a run's tasks, or of those in the spans."""
+    if not spans:
+        yield from every_page(client, path, **query)
+    for at in range(0, len(spans), SPANS_ASKED):
+        wanted = ",".join("%d-%d" % span for span in spans[at:at + SPANS_ASKED])
+        yield from every_page(client, path, tasks=wanted, **query)
+
+
+# Of `tasks --csv`; and of GNU parallel's --joblog.
+CSV_COLUMNS = ("task", "status", "percent", "started", "finished", "seconds", "host", "worker", "attempt", "failures",
+               "losses", "exit", "message", "memory", "cpu", "log")
+JOBLOG_COLUMNS = ("Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command")
+
+
+def csv_cells(task: Mapping[str, Any]) -> List[Any]:
+    """A task for CSV_COLUMNS; what is not known is empty."""
+    took_s = attempt_duration(task, math.nan)       # that of what still computes is not known
+    cells = {"percent": task["percentCompleted"], "host": task["hostname"], "exit": task["exitCode"],
+             "seconds": None if took_s is None or task["finished"] is None else bare_text(took_s)}
+    return [cells[name] if name in cells else task[name] for name in CSV_COLUMNS]
+
+
+def joblog_cells(task: Mapping[str, Any]) -> List[Any]:
+    """A task that has ended, for JOBLOG_COLUMNS. A shell says 128 and the number of a signal; so does Exitval."""
+    return [task["task"], task["hostname"], "%.3f" % (parse_time(task["started"]) or 0.0),
+            "%.3f" % (attempt_duration(task, 0.0) or 0.0), 0, 0,
+            0 if task["status"] == "done" else task["exitCode"] or 1, 0, "task %d" % task["task"]]
+
+
+def latest_ends(client: Client, run_uuid: str, everything: bool, **query: Any) -> Iterator[Dict[str, Any]]:
+    """The tasks of a run that ended last, the latest first; all of them if *everything*."""
+    pages = every_page(client, run_path(run_uuid, "/tasks"), order="finished", limit=ROWS_AT_ONCE, **query)
+    tasks = itertools.chain.from_iterable(pages)
+    return tasks if everything else itertools.islice(tasks, LATEST_ENDS)
+
+
+def say_of_how_many(number: int, all_of_them: int, what: str) -> None:
+    """Say of how many ends a table tells."""
+    print_notice("of %s" % count_text(number, what) if number >= all_of_them else
+                 "of the latest %s of %s: --all looks at all" % (grouped(number), count_text(all_of_them, what)))
+
+
+def cmd_failures(args: argparse.Namespace) -> int:
+    """show what kinds of failures a run has: how many, where, since when
+
+    Failed tasks with the same exit status and the same message are of one kind. * stands for what
+    differs in the messages: numbers, also hexadecimal ones, and paths. "tasks" are the latest three. It
+    looks at the latest 100 000 failed tasks, and says of how many it tells. "restart" lets a kind wait
+    again.
+
+    examples:
+      python3 taskfarm.py failures antarctica
+      python3 taskfarm.py restart antarctica --exit 137
+      python3 taskfarm.py restart antarctica --like 'cannot open *: No space left'
+    """
+    screen = Screen(sys.stdout, os.environ)
+    with open_client(args) as client:
+        run = client.ask("GET", run_path(find_run_uuid(client, args.run)))
+        kinds = group_failures(latest_ends(client, run["uuid"], args.all, status="failed") if run["numFailed"] else [])
+        utc = time.time() + client.clock_ahead_s
+    told = sum(kind.count for kind in kinds)
+    if args.json:
+        print_json({"failed": run["numFailed"], "told": told, "data": [
+            {"exitCode": kind.exit_code, "message": kind.message, "count": kind.count, "hosts": dict(kind.hosts),
+             "first": kind.first, "last": kind.last, "tasks": kind.tasks} for kind in kinds]})
+        return 0
+    shown = kinds[:KINDS_SHOWN] if screen.terminal else kinds
+    print_table(screen, screen_table(
+        screen, Column("failed", True), Column("exit", True), Column("first", True, optional=True, text=duration_text),
+        Column("last", True, text=duration_text), Column("hosts", can_shrink=True), Column("tasks", optional=True),
+        Column("message", can_shrink=True)), [
+            (kind.count, kind.exit_code, seconds_since(kind.first, utc), seconds_since(kind.last, utc),
+             kind.hosts_text(), ",".join(map(str, kind.tasks)), kind.message) for kind in shown])
+    if len(shown) < len(kinds):
+        print_notice("and %d more kinds: 'python3 taskfarm.py failures %s | cat' shows all" % (
+            len(kinds) - len(shown), run["uuid"][:8]))
+    say_of_how_many(told, run["numFailed"], "failed task")
+    if kinds and screen.terminal:
+        words = [] if kinds[0].exit_code is None else ["--exit", "%d" % kinds[0].exit_code]
+        words += ["--like", cut(kinds[0].message, 60).rstrip("~")] if kinds[0].message else []
+        print_notice("this lets the first kind wait again: python3 taskfarm.py restart %s %s" % (
+            run["uuid"][:8], " ".join(map(shlex.quote, words)) or "--failed"))
+    return 0
+
+
+KINDS_SHOWN = 20                    # of failures, on a terminal
+
+
+def cmd_hosts(args: argparse.Namespace) -> int:
+    """show which hosts are slow, and which fail
+
+    For each host the tasks that ended there, how many of them failed, and of those that are done the
+    seconds that half of them and 95 % of them took at most. "times" is its median in medians of the run:
+    2 is half as fast. "memory" is the peak of its largest task. "lost" are workers whose lease ran out
+    since the run was made, of whatever run. Hosts with the largest share of failures come first, then
+    the slowest.
+
+    It looks at the latest 100 000 ends, and says of how many it tells. Of a task that was tried
+    several times, the last end counts.
+
+    examples:
+      python3 taskfarm.py hosts antarctica
+      python3 taskfarm.py hosts antarctica | awk -F '\t' '$3 > 10 {print $1}'
+    """
+    screen = Screen(sys.stdout, os.environ)
+    with open_client(args) as client:
+        run = client.ask("GET", run_path(find_run_uuid(client, args.run)))
+        together, hosts = group_hosts(latest_ends(client, run["uuid"], args.all))
+        for workers in every_page(client, "/api/workers", all=True, limit=ROWS_AT_ONCE):
+            for worker in workers:
+                if worker["state"] == "expired" and worker["heard"] >= run["created"]:
+                    hosts.setdefault(worker["hostname"], HostEnds()).lost += 1
+    rows = []
+    for name, host in hosts.items():
+        median, run_median = host.quantile(0.5), together.quantile(0.5)
+        rows.append((name, host.ends, host.failed, host.lost, median, host.quantile(0.95),
+                     median / run_median if median is not None and run_median else None, host.memory))
+    rows.sort(key=lambda row: (-row[2] / max(row[1], 1), -(row[4] or 0.0), row[0]))
+    ended = max(run["numDone"] + run["numFailed"], together.ends)
+    if args.json:
+        names = ("host", "tasks", "failed", "lost", "median", "p95", "times", "memory")
+        print_json({"ended": ended, "told": together.ends, "median": together.quantile(0.5),
+                    "p95": together.quantile(0.95), "data": [dict(zip(names, row)) for row in rows]})
+        return 0
+    print_table(screen, screen_table(
+        screen, Column("host", can_shrink=True), Column("tasks", True), Column("failed", True),
+        Column("lost", True, optional=True), Column("median", True, text=duration_text),
+        Column("95 %", True, optional=True, text=duration_text), Column("times", True, text="%.2f".__mod__),
+        Column("memory", True, optional=True, text=size_text)), rows)
+    say_of_how_many(together.ends, ended, "end")
     return 0
 
 
@@ -14006,14 +14511,15 @@ def cmd_workers(args: argparse.Namespace) -> int:
         if args.json:
             print_json_rows(pages)
             return 0
-        table = Table([Column("host", can_shrink=True), Column("pid", True), Column("state"), Column("holds", True),
-                       Column("heard", True), Column("lease", True, optional=True),
-                       Column("worker", can_shrink=True, optional=True)], screen.columns)
+        table = screen_table(
+            screen, Column("host", can_shrink=True), Column("pid", True), Column("state"), Column("holds", True),
+            Column("heard", True, text=duration_text), Column("lease", True, optional=True, text=duration_text),
+            Column("worker", can_shrink=True, optional=True))
         for workers, _ in pages:
             utc = time.time() + client.clock_ahead_s
             print_table(screen, table, [
-                (worker["hostname"], worker["pid"], worker["state"], worker["held"], time_since(worker["heard"], utc),
-                 worker["lease"] and duration_text(worker["lease"]), worker["uuid"]) for worker in workers])
+                (worker["hostname"], worker["pid"], worker["state"], worker["held"],
+                 seconds_since(worker["heard"], utc), worker["lease"], worker["uuid"]) for worker in workers])
             if not workers and screen.terminal:
                 print("none" if args.all else "no worker is alive", file=sys.stderr)
     return 0
@@ -14116,24 +14622,38 @@ def print_counts(client: Client, run_uuid: str) -> None:
 
 
 def cmd_restart(args: argparse.Namespace) -> int:
-    """let tasks of a run wait again: those that are not done, the failed ones, or all
+    """let tasks of a run wait again: those not done, the failed ones, some, or all
 
     Without an option, tasks stay as they are that are done, or that a worker alive computes. With --all
     the run begins anew: no task counts as done any more. So --all asks first.
+
+    Numbers of tasks, --exit and --like narrow that: to these tasks, to the failed ones with that exit
+    status, to the failed ones whose message contains TEXT, in which * stands for anything ('failures'
+    shows such texts). With --all, tasks that are named wait again also when they are done or computed.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     examples:
       python3 taskfarm.py restart antarctica
       python3 taskfarm.py restart antarctica --failed
+      python3 taskfarm.py restart antarctica 13 17-20
+      python3 taskfarm.py restart antarctica --exit 137
+      python3 taskfarm.py restart antarctica --like 'cannot open *: No space left'
       python3 taskfarm.py restart antarctica --all
       python3 taskfarm.py restart antarctica --all --yes    does not ask
     """
     query = "?all=True" if args.all else "?status=failed" if args.failed else ""
     with open_client(args) as client:
         run_uuid = find_run_uuid(client, args.run, changes=True)
-        if args.all and not args.yes:
+        body = {name: value for name, value in (
+            ("tasks", args.numbers or None), ("exitCode", args.exit), ("like", args.like)) if value is not None}
+        if args.all and not args.yes and not body:
             confirm_change(client, "restart", run_uuid, "No task will count as done any more.")
-        client.ask("POST", run_path(run_uuid, "/restart" + query))
+        answer = client.ask("POST", run_path(run_uuid, "/restart" + query), body or None)
+        if answer:
+            print("%s again" % ("1 task waits" if answer["restarted"] == 1 else "%d tasks wait" % answer["restarted"]))
+            named = sum(last + 1 - first for first, last in args.numbers)
+            if answer["restarted"] < named and not args.all:
+                print_notice("what is done, waits already or is being computed stays as it is; --all takes it too")
         print_counts(client, run_uuid)
     return 0
 
@@ -14212,12 +14732,13 @@ def cmd_token_list(args: argparse.Namespace) -> int:
         if args.json:
             print_json_rows(pages)
             return 0
-        table = Table([Column("id", True), Column("scope"), Column("run", can_shrink=True), Column("age", True),
-                       Column("ends"), Column("label", can_shrink=True)], screen.columns)
+        table = screen_table(
+            screen, Column("id", True), Column("scope"), Column("run", can_shrink=True),
+            Column("age", True, text=duration_text), Column("ends"), Column("label", can_shrink=True))
         for tokens, _ in pages:
             utc = time.time() + client.clock_ahead_s
             print_table(screen, table, [
-                (token["id"], token["scope"], token["run"] or "all", time_since(token["created"], utc),
+                (token["id"], token["scope"], token["run"] or "all", seconds_since(token["created"], utc),
                  token["expires"] and token["expires"][:10], token["label"]) for token in tokens])
     return 0
 
@@ -14828,8 +15349,8 @@ def cmd_audit(args: argparse.Namespace) -> int:
     if args.json:
         print_json_rows(limit_rows(pages(), 0))
         return 0
-    table = Table([Column("when"), Column("user"), Column("from", optional=True), Column("times", True, optional=True),
-                   Column("action"), Column("what", can_shrink=True)], screen.columns)
+    table = screen_table(screen, Column("when"), Column("user"), Column("from", optional=True),
+                         Column("times", True, optional=True), Column("action"), Column("what", can_shrink=True))
     for lines in pages():
         print_table(screen, table, [
             (line["utc"], "(administration)" if line["user"] is None else line["user"] or "(unknown)", line["address"],
@@ -15204,6 +15725,17 @@ def numbers_of_clients(text: str) -> List[int]:
     return [positive_number(word) for word in text.split(",")]
 
 
+def task_numbers(text: str) -> Tuple[int, int]:
+    """A number of a task, or a range of them."""
+    try:
+        first, last = parse_span(text)
+        if first > last:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError("numbers of tasks look like 13 or 17-20, not like %r" % text)
+    return first, last
+
+
 READ_RUN = "its uuid or name, or the beginning of one"
 CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of its uuid" % MIN_UUID_DIGITS
 
@@ -15314,9 +15846,9 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 
 # 'taskfarm.py --help' shows the verbs in this order, and those without a group at the end.
 VERB_GROUPS = (
-    ("work on tasks", ("run", "new", "work", "status")),
-    ("look and keep", ("list", "tasks", "log", "workers", "pause", "resume", "cancel", "extend", "restart", "delete",
-                       "progress")),
+    ("work on tasks", ("run", "new", "work", "status", "wait")),
+    ("look and keep", ("list", "tasks", "failures", "hosts", "log", "workers", "pause", "resume", "cancel", "extend",
+                       "restart", "delete", "progress")),
     ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
 )
 
@@ -15338,7 +15870,8 @@ def add_client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace
     """Add a verb that asks a server. *run*: it takes a run; *reads*: it changes nothing, and can print JSON."""
     parser = add_verb(verbs, name, command, needs_db=False)
     if run:
-        parser.add_argument("run", metavar="RUN", help=READ_RUN if reads else CHANGED_RUN)
+        parser.add_argument("run", metavar="RUN", nargs=None if name != "status" else "?",
+                            help=READ_RUN if reads else CHANGED_RUN)
     add_env_option(parser, "--url URL", "", "the server, where it is not the one of the access file")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
@@ -15354,16 +15887,27 @@ def add_client_verbs(verbs: Any) -> None:
     after = new.add_mutually_exclusive_group()
     after.add_argument("--after", metavar="RUN", help="hand out no task before all tasks of that run are done")
     after.add_argument("--after-any", metavar="RUN", help="nor before that run is over, also if tasks of it failed")
-    add_client_verb(verbs, "list", cmd_list, reads=True)
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
     status.add_argument("--every", type=some_seconds, metavar="S", help="seconds between two updates "
                         "of --watch; by default 2, and 30 where it prints lines")
+    wait = add_client_verb(verbs, "wait", cmd_wait)
+    wait.add_argument("run", metavar="RUN", help=READ_RUN)
+    wait.add_argument("--percent", metavar="P", help="wait until so much of the run is done",
+                      type=number_type(float, 0, 100, "a percentage from 0 to 100"))
+    add_client_verb(verbs, "list", cmd_list, reads=True).add_argument(
+        "--watch", action="store_true", help="show it again and again until all runs are over")
     tasks = add_client_verb(verbs, "tasks", cmd_tasks, run=True, reads=True)
     tasks.add_argument("--status", choices=STATUS, help="only tasks of this status")
     tasks.add_argument("--order", choices=("task", "started", "finished"),
                        help="by number; or the longest computing first; or the last to end first")
     tasks.add_argument("--limit", type=whole_number, metavar="N", help="at most so many; 0 for all")
+    form = tasks.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print all columns, with commas between")
+    form.add_argument("--joblog", action="store_true", help="print the columns of GNU parallel's --joblog")
+    for name, command in (("failures", cmd_failures), ("hosts", cmd_hosts)):
+        add_client_verb(verbs, name, command, run=True, reads=True).add_argument(
+            "--all", action="store_true", help="look at all ends, not only at the latest %d" % LATEST_ENDS)
     add_client_verb(verbs, "log", cmd_log, run=True, reads=True).add_argument(
         "task", metavar="TASK", type=whole_number, help="its number")
     add_client_verb(verbs, "workers", cmd_workers, reads=True).add_argument(
@@ -15376,6 +15920,11 @@ def add_client_verbs(verbs: Any) -> None:
     add_client_verb(verbs, "extend", cmd_extend, run=True).add_argument(
         "tasks", metavar="N", type=positive_number, help="how many more")
     restart = add_client_verb(verbs, "restart", cmd_restart, run=True)
+    for parser in (tasks, restart):
+        parser.add_argument("numbers", metavar="TASK", nargs="*", type=task_numbers, help="only these, as 13 17-20")
+    restart.add_argument("--exit", type=int, metavar="N", help="only the failed tasks with this exit status")
+    restart.add_argument("--like", metavar="TEXT", help="only the failed tasks whose message contains this; a * in it "
+                         "stands for anything")
     restart.add_argument("--yes", action="store_true", help="do not ask")
     which = restart.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="all tasks, also those that are done; asks first")
@@ -15449,10 +15998,12 @@ and 'python3 taskfarm.py status first --watch' shows how far it is.
     work.add_argument("--any", action="store_true", help="all runs that you have made and that know their command, the "
                       "oldest first")
     add_parameter_options(work.add_mutually_exclusive_group(), "values")
+    work.add_argument("--task", type=whole_number, metavar="N", help="run this task alone, once")
     add_work_options(work)
     run = add_verb(verbs, "run", cmd_run, needs_db=False)
     run.usage = "taskfarm.py run N [-j N] [options] -- COMMAND ..."
     add_run_options(run)
+    run.set_defaults(task=None)
     run.add_argument("--retry", action="store_true", help="let the failed tasks run again")
     add_env_option(run, "--db FILE", None, "the farm's file; by default %s in this folder, if it is there or no farm "
                    "answers" % OWN_FILE)
@@ -15516,7 +16067,7 @@ def find_command(words: Sequence[str]) -> int:
     add_work_options(options)
     add_run_options(options)
     takes_value = {option for action in options._actions if action.nargs is None for option in action.option_strings}
-    takes_value |= {"--db", "--host", "--advertise"}
+    takes_value |= {"--db", "--host", "--advertise", "--task"}
     others = [at for at in range(1, len(words))
               if not words[at].startswith("-") and words[at - 1] not in takes_value]
     skipped = 1 if words[0] == "work" or others and words[others[0]].isdigit() else 0

@@ -30,6 +30,7 @@ import csv
 import decimal
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -47,6 +48,7 @@ import re
 import resource
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -580,13 +582,14 @@ class Model:
             return "for now"
         return "" if entry["any"] or first["numDone"] == first["numTasks"] else "for good"
 
-    def assign(self, run: str, worker: str, count: int, begun: bool) -> List[int]:
-        """Give the lowest tasks that wait to the worker."""
+    def assign(self, run: str, worker: str, count: int, begun: bool, only: Optional[int] = None) -> List[int]:
+        """Give the lowest tasks that wait to the worker, or only that one."""
         given: List[int] = []
         if self.withheld(run) or not self.run_json(run)["numWaiting"]:
             return given
         self.runs[run].update(after=None, any=False)
-        for number in range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count)):
+        lowest = range(min(self.runs[run]["n"], len(self.runs[run]["tasks"]) + count))
+        for number in lowest if only is None else [only]:
             if len(given) < count and self.task(run, number)["status"] == "waiting":
                 given.append(number)
                 task = self.touch(run, number)
@@ -594,11 +597,15 @@ class Model:
                             lost=False, started=begun, finished=False)
         return given
 
-    def claim(self, run: str, worker: str) -> Answer:
+    def claim(self, run: str, worker: str, number: Optional[int] = None) -> Answer:
         status = self.claim_refusal(worker, run)
         if status:
             return status, None
-        given = self.assign(run, worker, 1, True)
+        if number is not None and number >= self.runs[run]["n"]:
+            return 404, None
+        if number is not None and self.task(run, number)["status"] != "waiting":
+            return 409, None
+        given = self.assign(run, worker, 1, True, number)
         return (201, self.task_json(run, given[0])) if given else (204, None)
 
     def claim_batch(self, run: str, worker: str, count: int) -> Answer:
@@ -689,13 +696,25 @@ class Model:
             task["status"] = status
             task["finished"] = task["finished"] and UNKNOWN
 
-    def restart(self, run: str, everything: Any) -> Answer:
-        """*everything*: True, False, or "failed" for the failed ones alone."""
+    def selects(self, body: Dict[str, Any], number: int, task: Dict[str, Any]) -> bool:
+        """Whether a restart with this body is meant for a task."""
+        message = " ".join((task["message"] or "").split())
+        return any(first <= number <= last for first, last in body.get("tasks", [(number, number)])) and (
+            task["status"] == "failed" or not {"exitCode", "like"} & set(body)) and (
+            task["exitCode"] == body.get("exitCode", task["exitCode"])) and (
+            "like" not in body or fnmatch.fnmatchcase(message, "*%s*" % body["like"]))
+
+    def restart(self, run: str, everything: Any, body: Optional[Dict[str, Any]] = None) -> Answer:
+        """*everything*: True, False, or "failed" for the failed ones alone. How many it restarts is left open."""
         if run not in self.runs:
             return 404, None
+        if any(last >= self.runs[run]["n"] for _, last in (body or {}).get("tasks", [])):
+            return 400, None
         if self.runs[run]["state"] == "cancelled":
             self.runs[run]["state"] = "open"
         for number, task in self.runs[run]["tasks"].items():
+            if not self.selects(body or {}, number, task):
+                continue
             if everything is True:
                 self.note_taken(task)
                 task.update(status="waiting", millionths=0, failures=0, losses=0, exitCode=None, message=None, hold="",
@@ -710,7 +729,7 @@ class Model:
                     self.lapse(run, number, "restarted")
                 task.update(status="waiting", failures=0, losses=0, lost=False,
                             finished=task["finished"] and UNKNOWN)
-        return 204, None
+        return 200 if body else 204, None
 
     def set_state(self, run: str, word: str) -> int:
         """Pause or resume a run: the status of the answer."""
@@ -834,6 +853,9 @@ ends = st.fixed_dictionaries({}, optional={     # what a report says of an end; 
     "exitCode": st.sampled_from([0, 1, -9, 2 ** 31 - 1]), "log": st.sampled_from(["", "/logs/7.log"]),
     "message": st.sampled_from(["", "no space left\non device", "\0ü"]),
     "memory": st.sampled_from([0, 1, 2 ** 53]), "cpu": st.sampled_from([0, 0.5, 1000000000])})
+selections = st.fixed_dictionaries({}, optional={       # what the body of a restart says
+    "tasks": st.lists(st.sampled_from([[0, 0], [1, 1], [1, 2], [0, 3], [2, 5]]), min_size=1, max_size=3),
+    "exitCode": st.sampled_from([0, 1]), "like": st.sampled_from(["", "no space left on", "n*left*dev", "left*no"])})
 
 
 class Machine(RuleBasedStateMachine):
@@ -866,7 +888,7 @@ class Machine(RuleBasedStateMachine):
         self.keys += 1
         key = "key %d" % self.keys
         answer = self.farm.ask("POST", path, body, key)
-        if answer[0] in (201, 204) and not (worker and answer[0] == 204):
+        if answer[0] in (200, 201, 204) and not (worker and answer[0] == 204):
             self.remembered = [entry for entry in self.remembered if not worker or entry[3] != worker][-5:]
             self.remembered.append((path, body, key, worker, answer))
         return answer
@@ -908,11 +930,12 @@ class Machine(RuleBasedStateMachine):
             self.register(name, 7, lease)
         return str(self.create(n, False, {"maxFailures": 2, "maxLosses": most}))
 
-    @rule(run=runs, worker=names, keyed=st.booleans(), again=st.booleans())
-    def claim(self, run: str, worker: str, keyed: bool, again: bool) -> None:
-        answer = self.post("/api/runs/%s/task" % run, {"worker_uuid": worker}, keyed, worker)
+    @rule(run=runs, worker=names, keyed=st.booleans(), again=st.booleans(), number=st.none() | st.none() | numbers)
+    def claim(self, run: str, worker: str, keyed: bool, again: bool, number: Optional[int] = None) -> None:
+        body = {"worker_uuid": worker} if number is None else {"worker_uuid": worker, "task": number}
+        answer = self.post("/api/runs/%s/task" % run, body, keyed, worker)
         self.check_retry_after(run, answer[0])
-        self.compare_task(run, answer, self.model.claim(run, worker))
+        self.compare_task(run, answer, self.model.claim(run, worker, number))
         if again:
             self.claim(run, worker, False, False)
 
@@ -1060,10 +1083,11 @@ class Machine(RuleBasedStateMachine):
         if run in self.model.runs:
             assert self.farm.ask("PUT", "/api/runs/%s/tasks" % run, body)[0] == 400
 
-    @rule(run=runs, word=st.sampled_from(["", "", "?all=True", "?all=False", "?status=failed"]), keyed=st.booleans())
-    def restart(self, run: str, word: str, keyed: bool) -> None:
-        got = self.post("/api/runs/%s/restart%s" % (run, word), None, keyed)[0]
-        assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True")[0]
+    @rule(run=runs, word=st.sampled_from(["", "", "?all=True", "?all=False", "?status=failed"]), keyed=st.booleans(),
+          body=st.none() | selections)
+    def restart(self, run: str, word: str, keyed: bool, body: Optional[Dict[str, Any]] = None) -> None:
+        got = self.post("/api/runs/%s/restart%s" % (run, word), body, keyed)[0]
+        assert got == self.model.restart(run, "failed" if "failed" in word else word == "?all=True", body)[0]
 
     @rule(run=runs, word=st.sampled_from(["pause", "pause", "resume", "resume", "cancel"]), keyed=st.booleans())
     def set_state(self, run: str, word: str, keyed: bool) -> None:
@@ -1152,7 +1176,8 @@ class Machine(RuleBasedStateMachine):
             elif act == "register":
                 self.register(worker, 7, 150)
             elif act == "restart":
-                self.restart(run, dice.choice(["", "?status=failed", "?all=True"]), False)
+                self.restart(run, dice.choice(["", "?status=failed", "?all=True"]), False, dice.choice(
+                    [None, {"tasks": [[0, 0]]}, {"exitCode": 1}]))
             elif act in ("pause", "resume", "cancel"):
                 self.set_state(run, act, False)
             elif act == "cancel tasks":
@@ -1163,6 +1188,18 @@ class Machine(RuleBasedStateMachine):
                 self.report(run, dice.randrange(3), None, dice.choice(["done", "waiting", "computing", "failed"]), {})
             else:
                 self.server_restarts()
+
+    @rule(run=runs, status=statuses, limit=st.integers(1, 4), wanted=st.sets(st.integers(0, 5), min_size=1))
+    def list_some_tasks(self, run: str, status: Optional[str], limit: int, wanted: Set[int]) -> None:
+        """Those with these numbers, some pages of which are short."""
+        if run in self.model.runs:
+            path, words = "/api/runs/%s/tasks" % run, ["limit=%d" % limit, "tasks=" + ",".join(map(str, wanted))]
+            words += ["status=" + status] if status else []
+            if max(wanted) >= self.model.runs[run]["n"]:
+                assert self.farm.ask("GET", path + "?" + "&".join(words))[0] == 400
+                return
+            assert [task["task"] for task in walk(self.farm, path, *words)] == [
+                number for number in sorted(wanted) if status in (None, self.model.task(run, number)["status"])]
 
     @rule(run=runs, status=st.sampled_from([None, "waiting", "computing", "done", "failed"]), limit=st.integers(1, 4))
     def list_tasks(self, run: str, status: Optional[str], limit: int) -> None:
@@ -1290,8 +1327,9 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["run"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
-         ["tasks"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"], ["extend"], ["restart"], ["delete"],
-         ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"], ["doctor"]]
+         ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"],
+         ["extend"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"],
+         ["doctor"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -1627,7 +1665,7 @@ class StoreMachine(Machine):
     def open(self, path: str) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(taskfarm.Sweep, "SLICE", 2)
-        for name in ("SMALL", "SLICE", "REPORTS_SLICE"):
+        for name in ("SMALL", "SLICE", "REPORTS_SLICE", "SPANS_AT_ONCE"):
             self.patch.setattr(taskfarm, name, 2)
         self.farm = Direct(path, FakeClock(step_s=taskfarm.BATCH_S * 0.6))
 
@@ -2441,6 +2479,28 @@ def test_many_tasks_are_cancelled_with_a_key_in_slices(store: Direct) -> None:
     store.clock.step_s = 0.0
 
 
+@pytest.mark.parametrize("selection", [
+    taskfarm.Selection([(3, 9), (12, 12), (400, 900)]), taskfarm.Selection(exit_code=3), taskfarm.Selection(like="w*y"),
+    taskfarm.Selection([(0, 700)], 3, "why"), taskfarm.Selection(exit_code=4), taskfarm.Selection(like="y*w")], ids=str)
+@pytest.mark.parametrize("which", RESTARTS)
+def test_a_restart_of_some_makes_of_those_what_the_rule_makes_of_each(
+        trials: Direct, which: str, selection: taskfarm.Selection) -> None:
+    with trial_of(trials) as trial:
+        planted = trial.plant([None, *every_task(), None])
+        expected = [taskfarm.restarted(task, which, task.worker == 1) if selection.judges(task) and any(
+            first <= number <= last for first, last in selection.spans or [(0, len(planted))]) else task
+            for number, task in enumerate(planted)]
+        revision = trial.sql.leases.revision_of(1)
+        assert trial.do(taskfarm.restart_some("r", which, selection)) == sum(
+            before != after for before, after in zip(planted, expected))
+        assert trial.rows() == expected
+        taken = any(is_held(task) and not is_held(after) and task.worker == 1
+                    for task, after in zip(planted, expected))
+        assert (trial.sql.leases.revision_of(1) > revision) == taken, "its worker learns that a task was taken from it"
+        trial.promises_hold()
+        assert trial.do(taskfarm.restart_some("r", which, selection)) == 0, "twice is once"
+
+
 def test_batches_of_claims_and_single_ones_make_of_each_task_what_the_rule_makes_of_it(trials: Direct) -> None:
     tasks = [*every_task(), None, None, None, Task(0, 1, taskfarm.DONE), None]
     for count, singly in ((5000, False), (700, False), (700, True)):
@@ -2638,7 +2698,7 @@ def failing(named: Operation, error: Exception) -> Operation:
 def test_memory_is_what_it_was_when_a_transaction_is_rolled_back(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(taskfarm.Sweep, "SLICE", 2)
-    for name in ("SMALL", "SLICE", "REPORTS_SLICE"):
+    for name in ("SMALL", "SLICE", "REPORTS_SLICE", "SPANS_AT_ONCE"):
         monkeypatch.setattr(taskfarm, name, 2)
     dice, clock = random.Random(seed), FakeClock(step_s=taskfarm.BATCH_S * 0.3)
     direct = Direct(str(tmp_path / "f"), clock)
@@ -3977,6 +4037,79 @@ def test_restarts_take_failed_tasks_in_and_set_the_counters_back(store: Direct) 
     assert beat(store, "b")[0] == 0
 
 
+def test_a_restart_takes_the_tasks_that_its_body_selects(store: Direct) -> None:
+    run = a_run(store, 9)
+    for number, (code, message) in enumerate([(137, "killed"), (1, "no /a/b:\n  7"), (1, "no /c: 9"), (1, "")]):
+        assert report(store, run, number, status="failed", exitCode=code, message=message) == 204
+    report(store, run, 8, status="done")
+
+    def restart(query: str = "", **body: Any) -> List[int]:
+        """How many were restarted, and the numbers of those that have still failed, or are done."""
+        status, answer = store.ask("POST", "/api/runs/%s/restart%s" % (run, query), body)
+        return [answer["restarted"] if status == 200 else status] + [
+            number for number in range(9) if look(store, run, number)[0] in ("failed", "done")]
+    assert restart(exitCode=7) == [0, 0, 1, 2, 3, 8]
+    assert restart(exitCode=137) == [1, 1, 2, 3, 8]
+    assert restart(like="no *: *", tasks=[[2, 8]]) == [1, 1, 3, 8]
+    assert restart(like="no /a/b: 7") == [1, 3, 8], "a message is compared as lists show it"
+    assert restart(tasks=[[8, 8], [3, 3], [0, 0]]) == [1, 8], "what is done stays"
+    assert restart("?all=True", tasks=[[7, 8]]) == [1]
+    assert restart(tasks=[[3, 9]]) == [400]
+    store.ask("DELETE", "/api/runs/" + run)
+    assert store.ask("POST", "/api/runs/%s/restart" % run, {"exitCode": 1})[0] == 404
+
+
+def test_who_computes_a_task_that_is_restarted_learns_it(store: Direct) -> None:
+    run = a_run(store, 4)
+    assert [take(store, run, worker)["task"] for worker in "abc"] == [0, 1, 2]
+    before = [beat(store, worker) for worker in "abc"]
+    assert store.ask("POST", "/api/runs/%s/restart" % run, {"tasks": [[0, 2]]}) == (200, {"restarted": 1})
+    assert [beat(store, worker) for worker in "ab"] == before[:2], "a lease runs: left alone"
+    assert beat(store, "c")[0] == 0 and beat(store, "c")[1] > before[2][1]
+    assert store.ask("POST", "/api/runs/%s/restart?all=True" % run, {"tasks": [[1, 3]]}) == (200, {"restarted": 2})
+    assert beat(store, "a") == before[0] and beat(store, "b")[0] == 0 and beat(store, "b")[1] > before[1][1]
+
+
+@pytest.mark.parametrize("body", [{"like": ""}, {"tasks": [[0, 8999]]}], ids=str)
+def test_a_large_restart_of_some_lets_others_come_between_and_happens_once_for_a_key(
+        store: Direct, body: Dict[str, Any]) -> None:
+    run = a_run(store, 9000)
+    for first in range(0, 9000, 3000):
+        assert tell_batch(store, run, *({"task": number, "status": "failed"} for number in range(first, first + 3000)))
+    selection = taskfarm.Selection(body.get("tasks"), None, body.get("like"))
+    key, asking = taskfarm.IdempotencyKey(b"k" * 16, b"r" * 16), taskfarm.restart_some(run, "restart", selection)
+    slow = taskfarm.answer_once(key, asking, lambda number: (200, b"%d" % number))
+    assert isinstance(store.clock, FakeClock)
+    store.clock.step_s = taskfarm.SLICE_S
+    ended, claimed = store.store.apply([slow]), []
+    while not ended:
+        ended = store.store.apply([taskfarm.claim(run, "c")])
+        claimed += [outcome.number for named, outcome in ended if named is not slow]
+        ended = [entry for entry in ended if entry[0] is slow]
+    store.clock.step_s = 0.0
+    assert ended[0][1] == (200, b"9000") and len(claimed) > 10, "each as soon as a task waits"
+    assert figures(store, run)[0] == 9000 - len(claimed)
+    report(store, run, 8999, status="failed")
+    assert store.store.call(taskfarm.answer_once(key, asking, lambda _: (200, b""))) == (200, b"9000")
+    assert look(store, run, 8999)[0] == "failed", "it was done already"
+
+
+def test_a_single_task_is_claimed_by_its_number(store: Direct) -> None:
+    run = a_run(store, 9)
+
+    def take_one(number: int, worker: str = "a", key: str = "") -> Any:
+        status, task = store.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": worker, "task": number}, key)
+        return task["attempt"] if status == 201 and task["task"] == number else status
+    assert take_one(5, key="k") == take_one(5, key="k") == 1
+    assert take_one(5, "b") == 409 and take_one(9) == 404
+    assert take_batch(store, run, "b", 9) == [0, 1, 2, 3, 4, 6, 7, 8]
+    report(store, run, 5, worker_uuid="a", attempt=1, status="waiting")
+    assert take_one(5, "b") == 2
+    assert report(store, run, 5, worker_uuid="a", attempt=1, status="waiting") == 204, "known, when it comes again"
+    report(store, run, 5, worker_uuid="b", attempt=2, status="done")
+    assert take_one(5) == 409 and take_one(0) == 409
+
+
 def test_a_loss_that_a_restart_forgot_is_not_undone_once_more(store: Direct) -> None:
     run = a_run(store, 1)
     take(store, run, "a")
@@ -4012,11 +4145,20 @@ BAD_BATCHES: List[Any] = [
     *[("POST", "/api/runs/{run}/extend", {"numTasks": number}, 400) for number in (0, -1, "1", 2 ** 31 - 1)],
     ("POST", "/api/runs/{run}/extend", None, 400),
     *[("POST", "/api/runs/{run}/cancel", {"tasks": ranges}, 400) for ranges in (
-        [], 5, [1], [[1]], [[2, 1]], [[-1, 1]], [[1, 2, 3]], [["1", 2]], [[True, 2]], [[1, 2], [2, 3]], [[0, 20000]],
+        [], 5, [1], [[1]], [[2, 1]], [[-1, 1]], [[1, 2, 3]], [["1", 2]], [[True, 2]], [[0, 20000]],
         [[0, 1], [20000, 20000]], [[0, 2 ** 40]], [[0, 100000]], [[0, 0]] * 1001, None)],
     ("POST", "/api/run", {"numTasks": 1, "after": "none"}, 404), ("POST", "/api/run", {"numTasks": 1, "after": 7}, 400),
     ("POST", "/api/run", {"numTasks": 1, "afterAny": True}, 400),
     ("POST", "/api/run", {"numTasks": 1, "after": "none", "afterAny": 1}, 400),
+    *[("POST", "/api/runs/{run}/restart", {"tasks": spans}, 400) for spans in (
+        [], None, 5, "", "1,", "2-1", "-1", "1-2-3", [[1]], [[1, 2, 3]], [["1", "2"]], [1], [[2, 1]], [[-1, 0]],
+        [[0, 1.0]], [[True, 1]], [[0, 2 ** 31]], {"0": 1}, "\u0661")],
+    ("POST", "/api/runs/{run}/restart", {"exitCode": "1"}, 400),
+    ("POST", "/api/runs/{run}/restart", {"like": "x" * 2001}, 400),
+    ("POST", "/api/runs/{run}/task", {"worker_uuid": "a", "task": -1}, 400),
+    ("POST", "/api/runs/{run}/task", {"worker_uuid": "a", "task": None}, 400),
+    ("GET", "/api/runs/{run}/tasks?tasks=0&order=finished", None, 400),
+    ("GET", "/api/runs/{run}/tasks?tasks=0-2147483646", None, 400),
     *[("POST", "/api/worker", {"uuid": "z", "hostname": "n", "pid": 1, "lease": lease}, 400)
       for lease in BAD_LEASES],
     ("PUT", "/api/worker/a", {"held": 1}, 400),
@@ -4651,6 +4793,10 @@ def test_tasks_are_listed_in_pages(store: Direct) -> None:
         assert [task["task"] for task in tasks] == list(range(0, 300, 2))
     tasks = walk(store, "/api/runs/%s/tasks" % run, "status=waiting", "limit=1000")
     assert [task["task"] for task in tasks] == [n for n in range(2500) if n >= 300 or n % 2]
+    some = walk(store, "/api/runs/%s/tasks" % run, "tasks=2499,17-20,13,18", "limit=2")
+    assert [task["task"] for task in some] == [13, 17, 18, 19, 20, 2499]
+    odd = ",".join(map(str, range(1, 600, 2)))      # more spans than are looked at for a page
+    assert walk(store, "/api/runs/%s/tasks" % run, "status=done", "tasks=%s,298" % odd)[0]["task"] == 298
     assert store.store.connection.total_changes == before, "untouched tasks are listed without being written"
 
 
@@ -4693,6 +4839,7 @@ def test_each_page_costs_the_same(store: Direct) -> None:
         steps[0] += 1
         return 0
     for words in ("", "status=waiting", "status=computing", "status=done", "status=failed",
+                  "tasks=0-999999", "tasks=0-999999&status=failed",
                   "status=computing&order=started", "status=done&order=finished", "status=failed&order=finished"):
         costs, after = [], ""
         store.store.connection.set_progress_handler(step, 20)
@@ -11553,7 +11700,7 @@ def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
     assert report(farm, second, 3, status="done") == 204
     lines = verb(farm, "list").splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [[first, "4"], [second, "10"]] and "\x1b" not in "".join(lines)
-    assert lines[1].endswith("one") and "10.0%" in lines[2] and "\t" not in "".join(lines)
+    assert lines[1].endswith("\tone") and lines[2].split("\t")[2] == "10", "with tabs, and bare numbers"
     verb(farm, "new", "5", "--name", "\u00e9tude")
     ascii_ = run_verb("list", PYTHONIOENCODING="ascii", **as_ada(farm))
     assert ascii_.returncode == 0 and ascii_.stdout.endswith("\\xe9tude\n"), "what the terminal cannot show is spelt"
@@ -11561,7 +11708,7 @@ def test_list_shows_runs_as_columns_and_as_json(farm: Live) -> None:
     terminal = Terminal(["list"], as_ada(farm), columns=60)
     assert terminal.end() == 0
     shown = terminal.shown.replace("\x1b[1m", "").replace("\x1b[0m", "").split("\r\n")
-    assert max(map(len, shown)) <= 60 and shown[1].split()[0] == first[:8]
+    assert max(map(len, shown)) <= 60 and shown[1].split()[0] == first[:8] and "10.0%" in terminal.shown
     assert "\x1b[1m" in terminal.shown
     plain = Terminal(["list"], dict(as_ada(farm), NO_COLOR="1"))
     assert plain.end() == 0 and "\x1b" not in plain.shown and "one" in plain.shown
@@ -11654,6 +11801,191 @@ def test_tasks_are_listed_whole_in_a_pipe(farm: Live) -> None:
     assert terminal.shown.count("waiting") == 2 and "--limit 0" in terminal.shown and "losses" not in terminal.shown
 
 
+def test_some_tasks_are_listed_by_their_numbers(farm: Live) -> None:
+    run = make_run(farm, 1000)
+    assert [line.split("\t")[0] for line in verb(farm, "tasks", run, "17-20", "13", "18").splitlines()[1:]] == [
+        "13", "17", "18", "19", "20"]
+    many = [str(number) for number in range(0, 1000, 2)]        # more than a request asks for
+    assert [str(task["task"]) for task in json.loads(verb(farm, "tasks", run, *many, "--json"))["data"]] == many
+    assert "has 1000 tasks" in verb(farm, "tasks", run, "990-1000", status=1)
+    for wrong in ("20-17", "-3", "x", "1,2"):
+        verb(farm, "tasks", run, wrong, status=2)
+
+
+def test_tasks_are_written_for_spreadsheets_and_as_a_joblog(farm: Live) -> None:
+    run = make_run(farm, 5)
+    worker(farm, "w1")
+    started = [start_task(farm, run, "w1") for _ in range(4)]
+    assert report(farm, run, started[0], status="done", worker_uuid="w1", elapsed=1.5, memory=7, cpu=0.25) == 204
+    assert report(farm, run, started[1], status="failed", worker_uuid="w1", elapsed=2, exitCode=137,
+                  message='no "space",\nleft') == 204
+    assert report(farm, run, started[2], status="failed", worker_uuid="w1", elapsed=2) == 204
+    rows = list(csv.DictReader(io.StringIO(verb(farm, "tasks", run, "--csv"))))
+    assert tuple(rows[0]) == taskfarm.CSV_COLUMNS and [row["task"] for row in rows] == list("01234")
+    assert [(row["status"], row["seconds"], row["host"], row["worker"], row["attempt"], row["exit"], row["message"],
+             row["memory"], row["cpu"]) for row in rows] == [
+        ("done", "1.5", "node-w1", "w1", "1", "", "", "7", "0.25"),
+        ("failed", "2", "node-w1", "w1", "1", "137", 'no "space",\nleft', "", ""),
+        ("failed", "2", "node-w1", "w1", "1", "", "", "", ""),
+        ("computing", "", "node-w1", "w1", "1", "", "", "", ""), ("waiting", "", "", "", "0", "", "", "", "")]
+    assert len(verb(farm, "tasks", run, "1-2", "--csv", "--limit", "1").splitlines()) == 3, "a message has two lines"
+    log = verb(farm, "tasks", run, "--joblog").splitlines()
+    assert log[0].split("\t") == ["Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal",
+                                  "Command"]
+    cells = [line.split("\t") for line in log[1:]]
+    assert [(cell[0], cell[1], cell[3], cell[6]) for cell in cells] == [
+        ("0", "node-w1", "1.500", "0"), ("1", "node-w1", "2.000", "137"), ("2", "node-w1", "2.000", "1")]
+    assert abs(float(cells[0][2]) - time.time()) < 100
+    verb(farm, "tasks", run, "--csv", "--joblog", status=2)
+
+
+@pytest.mark.parametrize("message, kind", [
+    ("cannot open /data/17.nc: No space left on device", "cannot open *: No space left on device"),
+    ("step 3 of 1_000 at 12:31:07.5, lr=1e-05", "step * of * at *, lr=*"), ("~/x and ./y/ and C:/z", "* and * and C:*"),
+    ("segfault at 0x7ffe12ab, id 3f2a91c4d0", "segfault at *, id *"), ("deadbeef faded", "deadbeef faded"),
+    ("File \"/a b/c.py\", line 7", "File \"* *\", line *"), ("two\nlines  of node7", "two lines of node*"),
+    ("I/O error and/or data/x.nc", "I/O error and/or *"), ("", ""), ("x" * 2000 + "/", "x" * 2000 + "/"),
+    ("a/" * 1000, "*")])
+def test_messages_that_differ_in_numbers_and_paths_are_of_one_kind(message: str, kind: str) -> None:
+    assert taskfarm.kind_of_message(message) == kind
+    judged = Task(0, 1, taskfarm.FAILED, message=message)
+    assert taskfarm.Selection(like=kind).judges(judged), "what failures shows is what restart takes"
+    assert not taskfarm.Selection(like=kind + "?").judges(judged)
+
+
+@given(message=st.text(max_size=60) | st.from_regex(r"([a-z]+|[0-9]+|[/.:,x=-]| )*", fullmatch=True))
+@settings(max_examples=50 if QUICK else 300, deadline=None, database=None)
+def test_the_kind_of_any_message_selects_it(message: str) -> None:
+    kind = taskfarm.kind_of_message(message)
+    assert taskfarm.Selection(like=kind.replace("?", "*")).judges(Task(0, 1, taskfarm.FAILED, message=message))
+
+
+def test_failures_are_grouped_by_exit_status_and_message(farm: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(farm, 30)
+    assert verb(farm, "failures", run).split() == ["failed", "exit", "first", "last", "hosts", "tasks", "message"]
+    for name in ("w1", "w2", "w3", "w4", "w5"):
+        worker(farm, name)
+    for number in range(12):
+        holder = "w%d" % (1 + number % 5)
+        start_task(farm, run, holder)
+        said = {"exitCode": 137, "message": "killed"} if number in (3, 4) else {
+            "exitCode": 1, "message": "no file /data/%d in step %d" % (number, number)} if number != 7 else {}
+        assert report(farm, run, number, status="failed", worker_uuid=holder, **said) == 204
+    done = run_verb("failures", run, **as_ada(farm))
+    rows = [line.split("\t") for line in done.stdout.splitlines()[1:]]
+    assert [(row[0], row[1], row[4], row[5], row[6]) for row in rows] == [
+        ("9", "1", "node-w2,node-w1,node-w5,+2", "11,10,9", "no file * in step *"),
+        ("2", "137", "node-w5,node-w4", "4,3", "killed"), ("1", "-", "node-w3", "7", "-")]
+    assert done.stderr == "taskfarm: of 12 failed tasks\n" and float(rows[0][2]) >= float(rows[0][3]) >= 0
+    found = json.loads(verb(farm, "failures", run, "--json"))
+    assert (found["failed"], found["told"], found["data"][1]["hosts"]) == (12, 12, {"node-w5": 1, "node-w4": 1})
+    terminal = Terminal(["failures", run], as_ada(farm))
+    assert terminal.end() == 0
+    (line,) = [line for line in terminal.shown.splitlines() if "wait again" in line]
+    assert line.endswith("python3 taskfarm.py restart %s --exit 1 --like 'no file * in step *'" % run[:8])
+    assert verb(farm, *shlex.split(line)[-6:]).startswith("9 tasks wait again"), "it can be pasted"
+    monkeypatch.setattr(taskfarm, "LATEST_ENDS", 2)
+    with contextlib.closing(taskfarm.Client(lambda: access_of(farm))) as client:
+        for everything, number in ((False, 2), (True, 3)):
+            tasks = list(taskfarm.latest_ends(client, run, everything, status="failed"))
+            assert len(tasks) == number and tasks[0]["task"] == 7
+
+
+def test_hosts_shows_which_are_slow_and_which_fail(farm: Live) -> None:
+    run = make_run(farm, 40)
+    assert report(farm, make_run(farm, 1), 0, status="done") == 204     # of another run
+    for name in ("w1", "w2", "w3"):
+        worker(farm, name, 60)
+    for took_s, name in [(1, "w1")] * 10 + [(2, "w2")] * 10:
+        assert report(farm, run, start_task(farm, run, name), status="done", worker_uuid=name, elapsed=took_s,
+                      memory=5 * took_s) == 204
+    assert report(farm, run, start_task(farm, run, "w1"), status="done", worker_uuid="w1", elapsed=9) == 204
+    assert report(farm, run, start_task(farm, run, "w3"), status="failed", worker_uuid="w3", elapsed=0.1) == 204
+    done = run_verb("hosts", run, **as_ada(farm))
+    assert [line.split("\t") for line in done.stdout.splitlines()] == [
+        ["host", "tasks", "failed", "lost", "median", "95 %", "times", "memory"],
+        ["node-w3", "1", "1", "0", "-", "-", "-", "-"],
+        ["node-w2", "10", "0", "0", "2", "2", "1", "10"],
+        ["node-w1", "11", "0", "0", "1", done.stdout.splitlines()[3].split("\t")[5], "0.5", "5"]]
+    assert done.stderr == "taskfarm: of 22 ends\n"
+    found = json.loads(verb(farm, "hosts", run, "--json"))
+    assert (found["told"], found["ended"], found["median"]) == (22, 22, 2.0)
+    assert set(found["data"][0]) == {"host", "tasks", "failed", "lost", "median", "p95", "times", "memory"}
+
+
+def test_hosts_counts_workers_that_were_lost_since_the_run_was_made(tmp_path: Path) -> None:
+    farm = Live(str(tmp_path / "farm.sqlite"), FakeClock())
+    try:
+        worker(farm, "w1", 60)
+        farm.pass_time(100)
+        run = make_run(farm, 3)
+        worker(farm, "w2", 60)
+        start_task(farm, run, "w2")
+        farm.pass_time(100)
+        assert verb(farm, "hosts", run).splitlines()[1:] == ["node-w2\t0\t0\t1\t-\t-\t-\t-"]
+    finally:
+        farm.close()
+
+
+def test_wait_is_silent_and_tells_by_its_status(farm: Live) -> None:
+    run = make_run(farm, 4)
+    waiting: Dict[Tuple[str, ...], Any] = {
+        words: subprocess.Popen([sys.executable, str(MODULE), "wait", run, *words], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=dict(os.environ, **as_ada(farm)))
+        for words in ((), ("--percent", "50"), ("--percent", "90"))}
+
+    def end(words: Tuple[str, ...]) -> Tuple[bytes, int]:
+        process = waiting.pop(words)
+        return process.communicate(timeout=30)[0], process.returncode
+    assert report(farm, run, 0, percentCompleted=99) == 204 and report(farm, run, 1, status="done") == 204
+    assert report(farm, run, 2, percentCompleted=1) == 204
+    assert end(("--percent", "50")) == (b"", 0)
+    assert all(process.poll() is None for process in waiting.values())
+    assert report(farm, run, 0, status="failed") == report(farm, run, 2, status="done") == 204
+    assert report(farm, run, 3, status="done") == 204
+    assert end(("--percent", "90")) == (b"", 0), "99, 100, 100 and 100 percent"
+    assert end(()) == (b"", 3)
+    assert verb(farm, "restart", run, "--failed") and report(farm, run, 0, status="done") == 204
+    assert run_verb("wait", run, **as_ada(farm)).returncode == 0
+    assert report(farm, run, 0, status="failed", percentCompleted=0) == 204
+    assert run_verb("wait", run, "--percent", "90", **as_ada(farm)).returncode == 3, "over without that"
+    verb(farm, "wait", "greenland", status=1)
+
+
+def test_status_without_a_run_shows_the_newest_one(farm: Live) -> None:
+    assert "'python3 taskfarm.py new 1000' makes one" in verb(farm, "status", status=1)
+    make_run(farm, 4)
+    newest = make_run(farm, 5)
+    assert newest in verb(farm, "status")
+
+
+def test_the_list_of_runs_is_watched_until_all_are_over(farm: Live) -> None:
+    runs = [make_run(farm, 1) for _ in range(2)]
+    terminal = Terminal(["list", "--watch"], as_ada(farm))
+    terminal.wait_for(runs[1][:8])
+    for run in runs:
+        assert report(farm, run, 0, status="done") == 204
+    assert terminal.end() == 0 and terminal.shown.count(runs[0][:8]) > 1 and "100.0%" in terminal.shown
+    line = run_verb("list", "--watch", **as_ada(farm)).stdout
+    assert re.fullmatch("20.*  0 of 2 runs not over: 0 tasks waiting, 0 computing\n", line)
+    assert [run["uuid"] for run in json.loads(verb(farm, "list", "--watch", "--json"))["data"]] == runs
+
+
+def test_one_task_is_worked_on_by_hand(farm: Live) -> None:
+    run = verb(farm, "new", "20", "--max-failures", "2").strip()
+    one = ["work", run, "--task", "13", "--", "sh", "-c", "exit $((TASKFARM_TASK - TASKFARM_ATTEMPT - 11))"]
+    for status in (3, 0):       # it fails in the first attempt, and waits again
+        done = run_verb(*one, **as_ada(farm))
+        assert done.returncode == status and "does the same" not in done.stderr, done.stderr
+    assert look(farm, run, 13) == ("done", 2) and figures(farm, run)[:3] == (19, 0, 1)
+    refused = verb(farm, *one, status=1)
+    assert "task 13 is done: 'python3 taskfarm.py restart %s 13 --all' lets it wait again" % run[:8] in refused
+    assert "has 20 tasks (0 to 19), not 20" in verb(farm, "work", run, "--task", "20", "--", "true", status=1)
+    shown = verb(farm, "work", run, "--task", "7", "--dry-run", "--", "echo", "{task}")
+    assert shown.splitlines()[1].endswith("echo 7")
+    assert verb(farm, "work", run, "--task", "3", "echo", "{task}") == "3\n"
+
+
 def test_what_tasks_used_is_shown_where_it_is_known(farm: Live) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
@@ -11666,7 +11998,7 @@ def test_what_tasks_used_is_shown_where_it_is_known(farm: Live) -> None:
     found = json.loads(verb(farm, "status", run, "--json"))
     assert found["memory"] == {"median": 2 * 10 ** 9, "largest": 3 * 10 ** 9}
     assert found["cpuShare"] == {"median": 1.0, "largest": 1.5}
-    assert verb(farm, "tasks", run).splitlines()[3].split()[6:12] == ["1", "min", "40", "s", "3.0", "GB"]
+    assert verb(farm, "tasks", run).splitlines()[3].split("\t")[6:9] == ["100", "3000000000", "150"]
     for words, known in (([], True), (["--status", "waiting"], False)):
         terminal = Terminal(["tasks", run, *words], as_ada(farm), columns=150)
         assert terminal.end() == 0
@@ -11715,7 +12047,7 @@ def test_a_reader_that_ends_early_ends_a_long_list(farm: Live) -> None:
     process = subprocess.Popen([sys.executable, str(MODULE), "tasks", run], stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.PIPE, env=dict(os.environ, **as_ada(farm)))
     assert process.stdout and process.stderr
-    assert process.stdout.readline().startswith("task ")
+    assert process.stdout.readline().startswith("task\t")
     process.stdout.close()
     assert process.wait(20) == 1 and process.stderr.read() == ""
     process.stderr.close()
@@ -11741,7 +12073,9 @@ def test_workers_are_listed_alive_or_all(farm: Live) -> None:
 
 
 @pytest.mark.parametrize("words, counts", [
-    ([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all", "--yes"], (4, 0, 0))])
+    ([], (3, 1, 0)), (["--failed"], (2, 1, 0)), (["--all", "--yes"], (4, 0, 0)), (["0-2"], (3, 1, 0)),
+    (["0-2", "--all"], (4, 0, 0)), (["--exit", "3"], (2, 1, 0)), (["--exit", "1"], (1, 1, 1)),
+    (["--like", "m*"], (1, 1, 1)), (["3", "--like", ""], (1, 1, 1))])
 def test_restart_lets_wait_what_was_asked_for(farm: Live, words: List[str], counts: Tuple[int, int, int]) -> None:
     run = make_run(farm, 4)
     worker(farm, "w1")
