@@ -211,8 +211,8 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import (
-    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-    Sequence, Set, Tuple, Type, Union)
+    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+    Optional, Sequence, Set, Tuple, Type, Union)
 
 __version__ = "1.2.0"
 __all__ = ["tfRuns", "TaskFarm", "TaskFarmWorker", "FarmError", "Conflict", "NotFound", "Unreachable"]
@@ -2694,7 +2694,8 @@ def revoke_token(sql: Transaction, now: Now, user_id: Optional[int], token_id: i
     """A token of the user, of any user for None, is void from now on. Raises NotFound."""
     found = every_token(sql, "WHERE id = ?", token_id)
     if not found or user_id not in (None, found[0].user):
-        raise NotFound("there is no token %d of yours: 'token list' or GET /api/tokens shows them" % token_id)
+        raise NotFound("there is no token %d of yours: 'python3 taskfarm.py token list' or GET /api/tokens shows them"
+                       % token_id)
     end_tokens(sql, "id = ?", token_id)
     audit(sql, now, "token revoke", "%d, scope %s" % (token_id, found[0].scope))
 
@@ -7337,6 +7338,31 @@ class Screen:
         return state.unicode if self.unicode else state.ascii
 
 
+PROGRAM = "python3 taskfarm.py"     # how sentences call this program, also those that come from the server
+
+
+def started_as() -> str:
+    """How this program is started here: python3 and the path of this file as it was typed, or taskfarm."""
+    path, python = sys.argv[0], shutil.which("python3") or ""
+    if os.path.basename(path) == "taskfarm":        # as pip installs it
+        return "taskfarm" if shutil.which("taskfarm") else shlex.quote(path)
+    if os.path.basename(path) != "taskfarm.py":     # another program uses this as a library
+        return PROGRAM
+    same = os.path.realpath(python) == os.path.realpath(sys.executable)     # elsewhere python3 may be too old
+    return "%s %s" % ("python3" if same else shlex.quote(sys.executable), shlex.quote(path))
+
+
+def pasteable(sentence: str) -> str:
+    """A sentence whose commands can be pasted into the shell that started this program."""
+    return sentence.replace(PROGRAM, started_as())
+
+
+def typed_line(*more: str) -> str:
+    """The line that started this verb, with some words more behind the verb."""
+    words = (*sys.argv[1:2], *more, *sys.argv[2:])
+    return "%s %s" % (started_as(), " ".join(map(shlex.quote, words)))
+
+
 def printable(text: Any) -> str:
     """Text that others wrote, in one line: ? for control, invisible and direction characters.
 
@@ -9759,7 +9785,7 @@ class Display:
 
     def say(self, sentence: str) -> None:
         """Show a line about the work as a whole."""
-        self._add(printable(sentence))
+        self._add(printable(pasteable(sentence)))
         self._write()
 
     def say_once(self, sentence: str) -> None:
@@ -12566,7 +12592,7 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
                  ("workers", workers_text(status))]
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
-    lines += [fitting("%-11s%s" % fact) for fact in facts]
+    lines += [fitting(pasteable("%-11s%s" % fact)) for fact in facts]
     for title, tasks, columns_shown in (("longest computing", status.longest, LONGEST_COLUMNS),
                                         ("last failures", status.failures, FAILURE_COLUMNS)):
         if tasks:
@@ -12813,7 +12839,7 @@ def cmd_work(args: argparse.Namespace) -> int:
             display.say(sentence)
         took_s = times_of_ended(client, run)
     except (FarmError, Unreachable) as error:
-        print("taskfarm: %s" % error, file=sys.stderr)
+        print_notice(str(error))
         return exit_status_of(error)
     parameters = open_parameters(args)
     if parameters is not None and len(parameters) != run["numTasks"]:
@@ -12830,8 +12856,8 @@ def cmd_work(args: argparse.Namespace) -> int:
 
 def make_template(args: argparse.Namespace, run_uuid: str, parameters: Optional[Parameters]) -> Template:
     """The command that the user typed, for tasks of a run. Raises Refusal where it cannot be meant so."""
-    typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
-    return Template(args.words, run_uuid, parameters, " ".join(map(shlex.quote, typed)),
+    typed = sys.argv[1:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
+    return Template(args.words, run_uuid, parameters, " ".join([started_as(), *map(shlex.quote, typed)]),
                     share_gpus(os.environ, args.jobs, args.gpus_per_task) if args.gpus_per_task else ())
 
 
@@ -12926,7 +12952,7 @@ def open_client(args: argparse.Namespace) -> Iterator[Client]:
 
 def print_notice(sentence: str) -> None:
     """Print a sentence for a person on the error output: the standard output is for what a verb prints."""
-    print("taskfarm: %s" % printable(sentence), file=sys.stderr)
+    print("taskfarm: %s" % printable(pasteable(sentence)), file=sys.stderr)
 
 
 def wait_for_access(args: argparse.Namespace) -> None:
@@ -12961,17 +12987,29 @@ def cmd_new(args: argparse.Namespace) -> int:
       find . -name '*.nc' | sort > files; python3 taskfarm.py new --lines files
       python3 taskfarm.py new --grid lr=0.1,0.01 --grid seed=0..999 --name sweep
       python3 taskfarm.py new 5000 --max-failures 3     tries each task three times
+
+    A name that a run has already is refused, since every verb would then want its uuid: --again takes it.
     """
     number, _ = chosen_size(args)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
     wait_for_access(args)
     with open_client(args) as client:
+        if args.name and not args.again:
+            refuse_second_run(client, args.name)
         run = client.ask("POST", "/api/run", {name: value for name, value in body.items() if value is not None})
         if is_loopback(client.access.url) and (shutil.which("sbatch") or shutil.which("qsub")):
             print_notice("this farm can be reached from this machine alone: for jobs on other nodes start its server "
                          "with --host 0.0.0.0")
     print(run["uuid"])
     return 0
+
+
+def refuse_second_run(client: Client, name: str) -> None:
+    """Raise Refusal when a run has this name. The API takes it: there a uuid is what tells runs apart."""
+    for run in client.ask("GET", "/api/runs")["data"]:
+        if run.get("name") == name:
+            raise Refusal("a run is called %s already: %s shows it, %s makes another of that name" % (
+                name, "'python3 taskfarm.py status %s'" % run["uuid"], "'%s'" % typed_line("--again")))
 
 
 def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
@@ -13012,7 +13050,7 @@ def cmd_list(args: argparse.Namespace) -> int:
          run.get("name"))
         for run, short in zip(runs, short_uuids(runs, screen))])
     if not runs:
-        print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
+        print_notice("no runs yet: 'python3 taskfarm.py new 1000' makes one")
     return 0
 
 
@@ -13226,10 +13264,11 @@ def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
         raise Refusal("nothing was changed")
 
 
-def confirm(question: str, otherwise: str = "--yes answers yes") -> bool:
+def confirm(question: str, otherwise: str = "") -> bool:
     """Ask on the terminal: whether the answer is y or yes. Without one, raises Refusal with what does *otherwise*."""
     if not sys.stdin.isatty():
-        raise Refusal("%s This is no terminal to answer on: %s" % (question.replace("\n", " "), otherwise))
+        raise Refusal("%s This is no terminal to answer on: %s" % (
+            question.replace("\n", " "), otherwise or "'%s' answers yes" % typed_line("--yes")))
     print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -13362,7 +13401,7 @@ def chosen_certificate(access: Access, wanted: str) -> str:
     if not wanted and not confirm(
             "%s shows the certificate\n  %s\n%sIs this what the server printed when it was started?" % (
                 access.url, shown, "It is not the one that %s holds.\n" % known.source if known else ""),
-            "--fingerprint SHA256:... says which certificate is right"):
+            "--fingerprint SHA256:... says which certificate is right"):    # no line to paste: they are to compare
         raise Refusal("no login was sent")
     return certificate
 
@@ -13461,8 +13500,8 @@ def make_first_user(store: Store, db: str) -> User:
     name, password = default_user_name(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
-        print("user %s, password %s   (shown this once; 'python3 taskfarm.py user passwd %s --db %s' sets another)" % (
-            name, password, shlex.quote(name), shlex.quote(db)))
+        print(pasteable("user %s, password %s   (shown this once; 'python3 taskfarm.py user passwd %s --db %s' sets "
+                        "another)" % (name, password, shlex.quote(name), shlex.quote(db))))
     return user
 
 
@@ -14059,7 +14098,8 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
     """The run of that name, made if there is none. Raises Refusal when it has another number of tasks."""
     runs = [run for run in client.ask("GET", "/api/runs")["data"] if run.get("name") == name]
     if len(runs) > 1:
-        raise Refusal("%d runs are called %s: choose another by --name, or delete some" % (len(runs), name))
+        raise Refusal("%d runs are called %s: choose another by --name, or delete one of them: 'python3 "
+                      "taskfarm.py delete %s'" % (len(runs), name, runs[-1]["uuid"]))
     if not runs:
         limits = {"maxFailures": args.max_failures, "maxLosses": args.max_losses}
         body = {"numTasks": number, "name": name, **{key: limit for key, limit in limits.items() if limit is not None}}
@@ -14072,8 +14112,8 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
             runs = [client.ask("GET", run_path(client.ask("POST", "/api/run", body)["uuid"]))]
     run: Dict[str, Any] = client.ask("GET", run_path(runs[0]["uuid"]))
     if run["numTasks"] != number:
-        raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it" % (
-            name, count_text(run["numTasks"], "task"), number))
+        raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it: 'python3 "
+                      "taskfarm.py delete %s'" % (name, count_text(run["numTasks"], "task"), number, run["uuid"]))
     return run
 
 
@@ -14208,6 +14248,32 @@ def numbers_of_clients(text: str) -> List[int]:
     return [positive_number(word) for word in text.split(",")]
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that shows its `verbs`, and says commands as they can be pasted."""
+    verbs: Any = None
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        """See argparse."""
+        self.verbs = super().add_subparsers(**settings)
+        return self.verbs
+
+    def format_help(self) -> str:
+        """The help, whose first lines to type are those of this place."""
+        return pasteable(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit."""
+        super().error(pasteable(message))
+
+
+class TrialParser(Parser):
+    """A parser for words that may be no whole command line. It raises Refusal, and says nothing."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise Refusal."""
+        raise Refusal(message)
+
+
 READ_RUN = "its uuid or name, or the beginning of one"
 CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of its uuid" % MIN_UUID_DIGITS
 
@@ -14294,6 +14360,7 @@ def add_env_option(parser: argparse.ArgumentParser, option: str, default: Any, t
 
 
 HELP_WIDTH = 79
+MOST_OPTION_WORDS = 200             # before a command without --: thousands of files may follow it
 
 
 def wrapped(text: str) -> str:
@@ -14351,6 +14418,7 @@ def add_client_verbs(verbs: Any) -> None:
     """Add the verbs that ask a server, but for `work`."""
     new = add_client_verb(verbs, "new", cmd_new)
     add_run_options(new)
+    new.add_argument("--again", action="store_true", help="also where a run has this name already")
     add_client_verb(verbs, "list", cmd_list, reads=True)
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
@@ -14394,15 +14462,15 @@ def add_client_verbs(verbs: Any) -> None:
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(kind: Type[Parser] = Parser) -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = kind(
         prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
         epilog="""three lines to start with:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
-  run=$(python3 taskfarm.py new 1000 --name first)
-  python3 taskfarm.py work $run -j 4 -- ./tile.sh {task}
+  run=$(python3 taskfarm.py new 1000)
+  python3 taskfarm.py work $run -j 4 -- echo tile {task}
 and 'python3 taskfarm.py status $run --watch' shows how far it is.
 'python3 taskfarm.py VERB --help' says more, with examples.""")
     parser.add_argument("--version", action="version", version="taskfarm " + __version__)
@@ -14463,12 +14531,26 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     return parser
 
 
-def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
+def check_verb(parser: Parser, words: Sequence[str]) -> None:
+    """Exit with the nearest verb where a word is in the place of a verb and is none."""
+    for number, word in enumerate(words):
+        if not parser.verbs or word.startswith("-"):
+            return
+        if word not in parser.verbs.choices:
+            near = difflib.get_close_matches(word.lower(), parser.verbs.choices, 1)
+            parser.error("there is no verb %s: %s" % (shlex.quote(word), (
+                "did you mean '%s %s'?" if near else "'%s %s' shows all") % (PROGRAM, " ".join(map(shlex.quote, [
+                    *words[:number], *(near + [*words[number + 1:]] if near else ["--help"])])))))
+        parser = parser.verbs.choices[word]
+
+
+def parse_words(parser: Parser, words: List[str]) -> argparse.Namespace:
     """Parse the words of a command line. What follows the first -- of `work` or `run` is the command, not parsed.
 
     argparse of some versions of Python would remove a second -- from the command.
     """
     verb = words[0]
+    check_verb(parser, words)
     if verb not in ("work", "run"):
         return parser.parse_args(words)
     at = words.index("--") if "--" in words else find_command(words)
@@ -14487,17 +14569,14 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
 
 
 def find_command(words: Sequence[str]) -> int:
-    """Where the command begins in words of `work` or `run` without --: at the first that is neither option, value, run
-    nor number of tasks."""
-    options = argparse.ArgumentParser(add_help=False)
-    add_work_options(options)
-    add_run_options(options)
-    takes_value = {option for action in options._actions if action.nargs is None for option in action.option_strings}
-    takes_value |= {"--db", "--host"}
-    others = [at for at in range(1, len(words))
-              if not words[at].startswith("-") and words[at - 1] not in takes_value]
-    skipped = 1 if words[0] == "work" or others and words[others[0]].isdigit() else 0
-    return others[skipped] if len(others) > skipped else len(words)
+    """Where the command begins in words of `work` or `run` without --: behind the first that are a whole line."""
+    parser = make_parser(TrialParser)
+    for at in range(2, min(len(words), MOST_OPTION_WORDS)):
+        if not words[at].startswith("-"):
+            with contextlib.suppress(Refusal):
+                parser.parse_args(words[:at])
+                return at
+    return len(words)
 
 
 def open_standard_streams() -> None:
@@ -14533,18 +14612,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with contextlib.suppress(AttributeError):       # for names and messages that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if not words and not os.environ.get("TASKFARM_DB"):
+        parser.print_help()
+        return 0
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
-    parser = make_parser()
     args = parse_words(parser, words)
     if args.needs_db and not args.db:
-        parser.error("which file? name it by --db runs.sqlite (or TASKFARM_DB)")
+        parser.error("which file? --db names it (or TASKFARM_DB), as in '%s %s --db runs.sqlite'" % (
+            PROGRAM, " ".join(map(shlex.quote, words))))
     try:
         status = int(args.command(args))
         sys.stdout.flush()
         return status
     except (Refusal, FarmError, Unreachable) as error:
-        print_notice(str(error))
+        print_notice(str(error).replace("--db FILE'", "--db %s'" % shlex.quote(getattr(args, "db", None) or "FILE")))
         return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
             EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:

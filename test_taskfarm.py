@@ -10695,8 +10695,12 @@ def test_a_bench_that_is_ended_leaves_nothing_at_whatever_step(tmp_path: Path) -
 
 
 def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
+    """Run a verb. Commands in what it says are shown as in README, and not with the paths of this place."""
+    done = subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
                           env=dict(os.environ, **environ), timeout=60)
+    done.stdout, done.stderr = (re.sub(r"[^\s']*python\S* %s" % re.escape(str(MODULE)), taskfarm.PROGRAM, text)
+                                for text in (done.stdout, done.stderr))
+    return done
 
 
 class Terminal:
@@ -10787,6 +10791,18 @@ def test_new_prints_the_uuid_alone_and_makes_what_was_asked_for(farm: Live, tmp_
     assert farm.ask("GET", "/api/runs") == before
 
 
+def test_a_second_run_of_one_name_is_refused_but_by_the_api(farm: Live) -> None:
+    first = verb(farm, "new", "7", "--name", "sweep").strip()
+    refused = verb(farm, "new", "3", "--name", "sweep", status=1)
+    assert "'python3 taskfarm.py status %s' shows it" % first in refused
+    assert "'python3 taskfarm.py new --again 3 --name sweep' makes another" in refused
+    verb(farm, "new", "3", "--name", "swee")
+    for words in (["new", "3"], ["new", "3"], ["new", "3", "--name", "sweep", "--again"]):
+        verb(farm, *words)
+    assert farm.ask("POST", "/api/run", {"numTasks": 3, "name": "sweep"})[0] == 201
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 6
+
+
 def test_new_counts_lines_of_a_pipe_rows_and_combinations(farm: Live, tmp_path: Path) -> None:
     (tmp_path / "t").write_text("lr;seed\n1;2\n3;4\n")
     for words, stdin, tasks, said in (
@@ -10870,7 +10886,7 @@ def test_a_verb_that_changes_a_run_never_hits_one_of_a_longer_name(farm: Live, w
     for text in ("sweep", final[:7]):
         refused = verb(farm, words[0], text, *words[1:], status=no_such_run)
         assert final in refused and "'sweep-final'" in refused and first not in refused
-    twin = verb(farm, "new", "3", "--name", "sweep-final").strip()
+    twin = verb(farm, "new", "3", "--name", "sweep-final", "--again").strip()
     refused = verb(farm, words[0], "sweep-final", *words[1:], status=1)
     assert final in refused and twin in refused
     assert farm.ask("GET", "/api/runs/" + final)[1] == before
@@ -11590,8 +11606,10 @@ def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_pat
     (["--db", "{dir}/f", "--host", "no.such.address.invalid", "--port", "0"], 1, "--host wants"),
     (["--db", "{dir}/f", "--port", "99999"], 2, "--port"),
     (["--db", "{dir}/f", "--access-log", "{dir}/no/log"], 1, "access log"),
-    ([], 2, "--db runs.sqlite"),
-    (["harvest"], 2, "invalid choice"),
+    (["--port", "0"], 2, "as in 'python3 taskfarm.py serve --port 0 --db runs.sqlite'"),
+    (["harvest"], 2, "there is no verb harvest: 'python3 taskfarm.py --help' shows all"),
+    (["Statsu", "an ice", "--json"], 2, "did you mean 'python3 taskfarm.py status 'an ice' --json'?"),
+    (["token", "lst"], 2, "did you mean 'python3 taskfarm.py token list'?"),
     (["user", "list", "--db", "{dir}/missing"], 1, "there is no"),
     (["work", "antarctica"], 2, "which command?"),
     (["work", "antarctica", "--until", "later", "--", "true"], 2, "17:30"),
@@ -11600,6 +11618,36 @@ def test_a_wrong_start_gets_a_sentence(tmp_path: Path, words: List[str], status:
     (tmp_path / "text").write_text("some text\n" * 200)
     done = run_verb(*(word.replace("{dir}", str(tmp_path)) for word in words))
     assert done.returncode == status and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_word_the_overview_is_shown(tmp_path: Path) -> None:
+    shown = run_verb()
+    assert shown.returncode == 0 and shown.stdout == run_verb("--help").stdout and "to start with" in shown.stdout
+    assert "No such file" in run_verb(TASKFARM_DB="/nowhere/at/all/f").stderr, "with a file this is the start of a server"
+
+
+def test_commands_in_sentences_can_be_pasted_wherever_the_file_is(farm: Live, tmp_path: Path) -> None:
+    (tmp_path / "my bin").mkdir()
+    shutil.copy(str(MODULE), str(tmp_path / "my bin/taskfarm.py"))
+    verb(farm, "new", "5", "--name", "an ice")
+    for words, kind in ((["new", "5", "--name", "an ice"], "status"), (["new", "5", "--name", "an ice"], "--again"),
+                        (["stats", "an ice"], "status"), (["status", "arctic"], "list")):
+        done = subprocess.run([sys.executable, "my bin/taskfarm.py", *words], cwd=str(tmp_path), capture_output=True,
+                              text=True, env=dict(os.environ, **as_ada(farm)))
+        (line,) = [line for line in re.findall(r"'(\S+ 'my bin/.*?)'(?= shows| makes|\?)", done.stderr) if kind in line]
+        pasted = subprocess.run(line, shell=True, cwd=str(tmp_path), capture_output=True, text=True,
+                                env=dict(os.environ, **as_ada(farm)))
+        assert done.returncode in (1, 2) and pasted.returncode == 0 and pasted.stdout, (line, pasted.stderr)
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 2
+
+
+@pytest.mark.parametrize("words, at", [
+    ("work ice ./tile.sh 5", 2), ("work ice -j 4 ./tile.sh", 4), ("work -j4 ice ./tile.sh", 3), ("run 5 ./tile.sh", 2),
+    ("run --lines p ./sim {line}", 3), ("run --grid a=1 --retry --db x --grid b=2 ./sim", 8), ("work ice", 2),
+    ("work ice -j", 3), ("run ./tile.sh 5", 3), ("run 5 --lines p ./tile.sh", 5), ("work ice --job 4 ./tile.sh", 5)])
+def test_a_command_without_dashes_begins_behind_the_options(words: str, at: int) -> None:
+    assert taskfarm.find_command(words.split()) == at
+    assert taskfarm.find_command(["run", "x", *["file"] * 100000]) == 100002
 
 
 def test_every_verb_has_a_help_with_an_example() -> None:
