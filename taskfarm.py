@@ -7585,6 +7585,60 @@ def estimate_rate(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
     return Rate(ended / window_s, low / window_s, high / window_s, ended, window_s)
 
 
+PRESENT_S = 10.0        # the tasks of the last so many seconds are those of the present workers
+
+
+class Reading(NamedTuple):
+    """What was known of a run at a moment."""
+    tick: float
+    ended: int              # tasks that had ended
+    worked_s: float         # seconds that tasks had computed, in all
+
+
+def present_rate(readings: Sequence[Reading]) -> Optional[Rate]:
+    """The rate of the workers of now, from readings of any number of them, oldest first. None when nobody works.
+
+    When twice as many work, a second counts twice: so the tasks that end are set against the seconds that tasks
+    computed, and a rate is that of as many tasks at a time as now.
+    """
+    if len(readings) < 2:
+        return None
+    first, last = readings[0], readings[-1]
+    if last.worked_s <= first.worked_s:         # reports without claims
+        return estimate_rate([(reading.tick, reading.ended) for reading in readings])
+    since = max(first.tick, last.tick - PRESENT_S)
+    at = bisect.bisect_right([reading.tick for reading in readings], since)
+    before, after = readings[at - 1], readings[min(at, len(readings) - 1)]
+    part = (since - before.tick) / (after.tick - before.tick) if after.tick > before.tick else 0.0
+    computed_s = last.worked_s - before.worked_s - part * (after.worked_s - before.worked_s)
+    if last.tick <= since or computed_s <= 1e-6:
+        return None
+    present = computed_s / (last.tick - since)
+    rate = estimate_rate([(reading.worked_s / present, reading.ended) for reading in readings])
+    return rate and rate._replace(window_s=last.tick - first.tick)
+
+
+class Readings:
+    """The readings of a run that is looked at again and again."""
+
+    def __init__(self) -> None:
+        self.latest: "deque[Reading]" = deque()
+        self.computing = 0
+
+    def add(self, tick: float, run: Mapping[str, Any], window_s: float) -> None:
+        """Read the figures of the run. What is older than the window is forgotten."""
+        latest, ended, computing = self.latest, run["numDone"] + run["numFailed"], run["numComputing"]
+        if latest and ended < latest[-1].ended:         # the run was restarted
+            latest.clear()
+        worked_s = latest[-1].worked_s + (tick - latest[-1].tick) * (self.computing + computing) / 2 if latest else 0.0
+        if len(latest) > 1 and tick - latest[-2].tick < window_s / 1000:        # so many are enough
+            latest.pop()
+        latest.append(Reading(tick, ended, worked_s))
+        self.computing = computing
+        while tick - latest[0].tick > window_s:
+            latest.popleft()
+
+
 def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
     """How many tasks ended in each of so many equal slices of the time of some readings."""
     begin, end = points[0][0], points[-1][0]
@@ -7631,7 +7685,7 @@ def time_since(text: Optional[str], now_utc: float) -> str:
 
 class RecentEnds(NamedTuple):
     """The tasks of a run that ended last."""
-    points: List[Tuple[float, int]]     # readings for `estimate_rate`
+    readings: List[Reading]
     took_s: List[float]                 # how long the tasks took, ascending; without those where it is not known
 
 
@@ -7639,11 +7693,13 @@ RECENT_S = 600.0        # a rate is taken over at least so long,
 RECENT_TASKS = 4        # and over as long as so many median tasks take
 
 
-def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, now_utc: float) -> RecentEnds:
+def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, computing: Sequence[Optional[float]],
+                now_utc: float) -> RecentEnds:
     """Readings from the times `started` and `finished` of tasks that have ended.
 
-    *complete*: no earlier tasks were left out. The window begins when the first of its tasks was started, not
-    when it ended: the first wave of long tasks ends all at once, after a long time.
+    *complete*: no earlier tasks were left out. *computing*: when those that compute were started. The window begins
+    when the first of its tasks was started, not when it ended: the first wave of long tasks ends all at once, after a
+    long time.
     """
     times = sorted((parse_time(task["finished"]) or now_utc, parse_time(task["started"])) for task in tasks)
     took_s = sorted(max(end - start, 0.0) for end, start in times if start is not None)
@@ -7656,8 +7712,17 @@ def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, now_utc: flo
         begin = min(max(min(starts), now_utc - window_s), recent[0][0])
     else:
         begin = recent.pop(0)[0]
-    points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
-    return RecentEnds(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+    known = [start for _, start in recent if start is not None] + [start for start in computing if start is not None]
+    # (time, tasks more that have ended, tasks more that compute)
+    events = [(start, 0, 1) for start in known] + [(end, 1, 0 if start is None else -1) for end, start in recent]
+    readings, number = [Reading(begin, 0, 0.0)], 0
+    for utc, ended, more in sorted(events) + [(now_utc, 0, 0)]:
+        last = readings[-1]
+        if utc > last.tick or ended:
+            utc = max(utc, last.tick)
+            readings.append(Reading(utc, last.ended + ended, last.worked_s + number * (utc - last.tick)))
+        number += more
+    return RecentEnds(readings, took_s)
 
 
 def rate_window_s(took_s: Sequence[float]) -> float:
@@ -7681,7 +7746,7 @@ def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: Recen
     if not waiting + computing:
         return 0.0, 0.0, ""
     if not computing and rate is None:
-        return None, None, "nothing is computing"
+        return None, None, "nobody works on it"
     if waiting or not ends.took_s or longest_s is None:
         least, most = time_for_tasks(waiting + computing, rate)
         return least, most, "" if rate else "too few tasks have ended lately"
@@ -7690,6 +7755,17 @@ def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: Recen
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
             duration_text(longest_s), duration_text(most_s))
     return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
+
+
+def forecast_text(rate: Optional[Rate], least_s: Optional[float], most_s: Optional[float], why: str) -> str:
+    """A rate and the time left, or why that is not known. *why*: as of `estimate_time_left`."""
+    return "%s, time left %s" % (rate_text(rate.per_s) if rate else "rate unknown", time_left_text(
+        least_s, most_s, why))
+
+
+def time_left_text(least_s: Optional[float], most_s: Optional[float], why: str) -> str:
+    """The time left as a range, or why it is not known."""
+    return "unknown: " + why if least_s is None and why else range_text(least_s, most_s)
 
 
 class Progress:
@@ -9773,11 +9849,13 @@ class Display:
         self.output_error = 0                   # errno: the standard output took no more
         self.run: Dict[str, Any] = {}           # its latest figures
         self.ended_since = 0                    # tasks that ended here since then
-        self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
+        self.readings = Readings()
+        self.took_s: "deque[float]" = deque(maxlen=TIMES_KEPT)      # seconds that the latest tasks took
 
     def task_ended(self, task: int, elapsed_s: float, failure: str = "") -> None:
         """A task has ended; *failure* says how it failed."""
         self.ended_since += 1
+        self.took_s.append(elapsed_s)
         if failure:
             self._add(self.screen.paint("task %d failed: %s" % (task, failure), "red"))
         elif not self.quiet:
@@ -9817,7 +9895,7 @@ class Display:
     def show_run(self, run: Dict[str, Any]) -> None:
         """Show new figures of the run."""
         self.run, self.ended_since = run, 0
-        self.readings.append((time.monotonic(), run["numDone"] + run["numFailed"]))
+        self.readings.add(time.monotonic(), run, rate_window_s(sorted(self.took_s)))
         self.write_at = 0.0
 
     def refresh(self, now: float, running: int) -> float:
@@ -9856,9 +9934,9 @@ class Display:
         if run["numFailed"]:
             text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
-        rate = estimate_rate(list(self.readings))
+        rate = present_rate(list(self.readings.latest))
         if rate:
-            text += ", %s, %s left" % (rate_text(rate.per_s), range_text(*time_for_tasks(total - ended, rate)))
+            text += ", " + forecast_text(rate, *estimate_time_left(run, rate, RecentEnds([], []), None))
         return bar_line(run, text, self.screen)
 
     def _current_run(self) -> Dict[str, Any]:
@@ -12485,7 +12563,7 @@ class RunMonitor:
     """
     def __init__(self, client: Client, run_uuid: str) -> None:
         self.client, self.run_uuid = client, run_uuid
-        self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
+        self.readings = Readings()
         self.details_tick = -math.inf
         self.workers: List[Dict[str, Any]] = []                 # as of details_tick
         self.ends = RecentEnds([], [])                          # as of details_tick
@@ -12496,19 +12574,19 @@ class RunMonitor:
         run = self.client.ask("GET", run_path(self.run_uuid))
         tick, utc = time.monotonic(), time.time() + self.client.clock_ahead_s
         if tick - self.details_tick >= DETAILS_S:
-            self._ask_details(utc)
+            self._ask_details(run, utc)
             self.details_tick = tick
         longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
         failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
-        self._add_reading(tick, run["numDone"] + run["numFailed"])
-        rate, watched = estimate_rate(self.ends.points), estimate_rate(self.readings)
+        self.readings.add(tick, run, rate_window_s(self.ends.took_s))
+        rate, watched = present_rate(self.ends.readings), present_rate(list(self.readings.latest))
         if watched and (rate is None or watched.window_s > rate.window_s):
             rate = watched
         started = parse_time(longest[0]["started"]) if longest else None
         least_s, most_s, why = estimate_time_left(run, rate, self.ends, None if started is None else utc - started)
         return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, utc)
 
-    def _ask_details(self, utc: float) -> None:
+    def _ask_details(self, run: Mapping[str, Any], utc: float) -> None:
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
                         for worker in rows]
         lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
@@ -12516,16 +12594,12 @@ class RunMonitor:
         since = max([parse_time(tasks[-1]["finished"]) or 0.0 for tasks, complete in lists if tasks and not complete],
                     default=0.0)
         ended = [task for tasks, _ in lists for task in tasks if (parse_time(task["finished"]) or 0.0) >= since]
-        self.ends = recent_ends(ended, not since, utc)
+        listed = [parse_time(task["started"]) for task in self._tasks("computing", "started", ROWS_AT_ONCE)[0]]
+        if len(listed) == ROWS_AT_ONCE:     # the others were started since the last of these: say, half way
+            listed += [((listed[-1] or utc) + utc) / 2] * (run["numComputing"] - len(listed))
+        self.ends = recent_ends(ended, not since, listed, utc)
         self.used = (sorted(task["memory"] for task in ended if task["memory"] is not None),
                      sorted(share for share in map(cpu_share, ended) if share is not None))
-
-    def _add_reading(self, tick: float, ended: int) -> None:
-        if self.readings and ended < self.readings[-1][1]:      # the run was restarted
-            self.readings.clear()
-        self.readings.append((tick, ended))
-        while tick - self.readings[0][0] > rate_window_s(self.ends.took_s):
-            self.readings.popleft()
 
     def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
         """The first tasks of a status in an order, and whether these are all."""
@@ -12547,19 +12621,12 @@ def middle_and_most(ordered: Sequence[float]) -> Optional[Dict[str, float]]:
     return {"median": quantile(ordered, 0.5), "largest": ordered[-1]} if ordered else None
 
 
-def recent_rate_text(rate: Optional[Rate]) -> str:
-    """A rate with its range and its window."""
+def recent_rate_text(rate: Optional[Rate], why: str) -> str:
+    """A rate with its range and its window, or why it is not known."""
     if rate is None:
-        return "unknown: too few tasks have ended lately"
+        return "unknown: " + (why or "too few tasks have ended lately")
     return "%s over the last %s (%s)" % (
         rate_text(rate.per_s), duration_text(rate.window_s), rate_text(rate.per_s, rate.low, rate.high))
-
-
-def time_left_text(status: RunStatus) -> str:
-    """The time left as a range, or why it is not known."""
-    if status.least_s is None and status.why:
-        return "unknown: " + status.why
-    return range_text(status.least_s, status.most_s)
 
 
 def workers_text(status: RunStatus) -> str:
@@ -12588,7 +12655,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
         facts = [("over", "all tasks are done" if not run["numFailed"] else
                   "'python3 taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
+        facts = [("rate", recent_rate_text(status.rate, status.why)),
+                 ("time left", time_left_text(status.least_s, status.most_s, status.why)),
                  ("workers", workers_text(status))]
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
@@ -12662,8 +12730,7 @@ def status_json(status: RunStatus) -> Dict[str, Any]:
 def status_line(status: RunStatus) -> str:
     """A status in one line, for a log."""
     run = status.run
-    forecast = "over" if status.over else "%s, time left %s" % (
-        rate_text(status.rate.per_s) if status.rate else "rate unknown", time_left_text(status))
+    forecast = "over" if status.over else forecast_text(status.rate, status.least_s, status.most_s, status.why)
     return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), forecast)
 
 
@@ -13066,8 +13133,9 @@ def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> 
 def cmd_status(args: argparse.Namespace) -> int:
     """show how far a run is: its tasks by state, rate, time left, workers, failures
 
-    The rate is that of a recent window, and the time left is a probable range: it is wide where the
-    rate changed much in that window. With --watch the status is shown again and again until the run is
+    The rate is what the workers of now reach, as a recent window tells: those that have left do not count,
+    and those that have come count as the others. The time left is a probable range: it is wide where tasks
+    took very different times. With --watch the status is shown again and again until the run is
     over: in place on a terminal, as a line every 30 s in a file or a pipe (see --every).
 
     examples:
@@ -14386,7 +14454,8 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 VERB_GROUPS = (
     ("work on tasks", ("run", "new", "work", "status")),
     ("look and keep", ("list", "tasks", "log", "workers", "restart", "delete", "progress")),
-    ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
+    ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench",
+                          "completion")),
 )
 
 
@@ -14520,6 +14589,9 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
+    add_verb(verbs, "completion", cmd_completion, needs_db=False).add_argument(
+        "shell", choices=("bash", "zsh", "fish", "runs"), help="for which shell; 'runs' prints the names of runs alone")
+
     user = verbs.add_parser("user", description="add, list, change and remove users; 'user VERB --help' says more, "
                             "with an example", allow_abbrev=False)
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -14529,6 +14601,174 @@ and 'python3 taskfarm.py status $run --watch' shows how far it is.
     parser.description = ("Hands out numbered tasks to workers over HTTP; one SQLite file has the state.\n" +
                           verb_summary(verbs.choices))
     return parser
+
+
+COMPLETION_S = 1.5                  # a TAB waits for so long at most for the names of runs
+COMPLETED_RUNS = 500                # the newest
+
+# Bash and zsh. What is typed is compared, and never run or expanded. `python3 taskfarm.py` is completed too, so the
+# function stands before that of python3, and hands on to it every other script.
+BASH_COMPLETION = """
+_taskfarm() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} at=1 verb= words= runs= files= word
+    COMPREPLY=()
+    if [[ ${COMP_WORDS[0]##*/} == python* ]]; then
+        if [[ ${COMP_WORDS[1]##*/} != taskfarm.py ]]; then
+            [[ -z ${_taskfarm_python-} ]] || $_taskfarm_python "$@"
+            return
+        fi
+        at=2
+    fi
+    (( COMP_CWORD >= at )) || return 0
+    for word in "${COMP_WORDS[@]:$at:$((COMP_CWORD - at))}"; do
+        [[ $word != -- ]] || return 0       # a command follows: files
+        case $verb in
+            %(parents)s) [[ $word == -* ]] || verb+="${verb:+ }$word" ;;
+        esac
+    done
+    case $verb in
+%(verbs)s
+    esac
+    case "$verb $prev" in
+%(values)s
+    esac
+    [[ $files != *" $prev "* ]] || return 0
+    [[ -z $runs || $cur == -* ]] || words=$(%(program)s completion runs 2>/dev/null)
+    for word in $(printf '%%s ' $words); do
+        [[ $word != "$cur"* || $word == -* && $cur != -* ]] || COMPREPLY+=("$word")
+    done
+}
+"""
+BASH_START = """
+_comp_load python3 2>/dev/null || __load_completion python3 2>/dev/null
+if [[ "$(complete -p python3 2>/dev/null)" =~ -F\\ ([^ ]+) && ${BASH_REMATCH[1]} != _taskfarm ]]; then
+    _taskfarm_python=${BASH_REMATCH[1]}
+fi
+complete -o default -F _taskfarm taskfarm.py taskfarm python3
+"""
+ZSH_START = """
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz bashcompinit && bashcompinit
+_taskfarm_or_python() {
+    if [[ ${words[2]:t} == taskfarm.py ]]; then _bash_complete -o default -F _taskfarm; else _python "$@"; fi
+}
+complete -o default -F _taskfarm taskfarm.py taskfarm
+compdef _taskfarm_or_python python3
+"""
+FISH_START = """
+function __taskfarm_at    # whether the words so far name this verb
+    set -l words (commandline -opc)
+    set -l verb
+    if string match -qr '(^|/)python[0-9.]*$' -- $words[1]
+        set -e words[1]
+        string match -qr '(^|/)taskfarm\\.py$' -- $words[1]; or return 1
+    end
+    contains -- -- $words; and return 1
+    for word in $words[2..-1]
+        if not string match -q -- '-*' $word; and contains -- "$verb" %(parents)s
+            set verb (string trim "$verb $word")
+        end
+    end
+    test "$verb" = "$argv"
+end
+for program in taskfarm.py taskfarm python3
+%(lines)s
+end
+"""
+
+
+class Completion(NamedTuple):
+    """What can follow the words of a verb."""
+    verb: str
+    words: List[str]                # verbs below it
+    options: Dict[str, List[str]]   # each with the choices for its value; RUN among them where it takes a run
+    takes_value: List[str]          # options
+    takes_run: bool
+
+
+def completions(parser: Parser, verb: str = "") -> Iterator[Completion]:
+    """What can follow each verb, as its help says it: argparse does not tell what it has been told."""
+    options, takes_value = {}, []
+    text = parser.format_help()
+    for head in re.findall(r"^  (-.*?)(?:  |$)", text, re.M):
+        names = [word.strip(",") for word in head.split() if word.startswith("-")]
+        value = re.sub(r"--?[a-z][-\w]*,?", "", head).strip()
+        options.update({name: value.strip("{}").split(",") if value[:1] == "{" or value == "RUN" else []
+                        for name in names})
+        takes_value += names if value else []
+    below = parser.verbs.choices if parser.verbs else {}
+    choices = re.findall(r"^  \{(.*)\}", text, re.M)
+    words = [*below, *(choices[0].split(",") if choices else [])]
+    yield Completion(verb, words, options, takes_value, bool(re.search("^  RUN ", text, re.M)))
+    for name, parser_below in below.items():
+        yield from completions(parser_below, (verb + " " + name).strip())
+
+
+def bash_completion(found: Sequence[Completion], program: str) -> str:
+    """The functions that bash and zsh call at a TAB."""
+    verbs, values = [], []
+    for entry in found:
+        files = [option for option in entry.takes_value if not entry.options[option]]
+        verbs.append("        '%s') words='%s' files=' %s '%s ;;" % (
+            entry.verb, " ".join([*entry.words, *entry.options]), " ".join(files), " runs=1" * entry.takes_run))
+        values += ["        '%s %s') %s ;;" % (entry.verb, option, "words= runs=1" if choices == ["RUN"] else
+                                               "words='%s' runs=" % " ".join(choices))
+                   for option, choices in entry.options.items() if choices]
+    return BASH_COMPLETION % {"verbs": "\n".join(verbs), "values": "\n".join(values), "program": program,
+                              "parents": parents(found, "|")}
+
+
+def parents(found: Sequence[Completion], between: str) -> str:
+    """The verbs that have verbs below them, quoted for a shell."""
+    return between.join("'%s'" % entry.verb for entry in found
+                        if any(other.verb.startswith((entry.verb + " ").lstrip()) for other in found if other != entry))
+
+
+def fish_completion(found: Sequence[Completion], program: str) -> str:
+    """The script for fish."""
+    lines, names = [], "'(%s completion runs 2>/dev/null)'" % program.replace("'", "\\'")
+    for entry in found:
+        start = "    complete -c $program -n '__taskfarm_at %s' " % entry.verb
+        if entry.words:
+            lines.append(start + "-f -a '%s'" % " ".join(entry.words))
+        if entry.takes_run:
+            lines.append(start + "-f -a " + names)
+        for option, choices in entry.options.items():
+            kind = "-l " if option[:2] == "--" else "-s "
+            lines.append(start + kind + option.lstrip("-") + " -r" * (option in entry.takes_value) + (
+                " -f -a " + (names if choices == ["RUN"] else "'%s'" % " ".join(choices)) if choices else ""))
+    return FISH_START % {"lines": "\n".join(lines), "parents": parents(found, " ")}
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    """print a script that lets a TAB complete verbs, options and runs
+
+    It goes into the file that the shell reads at its start. The names of runs are those of the farm that
+    verbs ask; where it does not answer within 1.5 s, a TAB shows none.
+
+    examples:
+      python3 taskfarm.py completion bash >> ~/.bashrc
+      python3 taskfarm.py completion zsh >> ~/.zshrc
+      python3 taskfarm.py completion fish > ~/.config/fish/conf.d/taskfarm.fish
+    """
+    if args.shell == "runs":
+        patience = threading.Timer(COMPLETION_S, os._exit, [0])       # whatever it waits for, as the name of a host
+        patience.daemon = True
+        patience.start()
+        with contextlib.suppress(Refusal, FarmError, Unreachable), \
+                contextlib.closing(Client(functools.partial(find_access, os.environ))) as client:
+            runs = client.ask("GET", "/api/runs")["data"][-COMPLETED_RUNS:]
+            # A name that a shell would take for more than a word is left out: anybody may give a run a name.
+            print("\n".join(run["name"] if re.fullmatch(r"\w[\w.+-]*", run.get("name") or "") else run["uuid"][:8]
+                            for run in runs))
+        return 0
+    found = list(completions(make_parser()))
+    program = "%s %s" % (shlex.quote(sys.executable), shlex.quote(os.path.abspath(__file__)))
+    if args.shell == "fish":
+        print(fish_completion(found, program))
+    else:
+        print(bash_completion(found, program) + (BASH_START if args.shell == "bash" else ZSH_START))
+    return 0
 
 
 def check_verb(parser: Parser, words: Sequence[str]) -> None:
