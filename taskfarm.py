@@ -14467,7 +14467,7 @@ def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
         lines += ["", title + ":"] if names else []
         for name in names:
             first = (verbs[name].description or "").partition("\n")[0]
-            lines += textwrap.wrap("  %-9s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 12)
+            lines += textwrap.wrap("  %-10s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 13)
     return "\n".join(lines)
 
 
