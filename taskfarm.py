@@ -12660,7 +12660,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
                  ("workers", workers_text(status))]
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
-    lines += [fitting(pasteable("%-11s%s" % fact)) for fact in facts]
+    for line in ("%-11s%s" % fact for fact in facts):       # half a command cannot be pasted
+        lines.append(pasteable(line) if PROGRAM in line else fitting(line))
     for title, tasks, columns_shown in (("longest computing", status.longest, LONGEST_COLUMNS),
                                         ("last failures", status.failures, FAILURE_COLUMNS)):
         if tasks:
@@ -14467,7 +14468,7 @@ def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
         lines += ["", title + ":"] if names else []
         for name in names:
             first = (verbs[name].description or "").partition("\n")[0]
-            lines += textwrap.wrap("  %-10s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 13)
+            lines += textwrap.wrap("  %-11s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 14)
     return "\n".join(lines)
 
 

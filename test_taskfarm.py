@@ -10968,6 +10968,8 @@ def test_a_run_that_is_over_says_what_is_to_do(farm: Live) -> None:
     fail(farm, run, 1, "")
     shown = verb(farm, "status", run)
     assert "restart %s --failed" % run[:8] in shown and "time left" not in shown
+    terminal = Terminal(["status", run], as_ada(farm), columns=40)
+    assert terminal.end() == 0 and "restart %s --failed' lets" % run[:8] in terminal.shown, "a command is not cut"
     assert json.loads(verb(farm, "status", run, "--json"))["over"] is True
     watched = run_verb("status", run, "--watch", **as_ada(farm))
     assert watched.returncode == 0 and watched.stdout.count("\n") == 1 and "over" in watched.stdout
