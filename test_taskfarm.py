@@ -8898,8 +8898,7 @@ def test_a_worker_whose_standard_streams_are_closed_works(server: Process, tmp_p
     (["{run}", "--", "echo", "{line}"], "--lines FILE"),
     (["{run}", "--lines", "{dir}/two", "--", "echo", "{line}"], "has 2 lines, and the run 3 tasks"),
     (["{run}", "--lines", "{dir}/none", "--", "echo", "{line}"], "cannot be read"),
-    (["{run}", "--grid", "a=1 2,3", "--", "echo", "{a}"], "has 2 combinations, and the run 3 tasks. A run of it is "
-     "made by: python3 taskfarm.py new --grid 'a=1 2,3'\n"),
+    (["{run}", "--grid", "a=1 2,3", "--", "echo", "{a}"], "taskfarm.py new --grid 'a=1 2,3'\n"),
     (["{run}", "--", "echo", "{taks}"], "there is no field {taks}"),
     (["{run}", "-j", "2", "--gpus-per-task", "8192", "--", "echo", "{task}"], "needs 16 384 GPUs"),
     (["{run}", "--log-dir", "{dir}/two/logs", "--", "true"], "cannot be made"),
