@@ -229,8 +229,8 @@ from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import (
-    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-    Sequence, Set, Tuple, Type, Union)
+    Any, Callable, Collection, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+    Optional, Sequence, Set, Tuple, Type, Union)
 
 __version__ = "1.2.0"
 __all__ = ["tfRuns", "TaskFarm", "TaskFarmWorker", "FarmError", "Conflict", "NotFound", "Unreachable"]
@@ -3033,7 +3033,8 @@ def revoke_token(sql: Transaction, now: Now, user_id: Optional[int], token_id: i
     """A token of the user, of any user for None, is void from now on. Raises NotFound."""
     found = every_token(sql, "WHERE id = ?", token_id)
     if not found or user_id not in (None, found[0].user):
-        raise NotFound("there is no token %d of yours: 'token list' or GET /api/tokens shows them" % token_id)
+        raise NotFound("there is no token %d of yours: 'python3 taskfarm.py token list' or GET /api/tokens shows them"
+                       % token_id)
     end_tokens(sql, "id = ?", token_id)
     audit(sql, now, "token revoke", "%d, scope %s" % (token_id, found[0].scope))
 
@@ -7886,6 +7887,31 @@ class Screen:
         return state.unicode if self.unicode else state.ascii
 
 
+PROGRAM = "python3 taskfarm.py"     # how sentences call this program, also those that come from the server
+
+
+def started_as() -> str:
+    """How this program is started here: python3 and the path of this file as it was typed, or taskfarm."""
+    path, python = sys.argv[0], shutil.which("python3") or ""
+    if os.path.basename(path) == "taskfarm":        # as pip installs it
+        return "taskfarm" if shutil.which("taskfarm") else shlex.quote(path)
+    if os.path.basename(path) != "taskfarm.py":     # another program uses this as a library
+        return PROGRAM
+    same = os.path.realpath(python) == os.path.realpath(sys.executable)     # elsewhere python3 may be too old
+    return "%s %s" % ("python3" if same else shlex.quote(sys.executable), shlex.quote(path))
+
+
+def pasteable(sentence: str) -> str:
+    """A sentence whose commands can be pasted into the shell that started this program."""
+    return sentence.replace(PROGRAM, started_as())
+
+
+def typed_line(*more: str) -> str:
+    """The line that started this verb, with some words more behind the verb."""
+    words = (*sys.argv[1:2], *more, *sys.argv[2:])
+    return "%s %s" % (started_as(), " ".join(map(shlex.quote, words)))
+
+
 def printable(text: Any) -> str:
     """Text that others wrote, in one line: ? for control, invisible and direction characters.
 
@@ -8117,6 +8143,60 @@ def estimate_rate(points: Sequence[Tuple[float, int]]) -> Optional[Rate]:
     return Rate(ended / window_s, low / window_s, high / window_s, ended, window_s)
 
 
+PRESENT_S = 10.0        # the tasks of the last so many seconds are those of the present workers
+
+
+class Reading(NamedTuple):
+    """What was known of a run at a moment."""
+    tick: float
+    ended: int              # tasks that had ended
+    worked_s: float         # seconds that tasks had computed, in all
+
+
+def present_rate(readings: Sequence[Reading]) -> Optional[Rate]:
+    """The rate of the workers of now, from readings of any number of them, oldest first. None when nobody works.
+
+    When twice as many work, a second counts twice: so the tasks that end are set against the seconds that tasks
+    computed, and a rate is that of as many tasks at a time as now.
+    """
+    if len(readings) < 2:
+        return None
+    first, last = readings[0], readings[-1]
+    if last.worked_s <= first.worked_s:         # reports without claims
+        return estimate_rate([(reading.tick, reading.ended) for reading in readings])
+    since = max(first.tick, last.tick - PRESENT_S)
+    at = bisect.bisect_right([reading.tick for reading in readings], since)
+    before, after = readings[at - 1], readings[min(at, len(readings) - 1)]
+    part = (since - before.tick) / (after.tick - before.tick) if after.tick > before.tick else 0.0
+    computed_s = last.worked_s - before.worked_s - part * (after.worked_s - before.worked_s)
+    if last.tick <= since or computed_s <= 1e-6:
+        return None
+    present = computed_s / (last.tick - since)
+    rate = estimate_rate([(reading.worked_s / present, reading.ended) for reading in readings])
+    return rate and rate._replace(window_s=last.tick - first.tick)
+
+
+class Readings:
+    """The readings of a run that is looked at again and again."""
+
+    def __init__(self) -> None:
+        self.latest: "deque[Reading]" = deque()
+        self.computing = 0
+
+    def add(self, tick: float, run: Mapping[str, Any], window_s: float) -> None:
+        """Read the figures of the run. What is older than the window is forgotten."""
+        latest, ended, computing = self.latest, run["numDone"] + run["numFailed"], run["numComputing"]
+        if latest and ended < latest[-1].ended:         # the run was restarted
+            latest.clear()
+        worked_s = latest[-1].worked_s + (tick - latest[-1].tick) * (self.computing + computing) / 2 if latest else 0.0
+        if len(latest) > 1 and tick - latest[-2].tick < window_s / 1000:        # so many are enough
+            latest.pop()
+        latest.append(Reading(tick, ended, worked_s))
+        self.computing = computing
+        while tick - latest[0].tick > window_s:
+            latest.popleft()
+
+
 def slice_counts(points: Sequence[Tuple[float, int]], number: int) -> List[float]:
     """How many tasks ended in each of so many equal slices of the time of some readings."""
     begin, end = points[0][0], points[-1][0]
@@ -8163,7 +8243,7 @@ def seconds_since(text: Optional[str], now_utc: float) -> Optional[float]:
 
 class RecentEnds(NamedTuple):
     """The tasks of a run that ended last."""
-    points: List[Tuple[float, int]]     # readings for `estimate_rate`
+    readings: List[Reading]
     took_s: List[float]                 # how long the tasks took, ascending; without those where it is not known
 
 
@@ -8171,11 +8251,13 @@ RECENT_S = 600.0        # a rate is taken over at least so long,
 RECENT_TASKS = 4        # and over as long as so many median tasks take
 
 
-def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, now_utc: float) -> RecentEnds:
+def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, computing: Sequence[Optional[float]],
+                now_utc: float) -> RecentEnds:
     """Readings from the times `started` and `finished` of tasks that have ended.
 
-    *complete*: no earlier tasks were left out. The window begins when the first of its tasks was started, not
-    when it ended: the first wave of long tasks ends all at once, after a long time.
+    *complete*: no earlier tasks were left out. *computing*: when those that compute were started. The window begins
+    when the first of its tasks was started, not when it ended: the first wave of long tasks ends all at once, after a
+    long time.
     """
     times = sorted((parse_time(task["finished"]) or now_utc, parse_time(task["started"])) for task in tasks)
     took_s = sorted(max(end - start, 0.0) for end, start in times if start is not None)
@@ -8188,8 +8270,17 @@ def recent_ends(tasks: Sequence[Mapping[str, Any]], complete: bool, now_utc: flo
         begin = min(max(min(starts), now_utc - window_s), recent[0][0])
     else:
         begin = recent.pop(0)[0]
-    points = [(begin, 0)] + [(end, number) for number, (end, _) in enumerate(recent, 1)]
-    return RecentEnds(points + [(max(now_utc, points[-1][0]), len(recent))], took_s)
+    known = [start for _, start in recent if start is not None] + [start for start in computing if start is not None]
+    # (time, tasks more that have ended, tasks more that compute)
+    events = [(start, 0, 1) for start in known] + [(end, 1, 0 if start is None else -1) for end, start in recent]
+    readings, number = [Reading(begin, 0, 0.0)], 0
+    for utc, ended, more in sorted(events) + [(now_utc, 0, 0)]:
+        last = readings[-1]
+        if utc > last.tick or ended:
+            utc = max(utc, last.tick)
+            readings.append(Reading(utc, last.ended + ended, last.worked_s + number * (utc - last.tick)))
+        number += more
+    return RecentEnds(readings, took_s)
 
 
 def rate_window_s(took_s: Sequence[float]) -> float:
@@ -8213,7 +8304,7 @@ def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: Recen
     if not waiting + computing:
         return 0.0, 0.0, ""
     if not computing and rate is None:
-        return None, None, "nothing is computing"
+        return None, None, "nobody works on it"
     if waiting or not ends.took_s or longest_s is None:
         least, most = time_for_tasks(waiting + computing, rate)
         return least, most, "" if rate else "too few tasks have ended lately"
@@ -8222,6 +8313,17 @@ def estimate_time_left(run: Mapping[str, Any], rate: Optional[Rate], ends: Recen
         return None, None, "the longest has computed for %s, nine in ten of the others took at most %s" % (
             duration_text(longest_s), duration_text(most_s))
     return max(quantile(ends.took_s, 0.1) - longest_s, 0.0), most_s, ""
+
+
+def forecast_text(rate: Optional[Rate], least_s: Optional[float], most_s: Optional[float], why: str) -> str:
+    """A rate and the time left, or why that is not known. *why*: as of `estimate_time_left`."""
+    return "%s, time left %s" % (rate_text(rate.per_s) if rate else "rate unknown", time_left_text(
+        least_s, most_s, why))
+
+
+def time_left_text(least_s: Optional[float], most_s: Optional[float], why: str) -> str:
+    """The time left as a range, or why it is not known."""
+    return "unknown: " + why if least_s is None and why else range_text(least_s, most_s)
 
 
 class Progress:
@@ -10462,11 +10564,13 @@ class Display:
         self.output_error = 0                   # errno: the standard output took no more
         self.run: Dict[str, Any] = {}           # its latest figures
         self.ended_since = 0                    # tasks that ended here since then
-        self.readings: "deque[Tuple[float, int]]" = deque(maxlen=60)   # (tick, ended tasks of the run)
+        self.readings = Readings()
+        self.took_s: "deque[float]" = deque(maxlen=TIMES_KEPT)      # seconds that the latest tasks took
 
     def task_ended(self, task: int, elapsed_s: float, failure: str = "", log_path: str = "") -> None:
         """A task has ended; *failure* says how it failed, *log_path* where its output is."""
         self.ended_since += 1
+        self.took_s.append(elapsed_s)
         if failure:
             where = "  (%s)" % printable(os.path.relpath(log_path)) if log_path else ""
             self._add(self.screen.paint("task %d failed: %s%s" % (task, failure, where), "red"))
@@ -10475,7 +10579,7 @@ class Display:
 
     def say(self, sentence: str) -> None:
         """Show a line about the work as a whole."""
-        self._add(printable(sentence))
+        self._add(printable(pasteable(sentence)))
         self._write()
 
     def say_once(self, sentence: str) -> None:
@@ -10507,7 +10611,7 @@ class Display:
     def show_run(self, run: Dict[str, Any]) -> None:
         """Show new figures of the run."""
         self.run, self.ended_since = run, 0
-        self.readings.append((time.monotonic(), run["numDone"] + run["numFailed"]))
+        self.readings.add(time.monotonic(), run, rate_window_s(sorted(self.took_s)))
         self.write_at = 0.0
 
     def refresh(self, now: float, running: int) -> float:
@@ -10546,9 +10650,9 @@ class Display:
         if run["numFailed"]:
             text += ", %s failed" % grouped(run["numFailed"])
         text += ", %d here" % running
-        rate = estimate_rate(list(self.readings))
+        rate = present_rate(list(self.readings.latest))
         if rate:
-            text += ", %s, %s left" % (rate_text(rate.per_s), range_text(*time_for_tasks(total - ended, rate)))
+            text += ", " + forecast_text(rate, *estimate_time_left(run, rate, RecentEnds([], []), None))
         return bar_line(run, text, self.screen)
 
     def _current_run(self) -> Dict[str, Any]:
@@ -13236,7 +13340,7 @@ class RunMonitor:
     """
     def __init__(self, client: Client, run_uuid: str) -> None:
         self.client, self.run_uuid = client, run_uuid
-        self.readings: "deque[Tuple[float, int]]" = deque()     # (tick, tasks ended)
+        self.readings = Readings()
         self.details_tick = -math.inf
         self.workers: List[Dict[str, Any]] = []                 # as of details_tick
         self.ends = RecentEnds([], [])                          # as of details_tick
@@ -13249,14 +13353,14 @@ class RunMonitor:
         self.run = run = self.client.ask("GET", run_path(self.run_uuid))
         tick, utc = time.monotonic(), time.time() + self.client.clock_ahead_s
         if tick - self.details_tick >= DETAILS_S:
-            self._ask_details(utc)
+            self._ask_details(run, utc)
             self.details_tick = tick
         longest, _ = self._tasks("computing", "started", SHOWN_TASKS)
         failures, _ = self._tasks("failed", "finished", SHOWN_TASKS) if run["numFailed"] else ([], True)
         if longest or failures:
             add_parameters(longest + failures, self.parameters())
-        self._add_reading(tick, run["numDone"] + run["numFailed"])
-        rate, watched = estimate_rate(self.ends.points), estimate_rate(self.readings)
+        self.readings.add(tick, run, rate_window_s(self.ends.took_s))
+        rate, watched = present_rate(self.ends.readings), present_rate(list(self.readings.latest))
         if watched and (rate is None or watched.window_s > rate.window_s):
             rate = watched
         started = parse_time(longest[0]["started"]) if longest else None
@@ -13266,7 +13370,7 @@ class RunMonitor:
             least_s, most_s, why = None, None, held_up.why
         return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, held_up, utc)
 
-    def _ask_details(self, utc: float) -> None:
+    def _ask_details(self, run: Mapping[str, Any], utc: float) -> None:
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
                         for worker in rows]
         lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
@@ -13274,16 +13378,12 @@ class RunMonitor:
         since = max([parse_time(tasks[-1]["finished"]) or 0.0 for tasks, complete in lists if tasks and not complete],
                     default=0.0)
         ended = [task for tasks, _ in lists for task in tasks if (parse_time(task["finished"]) or 0.0) >= since]
-        self.ends = recent_ends(ended, not since, utc)
+        listed = [parse_time(task["started"]) for task in self._tasks("computing", "started", ROWS_AT_ONCE)[0]]
+        if len(listed) == ROWS_AT_ONCE:     # the others were started since the last of these: say, half way
+            listed += [((listed[-1] or utc) + utc) / 2] * (run["numComputing"] - len(listed))
+        self.ends = recent_ends(ended, not since, listed, utc)
         self.used = (sorted(task["memory"] for task in ended if task["memory"] is not None),
                      sorted(share for share in map(cpu_share, ended) if share is not None))
-
-    def _add_reading(self, tick: float, ended: int) -> None:
-        if self.readings and ended < self.readings[-1][1]:      # the run was restarted
-            self.readings.clear()
-        self.readings.append((tick, ended))
-        while tick - self.readings[0][0] > rate_window_s(self.ends.took_s):
-            self.readings.popleft()
 
     def _tasks(self, status: str, order: str, limit: int) -> Tuple[List[Dict[str, Any]], bool]:
         """The first tasks of a status in an order, and whether these are all."""
@@ -13305,19 +13405,12 @@ def middle_and_most(ordered: Sequence[float]) -> Optional[Dict[str, float]]:
     return {"median": quantile(ordered, 0.5), "largest": ordered[-1]} if ordered else None
 
 
-def recent_rate_text(rate: Optional[Rate]) -> str:
-    """A rate with its range and its window."""
+def recent_rate_text(rate: Optional[Rate], why: str) -> str:
+    """A rate with its range and its window, or why it is not known."""
     if rate is None:
-        return "unknown: too few tasks have ended lately"
+        return "unknown: " + (why or "too few tasks have ended lately")
     return "%s over the last %s (%s)" % (
         rate_text(rate.per_s), duration_text(rate.window_s), rate_text(rate.per_s, rate.low, rate.high))
-
-
-def time_left_text(status: RunStatus) -> str:
-    """The time left as a range, or why it is not known."""
-    if status.least_s is None and status.why:
-        return status.why if status.held_up else "unknown: " + status.why
-    return range_text(status.least_s, status.most_s)
 
 
 def workers_text(status: RunStatus) -> str:
@@ -13348,11 +13441,14 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
         facts = [("over", status.why if status.held_up else "all tasks are done" if not run["numFailed"] else
                   "'python3 taskfarm.py restart %s --failed' lets what failed wait again" % run["uuid"][:8])]
     else:
-        facts = [("rate", recent_rate_text(status.rate)), ("state" if status.held_up else "time left",
-                 time_left_text(status)), ("workers", workers_text(status))]
+        facts = [("state", status.why)] if status.held_up else [
+            ("rate", recent_rate_text(status.rate, status.why)),
+            ("time left", time_left_text(status.least_s, status.most_s, status.why))]
+        facts.append(("workers", workers_text(status)))
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
-    lines += [fitting("%-11s%s" % fact) for fact in facts]
+    for line in ("%-11s%s" % fact for fact in facts):       # half a command cannot be pasted
+        lines.append(pasteable(line) if PROGRAM in line else fitting(line))
     for title, tasks, columns_shown in (("longest computing", status.longest, LONGEST_COLUMNS),
                                         ("last failures", status.failures, FAILURE_COLUMNS)):
         if tasks:
@@ -13423,8 +13519,8 @@ def status_json(status: RunStatus) -> Dict[str, Any]:
 def status_line(status: RunStatus) -> str:
     """A status in one line, for a log."""
     run = status.run
-    forecast = "over" if status.over else status.why if status.held_up else "%s, time left %s" % (
-        rate_text(status.rate.per_s) if status.rate else "rate unknown", time_left_text(status))
+    forecast = "over" if status.over else status.why if status.held_up else forecast_text(
+        status.rate, status.least_s, status.most_s, status.why)
     return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), forecast)
 
 
@@ -13757,11 +13853,11 @@ def enter_work(client: Client, run: Mapping[str, Any]) -> Tuple[List[str], Optio
     if not work["own"]:
         options = [] if kept is None else [word for axis in kept["grid"] for word in ("--grid", axis)] if (
             kept["kind"] == "grid") else ["--" + kept["kind"], kept["path"]]
-        typed = ["python3", os.path.abspath(sys.argv[0]), "work", run["uuid"], *options, "--", *work["command"]]
+        typed = [os.path.abspath(sys.argv[0]), "work", run["uuid"], *options, "--", *work["command"]]
         raise NotOwnRun("run %s was made by %s and not by the user of your login, and a worker takes a command out of "
                         "the farm only of a run that its own user made. If you trust this one, type it: cd %s && %s" % (
                             printable(run.get("name") or run["uuid"]), printable(work["user"] or "the keeper"),
-                            shlex.quote(folder), " ".join(map(shlex.quote, typed))))
+                            shlex.quote(folder), "python3 " + " ".join(map(shlex.quote, typed))))
     try:
         os.chdir(folder)
     except OSError as error:
@@ -13851,7 +13947,7 @@ class RunsInTurn:
         # A client of its own: that of a worker is given up at its end.
         with contextlib.closing(Client(known.find, WORKER_RETRY_S)) as client:
             client.say = self.display.say
-            self.display.readings.clear()
+            self.display.readings = Readings()
             if self.log_dir:        # tasks of all runs have the same numbers
                 self.args.log_dir = os.path.join(self.log_dir, run["uuid"])
             try:
@@ -13876,8 +13972,8 @@ class RunsInTurn:
 
 def typed_before(args: argparse.Namespace) -> str:
     """What the user typed before the command."""
-    typed = ["python3"] + sys.argv[:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
-    return " ".join(map(shlex.quote, typed))
+    typed = sys.argv[1:len(sys.argv) - len(args.words)] + ["--"] * ("--" not in sys.argv)
+    return " ".join([started_as(), *map(shlex.quote, typed)])
 
 
 def make_template(args: argparse.Namespace, words: Sequence[str], run_uuid: str,
@@ -13995,7 +14091,7 @@ def open_client(args: argparse.Namespace) -> Iterator[Client]:
 
 def print_notice(sentence: str) -> None:
     """Print a sentence for a person on the error output: the standard output is for what a verb prints."""
-    print("taskfarm: %s" % printable(sentence), file=sys.stderr)
+    print("taskfarm: %s" % printable(pasteable(sentence)), file=sys.stderr)
 
 
 def wait_for_access(args: argparse.Namespace) -> None:
@@ -14037,6 +14133,8 @@ def cmd_new(args: argparse.Namespace) -> int:
       python3 taskfarm.py new --lines files -- ./convert {}
       python3 taskfarm.py new 5000 --max-failures 3    tries each task three times
       python3 taskfarm.py new 1 --after ice            begins when ice is done
+
+    A name that a run has already is refused, since every verb would then want its uuid: --again takes it.
     """
     number, parameters = chosen_size(args)
     body = {"numTasks": number, "name": args.name, "maxFailures": args.max_failures, "maxLosses": args.max_losses}
@@ -14047,6 +14145,8 @@ def cmd_new(args: argparse.Namespace) -> int:
             print_notice(sentence)
     wait_for_access(args)
     with open_client(args) as client:
+        if args.name and not args.again:
+            refuse_second_run(client, args.name)
         after = args.after or args.after_any
         if after:
             body.update(after=find_run_uuid(client, after, changes=True), afterAny=args.after_any is not None)
@@ -14056,6 +14156,14 @@ def cmd_new(args: argparse.Namespace) -> int:
                          "with --host 0.0.0.0")
     print(run["uuid"])
     return 0
+
+
+def refuse_second_run(client: Client, name: str) -> None:
+    """Raise Refusal when a run has this name. The API takes it: there a uuid is what tells runs apart."""
+    for run in client.ask("GET", "/api/runs")["data"]:
+        if run.get("name") == name:
+            raise Refusal("a run is called %s already: %s shows it, %s makes another of that name" % (
+                name, "'python3 taskfarm.py status %s'" % run["uuid"], "'%s'" % typed_line("--again")))
 
 
 def short_uuids(runs: Sequence[Mapping[str, Any]], screen: Screen) -> List[str]:
@@ -14150,7 +14258,7 @@ def cmd_list(args: argparse.Namespace) -> int:
         return 0
     screen.print(shown.table(screen))
     if not shown.runs:
-        print("no runs yet: 'python3 taskfarm.py new 1000' makes one", file=sys.stderr)
+        print_notice("no runs yet: 'python3 taskfarm.py new 1000' makes one")
     return 0
 
 
@@ -14176,10 +14284,11 @@ def print_table(screen: Screen, table: Table, rows: Sequence[Sequence[Any]]) -> 
 def cmd_status(args: argparse.Namespace) -> int:
     """show how far a run is: its tasks by state, rate, time left, workers, failures
 
-    The rate is that of a recent window, and the time left is a probable range: it is wide where the
-    rate changed much in that window. With --watch the status is shown again and again until the run is
-    over: in place on a terminal, as a line every 30 s in a file or a pipe (see --every). Without RUN it is
-    that of the newest run.
+    The rate is what the workers of now reach, as a recent window tells: those that have left do not count,
+    and those that have come count as the others. The time left is a probable range: it is wide where tasks
+    took very different times. With --watch the status is shown again and again until the run is
+    over: in place on a terminal, as a line every 30 s in a file or a pipe (see --every). Without
+    RUN it is that of the newest run.
 
     examples:
       python3 taskfarm.py status
@@ -14685,10 +14794,11 @@ def confirm_change(client: Client, what: str, run_uuid: str, loss: str) -> None:
         raise Refusal("nothing was changed")
 
 
-def confirm(question: str, otherwise: str = "--yes answers yes") -> bool:
+def confirm(question: str, otherwise: str = "") -> bool:
     """Ask on the terminal: whether the answer is y or yes. Without one, raises Refusal with what does *otherwise*."""
     if not sys.stdin.isatty():
-        raise Refusal("%s This is no terminal to answer on: %s" % (question.replace("\n", " "), otherwise))
+        raise Refusal("%s This is no terminal to answer on: %s" % (
+            question.replace("\n", " "), otherwise or "'%s' answers yes" % typed_line("--yes")))
     print("%s [y/N] " % question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -14822,7 +14932,7 @@ def chosen_certificate(access: Access, wanted: str) -> str:
     if not wanted and not confirm(
             "%s shows the certificate\n  %s\n%sIs this what the server printed when it was started?" % (
                 access.url, shown, "It is not the one that %s holds.\n" % known.source if known else ""),
-            "--fingerprint SHA256:... says which certificate is right"):
+            "--fingerprint SHA256:... says which certificate is right"):    # no line to paste: they are to compare
         raise Refusal("no login was sent")
     return certificate
 
@@ -14923,8 +15033,8 @@ def make_first_user(store: Store, db: str) -> User:
     name, password = default_user_name(), secrets.token_urlsafe(12)
     user: User = store.call(add_user(name, hash_password(password)))
     if sys.stdout.isatty():
-        print("user %s, password %s   (shown this once; 'python3 taskfarm.py user passwd %s --db %s' sets another)" % (
-            name, password, shlex.quote(name), shlex.quote(db)))
+        print(pasteable("user %s, password %s   (shown this once; 'python3 taskfarm.py user passwd %s --db %s' sets "
+                        "another)" % (name, password, shlex.quote(name), shlex.quote(db))))
     return user
 
 
@@ -15567,7 +15677,8 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
     """
     runs = [run for run in client.ask("GET", "/api/runs")["data"] if run.get("name") == name]
     if len(runs) > 1:
-        raise Refusal("%d runs are called %s: choose another by --name, or delete some" % (len(runs), name))
+        raise Refusal("%d runs are called %s: choose another by --name, or delete one of them: 'python3 "
+                      "taskfarm.py delete %s'" % (len(runs), name, runs[-1]["uuid"]))
     if not runs:
         more = {"maxFailures": args.max_failures, "maxLosses": args.max_losses, "work": work}
         body = {"numTasks": number, "name": name, **{key: value for key, value in more.items() if value is not None}}
@@ -15580,8 +15691,8 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
             runs = [client.ask("GET", run_path(client.ask("POST", "/api/run", body)["uuid"]))]
     run: Dict[str, Any] = client.ask("GET", run_path(runs[0]["uuid"]))
     if run["numTasks"] != number:
-        raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it" % (
-            name, count_text(run["numTasks"], "task"), number))
+        raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it: 'python3 "
+                      "taskfarm.py delete %s'" % (name, count_text(run["numTasks"], "task"), number, run["uuid"]))
     if work and run.get("hasWork"):
         known = client.ask("GET", run_path(run["uuid"], "/work"))
         if any(known[part] != work[part] for part in work):
@@ -15736,6 +15847,32 @@ def task_numbers(text: str) -> Tuple[int, int]:
     return first, last
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that shows its `verbs`, and says commands as they can be pasted."""
+    verbs: Any = None
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        """See argparse."""
+        self.verbs = super().add_subparsers(**settings)
+        return self.verbs
+
+    def format_help(self) -> str:
+        """The help, whose first lines to type are those of this place."""
+        return pasteable(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit."""
+        super().error(pasteable(message))
+
+
+class TrialParser(Parser):
+    """A parser for words that may be no whole command line. It raises Refusal, and says nothing."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise Refusal."""
+        raise Refusal(message)
+
+
 READ_RUN = "its uuid or name, or the beginning of one"
 CHANGED_RUN = "its whole name, its uuid, or the first %d or more digits of its uuid" % MIN_UUID_DIGITS
 
@@ -15823,6 +15960,7 @@ def add_env_option(parser: argparse.ArgumentParser, option: str, default: Any, t
 
 
 HELP_WIDTH = 79
+MOST_OPTION_WORDS = 200             # before a command without --: thousands of files may follow it
 
 
 def wrapped(text: str) -> str:
@@ -15849,7 +15987,8 @@ VERB_GROUPS = (
     ("work on tasks", ("run", "new", "work", "status", "wait")),
     ("look and keep", ("list", "tasks", "failures", "hosts", "log", "workers", "pause", "resume", "cancel", "extend",
                        "restart", "delete", "progress")),
-    ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench")),
+    ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench",
+                          "completion")),
 )
 
 
@@ -15861,7 +16000,7 @@ def verb_summary(verbs: Mapping[str, argparse.ArgumentParser]) -> str:
         lines += ["", title + ":"] if names else []
         for name in names:
             first = (verbs[name].description or "").partition("\n")[0]
-            lines += textwrap.wrap("  %-9s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 12)
+            lines += textwrap.wrap("  %-11s %s" % (name, first), HELP_WIDTH, subsequent_indent=" " * 14)
     return "\n".join(lines)
 
 
@@ -15887,6 +16026,7 @@ def add_client_verbs(verbs: Any) -> None:
     after = new.add_mutually_exclusive_group()
     after.add_argument("--after", metavar="RUN", help="hand out no task before all tasks of that run are done")
     after.add_argument("--after-any", metavar="RUN", help="nor before that run is over, also if tasks of it failed")
+    new.add_argument("--again", action="store_true", help="also where a run has this name already")
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
     status.add_argument("--every", type=some_seconds, metavar="S", help="seconds between two updates "
@@ -15953,14 +16093,14 @@ def add_client_verbs(verbs: Any) -> None:
     login.add_argument("--user", metavar="NAME", help="by default your name on this machine")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(kind: Type[Parser] = Parser) -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = kind(
         prog="taskfarm.py", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="taskfarm.py VERB ...      or, to serve: taskfarm.py --db FILE",
         epilog="""three lines to start with:
   python3 taskfarm.py --db runs.sqlite --host 0.0.0.0 &
-  python3 taskfarm.py new 1000 --name first -- ./tile.sh {task}
+  python3 taskfarm.py new 1000 --name first -- echo tile {task}
   python3 taskfarm.py work first -j 4
 and 'python3 taskfarm.py status first --watch' shows how far it is.
 'python3 taskfarm.py VERB --help' says more, with examples.""")
@@ -16019,6 +16159,9 @@ and 'python3 taskfarm.py status first --watch' shows how far it is.
     add_bench_options(add_verb(verbs, "bench", cmd_bench, needs_db=False))
     add_verb(verbs, "backup", cmd_backup).add_argument("copy", metavar="COPY", help="the file to make")
 
+    add_verb(verbs, "completion", cmd_completion, needs_db=False).add_argument(
+        "shell", choices=("bash", "zsh", "fish", "runs"), help="for which shell; 'runs' prints the names of runs alone")
+
     user = verbs.add_parser("user", description="add, list, change and remove users; 'user VERB --help' says more, "
                             "with an example", allow_abbrev=False)
     users = user.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -16030,12 +16173,194 @@ and 'python3 taskfarm.py status first --watch' shows how far it is.
     return parser
 
 
-def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
+COMPLETION_S = 1.5                  # a TAB waits for so long at most for the names of runs
+COMPLETED_RUNS = 500                # the newest
+
+# Bash and zsh. What is typed is compared, and never run or expanded. `python3 taskfarm.py` is completed too, so the
+# function stands before that of python3, and hands on to it every other script.
+BASH_COMPLETION = """
+_taskfarm() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} at=1 verb= words= runs= files= word
+    COMPREPLY=()
+    if [[ ${COMP_WORDS[0]##*/} == python* ]]; then
+        if [[ ${COMP_WORDS[1]##*/} != taskfarm.py ]]; then
+            [[ -z ${_taskfarm_python-} ]] || $_taskfarm_python "$@"
+            return
+        fi
+        at=2
+    fi
+    (( COMP_CWORD >= at )) || return 0
+    for word in "${COMP_WORDS[@]:$at:$((COMP_CWORD - at))}"; do
+        [[ $word != -- ]] || return 0       # a command follows: files
+        case $verb in
+            %(parents)s) [[ $word == -* ]] || verb+="${verb:+ }$word" ;;
+        esac
+    done
+    case $verb in
+%(verbs)s
+    esac
+    case "$verb $prev" in
+%(values)s
+    esac
+    [[ $files != *" $prev "* ]] || return 0
+    [[ -z $runs || $cur == -* ]] || words=$(%(program)s completion runs 2>/dev/null)
+    for word in $(printf '%%s ' $words); do
+        [[ $word != "$cur"* || $word == -* && $cur != -* ]] || COMPREPLY+=("$word")
+    done
+}
+"""
+BASH_START = """
+_comp_load python3 2>/dev/null || __load_completion python3 2>/dev/null
+if [[ "$(complete -p python3 2>/dev/null)" =~ -F\\ ([^ ]+) && ${BASH_REMATCH[1]} != _taskfarm ]]; then
+    _taskfarm_python=${BASH_REMATCH[1]}
+fi
+complete -o default -F _taskfarm taskfarm.py taskfarm python3
+"""
+ZSH_START = """
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz bashcompinit && bashcompinit
+_taskfarm_or_python() {
+    if [[ ${words[2]:t} == taskfarm.py ]]; then _bash_complete -o default -F _taskfarm; else _python "$@"; fi
+}
+complete -o default -F _taskfarm taskfarm.py taskfarm
+compdef _taskfarm_or_python python3
+"""
+FISH_START = """
+function __taskfarm_at    # whether the words so far name this verb
+    set -l words (commandline -opc)
+    set -l verb
+    if string match -qr '(^|/)python[0-9.]*$' -- $words[1]
+        set -e words[1]
+        string match -qr '(^|/)taskfarm\\.py$' -- $words[1]; or return 1
+    end
+    contains -- -- $words; and return 1
+    for word in $words[2..-1]
+        if not string match -q -- '-*' $word; and contains -- "$verb" %(parents)s
+            set verb (string trim "$verb $word")
+        end
+    end
+    test "$verb" = "$argv"
+end
+for program in taskfarm.py taskfarm python3
+%(lines)s
+end
+"""
+
+
+class Completion(NamedTuple):
+    """What can follow the words of a verb."""
+    verb: str
+    words: List[str]                # verbs below it
+    options: Dict[str, List[str]]   # each with the choices for its value; RUN among them where it takes a run
+    takes_value: List[str]          # options
+    takes_run: bool
+
+
+def completions(parser: Parser, verb: str = "") -> Iterator[Completion]:
+    """What can follow each verb, as its help says it: argparse does not tell what it has been told."""
+    options, takes_value = {}, []
+    text = parser.format_help()
+    for head in re.findall(r"^  (-.*?)(?:  |$)", text, re.M):
+        names = [word.strip(",") for word in head.split() if word.startswith("-")]
+        value = re.sub(r"--?[a-z][-\w]*,?", "", head).strip()
+        options.update({name: value.strip("{}").split(",") if value[:1] == "{" or value == "RUN" else []
+                        for name in names})
+        takes_value += names if value else []
+    below = parser.verbs.choices if parser.verbs else {}
+    choices = re.findall(r"^  \{(.*)\}", text, re.M)
+    words = [*below, *(choices[0].split(",") if choices else [])]
+    yield Completion(verb, words, options, takes_value, bool(re.search("^  RUN ", text, re.M)))
+    for name, parser_below in below.items():
+        yield from completions(parser_below, (verb + " " + name).strip())
+
+
+def bash_completion(found: Sequence[Completion], program: str) -> str:
+    """The functions that bash and zsh call at a TAB."""
+    verbs, values = [], []
+    for entry in found:
+        files = [option for option in entry.takes_value if not entry.options[option]]
+        verbs.append("        '%s') words='%s' files=' %s '%s ;;" % (
+            entry.verb, " ".join([*entry.words, *entry.options]), " ".join(files), " runs=1" * entry.takes_run))
+        values += ["        '%s %s') %s ;;" % (entry.verb, option, "words= runs=1" if choices == ["RUN"] else
+                                               "words='%s' runs=" % " ".join(choices))
+                   for option, choices in entry.options.items() if choices]
+    return BASH_COMPLETION % {"verbs": "\n".join(verbs), "values": "\n".join(values), "program": program,
+                              "parents": parents(found, "|")}
+
+
+def parents(found: Sequence[Completion], between: str) -> str:
+    """The verbs that have verbs below them, quoted for a shell."""
+    return between.join("'%s'" % entry.verb for entry in found
+                        if any(other.verb.startswith((entry.verb + " ").lstrip()) for other in found if other != entry))
+
+
+def fish_completion(found: Sequence[Completion], program: str) -> str:
+    """The script for fish."""
+    lines, names = [], "'(%s completion runs 2>/dev/null)'" % program.replace("'", "\\'")
+    for entry in found:
+        start = "    complete -c $program -n '__taskfarm_at %s' " % entry.verb
+        if entry.words:
+            lines.append(start + "-f -a '%s'" % " ".join(entry.words))
+        if entry.takes_run:
+            lines.append(start + "-f -a " + names)
+        for option, choices in entry.options.items():
+            kind = "-l " if option[:2] == "--" else "-s "
+            lines.append(start + kind + option.lstrip("-") + " -r" * (option in entry.takes_value) + (
+                " -f -a " + (names if choices == ["RUN"] else "'%s'" % " ".join(choices)) if choices else ""))
+    return FISH_START % {"lines": "\n".join(lines), "parents": parents(found, " ")}
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    """print a script that lets a TAB complete verbs, options and runs
+
+    It goes into the file that the shell reads at its start. The names of runs are those of the farm that
+    verbs ask; where it does not answer within 1.5 s, a TAB shows none.
+
+    examples:
+      python3 taskfarm.py completion bash >> ~/.bashrc
+      python3 taskfarm.py completion zsh >> ~/.zshrc
+      python3 taskfarm.py completion fish > ~/.config/fish/conf.d/taskfarm.fish
+    """
+    if args.shell == "runs":
+        patience = threading.Timer(COMPLETION_S, os._exit, [0])       # whatever it waits for, as the name of a host
+        patience.daemon = True
+        patience.start()
+        with contextlib.suppress(Refusal, FarmError, Unreachable), \
+                contextlib.closing(Client(functools.partial(find_access, os.environ))) as client:
+            runs = client.ask("GET", "/api/runs")["data"][-COMPLETED_RUNS:]
+            # A name that a shell would take for more than a word is left out: anybody may give a run a name.
+            print("\n".join(run["name"] if re.fullmatch(r"\w[\w.+-]*", run.get("name") or "") else run["uuid"][:8]
+                            for run in runs))
+        return 0
+    found = list(completions(make_parser()))
+    program = "%s %s" % (shlex.quote(sys.executable), shlex.quote(os.path.abspath(__file__)))
+    if args.shell == "fish":
+        print(fish_completion(found, program))
+    else:
+        print(bash_completion(found, program) + (BASH_START if args.shell == "bash" else ZSH_START))
+    return 0
+
+
+def check_verb(parser: Parser, words: Sequence[str]) -> None:
+    """Exit with the nearest verb where a word is in the place of a verb and is none."""
+    for number, word in enumerate(words):
+        if not parser.verbs or word.startswith("-"):
+            return
+        if word not in parser.verbs.choices:
+            near = difflib.get_close_matches(word.lower(), parser.verbs.choices, 1)
+            parser.error("there is no verb %s: %s" % (shlex.quote(word), (
+                "did you mean '%s %s'?" if near else "'%s %s' shows all") % (PROGRAM, " ".join(map(shlex.quote, [
+                    *words[:number], *(near + [*words[number + 1:]] if near else ["--help"])])))))
+        parser = parser.verbs.choices[word]
+
+
+def parse_words(parser: Parser, words: List[str]) -> argparse.Namespace:
     """Parse the words of a command line. What follows the first -- of `new`, `work` or `run` is the command, as it is.
 
     argparse of some versions of Python would remove a second -- from the command.
     """
     verb = words[0]
+    check_verb(parser, words)
     if verb not in ("work", "run", "new"):
         return parser.parse_args(words)
     at = words.index("--") if "--" in words else len(words) if verb == "new" else find_command(words)
@@ -16058,23 +16383,18 @@ def parse_words(parser: argparse.ArgumentParser, words: List[str]) -> argparse.N
 
 
 def find_command(words: Sequence[str]) -> int:
-    """Where the command begins in words of `work` or `run` without --: at the first that is neither option, value, run
-    nor number of tasks.
+    """Where the command begins in words of `work` or `run` without --: behind the first that are a whole line.
 
-    Words after the run that look like names, the first of which is no program, are further runs.
+    Words after the run of `work` that look like names, the first of which is no program, are further runs.
     """
-    options = argparse.ArgumentParser(add_help=False)
-    add_work_options(options)
-    add_run_options(options)
-    takes_value = {option for action in options._actions if action.nargs is None for option in action.option_strings}
-    takes_value |= {"--db", "--host", "--advertise", "--task"}
-    others = [at for at in range(1, len(words))
-              if not words[at].startswith("-") and words[at - 1] not in takes_value]
-    skipped = 1 if words[0] == "work" or others and words[others[0]].isdigit() else 0
-    names = words[0] == "work" and all(re.fullmatch(r"[^\s/{]+", words[at]) for at in others[1:])
-    if len(others) <= skipped or names and not shutil.which(words[others[1]]):
-        return len(words)
-    return others[skipped]
+    parser = make_parser(TrialParser)
+    for at in range(2, min(len(words), MOST_OPTION_WORDS)):
+        if not words[at].startswith("-"):
+            with contextlib.suppress(Refusal):
+                parser.parse_args(words[:at])
+                names = words[0] == "work" and all(re.fullmatch(r"[^\s/{]+", word) for word in words[at:])
+                return len(words) if names and not shutil.which(words[at]) else at
+    return len(words)
 
 
 def open_standard_streams() -> None:
@@ -16110,18 +16430,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with contextlib.suppress(AttributeError):       # for names and messages that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if not words and not os.environ.get("TASKFARM_DB"):
+        parser.print_help()
+        return 0
     if not words or words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "serve")
-    parser = make_parser()
     args = parse_words(parser, words)
     if args.needs_db and not args.db:
-        parser.error("which file? name it by --db runs.sqlite (or TASKFARM_DB)")
+        parser.error("which file? --db names it (or TASKFARM_DB), as in '%s %s --db runs.sqlite'" % (
+            PROGRAM, " ".join(map(shlex.quote, words))))
     try:
         status = int(args.command(args))
         sys.stdout.flush()
         return status
     except (Refusal, FarmError, Unreachable) as error:
-        print_notice(str(error))
+        print_notice(str(error).replace("--db FILE'", "--db %s'" % shlex.quote(getattr(args, "db", None) or "FILE")))
         return EXIT_NO_SERVER if isinstance(error, Unreachable) else (
             EXIT_NO_LOGIN if isinstance(error, Unauthorized) else 1)
     except KeyboardInterrupt:

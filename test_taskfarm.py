@@ -1329,7 +1329,7 @@ VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["run"], ["work"], ["progr
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
          ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"],
          ["extend"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"],
-         ["doctor"]]
+         ["doctor"], ["completion"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
 
@@ -8221,25 +8221,65 @@ def ended_task(start: Optional[float], end: float) -> Dict[str, Any]:
 
 
 def per_hour(ends: "taskfarm.RecentEnds") -> float:
-    rate = taskfarm.estimate_rate(ends.points)
+    rate = taskfarm.present_rate(ends.readings)
     return round(3600 * rate.per_s, 1) if rate else 0.0
 
 
 def test_the_rate_of_tasks_that_ended() -> None:
     now = 1.7e9
     wave = [ended_task(now - 3700, now - 100 + number) for number in range(16)]
-    assert 15 < per_hour(taskfarm.recent_ends(wave, True, now)) < 16, "a first wave took as long as its tasks"
+    second = [now - 100.0 + number for number in range(16)]
+    assert 15 < per_hour(taskfarm.recent_ends(wave, True, second, now)) < 16, "a first wave took as long as its tasks"
     old = [ended_task(now - 90000, now - 86400) for _ in range(50)]
-    assert 15 < per_hour(taskfarm.recent_ends(wave + old, True, now)) < 16, "what was yesterday does not count"
-    assert per_hour(taskfarm.recent_ends(old, True, now)) == 0, "nor is there a rate when nothing ended lately"
+    assert 15 < per_hour(taskfarm.recent_ends(wave + old, True, second, now)) < 16, "what was yesterday does not count"
+    assert per_hour(taskfarm.recent_ends(old, True, second, now)) == 0, "nor is there a rate when nothing ended lately"
     quick = [ended_task(now - 10 - 0.1 * number, now - 0.1 * number) for number in range(100)]
-    assert 34000 < per_hour(taskfarm.recent_ends(quick, False, now)) < 37000, "of a list that was cut off its own time"
+    then = [now - 0.1 * number for number in range(100)]
+    assert 34000 < per_hour(taskfarm.recent_ends(quick, False, then, now)) < 37000, (
+        "a list that is cut off tells of its own time")
     batch = [ended_task(None, now - 50 - number) for number in range(10)]
-    assert 500 < per_hour(taskfarm.recent_ends(batch, True, now)) < 700, "without starts from the first end on"
-    assert taskfarm.recent_ends(batch, True, now).took_s == []
-    assert taskfarm.recent_ends(wave, True, now).took_s[0] == 3600
+    assert 500 < per_hour(taskfarm.recent_ends(batch, True, [], now)) < 700, "without starts from the first end on"
+    assert taskfarm.recent_ends(batch, True, [], now).took_s == []
+    assert taskfarm.recent_ends(wave, True, [], now).took_s[0] == 3600
     stopped = [ended_task(now - 600, now - 500 + number) for number in range(100)]
-    assert 500 < per_hour(taskfarm.recent_ends(stopped, True, now)) < 700, "time in which nothing ends counts too"
+    then = [now - 400] * 100
+    assert 500 < per_hour(taskfarm.recent_ends(stopped, True, then, now)) < 700, "time in which nothing ends counts too"
+
+
+@pytest.mark.parametrize("before, now_at_work, per_hour_now", [
+    (10, 10, 600), (10, 20, 1200), (20, 5, 300), (10, 1, 60), (0, 10, 600), (10, 0, 0)])
+def test_the_rate_is_that_of_the_workers_of_now(before: int, now_at_work: int, per_hour_now: int) -> None:
+    """Each takes 60 s for a task. At work were some for nine minutes, others since three."""
+    now, ended, computing = 1.7e9, [], []
+    for number in range(max(before, now_at_work)):
+        start = now - (540 if number < before else 180) - number
+        leaves = now - 180 if number >= now_at_work else now
+        while start < leaves:
+            if start + 60 < leaves:
+                ended.append(ended_task(start, start + 60))
+            elif number < now_at_work:
+                computing.append(start)
+            start += 60
+    ends = taskfarm.recent_ends(ended, True, computing, now)
+    assert 0.8 * per_hour_now <= per_hour(ends) <= 1.25 * per_hour_now
+    readings = taskfarm.Readings()
+    for second in range(480 + 60):
+        at_work = before if second < 480 else now_at_work
+        done = before * second // 60 if second < 480 else before * 8 + now_at_work * (second - 480) // 60
+        readings.add(float(second), {"numDone": done, "numFailed": 0, "numComputing": at_work}, 600.0)
+    rate = taskfarm.present_rate(list(readings.latest))
+    assert 0.8 * per_hour_now <= (3600 * rate.per_s if rate else 0) <= 1.25 * per_hour_now
+
+
+def test_readings_are_those_of_the_window_and_not_too_many() -> None:
+    readings = taskfarm.Readings()
+    for number in range(200000):
+        readings.add(number / 100, {"numDone": number, "numFailed": 0, "numComputing": 4}, 600.0)
+    assert 900 < len(readings.latest) < 1100 and readings.latest[-1].tick - readings.latest[0].tick > 599
+    rate = taskfarm.present_rate(list(readings.latest))
+    assert rate and rate.per_s == pytest.approx(100, rel=0.01)
+    readings.add(2001.0, {"numDone": 0, "numFailed": 0, "numComputing": 4}, 600.0)
+    assert len(readings.latest) == 1, "what was before a restart says nothing"
 
 
 def test_the_time_left_is_estimated_only_where_something_is_known() -> None:
@@ -8251,7 +8291,10 @@ def test_the_time_left_is_estimated_only_where_something_is_known() -> None:
     assert estimate(0, 0, rate, None) == (0.0, 0.0, "")
     assert estimate(90, 10, rate, 5.0) == (50.0, 200.0, "")
     assert estimate(90, 10, None, 5.0)[:2] == (None, None) and "too few" in estimate(90, 10, None, 5.0)[2]
-    assert estimate(90, 0, None, None)[2] == "nothing is computing"
+    assert estimate(90, 0, None, None)[2] == "nobody works on it"
+    assert taskfarm.forecast_text(None, *estimate(90, 0, None, None)) == (
+        "rate unknown, time left unknown: nobody works on it")
+    assert taskfarm.forecast_text(rate, *estimate(90, 10, rate, 5.0)) == "1.0 tasks/s, time left 50 s to 3 min 20 s"
     assert estimate(0, 10, rate, 20.0) == (50.0, 150.0, ""), "at the end the durations of tasks say more than the rate"
     assert "1 h 0 min" in estimate(0, 10, rate, 3600.0)[2], "a task that hangs is named"
 
@@ -9346,8 +9389,7 @@ def test_a_worker_whose_standard_streams_are_closed_works(server: Process, tmp_p
     (["{run}", "--", "echo", "{line}"], "--lines FILE"),
     (["{run}", "--lines", "{dir}/two", "--", "echo", "{line}"], "has 2 lines, and the run 3 tasks"),
     (["{run}", "--lines", "{dir}/none", "--", "echo", "{line}"], "cannot be read"),
-    (["{run}", "--grid", "a=1 2,3", "--", "echo", "{a}"], "has 2 combinations, and the run 3 tasks. A run of it is "
-     "made by: python3 taskfarm.py new --grid 'a=1 2,3'\n"),
+    (["{run}", "--grid", "a=1 2,3", "--", "echo", "{a}"], "taskfarm.py new --grid 'a=1 2,3'\n"),
     (["{run}", "--", "echo", "{taks}"], "there is no field {taks}"),
     (["{run}", "-j", "2", "--gpus-per-task", "8192", "--", "echo", "{task}"], "needs 16 384 GPUs"),
     (["{run}", "--log-dir", "{dir}/two/logs", "--", "true"], "cannot be made"),
@@ -11391,8 +11433,12 @@ def test_a_bench_that_is_ended_leaves_nothing_at_whatever_step(tmp_path: Path) -
 
 
 def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
+    """Run a verb. Commands in what it says are shown as in README, and not with the paths of this place."""
+    done = subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
                           env=dict(os.environ, **environ), timeout=60)
+    done.stdout, done.stderr = (re.sub(r"[^\s']*python\S* %s" % re.escape(str(MODULE)), taskfarm.PROGRAM, text)
+                                for text in (done.stdout, done.stderr))
+    return done
 
 
 class Terminal:
@@ -11610,6 +11656,18 @@ def test_a_worker_of_several_runs_waits_for_tasks_that_others_compute(server: Pr
     assert counts(server, run) == (0, 0, 1, 0)
 
 
+def test_a_second_run_of_one_name_is_refused_but_by_the_api(farm: Live) -> None:
+    first = verb(farm, "new", "7", "--name", "sweep").strip()
+    refused = verb(farm, "new", "3", "--name", "sweep", status=1)
+    assert "'python3 taskfarm.py status %s' shows it" % first in refused
+    assert "'python3 taskfarm.py new --again 3 --name sweep' makes another" in refused
+    verb(farm, "new", "3", "--name", "swee")
+    for words in (["new", "3"], ["new", "3"], ["new", "3", "--name", "sweep", "--again"]):
+        verb(farm, *words)
+    assert farm.ask("POST", "/api/run", {"numTasks": 3, "name": "sweep"})[0] == 201
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 6
+
+
 def test_new_counts_lines_of_a_pipe_rows_and_combinations(farm: Live, tmp_path: Path) -> None:
     (tmp_path / "t").write_text("lr;seed\n1;2\n3;4\n")
     for words, stdin, tasks, said in (
@@ -11735,7 +11793,7 @@ def test_a_verb_that_changes_a_run_never_hits_one_of_a_longer_name(farm: Live, w
     for text in ("sweep", final[:7]):
         refused = verb(farm, words[0], text, *words[1:], status=no_such_run)
         assert final in refused and "'sweep-final'" in refused and first not in refused
-    twin = verb(farm, "new", "3", "--name", "sweep-final").strip()
+    twin = verb(farm, "new", "3", "--name", "sweep-final", "--again").strip()
     refused = verb(farm, words[0], "sweep-final", *words[1:], status=1)
     assert final in refused and twin in refused
     assert farm.ask("GET", "/api/runs/" + final)[1] == before
@@ -11746,7 +11804,7 @@ def test_a_verb_that_changes_a_run_never_hits_one_of_a_longer_name(farm: Live, w
 def test_status_shows_states_rate_workers_and_what_failed(farm: Live) -> None:
     run = verb(farm, "new", "200", "--name", "antarctica").strip()
     shown = verb(farm, "status", run)
-    assert "200 waiting" in shown and "time left  unknown: nothing is computing" in shown and "none is alive" in shown
+    assert "200 waiting" in shown and "time left  unknown: nobody works on it" in shown and "none is alive" in shown
     worker(farm, "w1", 120)
     for _ in range(60):
         assert report(farm, run, start_task(farm, run, "w1"), status="done", worker_uuid="w1") == 204
@@ -11774,6 +11832,8 @@ def test_a_run_that_is_over_says_what_is_to_do(farm: Live) -> None:
     fail(farm, run, 1, "")
     shown = verb(farm, "status", run)
     assert "restart %s --failed" % run[:8] in shown and "time left" not in shown
+    terminal = Terminal(["status", run], as_ada(farm), columns=40)
+    assert terminal.end() == 0 and "restart %s --failed' lets" % run[:8] in terminal.shown, "a command is not cut"
     assert json.loads(verb(farm, "status", run, "--json"))["over"] is True
     watched = run_verb("status", run, "--watch", **as_ada(farm))
     assert watched.returncode == 0 and watched.stdout.count("\n") == 1 and "over" in watched.stdout
@@ -12354,13 +12414,13 @@ def test_the_rate_of_a_watch_comes_from_its_own_readings_once_they_are_longer(fa
             {"task": number, "status": "done"} for number in range(first, first + 1000)]})
     with contextlib.closing(taskfarm.Client(lambda: taskfarm.parse_access(file_of(farm), "test"))) as client:
         monitor = taskfarm.RunMonitor(client, run)
-        assert monitor.update().rate is None or monitor.ends.points, "a list that is cut off tells of its own time"
-        monitor.readings.appendleft((time.monotonic() - 100.0, 0))
+        assert monitor.update().rate is None or monitor.ends.readings, "a list that is cut off tells of its own time"
+        monitor.readings.latest.appendleft(taskfarm.Reading(time.monotonic() - 100.0, 0, 0.0))
         rate = monitor.update().rate
         assert rate and rate.ended == 2000 and rate.window_s > 99
         assert farm.ask("POST", "/api/runs/%s/restart?all=True" % run)[0] == 204
         monitor.update()
-        assert len(monitor.readings) == 1, "what was before a restart says nothing"
+        assert len(monitor.readings.latest) == 1, "what was before a restart says nothing"
 
 
 def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.MonkeyPatch,
@@ -12642,8 +12702,10 @@ def test_a_removed_user_is_out_at_once_and_passwd_renews_the_access_file(tmp_pat
     (["--db", "{dir}/f", "--host", "no.such.address.invalid", "--port", "0"], 1, "--host wants"),
     (["--db", "{dir}/f", "--port", "99999"], 2, "--port"),
     (["--db", "{dir}/f", "--access-log", "{dir}/no/log"], 1, "access log"),
-    ([], 2, "--db runs.sqlite"),
-    (["harvest"], 2, "invalid choice"),
+    (["--port", "0"], 2, "as in 'python3 taskfarm.py serve --port 0 --db runs.sqlite'"),
+    (["harvest"], 2, "there is no verb harvest: 'python3 taskfarm.py --help' shows all"),
+    (["Statsu", "an ice", "--json"], 2, "did you mean 'python3 taskfarm.py status 'an ice' --json'?"),
+    (["token", "lst"], 2, "did you mean 'python3 taskfarm.py token list'?"),
     (["user", "list", "--db", "{dir}/missing"], 1, "there is no"),
     (["work"], 2, "takes the name of a run"),
     (["work", "antarctica", "--any"], 2, "--any means all of your runs: leave out antarctica"),
@@ -12656,6 +12718,71 @@ def test_a_wrong_start_gets_a_sentence(tmp_path: Path, words: List[str], status:
     (tmp_path / "text").write_text("some text\n" * 200)
     done = run_verb(*(word.replace("{dir}", str(tmp_path)) for word in words))
     assert done.returncode == status and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_word_the_overview_is_shown(tmp_path: Path) -> None:
+    shown = run_verb()
+    assert shown.returncode == 0 and shown.stdout == run_verb("--help").stdout and "to start with" in shown.stdout
+    assert "No such file" in run_verb(TASKFARM_DB="/nowhere/at/all/f").stderr, "this serves the file"
+
+
+def test_commands_in_sentences_can_be_pasted_wherever_the_file_is(farm: Live, tmp_path: Path) -> None:
+    (tmp_path / "my bin").mkdir()
+    shutil.copy(str(MODULE), str(tmp_path / "my bin/taskfarm.py"))
+    verb(farm, "new", "5", "--name", "an ice")
+    for words, kind in ((["new", "5", "--name", "an ice"], "status"), (["stats", "an ice"], "status"),
+                        (["status", "arctic"], "list"), (["new", "5", "--name", "an ice"], "--again")):
+        done = subprocess.run([sys.executable, "my bin/taskfarm.py", *words], cwd=str(tmp_path), capture_output=True,
+                              text=True, env=dict(os.environ, **as_ada(farm)))
+        (line,) = [line for line in re.findall(r"'(\S+ 'my bin/.*?)'(?= shows| makes|\?)", done.stderr) if kind in line]
+        pasted = subprocess.run(line, shell=True, cwd=str(tmp_path), capture_output=True, text=True,
+                                env=dict(os.environ, **as_ada(farm)))
+        assert done.returncode in (1, 2) and pasted.returncode == 0 and pasted.stdout, (line, pasted.stderr)
+    assert len(farm.ask("GET", "/api/runs")[1]["data"]) == 2
+
+
+TABS = {
+    "taskfarm.py sta": "status", "python3 taskfarm.py sta": "status", "python3 ./taskfarm.py tok": "token",
+    "taskfarm.py token ": "list new revoke", "taskfarm.py status ar": "ar-2 arctic", "taskfarm.py list ar": "",
+    "taskfarm.py work -j 4 arc": "arctic", "taskfarm.py token new --run arc": "arctic",
+    "taskfarm.py tasks arctic --status d": "done", "taskfarm.py tasks arctic --ord": "--order",
+    "taskfarm.py work arctic -- sta": "", "taskfarm.py status --every ": "", "taskfarm.py user add --d": "--db",
+    "python3 other.py sta": "", "taskfarm.py completion z": "zsh"}
+
+
+@pytest.mark.parametrize("shell, asked", [
+    ("bash", "COMP_WORDS=(%s); COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _taskfarm; echo ${COMPREPLY[*]}"),
+    ("fish", "echo (complete -C \"%s\" | string replace -r '\\t.*' '')")])
+def test_a_tab_completes_verbs_options_and_runs(farm: Live, tmp_path: Path, shell: str, asked: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip("there is no %s" % shell)
+    for name in ("arctic", "ar-2", "ar $(touch x)"):
+        assert farm.ask("POST", "/api/run", {"numTasks": 1, "name": name})[0] == 201
+    environ, folder = dict(os.environ, HOME=str(tmp_path), **as_ada(farm)), tmp_path / "empty"
+    folder.mkdir()
+    script = subprocess.check_output([sys.executable, str(MODULE), "completion", shell], text=True)
+    script += "".join(asked % (re.sub(" $", " ''", line) if shell == "bash" else line) + "\n" for line in TABS)
+    done = subprocess.run([shell, "/dev/stdin"], input=script, capture_output=True, text=True, cwd=str(folder),
+                          env=environ, timeout=60)
+    shown = [" ".join(sorted(line.split())) for line in done.stdout.splitlines()]
+    assert dict(zip(TABS, shown)) == TABS and done.stderr == "" and not list(folder.iterdir())
+
+
+def test_the_names_for_a_tab_are_quick_and_silent_where_no_farm_answers(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "TASKFARM_TOKEN": "tf1.x"}
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as deaf:        # it takes connections, and no more
+        for url in ("", "https://127.0.0.1:%d" % deaf.getsockname()[1], "https://127.0.0.1:1"):
+            done = run_verb("completion", "runs", TASKFARM_URL=url, **environ)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), url
+
+
+@pytest.mark.parametrize("words, at", [
+    ("work ice ./tile.sh 5", 2), ("work ice -j 4 ./tile.sh", 4), ("work -j4 ice ./tile.sh", 3), ("run 5 ./tile.sh", 2),
+    ("run --lines p ./sim {line}", 3), ("run --grid a=1 --retry --db x --grid b=2 ./sim", 8), ("work ice", 2),
+    ("work ice -j", 3), ("run ./tile.sh 5", 3), ("run 5 --lines p ./tile.sh", 5), ("work ice --job 4 ./tile.sh", 5)])
+def test_a_command_without_dashes_begins_behind_the_options(words: str, at: int) -> None:
+    assert taskfarm.find_command(words.split()) == at
+    assert taskfarm.find_command(["run", "x", *["file"] * 100000]) == 100002
 
 
 def test_every_verb_has_a_help_with_an_example() -> None:
