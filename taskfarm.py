@@ -14487,10 +14487,10 @@ def cmd_submit(args: argparse.Namespace) -> int:
     Three jobs of an array that start one after the other and end within a minute without a task stop the rest.
 
     examples:
-      python3 taskfarm.py submit antarctica -n 50 -t 4:00:00 -j 16 -- ./tile.sh {task}
-      python3 taskfarm.py submit antarctica -n 50 -t 4:00:00 -j 16 --with "-p low -A abc" \\
-        --setup "module load gdal" --dry-run -- ./tile.sh {task}
-      python3 taskfarm.py submit antarctica --cancel
+      python3 taskfarm.py submit ice -n 50 -t 4:00:00 -j 16 -- ./tile.sh {task}
+      python3 taskfarm.py submit ice -n 50 -t 4:00:00 -j 16 --dry-run \\
+        --with "-p low -A abc" --setup "module load gdal" -- ./tile.sh {task}
+      python3 taskfarm.py submit ice --cancel
     """
     if not args.cancel and not (args.width and args.walltime):
         raise Refusal("how many jobs at a time, and how long each? As in: python3 taskfarm.py submit %s -n 50 "
