@@ -11148,7 +11148,7 @@ def look_at_jobs(environ: Mapping[str, str], now: float) -> Optional[Tuple[float
 
 
 class RunJobs(NamedTuple):
-    """The jobs of a run that were submitted."""
+    """The jobs of a run that were submitted. How they failed is told of the last array alone."""
     running: int
     reasons: Dict[str, int]             # of the pending ones: how many for each
     failed: List[Tuple[str, str]]       # (job, why) of the latest that ended without a task
@@ -11167,8 +11167,9 @@ def jobs_of_run(environ: Mapping[str, str], run_uuid: str, now: float,
         return None
     asked, by_name = look
     counts = by_name.get(record["name"], JobCounts(0, [], {}))
-    workers = [worker for worker in ask_workers() if array_of(worker["job"] or "") in record["arrays"] or (
-        (worker["job"] or "").partition(":")[2] in record["arrays"])]
+    last = record["arrays"][-1]
+    workers = [worker for worker in ask_workers() if last in (
+        array_of(worker["job"] or ""), (worker["job"] or "").partition(":")[2])]
     failed = [(worker["job"].partition(":")[2], worker["why"]) for worker in workers if worker["why"]]
     known = {worker["job"].partition(":")[2] for worker in workers}
     failed += [(job, why) for job, why in silent_jobs(record, asked) if job not in known and job not in counts.ids]
@@ -12855,7 +12856,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
     else:
         facts = [("rate", recent_rate_text(status.rate)), ("time left", time_left_text(status)),
                  ("workers", workers_text(status))]
-    facts += job_facts(status.jobs, screen) if status.jobs else []
+    if status.jobs and (not status.over or status.jobs.running or status.jobs.reasons):
+        facts += job_facts(status.jobs, screen)
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
     lines += [fitting("%-11s%s" % fact) for fact in facts]
@@ -13187,7 +13189,8 @@ def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], 
     with contextlib.closing(job):
         job.wait(1.0)           # so that no task is begun that does not fit
         status = worker.work()
-    over = status == EXIT_RUN_DELETED or not display.run["numWaiting"] + display.run["numComputing"]
+    over = status == EXIT_RUN_DELETED or display.run.get("state") == "cancelled" or not (
+        display.run["numWaiting"] + display.run["numComputing"])
     leave_array(client.find, run, worker.uuid, worker.failed_at_once, over, display.say)
     return status
 
@@ -14278,7 +14281,8 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
 PLANNED_ARRAY = 1000                # jobs that any Slurm takes as one array; for more it is asked
 LARGEST_PBS_ARRAY = 10000           # as long as nobody has told the server otherwise
 SEND_LIMIT_S = 60.0                 # sbatch and qsub may wait for a busy controller
-SEND_AGAIN_S = (5.0, 20.0, 40.0)    # before a call that got no answer is looked up, and made again if it was lost
+SEND_AGAIN_S = (5.0, 20.0, 40.0)    # a call without an answer is looked up after so long; all but the last time it is
+                                    # made again if it was lost
 NOT_SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run")       # folders that each node has for itself
 
 
@@ -14369,6 +14373,8 @@ def refuse_submission(access: Access, run: Mapping[str, Any], took_s: Sequence[f
     if not run["numWaiting"]:
         raise Refusal("no task of run %s waits (%s)%s" % (name, state_counts(run), (
             ": 'python3 taskfarm.py restart %s --failed' lets what failed wait again" % name) * bool(run["numFailed"])))
+    if run.get("state") == "cancelled":
+        raise Refusal("run %s is cancelled: 'python3 taskfarm.py resume %s' lets its tasks wait again" % (name, name))
     likely_s = quantile(sorted(took_s), 0.95) + GRACE_S + STOP_EARLY_S if took_s else 0.0
     if likely_s > walltime_s:
         raise Refusal("5 in 100 tasks of run %s took %s or more, and a job would end before them: ask for more than "
@@ -14425,29 +14431,28 @@ def send_jobs(plan: JobPlan, environ: Mapping[str, str], path: str) -> Tuple[str
 
         def look_up() -> str:
             return max(arrays_named(plan, environ) - set(record["arrays"]), default="")
-        pauses = iter(SEND_AGAIN_S)
-        lost = record["sending"]
-        while True:
+        earlier = lost = record["sending"]
+        trouble = BatchTrouble("")
+        for pause_s in (0.0, *SEND_AGAIN_S):
+            if pause_s:
+                print_notice("%s: in %d s this looks whether the jobs were taken" % (trouble, pause_s))
+            time.sleep(pause_s)
             try:
                 array = look_up() if lost else ""
-                if not array:
+                if not array and pause_s != SEND_AGAIN_S[-1]:
                     note(True)
                     lost, earlier = True, False
                     array = call_batch(submit_words(plan), environ, job_script(plan), SEND_LIMIT_S,
                                        [lock.fileno()]).strip().partition(";")[0]
-                else:
-                    earlier = True
-                note(False, array)
-                return array, earlier
-            except BatchTrouble as trouble:
-                pause_s = next(pauses, None) if trouble.unclear else None
+                if array:
+                    note(False, array)
+                    return array, earlier
+            except BatchTrouble as error:
+                trouble = error
                 if not trouble.unclear:
                     note(False)
-                if pause_s is None:
-                    raise Refusal(str(trouble))
-                print_notice("%s: in %s this looks whether the jobs were taken, and sends them if not" % (
-                    trouble, duration_text(pause_s)))
-                time.sleep(pause_s)
+                    break
+        raise Refusal(str(trouble))
 
 
 def judge_jobs(plan: JobPlan, environ: Mapping[str, str]) -> str:
@@ -14505,6 +14510,8 @@ def cmd_submit(args: argparse.Namespace) -> int:
             print(cancel_jobs(system, run["uuid"], os.environ))
             return 0
         extra = [word for words in args.extra for word in shlex.split(words)]
+        if not args.words and not run.get("hasWork", True):
+            raise Refusal("which command? This run knows none: it goes at the end, after --")
         passes_all = system == "Slurm" and not any("--export" in word for word in extra) and \
             "SBATCH_EXPORT" not in os.environ
         refuse_submission(access, run, took_s, args.walltime, not passes_all)

@@ -10562,6 +10562,7 @@ def test_jobs_that_could_do_nothing_are_refused(tmp_path: Path, monkeypatch: pyt
     assert refusal(source="TASKFARM_TOKEN", needs_file=False) == "", "Slurm hands the environment on"
     monkeypatch.setattr(taskfarm, "NOT_SHARED", (str(tmp_path),))
     assert "this machine alone" in refusal()
+    assert "resume 3f2a91c4" in refusal(state="cancelled") and "resume" not in refusal(state="paused")
 
 
 SQUEUE_LINES = """\
@@ -10635,7 +10636,7 @@ def submit(server: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", "%s:%s" % (tmp_path / "bin", os.environ["PATH"]))
     monkeypatch.setenv("TASKFARM_URL", "https://0.0.0.0:%d" % server.port)      # the machine itself, by another name
     monkeypatch.setattr(taskfarm, "NOT_SHARED", ())
-    monkeypatch.setattr(taskfarm, "SEND_AGAIN_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(taskfarm, "SEND_AGAIN_S", (0.01, 0.02, 0.03))
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> Tuple[int, str]:
@@ -10649,10 +10650,10 @@ SOME = "-n", "2", "-t", "1:00:00"
 
 def test_an_array_is_sent_and_found_again(server: Process, tmp_path: Path, submit: Any) -> None:
     run = make_run(server, 5)
+    name = "tf-" + run[:8]
     slurm = Batch(tmp_path, sbatch="cat > %s; echo 1234" % (tmp_path / "script"),
-                  squeue="echo '1234_[2-4%%2]|PD|tf-%s|PartitionTimeLimit'; echo '1234_1|R|tf-%s|None'" % (
-                      run[:8], run[:8]),
-                  scancel="")
+                  squeue="[ -z $SQUEUE_FORMAT ] || exit 1; echo '1234_[2-4%%2]|PD|%s|PartitionTimeLimit'; "
+                  "echo '1234_1|R|%s|None'" % (name, name), scancel="")
     status, said = submit(run, *SOME, "-j", "3", "--with", "-plow", "--idle", "7", "--dry-run", "--", "./x", "{task}")
     assert status == 0 and "sbatch --parsable" in said and "exec " in said and slurm.asked() == []
     status, said = submit(run, *SOME, "-j", "3", "--with", "-plow", "--idle", "7", "--", "./x", "{task}")
@@ -10665,8 +10666,7 @@ def test_an_array_is_sent_and_found_again(server: Process, tmp_path: Path, submi
     token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
     assert token not in script + call, "no secret"
     for _ in range(2):
-        shown = run_verb("status", run, "--json")
-        jobs = json.loads(shown.stdout)["jobs"]
+        jobs = json.loads(run_verb("status", run, "--json", SQUEUE_FORMAT="%i").stdout)["jobs"]
         assert jobs == {"running": 1, "pending": {"PartitionTimeLimit": 3}, "failed": [], "stopped": False}
     assert "will never begin: PartitionTimeLimit" in run_verb("status", run).stdout
     assert len(slurm.asked("squeue")) == 1, "once a minute"
@@ -10679,7 +10679,7 @@ def test_no_answer_of_the_batch_system_is_no_line(server: Process, tmp_path: Pat
     slurm = Batch(tmp_path, sbatch="echo 1234", squeue="echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1")
     submit(run, *SOME, "--", "./x")
     for _ in range(2):
-        shown = run_verb("status", run, SQUEUE_FORMAT="x")
+        shown = run_verb("status", run)
         assert shown.returncode == 0 and "jobs" not in shown.stdout
     assert len(slurm.asked("squeue")) == 1
     assert run_verb("status", make_run(server, 5)).returncode == 0 and len(slurm.asked("squeue")) == 1
@@ -10707,10 +10707,11 @@ def test_a_call_without_an_answer_is_looked_up_before_it_is_made_again(
     run = make_run(server, 5)
     slurm = Batch(tmp_path, sbatch=TIMED_OUT, squeue="echo " + found)
     status, said = submit(run, *SOME, "--", "./x")
-    assert len(slurm.asked("sbatch")) == sent + (sent > 1) and "timed out" in said
-    assert (status, "1234 was sent" in said) == ((0, True) if found else (1, False))
+    assert len(slurm.asked("sbatch")) == sent and "timed out" in said
+    assert (status, "1234: 2 jobs" in said) == ((0, True) if found else (1, False))
+    assert len(slurm.asked("squeue")) == sent
     slurm.answer("sbatch", "echo 1235")
-    assert ("1235: 2 jobs" in submit(run, *SOME, "--", "./x")[1]) and len(slurm.asked("squeue")) == (1 if found else 4)
+    assert "1235: 2 jobs" in submit(run, *SOME, "--", "./x")[1]
 
 
 def test_a_submission_that_was_killed_and_is_said_again_sends_nothing_twice(
@@ -10809,7 +10810,7 @@ def test_pbs_gets_and_says_what_a_real_one_does(
     before = len(pbs.asked("qsub"))
     pbs.answer("qsub", "echo 'qsub: cannot connect to server head (errno=15010)' >&2; exit 162")
     pbs.answer("qselect", "echo '80[].head'")
-    assert "80[].head was sent" in submit(run, *SOME, "--batch", "pbs", "--", "./x")[1]
+    assert "80[].head: 2 jobs" in submit(run, *SOME, "--batch", "pbs", "--", "./x")[1]
     assert len(pbs.asked("qsub")) == before + 1
     pbs.answer("qsub", "echo '81[].head'")
     assert "qsub takes it" in submit(run, *SOME, "--batch", "pbs", "--test", "--", "./x")[1]
