@@ -10728,7 +10728,9 @@ def test_a_submission_that_was_killed_and_is_said_again_sends_nothing_twice(
     killed.wait()
     again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     RUNNING.append(again)
-    (tmp_path / "go").write_text("\n")          # sbatch goes on, and the second call waits for it
+    waits = re.compile("-> FLOCK .* %d " % again.pid)
+    wait_until(lambda: waits.search(Path("/proc/locks").read_text()) or slurm.asked("squeue"))
+    (tmp_path / "go").write_text("\n")          # sbatch goes on, and the second call has waited for it
     said = again.communicate(timeout=20)[0]
     assert again.returncode == 0 and "1234 was sent" in said and len(slurm.asked("sbatch")) == 1
 
