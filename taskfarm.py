@@ -11183,8 +11183,8 @@ def silent_jobs(record: Mapping[str, Any], before: float) -> Iterator[Tuple[str,
     with contextlib.suppress(OSError):
         jobs = [(found.group(1) or found.group(2), entry) for entry in os.scandir(record["folder"])
                 for found in [pattern.fullmatch(entry.name)] if found]
-        prefix = re.sub(r"\].*", "", record["arrays"][-1])
-        jobs = [(job, entry) for job, entry in jobs if re.match(re.escape(prefix) + r"(_|\d)", job)]
+        jobs = [(job, entry) for job, entry in jobs if record["arrays"][-1] == array_of(
+            ("pbs:" if "[" in job else "slurm:") + job)]
         jobs.sort(key=lambda pair: int(re.findall(r"\d+", pair[0])[1]), reverse=True)
         for job, entry in jobs[:50]:
             if entry.stat().st_mtime < before:

@@ -10779,8 +10779,8 @@ def test_jobs_that_ended_before_they_were_workers_are_shown(server: Process, tmp
     run = make_run(server, 9)
     Batch(tmp_path, sbatch="echo 7", squeue="echo '7_2|R|tf-%s|None'" % run[:8])
     submit(run, *SOME, "--", "./x")
-    for number, text in ((1, "module: gdal is not there\n"), (2, "starts\n")):
-        path = tmp_path / ("tf-" + run[:8]) / ("tf-%s-7_%d.out" % (run[:8], number))
+    for job, text in (("7_1", "module: gdal is not there\n"), ("7_2", "starts\n"), ("71_1", "of another array\n")):
+        path = tmp_path / ("tf-" + run[:8]) / ("tf-%s-%s.out" % (run[:8], job))
         path.write_text(text)
         os.utime(path, (0, 0))
     assert json.loads(run_verb("status", run, "--json").stdout)["jobs"]["failed"] == [
