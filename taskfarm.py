@@ -13504,12 +13504,14 @@ def cmd_workers(args: argparse.Namespace) -> int:
             return 0
         table = Table([Column("host", can_shrink=True), Column("pid", True), Column("state"), Column("holds", True),
                        Column("heard", True), Column("lease", True, optional=True),
+                       Column("job", can_shrink=True, optional=True),
                        Column("worker", can_shrink=True, optional=True)], screen.columns)
         for workers, _ in pages:
             utc = time.time() + client.clock_ahead_s
             print_table(screen, table, [
                 (worker["hostname"], worker["pid"], worker["state"], worker["held"], time_since(worker["heard"], utc),
-                 worker["lease"] and duration_text(worker["lease"]), worker["uuid"]) for worker in workers])
+                 worker["lease"] and duration_text(worker["lease"]), worker["job"], worker["uuid"])
+                for worker in workers])
             if not workers and screen.terminal:
                 print("none" if args.all else "no worker is alive", file=sys.stderr)
     return 0

@@ -11665,8 +11665,8 @@ def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.Monk
 def test_the_help_shows_every_verb_and_the_first_ones_first() -> None:
     shown = run_verb("--help").stdout
     listed = re.findall(r"^  ([a-z]+)  +\S", shown.partition("options:")[0], re.M)
-    assert [name for name in listed if name in ("run", "new", "work", "status")] == listed[:sum(
-        name in listed for name in ("run", "new", "work", "status"))]
+    assert [name for name in listed if name in ("run", "new", "submit", "work", "status")] == listed[:sum(
+        name in listed for name in ("run", "new", "submit", "work", "status"))]
     assert set(listed) == {words[0] for words in VERBS} and len(listed) == len(set(listed))
     assert max(map(len, shown.splitlines())) <= 120
 
