@@ -11032,7 +11032,7 @@ def call_batch(words: Sequence[str], environ: Mapping[str, str], text: str = "",
     out, err = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
     if done.returncode in fine:
         return out or err
-    said = printable(" ".join(line.partition("error: ")[2] or line for line in err.splitlines()))
+    said = printable("; ".join(line.partition("error: ")[2] or line for line in err.splitlines()))
     raise BatchTrouble("%s: %s" % (words[0], said or "exit status %d" % done.returncode),
                        unclear=bool(re.search("timed out|[Cc]onnect|contact|15010", said)))
 
