@@ -77,11 +77,11 @@ Endpoints (JSON in, JSON out; a login everywhere but where it says open)
     GET    /api/runs/<run>/tasks/<task>   one task, or ?info= one of its figures
     PUT    /api/runs/<run>/tasks/<task>   report percentCompleted, status or both; worker_uuid, attempt, elapsed;
                                                  of an end: memory, cpu; of a failure: exitCode, message, log
-    POST   /api/worker                    register a worker: uuid, hostname, pid, lease
+    POST   /api/worker                    register a worker: uuid, hostname, pid, lease, job
     GET    /api/worker/<worker>           a worker and a page of what it holds
     PUT    /api/worker/<worker>           a heartbeat
-    DELETE /api/worker/<worker>           the worker signs off, its tasks wait
-    GET    /api/workers                   a page of workers
+    DELETE /api/worker/<worker>           the worker signs off, its tasks wait; ?why= its batch job failed at once
+    GET    /api/workers                   a page of workers; ?all=True, ?order=latest
     GET    /api/users                     admin  names of the users
     POST   /api/users                     admin  a new user, with a password hash
     PUT    /api/users/<user>              admin  another password hash; ends the user's tokens
@@ -151,13 +151,14 @@ Contents
     COMMANDS            the command of a task: its arguments, its process, how it ended
     REPORTER            the thread of a worker that claims tasks and sends reports
     WORKER              runs a command for each task that is claimed
-    BATCH SYSTEMS       the job that a worker runs in: when it ends, how many commands it has room for
+    BATCH SYSTEMS       the job that a worker runs in: when it ends, its room and its array; the user's other jobs
     BENCH               how many workers this machine can feed
     FAIR                how long one client waits beside others that do their worst
     DOCTOR              whether a node is fit to serve and to work
     STATUS              how a run gets on, once or until it is over
     VERBS               what users type: runs, tasks, workers, work
     UPKEEP              what keepers type: start and end of the server, users, copies, checks
+    SUBMIT              workers of a run as jobs of a batch system
     RUN                 all of it in one line: a farm for as long as one run takes
     COMMAND LINE        options, the parser and main
 """
@@ -279,6 +280,7 @@ MAX_TRIES = 1000                    # the largest maxFailures and maxLosses
 DEFAULT_PAGE, MAX_PAGE = 100, 1000  # entries of a page
 PAGE_ROWS = 10000                   # rows read for a page: a rare status makes short pages, not slow ones
 MESSAGE_LIMIT = 2000                # characters of a failure's message
+WHY_LIMIT = 200                     # characters of why a batch job failed at once
 LOG_LIMIT = 1024                    # characters of the path of its log
 MAX_MEMORY = 2 ** 53                # bytes that a task may have used
 KEY_LIMIT = 128                     # characters of an Idempotency-Key
@@ -729,7 +731,9 @@ CREATE TABLE worker (
     lease INTEGER CHECK (lease BETWEEN 1 AND 86400),            -- seconds; NULL: never timed out
     state INTEGER NOT NULL DEFAULT 0 CHECK (state BETWEEN 0 AND 2),     -- alive, expired, signed off
     heard REAL NOT NULL,                        -- written once a day at most; memory knows better
-    user INTEGER                                -- the id of who registered it first; NULL: administration
+    user INTEGER,                               -- the id of who registered it first; NULL: administration
+    job TEXT,                                   -- its batch job, as "slurm:1234_7"
+    why TEXT                                    -- its batch job ended at once and without a task: the reason
 );
 CREATE INDEX worker_living ON worker (state) WHERE state = 0;   -- lists the living ones
 CREATE INDEX worker_heard ON worker (heard);                    -- finds who was silent for long
@@ -923,17 +927,19 @@ class Run:
 
 class Worker:
     """A registered worker in the writer's memory."""
-    __slots__ = ("id", "uuid", "hostname", "pid", "lease", "state", "heard", "user", "shown")
+    __slots__ = ("id", "uuid", "hostname", "pid", "lease", "state", "heard", "user", "job", "why", "shown")
 
-    COLUMNS = "id, uuid, hostname, pid, lease, state, heard, user"
+    COLUMNS = "id, uuid, hostname, pid, lease, state, heard, user, job, why"
 
     def __init__(self, row: Row) -> None:
-        self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard, self.user = row
+        self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard, self.user, \
+            self.job, self.why = row
         self.shown = ""                 # uuid and hostname as JSON, kept by who shows them
 
     def snapshot(self) -> "Worker":
         """A copy that later operations do not change."""
-        return Worker((self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard, self.user))
+        return Worker((self.id, self.uuid, self.hostname, self.pid, self.lease, self.state, self.heard, self.user,
+                       self.job, self.why))
 
 
 class User(NamedTuple):
@@ -1541,8 +1547,8 @@ def renew_lease(sql: Transaction, now: Now, worker: Worker) -> None:
 
 def save_worker(sql: Transaction, worker: Worker) -> None:
     """Write what changes of a worker."""
-    sql.execute("UPDATE worker SET lease = ?, state = ?, heard = ? WHERE id = ?",
-                (worker.lease, worker.state, worker.heard, worker.id))
+    sql.execute("UPDATE worker SET lease = ?, state = ?, heard = ?, why = ? WHERE id = ?",
+                (worker.lease, worker.state, worker.heard, worker.why, worker.id))
 
 
 def refuse_signed_off(worker: Worker) -> None:
@@ -1757,30 +1763,33 @@ def read_task(sql: Transaction, now: Now, run_uuid: str, number: int) -> ShownTa
 
 
 @read_operation
-def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: int) -> Page:
+def list_workers(sql: Transaction, now: Now, everyone: bool, limit: int, after: Optional[int] = None,
+                 latest: bool = False) -> Page:
     """A page of the caller's workers by id: ShownWorker of each. *everyone*: also those that expired or signed off.
 
-    For a caller with one run alone those that hold tasks of it, and no others. Raises NotFound for that run.
+    *latest*: from the highest id down. For a caller with one run alone those that hold tasks of it, and no others.
+    Raises NotFound for that run.
     """
     sql.takes_long(limit)
     owner, only_run = sql.caller.owner, sql.caller.only_run
+    after = after if after is not None else 2 ** 62 if latest else 0
     if only_run is not None:
         holders = sql.holds.workers_of(find_run(sql, only_run, reading=True).id)
-        ids = heapq.nsmallest(limit, (worker_id for worker_id in holders if worker_id > after))
+        ids = heapq.nsmallest(limit, (worker_id for worker_id in holders if (
+            worker_id < after if latest else worker_id > after)), operator.neg if latest else None)
         found = [worker for worker in (worker_of_task(sql, worker_id) for worker_id in ids)
                  if worker is not None and owner in (None, worker.user)]
         return Page([shown_worker(sql, now, worker) for worker in found], str(ids[-1]) if len(ids) == limit else None)
+    beyond = "id < ? ORDER BY id DESC LIMIT ?" if latest else "id > ? ORDER BY id LIMIT ?"
     if owner is None:
         rows = sql.all("SELECT " + Worker.COLUMNS + " FROM worker " + (
-            "WHERE id > ? ORDER BY id LIMIT ?" if everyone else
-            "INDEXED BY worker_living WHERE state = 0 AND id > ? ORDER BY id LIMIT ?"), after, limit)
+            "WHERE " if everyone else "INDEXED BY worker_living WHERE state = 0 AND ") + beyond, after, limit)
     else:
-        rows = sorted(row for state in ((ALIVE, EXPIRED, SIGNED_OFF) if everyone else (ALIVE,))
-                      for row in sql.all("SELECT " + Worker.COLUMNS + """
-                          FROM worker INDEXED BY worker_own
-                          WHERE user = ? AND state = ? AND id > ?
-                          ORDER BY id
-                          LIMIT ?""", owner, state, after, limit))[:limit]
+        rows = sorted((row for state in ((ALIVE, EXPIRED, SIGNED_OFF) if everyone else (ALIVE,))
+                       for row in sql.all("SELECT " + Worker.COLUMNS + """
+                           FROM worker INDEXED BY worker_own
+                           WHERE user = ? AND state = ? AND """ + beyond, owner, state, after, limit)),
+                      reverse=latest)[:limit]
     workers = [Worker(row) for row in rows]
     return Page([shown_worker(sql, now, worker) for worker in workers],
                 str(workers[-1].id) if len(workers) == limit else None)
@@ -2753,8 +2762,11 @@ def revive_holder(sql: Transaction, now: Now, worker: Optional[Worker]) -> None:
 
 @operation
 def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str, pid: int,
-                    lease: Optional[int] = None) -> Worker:
-    """A new worker, or the same one again, with a lease in seconds or none; Conflict when the uuid is another's."""
+                    lease: Optional[int] = None, job: Optional[str] = None) -> Worker:
+    """A new worker, or the same one again, with a lease in seconds or none; Conflict when the uuid is another's.
+
+    *job*: the batch job of a new one.
+    """
     heard = sql.steady_utc(now.tick)
     try:
         worker = find_worker(sql, worker_uuid)
@@ -2763,15 +2775,16 @@ def register_worker(sql: Transaction, now: Now, worker_uuid: str, hostname: str,
             raise Conflict("worker %s is another's: a new worker needs a uuid of its own" % worker_uuid)
         user = sql.caller.user
         cursor = sql.execute(
-            "INSERT INTO worker (uuid, hostname, pid, created, lease, heard, user) VALUES (?,?,?,?,?,?,?)",
-            (worker_uuid, hostname, pid, now.utc, lease, heard, user))
-        worker = sql.keep_worker(Worker((cursor.lastrowid, worker_uuid, hostname, pid, lease, ALIVE, heard, user)))
+            "INSERT INTO worker (uuid, hostname, pid, created, lease, heard, user, job) VALUES (?,?,?,?,?,?,?,?)",
+            (worker_uuid, hostname, pid, now.utc, lease, heard, user, job))
+        worker = sql.keep_worker(Worker((
+            cursor.lastrowid, worker_uuid, hostname, pid, lease, ALIVE, heard, user, job, None)))
     refuse_others_work(sql, worker)
     if (worker.hostname, worker.pid) != (hostname, pid):
         raise Conflict("worker %s is process %d on %s: a new worker needs a uuid of its own"
                        % (worker_uuid, worker.pid, shortened(worker.hostname)))
     if (worker.lease, worker.state) != (lease, ALIVE):
-        worker.lease, worker.state, worker.heard = lease, ALIVE, heard
+        worker.lease, worker.state, worker.heard, worker.why = lease, ALIVE, heard, None
         save_worker(sql, worker)
     renew_lease(sql, now, worker)
     # Also when its lease is as long as before: a sign-off of this very transaction drops it after the commit.
@@ -2840,10 +2853,11 @@ def by_run(sql: Transaction, tasks: Sequence[Task]) -> List[Tuple[Run, List[Task
 
 
 @operation
-def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = FIRST_HELD) -> Optional[Continue]:
+def sign_off(sql: Transaction, now: Now, worker_uuid: str, why: Optional[str] = None,
+             place: Place = FIRST_HELD) -> Optional[Continue]:
     """The worker ends: its tasks wait again, and it is no loss. Raises NotFound.
 
-    *place*: see `release`.
+    *why* its batch job failed at once, if it did. *place*: see `release`.
     """
     worker = find_own_worker(sql, worker_uuid)
     if worker.state == SIGNED_OFF:
@@ -2851,8 +2865,8 @@ def sign_off(sql: Transaction, now: Now, worker_uuid: str, place: Place = FIRST_
     sql.takes_long(sql.holds.number(worker.id))
     reached = release(sql, worker.id, lambda _, task: given_up(task), place)
     if reached is not None:
-        return Continue((worker_uuid, reached))
-    worker.state, worker.heard = SIGNED_OFF, sql.steady_utc(now.tick)
+        return Continue((worker_uuid, why, reached))
+    worker.state, worker.heard, worker.why = SIGNED_OFF, sql.steady_utc(now.tick), why
     save_worker(sql, worker)
     forget_claim(sql, worker.id)
     sql.after_commit(functools.partial(sql.leases.drop, worker.id))
@@ -6859,7 +6873,8 @@ def worker_json(seen: ShownWorker) -> Dict[str, Any]:
     """A worker as clients see it."""
     worker = seen.worker
     return {"uuid": worker.uuid, "id": worker.id, "hostname": worker.hostname, "pid": worker.pid, "lease": worker.lease,
-            "state": WORKER_STATE[worker.state], "heard": shown_seconds(seen.heard), "held": seen.held}
+            "state": WORKER_STATE[worker.state], "heard": shown_seconds(seen.heard), "held": seen.held,
+            "job": worker.job, "why": worker.why}
 
 
 WORKER_STATE = ("alive", "expired", "signed off")
@@ -7362,16 +7377,19 @@ def report_task(req: Request, run: str, task: str) -> Operation:
 
 
 @route("POST", "/api/worker", scope="work", checks_run=True, body={
-    "uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID), "lease": Integer(1, MAX_LEASE_S, required=False)})
+    "uuid": UUID, "hostname": Text(255), "pid": Integer(0, MAX_PID), "lease": Integer(1, MAX_LEASE_S, required=False),
+    "job": Text(128, required=False)})
 def new_worker(req: Request) -> Operation:
     """Register a worker, with a lease in seconds or none; the same one again is the same, and lives again.
+
+    job: that of a batch system, as "slurm:1234_7"; the first registration says it.
 
     201: {"uuid", "id", "lease"}
     errors: 409 the uuid belongs to another hostname or pid, or in a private farm to another user
     """
     fields = req.fields
     return once(req, register_worker(
-        fields["uuid"], fields["hostname"], fields["pid"], fields.get("lease")).shown_as(
+        fields["uuid"], fields["hostname"], fields["pid"], fields.get("lease"), fields.get("job")).shown_as(
             lambda worker: json_reply(201, {"uuid": worker.uuid, "id": worker.id, "lease": worker.lease})))
 
 
@@ -7405,28 +7423,31 @@ def heartbeat(req: Request, worker: str) -> Operation:
     return beat(worker).shown_as(lambda seen: json_reply(200, {"held": seen.held, "revision": seen.revision}))
 
 
-@route("DELETE", "/api/worker/<worker>", scope="work", checks_run=True)
+@route("DELETE", "/api/worker/<worker>", scope="work", checks_run=True, query={
+    "why": Text(WHY_LIMIT, required=False)})
 def worker_leaves(req: Request, worker: str) -> Operation:
-    """Sign a worker off: its tasks wait again.
+    """Sign a worker off: its tasks wait again. ?why= says why its batch job ended at once, without a task that is done.
 
     204: it has
     errors: 404 no such worker
     """
-    return sign_off(worker).shown_as(show_nothing)
+    return sign_off(worker, req.query.get("why")).shown_as(show_nothing)
 
 
 @route("GET", "/api/workers", checks_run=True, query=dict(
-    PAGE, all=Choice({"True": True, "False": False}, required=False)))
+    PAGE, all=Choice({"True": True, "False": False}, required=False),
+    order=Choice({"latest": True}, required=False)))
 def workers_page(req: Request) -> Operation:
     """A page of the workers that live, or with ?all=True of all, in order of registration; pass next as after for more.
 
-    A token for one run sees those that hold tasks of it.
+    With ?order=latest the latest registration comes first. A token for one run sees those that hold tasks of it.
 
-    200: {"data": [{"uuid", "id", "hostname", "pid", "lease", "state", "heard", "held"}, ...], "next"}
+    200: {"data": [{"uuid", "id", "hostname", "pid", "lease", "state", "heard", "held", "job", "why"}, ...], "next"}
     """
     limit = req.query.get("limit", DEFAULT_PAGE)
-    return list_workers(req.query.get("all", False), limit, req.query.get("after", 0)).shown_as(
-        show_page, worker_json, big_answer=limit > BIG_PAGE)
+    return list_workers(
+        req.query.get("all", False), limit, req.query.get("after"), req.query.get("order", False)).shown_as(
+            show_page, worker_json, big_answer=limit > BIG_PAGE)
 
 
 @route("GET", "/api/users", access=ADMIN)
@@ -9028,10 +9049,10 @@ WORKER_RETRY_S = 900.0              # a worker retries a request for so long,
 SCRIPT_RETRY_S = 30.0               # and a script when it starts
 
 
-def register(client: Client, worker: str, lease_s: int, pid: int = 0) -> None:
+def register(client: Client, worker: str, lease_s: int, pid: int = 0, job: str = "") -> None:
     """Register a worker of this process, with a lease. A worker that has expired or signed off is alive again."""
-    client.ask("POST", "/api/worker", {"uuid": worker, "hostname": socket.gethostname(), "pid": pid or os.getpid(),
-                                       "lease": lease_s})
+    body = {"uuid": worker, "hostname": socket.gethostname(), "pid": pid or os.getpid(), "lease": lease_s}
+    client.ask("POST", "/api/worker", dict(body, job=job) if job else body)
 
 
 def renew(client: Client, worker: str) -> Tuple[int, float]:
@@ -10222,8 +10243,9 @@ class Reporter:
     It keeps each report until the farm has judged it. It adds what it learns to `events`, and calls *wake*.
     """
     def __init__(self, client: Client, run: str, worker: str, wake: Callable[[], None], wants_figures: bool,
-                 only_task: Optional[int] = None) -> None:
-        self.client, self.run, self.worker, self.wake = client, run, worker, wake
+                 only_task: Optional[int] = None, job: str = "") -> None:
+        """*job*: the batch job of this process, for people."""
+        self.client, self.run, self.worker, self.wake, self.job = client, run, worker, wake, job
         self.events: "deque[ReporterEvent]" = deque()
         self.changed = threading.Condition()
         self.reports: Dict[int, Dict[str, Any]] = {}        # the latest unsent report of each task
@@ -10283,7 +10305,7 @@ class Reporter:
         while not self.closing:
             try:
                 if self.revision is None:
-                    register(self.client, self.worker, LEASE_S)
+                    register(self.client, self.worker, LEASE_S, job=self.job)
                     self._heartbeat()
                 self._do_next()
                 self.registered_again = False
@@ -10504,6 +10526,7 @@ CONFIRM_S = 0.3                     # an end is reported when it is so old: it m
 CONFIRM_KILLED_S = 1.5              # the same for a command that was killed by a signal that ends jobs
 SAME_SIGNAL_S = 1.0                 # a second signal within this time is the first one again: srun sends two at once
 FIRST_ENDS = 5                      # so many quick failures before any other end are not the fault of the tasks
+QUICK_JOB_S = 60.0                  # a worker that ends within this time and has done no task has failed at once
 QUICK_S = 10.0                      # a failure within this time is a quick one
 PAUSE_S = 10.0                      # others compute and none is done: for so long, or twice, we wait for one to be
 LINE_MEMORY = 2 ** 20               # bytes of a line of output; a longer one is cut
@@ -10526,6 +10549,7 @@ class WorkOptions(NamedTuple):
     max_fails: Optional[int] = None     # stop after so many; 0: never. None: the first ends alone are judged
     leave_ok: bool = False          # to leave before the job ends is no failure
     only_task: Optional[int] = None     # run that one, and no other
+    job: str = ""                   # the batch job, as "slurm:1234_7"
 
 
 def times_of_ended(client: Client, run: Mapping[str, Any]) -> List[float]:
@@ -10928,7 +10952,7 @@ class TaskRunner:
         environ = command_environment(self.client.access, self.run["uuid"], self.uuid)
         self.launcher = Launcher(self.template, environ, self.watchdog, self.options.log_dir, self.progress_folder)
         self.reporter = Reporter(self.client, self.run["uuid"], self.uuid, self._wake, self.display.screen.can_redraw,
-                                 self.options.only_task)
+                                 self.options.only_task, self.options.job)
         self.client.say = lambda sentence: self.reporter.post(Notice(sentence))
         self.client.meanwhile = "; commands go on meanwhile"
         self.display.in_hurry = lambda: bool(self.signals) or time.time() > self.stop_at
@@ -11023,6 +11047,13 @@ class TaskRunner:
             self.display.say_once("no task waits now, but other workers still compute: this one stays%s, since their "
                                   "tasks may come back" % (" for a while" if self.options.idle_s < math.inf else ""))
         return False
+
+    @property
+    def failed_at_once(self) -> str:
+        """Why this worker has ended so soon, and without a task that is done; "" when it did better."""
+        failed = self.status in (1, EXIT_BAD_NODE, EXIT_TOO_MANY_FAILED, EXIT_TOO_SHORT)
+        in_vain = self.finished == self.failed and time.monotonic() < self.began + QUICK_JOB_S
+        return self.stop_reason if failed and in_vain else ""
 
     # Claims
 
@@ -11614,7 +11645,7 @@ class TaskRunner:
 
 # ---------------------------------------------------------------- BATCH SYSTEMS
 # The batch job of this process: when it ends, how many commands it has room for, and what is wrong with the way in
-# which the worker was started. Knows no farm and no worker.
+# which the worker was started; the other jobs of its array, and those that the user has submitted. Asks no farm.
 # For another batch system: its variable in batch_system, and a function like pbs_end if it can be asked.
 
 ANSWER_S = 20.0                     # a batch system that has not answered by then is asked again later,
@@ -11796,6 +11827,243 @@ def moment_of(text: str, now: float) -> float:
             hour=int(clock.group(1)), minute=int(clock.group(2)), second=0, microsecond=0)
         return today.timestamp() if today.timestamp() > now else (today + datetime.timedelta(days=1)).timestamp()
     return datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text)).timestamp()
+
+
+JOBS_KEPT_S = 30 * DAY_S            # what was submitted is known for so long
+LOOK_AT_JOBS_S = 60.0               # between two questions of all verbs of a user about their jobs
+LOOK_LIMIT_S = 5.0                  # a person waits: what is not answered by then is not shown
+SHOWN_JOBS = 3                      # that ended without a task
+FAILED_IN_ROW = 3                   # so many jobs of an array that failed at once stop the others
+# Pending for these reasons is pending for ever. (For QOSMaxJobsPerUserLimit and its like it is until others end.)
+PERMANENT = re.compile(r"Can Never Run|PartitionTimeLimit|PartitionNodeLimit|PartitionConfig|Invalid|BadConstraints|"
+                       r"NotAllowed|NeverSatisfied|JobHeld|launch.failed|(QOS|Assoc)\w*(PerJob|PerNode|NotSatisfied)")
+
+
+class JobCounts(NamedTuple):
+    """The jobs of one name that a batch system has."""
+    running: int
+    ids: List[str]                  # of those that run and have an output already
+    reasons: Dict[str, int]         # of the pending ones: how many for each
+
+
+class BatchTrouble(Exception):
+    """A batch system refused, or did not answer: its own sentence. *unclear*: it may have done what it was asked."""
+
+    def __init__(self, sentence: str, unclear: bool = False) -> None:
+        super().__init__(sentence)
+        self.unclear = unclear
+
+
+def batch_environ(environ: Mapping[str, str]) -> Dict[str, str]:
+    """The environment of a call: without what changes the form of answers, or which jobs are meant."""
+    kept = {name: value for name, value in environ.items()
+            if not name.startswith(("SQUEUE_", "SACCT_", "SCANCEL_")) and name != "SLURM_TIME_FORMAT"}
+    return dict(kept, SLURM_BITSTR_LEN="0")     # all numbers of an array, and not the first few
+
+
+def call_batch(words: Sequence[str], environ: Mapping[str, str], text: str = "", limit_s: float = ANSWER_S,
+               keep_open: Sequence[int] = (), fine: Collection[int] = (0,)) -> str:
+    """The output of a program of the batch system that was given a text; its error output if it has no other.
+
+    *keep_open*: descriptors for it. *fine*: exit statuses that are no failure. Raises BatchTrouble.
+    """
+    try:
+        done = subprocess.run(words, input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=batch_environ(environ), timeout=limit_s, pass_fds=keep_open)
+    except subprocess.TimeoutExpired:
+        raise BatchTrouble("%s does not answer" % words[0], unclear=True)
+    except OSError as error:
+        raise BatchTrouble("%s: %s" % (words[0], error.strerror))
+    out, err = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
+    if done.returncode in fine:
+        return out or err
+    said = printable("; ".join(line.partition("error: ")[2] or line for line in err.splitlines()))
+    raise BatchTrouble("%s: %s" % (words[0], said or "exit status %d" % done.returncode),
+                       unclear=bool(re.search("timed out|[Cc]onnect|contact|15010", said)))
+
+
+def job_text(environ: Mapping[str, str]) -> str:
+    """The batch job of this process as the farm shows it: slurm:1234_7, pbs:75[1].head; "" where there is none."""
+    system, words = batch_system(environ)
+    return "%s:%s" % (system.lower(), words[-1]) if words else ""
+
+
+def array_of(job: str) -> str:
+    """The array of a job, in the words of the batch system: 1234, 75[].head. "" where it is of none."""
+    found = re.fullmatch(r"slurm:(\d+)_\d+|pbs:(\d+\[)\d+(\].*)", job)
+    return "" if found is None else found.group(1) or found.group(2) + found.group(3)
+
+
+def job_name(run_uuid: str) -> str:
+    """The name of the jobs of a run."""
+    return "tf-" + run_uuid[:8]
+
+
+def numbers_in(ranges: str) -> int:
+    """How many numbers are in "5-200%50", "1,3-5" or "1-9:2"."""
+    count = 0
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", ranges.partition("%")[0]):
+        count += (int(last or first) - int(first)) // int(step or 1) + 1
+    return count
+
+
+SQUEUE = ["squeue", "--me", "-h", "-o", "%i|%t|%j|%r"]
+
+
+def read_squeue(text: str) -> Dict[str, JobCounts]:
+    """The jobs by name, from what SQUEUE prints. An array's pending jobs are one line."""
+    found: Dict[str, JobCounts] = {}
+    for line in text.splitlines():
+        job, state, name, reason = (line.split("|", 3) + ["", "", ""])[:4]
+        ranges = re.search(r"\[(.*)\]", job)
+        pending = (numbers_in(ranges.group(1)) if ranges else 1) if state == "PD" else 0
+        add_jobs(found, name, int(not pending and state not in ("CG", "CD")), [job], pending, reason)
+    return found
+
+
+def add_jobs(found: Dict[str, JobCounts], name: str, running: int, ids: List[str], pending: int, reason: str) -> None:
+    """Count some jobs of a name, which are pending for one reason."""
+    counts = found.get(name, JobCounts(0, [], {}))
+    reasons = dict(counts.reasons, **{reason: counts.reasons.get(reason, 0) + pending} if pending else {})
+    found[name] = JobCounts(counts.running + running, counts.ids + ids, reasons)
+
+
+def read_qstat(text: str) -> Dict[str, JobCounts]:
+    """The same, from `qstat -f -F json` of OpenPBS, which counts the jobs of an array. Raises ValueError.
+
+    There is an output only when a job has ended.
+    """
+    found: Dict[str, JobCounts] = {}
+    for fields in json.loads(text).get("Jobs", {}).values():
+        state, counts = fields.get("job_state"), dict(re.findall(r"(\w+):(\d+)", fields.get("array_state_count", "")))
+        add_jobs(found, fields.get("Job_Name", ""), int(counts.get("Running", state in "RES")), [],
+                 int(counts.get("Queued", state in "QHW")), fields.get("comment") or "queued")
+    return found
+
+
+def submissions_path(environ: Mapping[str, str], run_uuid: str) -> str:
+    """The file that holds what was submitted for a run: system, name, folder of the output, arrays."""
+    return os.path.join(state_folder(environ), "jobs-%s.json" % run_uuid)
+
+
+def all_submissions(environ: Mapping[str, str], now: float) -> List[Dict[str, Any]]:
+    """What was submitted for all runs, from this user's files. Those that are old are removed."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(state_folder(environ)), "jobs-*.json")):
+        record = read_access(path)
+        if record.get("utc", 0) < now - JOBS_KEPT_S:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        elif record.get("arrays"):
+            found.append(record)
+    return found
+
+
+def ask_about_jobs(environ: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> Dict[str, JobCounts]:
+    """The jobs by name, in one question to each batch system. Raises BatchTrouble."""
+    found: Dict[str, JobCounts] = {}
+    names = [record["name"] for record in records if record["system"] == "Slurm"]
+    if names:
+        found.update(read_squeue(call_batch([*SQUEUE, "--name", ",".join(names)], environ, limit_s=LOOK_LIMIT_S)))
+    arrays = [record["arrays"][-1] for record in records if record["system"] == "PBS"]
+    if arrays:
+        with contextlib.suppress(ValueError):       # where all of them have ended it prints a sentence
+            found.update(read_qstat(call_batch(["qstat", "-f", "-F", "json", *arrays], environ, limit_s=LOOK_LIMIT_S,
+                                               fine=(0, 35, 153))))
+    return found
+
+
+def look_at_jobs(environ: Mapping[str, str], now: float) -> Optional[Tuple[float, Dict[str, JobCounts]]]:
+    """When the batch system was asked last, and the user's jobs by name then. None where it does not answer.
+
+    A file holds its answer, so that all verbs of a user ask once a minute at most.
+    """
+    path = os.path.join(state_folder(environ), "jobs.json")
+    known = read_access(path)
+    if not 0 <= now - known.get("utc", -math.inf) < LOOK_AT_JOBS_S:
+        write_access(path, dict(known, utc=now))        # before: others need not ask meanwhile
+        try:
+            known = {"utc": now, "jobs": ask_about_jobs(environ, all_submissions(environ, now))}
+        except BatchTrouble:
+            known = {"utc": now, "jobs": None}
+        write_access(path, known)
+    if known.get("jobs") is None:
+        return None
+    return known["utc"], {name: JobCounts(*counts) for name, counts in known["jobs"].items()}
+
+
+class RunJobs(NamedTuple):
+    """The jobs of a run that were submitted. How they failed is told of the last array alone."""
+    running: int
+    reasons: Dict[str, int]             # of the pending ones: how many for each
+    failed: List[Tuple[str, str]]       # (job, why) of the latest that ended without a task
+    stopped: bool                       # several in a row failed at once: what was pending is cancelled
+
+
+def jobs_of_run(environ: Mapping[str, str], run_uuid: str, now: float,
+                ask_workers: Callable[[], List[Dict[str, Any]]]) -> Optional[RunJobs]:
+    """The jobs that this user has submitted for a run. None of none, or where the batch system does not answer.
+
+    *ask_workers* gives the latest workers of the farm, the last one first.
+    """
+    record = read_access(submissions_path(environ, run_uuid))
+    look = look_at_jobs(environ, now) if record.get("arrays") else None
+    if look is None:
+        return None
+    asked, by_name = look
+    counts = by_name.get(record["name"], JobCounts(0, [], {}))
+    last = record["arrays"][-1]
+    workers = [worker for worker in ask_workers() if last in (
+        array_of(worker["job"] or ""), (worker["job"] or "").partition(":")[2])]
+    failed = [(worker["job"].partition(":")[2], worker["why"]) for worker in workers if worker["why"]]
+    known = {worker["job"].partition(":")[2] for worker in workers}
+    failed += [(job, why) for job, why in silent_jobs(record, asked) if job not in known and job not in counts.ids]
+    return RunJobs(counts.running, counts.reasons, failed[:SHOWN_JOBS],
+                   any(failed_in_row(workers, worker["uuid"]) >= FAILED_IN_ROW for worker in workers))
+
+
+def silent_jobs(record: Mapping[str, Any], before: float) -> Iterator[Tuple[str, str]]:
+    """The latest jobs of the last array that have left an output, each with its last line, if older than that."""
+    pattern = re.compile(r"tf-\w+-(\d+_\d+)\.out|(\d+\[\d+\]\..*)\.OU")
+    with contextlib.suppress(OSError):
+        jobs = [(found.group(1) or found.group(2), entry) for entry in os.scandir(record["folder"])
+                for found in [pattern.fullmatch(entry.name)] if found]
+        jobs = [(job, entry) for job, entry in jobs if record["arrays"][-1] == array_of(
+            ("pbs:" if "[" in job else "slurm:") + job)]
+        jobs.sort(key=lambda pair: int(re.findall(r"\d+", pair[0])[1]), reverse=True)
+        for job, entry in jobs[:50]:
+            if entry.stat().st_mtime < before:
+                yield job, last_line(tail_of(entry.path)) or "no output"
+
+
+def failed_in_row(workers: Sequence[Mapping[str, Any]], worker_uuid: str) -> int:
+    """How many jobs of its array that were started one after the other failed at once, the one of this worker among
+    them. *workers*: in the order of their registration."""
+    array = next((array_of(worker["job"] or "") for worker in workers if worker["uuid"] == worker_uuid), "")
+    own = [worker for worker in workers if array and array_of(worker["job"] or "") == array]
+    for fails, group in itertools.groupby(own, lambda worker: worker["why"] is not None):
+        row = [worker["uuid"] for worker in group]
+        if worker_uuid in row:
+            return len(row) * fails
+    return 0
+
+
+def cancel_pending(environ: Mapping[str, str]) -> int:
+    """Cancel the jobs of this job's own array that have not begun. How many these were for PBS, and 1 for Slurm if it
+    has taken the call; 0 where this is no array. Raises BatchTrouble."""
+    array = array_of(job_text(environ))
+    if not array or "[" not in array:
+        if array:
+            call_batch(["scancel", "--state=PENDING", array], environ)
+        return int(bool(array))
+    try:
+        (fields,) = json.loads(call_batch(["qstat", "-f", "-F", "json", array], environ))["Jobs"].values()
+        ranges = re.findall(r"\d[-:\d]*", fields["array_indices_remaining"])
+    except (ValueError, KeyError):
+        raise BatchTrouble("qstat does not say which jobs of %s are queued" % array)
+    if ranges:      # an argument for each: qdel takes no list of ranges
+        call_batch(["qdel", *(array.replace("[]", "[%s]" % part) for part in ranges)], environ)
+    return sum(map(numbers_in, ranges))
 
 
 # ---------------------------------------------------------------- BENCH
@@ -13250,6 +13518,7 @@ def check_login(client: Client, access: Access) -> Iterator[Finding]:
 SHOWN_TASKS = 5                     # longest computing tasks, and last failures
 ROWS_AT_ONCE = 1000                 # entries of a page that is asked for
 DETAILS_S = 10.0                    # between two requests for details, which cost the server some milliseconds
+LATEST_WORKERS = "/api/workers?all=True&order=latest&limit=%d"
 WATCH_S = 2.0                       # between two updates of --watch
 WATCH_LINE_S = 30.0                 # between two lines of --watch where it cannot redraw
 
@@ -13304,6 +13573,7 @@ class RunStatus(NamedTuple):
     cpu_shares: List[float]             # how many processors they kept busy, ascending
     held_up: Optional[HoldUp]           # why no task is handed out; None when some may be
     utc: float                          # seconds since 1970, by the server's clock
+    jobs: Optional[RunJobs]             # those that this user has submitted
 
     @property
     def over(self) -> bool:
@@ -13347,6 +13617,7 @@ class RunMonitor:
         self.used: Tuple[List[int], List[float]] = ([], [])     # as of details_tick
         self.parameters = functools.lru_cache(maxsize=1)(lambda: known_parameters(client, self.run))
         self.run: Dict[str, Any] = {}                           # its latest figures
+        self.jobs: Optional[RunJobs] = None                     # as of details_tick
 
     def update(self) -> RunStatus:
         """Ask the server. Raises FarmError and Unreachable."""
@@ -13368,9 +13639,13 @@ class RunMonitor:
         held_up = ask_hold_up(self.client, run) if run["numWaiting"] else None
         if held_up:
             least_s, most_s, why = None, None, held_up.why
-        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, held_up, utc)
+        return RunStatus(run, self.workers, longest, failures, rate, least_s, most_s, why, *self.used, held_up, utc,
+                         self.jobs)
 
     def _ask_details(self, run: Mapping[str, Any], utc: float) -> None:
+        with contextlib.suppress(OSError):      # a full disk
+            self.jobs = jobs_of_run(os.environ, self.run_uuid, time.time(),
+                                    lambda: list(self.client.ask("GET", LATEST_WORKERS % ROWS_AT_ONCE)["data"]))
         self.workers = [worker for rows in every_page(self.client, "/api/workers", limit=ROWS_AT_ONCE)
                         for worker in rows]
         lists = [self._tasks(status, "finished", ROWS_AT_ONCE) for status in ("done", "failed")]
@@ -13422,6 +13697,21 @@ def workers_text(status: RunStatus) -> str:
         grouped(len(status.workers)), count_text(status.hosts, "host"), count_text(status.held, "task"))
 
 
+def job_facts(jobs: RunJobs, screen: Screen) -> Iterator[Tuple[str, str]]:
+    """What a status says about the jobs that were submitted."""
+    pending = sorted(jobs.reasons.items())
+    yield "jobs", "%d running, %d pending%s" % (jobs.running, sum(jobs.reasons.values()), "".join(
+        " (%s)" % printable(reason) for reason, _ in pending if reason not in ("None", "")))
+    for reason, count in pending:
+        if PERMANENT.search(reason):
+            yield "", screen.paint("%s will never begin: %s. 'submit RUN --cancel', then ask for something else" % (
+                count_text(count, "job"), printable(reason)), "red")
+    for job, why in jobs.failed:
+        yield "", screen.paint("%s ended without a task: %s" % (job, printable(why)), "red")
+    if jobs.stopped:
+        yield "", screen.paint("%d in a row did: the pending ones of their array are cancelled" % FAILED_IN_ROW, "red")
+
+
 def status_lines(status: RunStatus, screen: Screen) -> List[str]:
     """A status for a person. Each line fits the terminal."""
     run, columns = status.run, screen.columns
@@ -13445,6 +13735,8 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
             ("rate", recent_rate_text(status.rate, status.why)),
             ("time left", time_left_text(status.least_s, status.most_s, status.why))]
         facts.append(("workers", workers_text(status)))
+    if status.jobs and (not status.over or status.jobs.running or status.jobs.reasons):
+        facts += job_facts(status.jobs, screen)
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
     for line in ("%-11s%s" % fact for fact in facts):       # half a command cannot be pasted
@@ -13513,6 +13805,9 @@ def status_json(status: RunStatus) -> Dict[str, Any]:
             "secondsLeft": {"least": status.least_s, "most": status.most_s},
             "workers": {"alive": len(status.workers), "hosts": status.hosts, "held": status.held},
             "memory": middle_and_most(status.memory), "cpuShare": middle_and_most(status.cpu_shares),
+            "jobs": status.jobs and {
+                "running": status.jobs.running, "pending": status.jobs.reasons, "stopped": status.jobs.stopped,
+                "failed": [{"job": job, "why": why} for job, why in status.jobs.failed]},
             "longest": status.longest, "failures": status.failures}
 
 
@@ -13713,6 +14008,45 @@ def read_password(name: str) -> str:
         return line.decode("latin-1")
 
 
+def leave_array(find: Callable[..., Access], run: Mapping[str, Any], worker: str, why: str, over: bool,
+                say: Callable[[str], None]) -> None:
+    """What a job that `submit` sent does at its end: cancel the pending jobs of its array when the run is over, or when
+    this job and those beside it failed at once. *why* this one did; "" if it did not."""
+    name, job = os.environ.get("SLURM_JOB_NAME") or os.environ.get("PBS_JOBNAME"), job_text(os.environ)
+    if not (why or over) or name != job_name(run["uuid"]):
+        return
+    try:
+        if why:
+            with contextlib.closing(Client(find, LAST_REPORTS_S, timeout_s=LAST_REPORTS_S)) as client:
+                register(client, worker, 1, job=job)
+                client.ask("DELETE", "/api/worker/%s?%s" % (worker, urllib.parse.urlencode(
+                    {"why": printable(why)[:WHY_LIMIT]})))
+                workers = client.ask("GET", LATEST_WORKERS % 200)["data"]
+            over = failed_in_row(workers, worker) >= FAILED_IN_ROW
+        if over and cancel_pending(os.environ):
+            say("%s: the pending jobs of array %s are cancelled" % (
+                "%d jobs in a row failed at once" % FAILED_IN_ROW if why else "the run is over", array_of(job)))
+    except (FarmError, Unreachable, Refusal, BatchTrouble) as error:
+        say(str(error))
+
+
+def in_job(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`work`: when it is refused before it is a worker, as without its program, the farm learns that the job failed."""
+    @functools.wraps(command)
+    def run_in_job(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except Refusal as refusal:
+            find = functools.partial(find_access, os.environ)
+            with contextlib.suppress(FarmError, Unreachable, Refusal), contextlib.closing(Client(find)) as client:
+                if job_text(os.environ):
+                    run = {"uuid": find_run_uuid(client, args.run, changes=True)}
+                    leave_array(client.find, run, secrets.token_hex(16), str(refusal), False, print_notice)
+            raise
+    return run_in_job
+
+
+@in_job
 def cmd_work(args: argparse.Namespace) -> int:
     """run a command for each task of a run, until none is left
 
@@ -13990,7 +14324,7 @@ def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], 
     job = known_job or BatchJob(os.environ, display.say, args.until)
     options = WorkOptions(args.jobs, args.timeout or math.inf, args.grace, args.drain, args.idle, args.task_time,
                           job.end, log_dir, args.log_failed, args.max_fails if args.task is None else 0, args.leave_ok,
-                          args.task)
+                          args.task, job_text(os.environ))
     if args.jobs > 400:
         raise_descriptor_limit()    # not otherwise: commands inherit it
     worker = TaskRunner(client, run, template, options, display, took_s)
@@ -14004,6 +14338,8 @@ def run_commands(args: argparse.Namespace, client: Client, run: Dict[str, Any], 
             undo.callback(job.close)
         job.wait(1.0)           # so that no task is begun that does not fit
         worker.work()
+    leave_array(client.find, run, worker.uuid, worker.failed_at_once,
+                worker.status == EXIT_RUN_DELETED or is_over(display.run), display.say)
     return worker
 
 
@@ -14623,12 +14959,13 @@ def cmd_workers(args: argparse.Namespace) -> int:
         table = screen_table(
             screen, Column("host", can_shrink=True), Column("pid", True), Column("state"), Column("holds", True),
             Column("heard", True, text=duration_text), Column("lease", True, optional=True, text=duration_text),
-            Column("worker", can_shrink=True, optional=True))
+            Column("job", can_shrink=True, optional=True), Column("worker", can_shrink=True, optional=True))
         for workers, _ in pages:
             utc = time.time() + client.clock_ahead_s
             print_table(screen, table, [
                 (worker["hostname"], worker["pid"], worker["state"], worker["held"],
-                 seconds_since(worker["heard"], utc), worker["lease"], worker["uuid"]) for worker in workers])
+                 seconds_since(worker["heard"], utc), worker["lease"], worker["job"], worker["uuid"])
+                for worker in workers])
             if not workers and screen.terminal:
                 print("none" if args.all else "no worker is alive", file=sys.stderr)
     return 0
@@ -15505,6 +15842,295 @@ def finding_lines(finding: Finding, screen: Screen) -> List[str]:
     return [screen.paint(head[:4], colour) + head[4:] + first] + [" " * len(head) + line for line in others]
 
 
+# ---------------------------------------------------------------- SUBMIT
+# Workers by a batch system: one array of jobs for a run, sized by the farm's own figures. What is asked for is made by
+# plain functions, and sent in one place. Another option: a field of JobPlan, its words for both systems in
+# `submit_words`, and the option in COMMAND LINE.
+
+PLANNED_ARRAY = 1000                # jobs that any Slurm takes as one array; for more it is asked
+LARGEST_PBS_ARRAY = 10000           # as long as nobody has told the server otherwise
+SEND_LIMIT_S = 60.0                 # sbatch and qsub may wait for a busy controller
+SEND_AGAIN_S = (5.0, 20.0, 40.0)    # a call without an answer is looked up after so long; all but the last time it is
+                                    # made again if it was lost
+NOT_SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/run")       # folders that each node has for itself
+
+
+class JobPlan(NamedTuple):
+    """What a batch system is asked for."""
+    system: str
+    name: str
+    width: int                      # jobs at a time
+    total: int                      # jobs in all
+    walltime_s: int                 # of each
+    jobs: Optional[int]             # commands at a time in each; None: the user's options say
+    folder: str                     # of the output, a whole path
+    extra: List[str]                # options of the user for sbatch or qsub
+    setup: List[str]                # lines of shell before the worker
+    exports: Dict[str, str]         # variables of the job
+    words: List[str]                # the worker
+
+
+def submit_words(plan: JobPlan) -> List[str]:
+    """The call that sends an array. The script is its standard input. The user's options come last, so they count."""
+    if plan.system == "Slurm":
+        return ["sbatch", "--parsable", "-J", plan.name, "--array=1-%d%%%d" % (plan.total, plan.width),
+                "-t", clock_text(plan.walltime_s), *(["-c", str(plan.jobs)] if plan.jobs else []), "--requeue",
+                "--open-mode=append", "-o", "%s/%s-%%A_%%a.out" % (plan.folder.replace("%", "%%"), plan.name),
+                *plan.extra]
+    sized = any(re.search(r"\b(select|nodes|ncpus)=", word) for word in plan.extra)
+    return ["qsub", "-N", plan.name, *(["-J", "1-%d%%%d" % (plan.total, plan.width)] if plan.total > 1 else []),
+            *([] if sized else ["-l", "select=1:ncpus=%d" % (plan.jobs or 1)]),
+            "-l", "walltime=" + clock_text(plan.walltime_s), "-j", "oe", "-o", plan.folder + "/",
+            "-S", shell_for(plan).split()[0], *plan.extra]
+
+
+def shell_for(plan: JobPlan) -> str:
+    """Who reads the script: `module` and its like are functions of a login shell."""
+    return "/bin/bash -l" if plan.setup else "/bin/sh"
+
+
+def job_script(plan: JobPlan) -> str:
+    """The script of each job. Without exec Slurm would signal the shell alone."""
+    lines = ["#!" + shell_for(plan), "cd %s || exit" % shlex.quote(os.path.dirname(plan.folder))]
+    lines += ["export %s=%s" % (name, shlex.quote(value)) for name, value in plan.exports.items()]
+    lines += ["{ %s\n} || exit" % line for line in plan.setup]
+    return "\n".join([*lines, "exec " + " ".join(map(shlex.quote, plan.words)), ""])
+
+
+def clock_text(seconds: int) -> str:
+    """Seconds as batch systems write them: 4:00:00."""
+    return "%d:%02d:%02d" % (seconds // 3600, seconds // 60 % 60, seconds % 60)
+
+
+def walltime_seconds(text: str) -> int:
+    """The seconds of a time limit as Slurm writes it: 90 (minutes), 90:00, 4:00:00, 1-12 or 1-12:00:00. ValueError."""
+    found = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d\d?))?(?::(\d\d?))?)", text)
+    if not found:
+        raise ValueError(text)
+    if found.group(1):
+        parts = [int(part or 0) for part in found.groups()[:4]]
+    else:
+        clock = [int(part) for part in found.groups()[4:] if part]
+        parts = [0, *([0] * (3 - len(clock)) + clock if len(clock) > 1 else [0, clock[0], 0])]
+    days, hours, minutes, seconds = parts
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ValueError(text)
+    return total
+
+
+def generations_needed(left: int, mean_s: float, at_once: int, walltime_s: float) -> int:
+    """How many jobs one after the other it takes, for as many tasks as *at_once* commands do in each. The last task of
+    each command is not begun when it would not end in time, so that the walltime counts for less."""
+    return max(1, math.ceil(left * mean_s / (at_once * max(walltime_s - mean_s, walltime_s / 10))))
+
+
+def cores_asked(system: str, jobs: Optional[int], extra: Sequence[str]) -> int:
+    """How many commands each job runs at a time, as far as options say; else 1."""
+    text = " ".join(extra)
+    found = re.findall(r"(?:^| )(?:-c ?|--cpus-per-task[= ])(\d+)" if system == "Slurm" else r"\bncpus=(\d+)", text)
+    return jobs or (int(found[-1]) if found else 1)
+
+
+def refuse_submission(access: Access, run: Mapping[str, Any], took_s: Sequence[float], walltime_s: float,
+                      needs_access_file: bool) -> None:
+    """Refuse jobs that could do nothing. Raises Refusal with what to do."""
+    if is_loopback(access.url):
+        raise Refusal("the farm at %s can be reached from its own machine alone, and jobs run elsewhere: stop its "
+                      "server, and start it with --host 0.0.0.0" % access.url)
+    name = run["uuid"][:8]
+    if not run["numWaiting"]:
+        raise Refusal("no task of run %s waits (%s)%s" % (name, state_counts(run), (
+            ": 'python3 taskfarm.py restart %s --failed' lets what failed wait again" % name) * bool(run["numFailed"])))
+    if run.get("state") == "cancelled":
+        raise Refusal("run %s is cancelled: 'python3 taskfarm.py resume %s' lets its tasks wait again" % (name, name))
+    likely_s = quantile(sorted(took_s), 0.95) + GRACE_S + STOP_EARLY_S if took_s else 0.0
+    if likely_s > walltime_s:
+        raise Refusal("5 in 100 tasks of run %s took %s or more, and a job would end before them: ask for more than "
+                      "-t %s" % (name, duration_text(likely_s), clock_text(int(likely_s) + 1)))
+    if not os.path.isfile(access.source):
+        if needs_access_file:
+            raise Refusal("the login is from %s, which jobs will not have: 'python3 taskfarm.py login %s' makes an "
+                          "access file" % (access.source, access.url))
+    elif os.path.realpath(access.source).startswith(tuple(folder + "/" for folder in NOT_SHARED)):
+        raise Refusal("the access file %s is on this machine alone, and jobs would find no login: set TASKFARM_ACCESS "
+                      "to a path that nodes see too, and start the server again or 'login'" % access.source)
+
+
+def batch_system_here(wanted: str, environ: Mapping[str, str]) -> str:
+    """Slurm or PBS, whose programs are here. *wanted*: "slurm", "pbs" or "". Raises Refusal."""
+    for system, program in (("Slurm", "sbatch"), ("PBS", "qsub")):
+        if wanted in ("", system.lower()) and shutil.which(program, path=environ.get("PATH")):
+            return system
+    raise Refusal("there is no %s here: type this on a machine from which jobs are submitted" % (
+        {"slurm": "sbatch", "pbs": "qsub"}.get(wanted, "sbatch or qsub")))
+
+
+def largest_array(system: str, count: int, environ: Mapping[str, str]) -> int:
+    """How many jobs an array may have, where it is to have so many."""
+    if system == "PBS" or count <= PLANNED_ARRAY:
+        return LARGEST_PBS_ARRAY
+    with contextlib.suppress(BatchTrouble):
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", call_batch(["scontrol", "show", "config"], environ))
+        return int(found.group(1)) - 1 if found else PLANNED_ARRAY
+    return PLANNED_ARRAY
+
+
+def arrays_named(plan: JobPlan, environ: Mapping[str, str]) -> Set[str]:
+    """The arrays, and jobs of none, of that name that the batch system has. Raises BatchTrouble."""
+    return set(call_batch(["squeue", "--me", "-h", "-o", "%F", "--name", plan.name] if plan.system == "Slurm" else
+                          ["qselect", "-N", plan.name], environ).split())
+
+
+def send_jobs(plan: JobPlan, environ: Mapping[str, str], path: str) -> Tuple[str, bool]:
+    """Send an array: its id, and whether it was an earlier call that had sent it. Raises Refusal.
+
+    The file at *path* says before each call that one is being made. So a call is looked up by name, and not simply
+    made again, where nobody knows whether it was taken: after "Socket timed out", and when this was killed in between.
+    """
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with open(os.path.join(os.path.dirname(path), "jobs.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # sbatch holds it too: it may outlive a call that was killed
+        record = dict({"arrays": [], "sending": False}, **read_access(path))
+
+        def note(sending: bool, array: str = "") -> None:
+            record.update(system=plan.system, name=plan.name, folder=plan.folder, utc=time.time(), sending=sending,
+                          arrays=record["arrays"] + [array] * bool(array))
+            write_access(path, record)
+
+        def look_up() -> str:
+            return max(arrays_named(plan, environ) - set(record["arrays"]), default="")
+        earlier = lost = record["sending"]
+        trouble = BatchTrouble("")
+        for pause_s in (0.0, *SEND_AGAIN_S):
+            if pause_s:
+                print_notice("%s: in %d s this looks whether the jobs were taken" % (trouble, pause_s))
+            time.sleep(pause_s)
+            try:
+                array = look_up() if lost else ""
+                if not array and pause_s != SEND_AGAIN_S[-1]:
+                    note(True)
+                    lost, earlier = True, False
+                    array = call_batch(submit_words(plan), environ, job_script(plan), SEND_LIMIT_S,
+                                       [lock.fileno()]).strip().partition(";")[0]
+                if array:
+                    note(False, array)
+                    return array, earlier
+            except BatchTrouble as error:
+                trouble = error
+                if not trouble.unclear:
+                    note(False)
+                    break
+        raise Refusal(str(trouble))
+
+
+def judge_jobs(plan: JobPlan, environ: Mapping[str, str]) -> str:
+    """What the batch system says about the plan, without running it. Raises BatchTrouble."""
+    words = submit_words(plan)
+    if plan.system == "Slurm":
+        return call_batch([words[0], "--test-only", *words[1:]], environ, job_script(plan)).strip()
+    job = call_batch([words[0], "-h", *words[1:]], environ, job_script(plan)).strip()
+    call_batch(["qdel", job], environ)
+    return "qsub takes it"
+
+
+def cancel_jobs(system: str, run_uuid: str, environ: Mapping[str, str]) -> str:
+    """Cancel all jobs of a run by their name; a sentence. Raises BatchTrouble."""
+    name = job_name(run_uuid)
+    if system == "Slurm":
+        call_batch(["scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name, "--name", name], environ)
+    else:
+        jobs = call_batch(["qselect", "-N", name], environ).split()
+        if jobs:
+            call_batch(["qdel", *jobs], environ)
+    return "the jobs called %s are cancelled; workers give their tasks back" % name
+
+
+def cmd_submit(args: argparse.Namespace) -> int:
+    """have Slurm or PBS start workers of a run
+
+    Sends one array of jobs that run 'work' here, W at a time, each for the time of -t. As many follow
+    one after the other as the run will need by the times of its tasks so far (--generations says it
+    otherwise). Those that are too many are cancelled when the run is over. Each has -j cores. Its output
+    is in a folder with the name of the jobs, tf- and the first digits of the run. 'status' shows them.
+
+    --with gives sbatch or qsub more options; the batch system's own variables count as always. --setup is
+    a line of shell that comes before the worker. --dry-run prints the call and the script and sends
+    nothing; --test has the batch system judge them. Options of 'work' are handed on to it.
+
+    Three jobs of an array that start one after the other and end within a minute without a task stop the rest.
+
+    examples:
+      python3 taskfarm.py submit ice -n 50 -t 4:00:00 -j 16 -- ./tile.sh {task}
+      python3 taskfarm.py submit ice -n 50 -t 4:00:00 -j 16 --dry-run \\
+        --with "-p low -A abc" --setup "module load gdal" -- ./tile.sh {task}
+      python3 taskfarm.py submit ice --cancel
+    """
+    if not args.cancel and not (args.width and args.walltime):
+        raise Refusal("how many jobs at a time, and how long each? As in: python3 taskfarm.py submit %s -n 50 "
+                      "-t 4:00:00 -j 16" % shlex.quote(args.run))
+    system = batch_system_here(args.batch, os.environ)
+    with open_client(args) as client:
+        run = client.ask("GET", run_path(find_run_uuid(client, args.run, changes=True)))
+        access = client.access
+        took_s = [] if args.cancel else times_of_ended(client, run)
+    try:
+        if args.cancel:
+            print(cancel_jobs(system, run["uuid"], os.environ))
+            return 0
+        extra = [word for words in args.extra for word in shlex.split(words)]
+        if not args.words and not run.get("hasWork", True):
+            raise Refusal("which command? This run knows none: it goes at the end, after --")
+        passes_all = system == "Slurm" and not any("--export" in word for word in extra) and \
+            "SBATCH_EXPORT" not in os.environ
+        refuse_submission(access, run, took_s, args.walltime, not passes_all)
+        plan, sentence = plan_jobs(args, system, run, took_s, extra)
+        if args.dry_run:
+            print("%s <<'EOF'\n%sEOF" % (" ".join(map(shlex.quote, submit_words(plan))), job_script(plan)))
+        elif args.test:
+            print(judge_jobs(plan, os.environ))
+        else:
+            os.makedirs(plan.folder, exist_ok=True)     # Slurm makes no folder, and the job would fail
+            array, earlier = send_jobs(plan, os.environ, submissions_path(os.environ, run["uuid"]))
+            if earlier:
+                print("%s was sent by a call before this one, which did not end: nothing more is sent" % array)
+                return 0
+            print("%s: %s called %s, %d at a time; their output is in %s" % (
+                array, count_text(plan.total, "job"), plan.name, plan.width, plan.folder))
+    except BatchTrouble as trouble:
+        raise Refusal(str(trouble))
+    print_notice(sentence)
+    return 0
+
+
+def plan_jobs(args: argparse.Namespace, system: str, run: Mapping[str, Any], took_s: Sequence[float],
+              extra: List[str]) -> Tuple[JobPlan, str]:
+    """What to ask for, and a sentence that says why so much."""
+    at_once = args.width * cores_asked(system, args.jobs, extra)
+    left = run["numWaiting"] + run["numComputing"]
+    generations = args.generations or 1
+    sentence = "how long a task takes is not known yet: submit again when it is, or say --generations"
+    if took_s:
+        mean_s = sum(took_s) / len(took_s)
+        generations = args.generations or generations_needed(left, mean_s, at_once, args.walltime)
+        sentence = "%s of %s each for %d commands at a time: about %s once all jobs run" % (
+            count_text(left, "task"), duration_text(mean_s), at_once,
+            duration_text(max(mean_s, left * mean_s / at_once)))
+    total = args.width * generations
+    largest = largest_array(system, total, os.environ)
+    if total > largest >= args.width:
+        total = largest
+        sentence += "; the batch system takes %d jobs in one array, so submit again later" % largest
+    paths = "TASKFARM_ACCESS", "XDG_CONFIG_HOME", "XDG_STATE_HOME"
+    exports = {name: os.path.abspath(os.environ[name]) for name in paths if os.environ.get(name)}
+    exports.update({name: value for name, value in (
+        ("TASKFARM_URL", args.url), ("TASKFARM_FINGERPRINT", os.environ.get("TASKFARM_FINGERPRINT"))) if value})
+    name = job_name(run["uuid"])
+    worker = [sys.executable or "python3", os.path.abspath(__file__), "work", run["uuid"], *args.work_words]
+    return JobPlan(system, name, args.width, total, args.walltime, args.jobs, os.path.join(os.getcwd(), name), extra,
+                   args.setup, exports, worker + (["--", *args.words] if args.words else [])), sentence
+
+
 # ---------------------------------------------------------------- RUN
 # All of it in one line: a farm for as long as one run takes, where there is none yet. It uses what VERBS and UPKEEP
 # have. Another thing that a person would type before or after 'work' every time belongs here.
@@ -15915,7 +16541,8 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--idle", type=whole_number, default=IDLE_S, metavar="SECONDS", help="with nothing to do, "
                         "stay for so long at most while tasks of others may come back; by default %d" % IDLE_S)
     parser.add_argument("--quiet", action="store_true", help="print no line for a task that is done")
-    parser.add_argument("--dry-run", action="store_true", help="print the first commands, and run none")
+    parser.add_argument("--dry-run", action="store_true", help="only print the first commands, or what "
+                        "would be submitted")
     parser.add_argument("--tag", action="store_true", help="begin each line that a command prints with the number of "
                         "its task and a tab")
     parser.add_argument("words", nargs="*", metavar="COMMAND ...", help="what to run for each task; for 'work', by "
@@ -15932,6 +16559,52 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                      help="a task that has failed M times is not tried again; by default 1, 0 for no limit")
     parser.add_argument("--max-losses", type=whole_number, metavar="M",
                      help="nor a task that M workers were lost with; by default 5, 0 for no limit")
+
+
+def walltime_argument(text: str) -> int:
+    """A time limit of a job, in seconds."""
+    try:
+        return walltime_seconds(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("a time limit looks like 4:00:00, 1-12:00:00 or 90 (minutes), not like %r"
+                                         % text)
+
+
+def add_submit_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `submit`."""
+    parser.usage = "taskfarm.py submit RUN -n W -t TIME [-j N] [options] [-- COMMAND ...]"
+    parser.add_argument("-n", dest="width", type=positive_number, metavar="W", help="how many jobs at a time")
+    parser.add_argument("-t", dest="walltime", type=walltime_argument, metavar="TIME", help="how long each may take: "
+                        "4:00:00, 1-12:00:00, or minutes")
+    parser.add_argument("--generations", type=positive_number, metavar="G", help="W*G jobs in all; by default as many "
+                        "as the tasks need by the times of those before")
+    parser.add_argument("--with", dest="extra", action="append", default=[], metavar="OPTIONS", help="more options for "
+                        "sbatch or qsub, as \"-p low -A abc\"; may come again")
+    parser.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell before the worker, as "
+                        "\"module load gdal\"; may come again")
+    parser.add_argument("--batch", choices=("slurm", "pbs"), default="", help="by default the one that is here")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--test", action="store_true", help="have the batch system judge it, and send nothing")
+    what.add_argument("--cancel", action="store_true", help="cancel all jobs of the run that this verb has sent")
+    add_parameter_options(parser.add_mutually_exclusive_group(), "values")
+    add_work_options(parser)
+
+
+def words_for_work(args: argparse.Namespace) -> List[str]:
+    """The options of `work` that were given to `submit`, as they are given to the worker of each job."""
+    options = argparse.ArgumentParser(add_help=False)
+    add_parameter_options(options, "")
+    add_work_options(options)
+    words = ["--leave-ok"]      # a job that leaves in time, for another to go on, has not failed
+    for action in options._actions:
+        value = getattr(args, action.dest)
+        if not action.option_strings or value == action.default or action.dest in ("dry_run", "leave_ok"):
+            continue
+        if action.dest == "until":
+            value = datetime.datetime.fromtimestamp(value, datetime.timezone.utc).isoformat()
+        for each in value if isinstance(value, list) else [value]:
+            words += [action.option_strings[-1]] + ([] if action.nargs == 0 else [str(each)])
+    return words
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -15984,7 +16657,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
 
 # 'taskfarm.py --help' shows the verbs in this order, and those without a group at the end.
 VERB_GROUPS = (
-    ("work on tasks", ("run", "new", "work", "status", "wait")),
+    ("work on tasks", ("run", "new", "submit", "work", "status", "wait")),
     ("look and keep", ("list", "tasks", "failures", "hosts", "log", "workers", "pause", "resume", "cancel", "extend",
                        "restart", "delete", "progress")),
     ("serve and set up", ("serve", "login", "token", "doctor", "user", "audit", "check", "backup", "bench",
@@ -16027,6 +16700,7 @@ def add_client_verbs(verbs: Any) -> None:
     after.add_argument("--after", metavar="RUN", help="hand out no task before all tasks of that run are done")
     after.add_argument("--after-any", metavar="RUN", help="nor before that run is over, also if tasks of it failed")
     new.add_argument("--again", action="store_true", help="also where a run has this name already")
+    add_submit_options(add_client_verb(verbs, "submit", cmd_submit, run=True))
     status = add_client_verb(verbs, "status", cmd_status, run=True, reads=True)
     status.add_argument("--watch", action="store_true", help="show it again and again until the run is over")
     status.add_argument("--every", type=some_seconds, metavar="S", help="seconds between two updates "
@@ -16361,6 +17035,13 @@ def parse_words(parser: Parser, words: List[str]) -> argparse.Namespace:
     """
     verb = words[0]
     check_verb(parser, words)
+    if verb == "submit":
+        at = words.index("--") if "--" in words else len(words)
+        # argparse would take a value like -plow for an option of our own.
+        typed = re.sub(r"(\0--(?:with|setup))\0", r"\1=", "\0".join(words[:at])).split("\0")
+        args = parser.parse_args(typed)
+        args.words, args.work_words = words[at + 1:], words_for_work(args)
+        return args
     if verb not in ("work", "run", "new"):
         return parser.parse_args(words)
     at = words.index("--") if "--" in words else len(words) if verb == "new" else find_command(words)

@@ -15,6 +15,7 @@
     Reporter            lost answers, a server that goes and comes, tasks that were taken away
     Worker              signals, the end of the job, what is given back, a terminal
     Batch systems       the end of a job, as Slurm and PBS tell it, and what was forgotten at its start
+    Submit              what Slurm and PBS are asked and what they answer, with stand-ins; a real Slurm: .ci/slurm
     Terminal            tables that fit, bars, rates with their range
     Doctor              what it finds fit, and what not
     Command line        start, stop, users, access file, README as printed
@@ -1326,8 +1327,8 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 # ---------------------------------------------------------------- CONTRACT
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["run"], ["work"], ["progress"], ["bench"],
-         ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["list"], ["status"],
-         ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"],
+         ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["submit"],
+         ["list"], ["status"], ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"],
          ["extend"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"],
          ["doctor"], ["completion"]]
 SOURCE = MODULE.read_text()
@@ -1401,12 +1402,12 @@ def test_only_the_store_speaks_sql() -> None:
 
 @pytest.mark.parametrize("name, allowed", [
     ("sqlite3", STORE), ("selectors", {"SERVER", "WORKER", "BENCH", "FAIR"}),
-    ("socketserver", {"SERVER"}), ("argparse", {"VERBS", "UPKEEP", "RUN", "COMMAND LINE"}),
+    ("socketserver", {"SERVER"}), ("argparse", {"VERBS", "UPKEEP", "SUBMIT", "RUN", "COMMAND LINE"}),
     ("socket", {"CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH", "FAIR", "DOCTOR", "VERBS", "UPKEEP",
                 "RUN"}),
     ("hashlib", {"LOGIN", "TLS", "COMMANDS", "RUN"}),
     ("ssl", {"TLS", "CONNECTIONS", "SERVER", "SERVICE", "CLIENT", "BENCH"}),
-    ("fcntl", {"FILE", "COMMANDS"}),
+    ("fcntl", {"FILE", "COMMANDS", "SUBMIT"}),
     ("ROUTES", {"API", "PAGES", "SERVICE", "BENCH"}), ("Request", {"HTTP", "CONNECTIONS", "SERVER", "API", "PAGES"}),
     ("Store", {"WRITER", "API", "SERVICE", "BENCH", "FAIR", "DOCTOR", "UPKEEP"}), ("Run", {*STORE, "API"}),
 ])
@@ -3087,7 +3088,7 @@ def test_a_worker_shows_what_it_holds_in_pages(store: Direct) -> None:
     status, shown = store.ask("GET", "/api/worker/a?limit=1")
     assert len(shown["data"]) == 1 and shown["next"]
     assert set(shown) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "revision", "state", "data",
-                          "next"}
+                          "next", "job", "why"}
     assert (shown["uuid"], shown["hostname"], shown["pid"], shown["lease"], shown["held"], shown["state"]) == (
         "a", "node-a", 1, 100, 4, "alive")
     assert [store.ask(method, "/api/worker/none")[0] for method in ("GET", "PUT", "DELETE")] == [404] * 3
@@ -3310,11 +3311,28 @@ def test_workers_are_listed_with_what_they_hold(store: Direct) -> None:
     listed = {worker["uuid"]: worker for worker in walk(store, "/api/workers", "all=True", "limit=1")}
     assert {name: (worker["held"], worker["state"]) for name, worker in listed.items()} == {
         "a": (4, "alive"), "b": (0, "expired"), "c": (0, "signed off"), "d": (0, "alive")}
-    assert set(listed["a"]) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "state"}
+    assert set(listed["a"]) == {"uuid", "id", "hostname", "pid", "lease", "heard", "held", "state", "job", "why"}
     assert listed["a"]["heard"] > listed["d"]["heard"], "times of one form sort as texts"
     living = store.ask("GET", "/api/workers")[1]
     assert sorted(worker["uuid"] for worker in living["data"]) == ["a", "d"] and living["next"] is None
     assert store.ask("GET", "/api/workers?all=False") == (200, living)
+
+
+def test_a_worker_tells_its_job_and_why_that_failed_until_it_lives_again(store: Direct) -> None:
+    body = {"uuid": "a", "hostname": "node-a", "pid": 1, "lease": 5}
+    assert store.ask("POST", "/api/worker", dict(body, job="slurm:7_1"))[0] == 201
+    enlist(store, "b", lease=5)
+    assert store.ask("DELETE", "/api/worker/a?why=no%20licence")[0] == 204
+    store.restart_server()
+
+    def latest(*query: str) -> List[Tuple[str, Optional[str], Optional[str]]]:
+        return [(worker["uuid"], worker["job"], worker["why"])
+                for worker in walk(store, "/api/workers", "order=latest", "limit=1", *query)]
+    assert latest("all=True") == [("b", None, None), ("a", "slurm:7_1", "no licence")]
+    assert latest() == [("b", None, None)]
+    assert store.ask("POST", "/api/worker", body)[0] == 201
+    assert latest("all=True") == [("b", None, None), ("a", "slurm:7_1", None)]
+    assert latest("all=False") == [("b", None, None), ("a", "slurm:7_1", None)]
 
 
 def test_workers_are_forgotten_30_days_after_the_last_hold(store: Direct) -> None:
@@ -11107,6 +11125,326 @@ def test_doctor_finds_locks_that_keep_nobody_out(tmp_path: Path, monkeypatch: py
     assert found.verdict == "FAIL" and "-o flock" in found.says
 
 
+# ---------------------------------------------------------------- SUBMIT
+
+def a_plan(**more: Any) -> taskfarm.JobPlan:
+    plan = taskfarm.JobPlan("Slurm", "tf-3f2a91c4", 50, 150, 14400, 16, "/work/a 100%/tf-3f2a91c4", [], [], {},
+                            ["/usr/bin/python3", "/work/taskfarm.py", "work", "3f2a", "--", "./a b", "{task}"])
+    return plan._replace(**more)
+
+
+def test_what_slurm_and_pbs_are_asked() -> None:
+    slurm = taskfarm.submit_words(a_plan(extra=["-p", "low"]))
+    assert slurm == ["sbatch", "--parsable", "-J", "tf-3f2a91c4", "--array=1-150%50", "-t", "4:00:00", "-c", "16",
+                     "--requeue", "--open-mode=append", "-o", "/work/a 100%%/tf-3f2a91c4/tf-3f2a91c4-%A_%a.out",
+                     "-p", "low"]
+    pbs = taskfarm.submit_words(a_plan(system="PBS"))
+    assert pbs == ["qsub", "-N", "tf-3f2a91c4", "-J", "1-150%50", "-l", "select=1:ncpus=16", "-l", "walltime=4:00:00",
+                   "-j", "oe", "-o", "/work/a 100%/tf-3f2a91c4/", "-S", "/bin/sh"]
+    one = taskfarm.submit_words(a_plan(system="PBS", width=1, total=1, jobs=None, extra=["-l", "nodes=1:ppn=4"]))
+    assert "-J" not in one and "select=1:ncpus=16" not in one, "PBS refuses an array of one, and nodes beside select"
+    assert "-c" not in taskfarm.submit_words(a_plan(jobs=None))
+    script = taskfarm.job_script(a_plan(setup=["module load gdal"], exports={"TASKFARM_URL": "https://a:5"}))
+    assert script.splitlines() == [
+        "#!/bin/bash -l", "cd '/work/a 100%' || exit", "export TASKFARM_URL=https://a:5", "{ module load gdal",
+        "} || exit",
+        "exec /usr/bin/python3 /work/taskfarm.py work 3f2a -- './a b' '{task}'"]
+    for text, seconds in (("90", 5400), ("1:30", 90), ("4:00:00", 14400), ("1-12", 129600), ("1-00:00:01", 86401)):
+        assert taskfarm.walltime_seconds(text) == seconds
+    for text in ("4h", "", "0", "1:2:3:4", "-5"):
+        with pytest.raises(ValueError):
+            taskfarm.walltime_seconds(text)
+
+
+def test_as_many_jobs_follow_as_the_run_needs() -> None:
+    assert taskfarm.generations_needed(1000, 60.0, 100, 14400) == 1
+    assert taskfarm.generations_needed(200000, 240.0, 800, 14400) == 5      # 60 000 s of work in 14 160 s each
+    assert taskfarm.generations_needed(10, 14400.0, 10, 14400) > 1, "no division by zero"
+    assert taskfarm.generations_needed(0, 60.0, 1, 60) == 1
+    assert [taskfarm.cores_asked("Slurm", jobs, extra) for jobs, extra in (
+        (4, ["-c", "8"]), (None, ["-c", "8"]), (None, ["--cpus-per-task=3"]), (None, []))] == [4, 8, 3, 1]
+    assert taskfarm.cores_asked("PBS", None, ["-l", "select=1:ncpus=6:mem=4gb"]) == 6
+
+
+def test_jobs_that_could_do_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskfarm, "NOT_SHARED", ())
+    path = tmp_path / "access.json"
+    path.write_text("{}")
+    run = {"uuid": "3f2a91c4" * 4, "numWaiting": 5, "numComputing": 0, "numDone": 9, "numFailed": 1}
+
+    def refusal(url: str = "https://login1:5000", source: str = str(path), needs_file: bool = True,
+                took_s: Sequence[float] = (10.0,), **more: Any) -> str:
+        access = taskfarm.Access(url, "", "t", "", "", "", source)
+        try:
+            taskfarm.refuse_submission(access, dict(run, **more), took_s, 3600, needs_file)
+        except Refusal as error:
+            return str(error)
+        return ""
+    assert refusal() == refusal(took_s=()) == ""
+    assert "--host 0.0.0.0" in refusal(url="https://127.0.0.1:5000")
+    assert "restart 3f2a91c4 --failed" in refusal(numWaiting=0) and "restart" not in refusal(numWaiting=0, numFailed=0)
+    assert "-t 1:06:51" in refusal(took_s=[10.0, 4000.0])
+    assert "login https://login1:5000" in refusal(source="TASKFARM_TOKEN")
+    assert refusal(source="TASKFARM_TOKEN", needs_file=False) == "", "Slurm hands the environment on"
+    monkeypatch.setattr(taskfarm, "NOT_SHARED", (str(tmp_path),))
+    assert "this machine alone" in refusal()
+    assert "resume 3f2a91c4" in refusal(state="cancelled") and "resume" not in refusal(state="paused")
+
+
+SQUEUE_LINES = """\
+1234_[5-7,9-200%50]|PD|tf-a|JobArrayTaskLimit
+1234_3|R|tf-a|None
+1234_4|CG|tf-a|None
+99_[1-4]|PD|tf-b|PartitionTimeLimit
+99_[6,8-9]|PD|tf-b|Nodes required for job are DOWN, DRAINED or reserved
+"""
+QSTAT_JSON = json.dumps({"Jobs": {
+    "75[].head": {"Job_Name": "tf-a", "job_state": "B", "array_state_count": "Queued:3 Running:2 Exiting:0 Expired:4 ",
+                  "array_indices_remaining": "3-4,8", "comment": "Job Array Began"},
+    "76.head": {"Job_Name": "tf-b", "job_state": "Q",
+                "comment": "Can Never Run: Insufficient amount of resource: ncpus (R: 64 A: 32 T: 32)"}}})
+
+
+def test_what_squeue_and_qstat_say_is_read() -> None:
+    assert taskfarm.read_squeue(SQUEUE_LINES) == {
+        "tf-a": (1, ["1234_[5-7,9-200%50]", "1234_3", "1234_4"], {"JobArrayTaskLimit": 195}),
+        "tf-b": (0, ["99_[1-4]", "99_[6,8-9]"],
+                 {"PartitionTimeLimit": 4, "Nodes required for job are DOWN, DRAINED or reserved": 3})}
+    assert taskfarm.read_squeue("") == {} and taskfarm.read_squeue("nonsense\n") == {"": (1, ["nonsense"], {})}
+    found = taskfarm.read_qstat(QSTAT_JSON)
+    assert found["tf-a"] == (2, [], {"Job Array Began": 3})
+    ((reason, number),) = found["tf-b"].reasons.items()
+    assert number == 1 and taskfarm.PERMANENT.search(reason)
+    for reason, permanent in (("PartitionTimeLimit", True), ("Priority", False), ("QOSMaxJobsPerUserLimit", False),
+                              ("QOSMaxWallDurationPerJobLimit", True), ("InvalidAccount", True), ("Resources", False)):
+        assert bool(taskfarm.PERMANENT.search(reason)) is permanent
+    assert [taskfarm.numbers_in(text) for text in ("5-200%50", "1,3-5", "1-9:2", "-")] == [196, 4, 5, 0]
+
+
+def test_jobs_in_a_row_that_failed_at_once_are_counted() -> None:
+    def row(*reasons: Optional[str], array: str = "slurm:7_%d") -> List[Dict[str, Any]]:
+        return [{"uuid": array % number, "job": array % number, "why": why} for number, why in enumerate(reasons)]
+    fails = row("x", None, "x", "x", "x", None)
+    assert [taskfarm.failed_in_row(fails, "slurm:7_%d" % number) for number in range(6)] == [1, 0, 3, 3, 3, 0]
+    others = row("x", "x", array="slurm:8_%d")
+    assert taskfarm.failed_in_row([fails[2], *others, fails[3]], "slurm:7_2") == 2, "others' arrays count for nothing"
+    assert taskfarm.failed_in_row([{"uuid": "a", "job": "slurm:7", "why": "x"}], "a") == 0
+    assert [taskfarm.array_of(job) for job in ("slurm:12_3", "slurm:12", "pbs:75[1].head", "pbs:76.head", "")] == [
+        "12", "", "75[].head", "", ""]
+
+
+class Batch:
+    """Programs of a batch system in a folder, which print what real ones do. `asked` is how they were called."""
+
+    def __init__(self, folder: Path, **texts: str) -> None:
+        self.folder = folder / "bin"
+        self.folder.mkdir(parents=True)
+        for name, text in texts.items():
+            self.answer(name, text)
+
+    def answer(self, name: str, text: str) -> None:
+        (self.folder / name).write_text('#!/bin/sh\necho %s "$@" >> %s\n%s\n' % (name, self.folder / "asked", text))
+        (self.folder / name).chmod(0o755)
+
+    def asked(self, name: str = "") -> List[str]:
+        path = self.folder / "asked"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if line.startswith(name)]
+
+
+@pytest.fixture
+def submit(server: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+           capsys: pytest.CaptureFixture) -> Iterator[Callable[..., Tuple[int, str]]]:
+    """`submit` in this process, for a farm that other nodes could reach: its status and all that it said."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "PBS_", "SBATCH_", "TASKFARM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", server.home)
+    monkeypatch.setenv("PATH", "%s:%s" % (tmp_path / "bin", os.environ["PATH"]))
+    monkeypatch.setenv("TASKFARM_URL", "https://0.0.0.0:%d" % server.port)      # the machine itself, by another name
+    monkeypatch.setattr(taskfarm, "NOT_SHARED", ())
+    monkeypatch.setattr(taskfarm, "SEND_AGAIN_S", (0.01, 0.02, 0.03))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> Tuple[int, str]:
+        status = taskfarm.main(["submit", *words])
+        return status, "".join(capsys.readouterr())
+    yield call
+
+
+SOME = "-n", "2", "-t", "1:00:00"
+
+
+def test_an_array_is_sent_and_found_again(server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 5)
+    name = "tf-" + run[:8]
+    slurm = Batch(tmp_path, sbatch="cat > %s; echo 1234" % (tmp_path / "script"),
+                  squeue="[ -z $SQUEUE_FORMAT ] || exit 1; echo '1234_[2-4%%2]|PD|%s|PartitionTimeLimit'; "
+                  "echo '1234_1|R|%s|None'" % (name, name), scancel="")
+    status, said = submit(run, *SOME, "-j", "3", "--with", "-plow", "--idle", "7", "--dry-run", "--", "./x", "{task}")
+    assert status == 0 and "sbatch --parsable" in said and "exec " in said and slurm.asked() == []
+    status, said = submit(run, *SOME, "-j", "3", "--with", "-plow", "--idle", "7", "--", "./x", "{task}")
+    assert status == 0 and "1234: 2 jobs called tf-%s" % run[:8] in said and "not known yet" in said
+    (call,) = slurm.asked("sbatch")
+    assert "-c 3" in call and call.endswith(" -plow") and (tmp_path / ("tf-" + run[:8])).is_dir()
+    script = (tmp_path / "script").read_text()
+    assert script.endswith("exec %s %s work %s --leave-ok --jobs 3 --idle 7 -- ./x '{task}'\n" % (
+        sys.executable, MODULE, run)) and "TASKFARM_URL" in script
+    token = json.loads(Path(server.home, ".config/taskfarm/access.json").read_text())["token"]
+    assert token not in script + call, "no secret"
+    for _ in range(2):
+        jobs = json.loads(run_verb("status", run, "--json", SQUEUE_FORMAT="%i").stdout)["jobs"]
+        assert jobs == {"running": 1, "pending": {"PartitionTimeLimit": 3}, "failed": [], "stopped": False}
+    assert "will never begin: PartitionTimeLimit" in run_verb("status", run).stdout
+    assert len(slurm.asked("squeue")) == 1, "once a minute"
+    assert submit(run, "--cancel")[0] == 0 and slurm.asked("scancel") == [
+        "scancel --user %s --name tf-%s" % (pwd.getpwuid(os.geteuid()).pw_name, run[:8])]
+
+
+def test_no_answer_of_the_batch_system_is_no_line(server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 5)
+    slurm = Batch(tmp_path, sbatch="echo 1234", squeue="echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1")
+    submit(run, *SOME, "--", "./x")
+    for _ in range(2):
+        shown = run_verb("status", run)
+        assert shown.returncode == 0 and "jobs" not in shown.stdout
+    assert len(slurm.asked("squeue")) == 1
+    assert run_verb("status", make_run(server, 5)).returncode == 0 and len(slurm.asked("squeue")) == 1
+
+
+def test_a_refusal_is_the_batch_systems_own_sentence_and_nothing_is_tried_again(
+        server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 5)
+    slurm = Batch(tmp_path, sbatch="echo 'sbatch: error: invalid partition specified: x' >&2; "
+                  "echo 'sbatch: error: Batch job submission failed: Invalid partition name specified' >&2; exit 1")
+    status, said = submit(run, *SOME, "--", "./x")
+    assert status == 1 and "Batch job submission failed: Invalid partition name specified" in said
+    assert len(slurm.asked()) == 1
+    status, said = submit(run, *SOME, "--", "./x")
+    assert len(slurm.asked()) == 2 and slurm.asked("squeue") == [], "it is known that nothing was taken"
+    assert "how many jobs" in submit(run)[1] and "no qsub here" in submit(run, *SOME, "--batch", "pbs")[1]
+
+
+TIMED_OUT = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+
+
+@pytest.mark.parametrize("found, sent", [("1234", 1), ("", 3)], ids=["taken", "lost"])
+def test_a_call_without_an_answer_is_looked_up_before_it_is_made_again(
+        server: Process, tmp_path: Path, submit: Any, found: str, sent: int) -> None:
+    run = make_run(server, 5)
+    slurm = Batch(tmp_path, sbatch=TIMED_OUT, squeue="echo " + found)
+    status, said = submit(run, *SOME, "--", "./x")
+    assert len(slurm.asked("sbatch")) == sent and "timed out" in said
+    assert (status, "1234: 2 jobs" in said) == ((0, True) if found else (1, False))
+    assert len(slurm.asked("squeue")) == sent
+    slurm.answer("sbatch", "echo 1235")
+    assert "1235: 2 jobs" in submit(run, *SOME, "--", "./x")[1]
+
+
+def test_a_submission_that_was_killed_and_is_said_again_sends_nothing_twice(
+        server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 5)
+    slurm = Batch(tmp_path, sbatch="touch %s/begun; read x < %s/go; touch %s/taken; echo 1234" % ((tmp_path,) * 3),
+                  squeue="[ ! -e %s/taken ] || echo 1234" % tmp_path)
+    os.mkfifo(tmp_path / "go")
+    command = [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import taskfarm; taskfarm.NOT_SHARED = (); "
+               "sys.exit(taskfarm.main())" % str(HERE), "submit", run, *SOME, "--", "./x"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: (tmp_path / "begun").exists())
+    killed.kill()
+    killed.wait()
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    RUNNING.append(again)
+    waits = re.compile("-> FLOCK .* %d " % again.pid)
+    wait_until(lambda: waits.search(Path("/proc/locks").read_text()) or slurm.asked("squeue"))
+    (tmp_path / "go").write_text("\n")          # sbatch goes on, and the second call has waited for it
+    said = again.communicate(timeout=20)[0]
+    assert again.returncode == 0 and "1234 was sent" in said and len(slurm.asked("sbatch")) == 1
+
+
+def work_in_job(run: str, *words: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """`work` as a job that `submit` has sent for the run."""
+    return run_verb("work", run, *words, SLURM_JOB_NAME="tf-" + run[:8], SLURM_JOB_END_TIME="4000000000", **environ)
+
+
+def test_the_worker_that_learns_that_the_run_is_over_cancels_what_is_pending_of_its_array(
+        server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 2)
+    slurm = Batch(tmp_path, scancel="")
+    environ = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    enlist(server, "other")
+    take(server, run, "other")
+    assert work_in_job(run, "--idle", "0", "--", "true", **environ).returncode == 0
+    assert slurm.asked() == [], "another worker computes yet"
+    assert report(server, run, 0, status="done") == 204
+    assert run_verb("work", run, "--", "true", SLURM_JOB_NAME="mine", **environ).returncode == 0
+    assert slurm.asked() == [], "this array is not of 'submit'"
+    done = work_in_job(run, "--", "true", **environ)
+    assert slurm.asked() == ["scancel --state=PENDING 7"] and "array 7 are cancelled" in done.stderr
+    job = [worker["job"] for worker in walk(server, "/api/workers", "all=True") if worker["job"]]
+    assert job == ["slurm:7_2"] * 3
+
+
+def test_three_jobs_in_a_row_that_fail_at_once_stop_their_array(server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 9)
+    slurm = Batch(tmp_path, scancel="", sbatch="echo 7", squeue="")
+    submit(run, *SOME, "--", "./x")
+    for number in range(1, 4):
+        assert slurm.asked("scancel") == []
+        job = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(number)}
+        # The second one is refused before it is a worker.
+        words = ["./missing"] if number == 2 else ["sh", "-c", "echo no licence >&2; exit 3"]
+        assert work_in_job(run, "--", *words, **job).returncode in (1, 9)
+        server.ask("POST", "/api/runs/%s/restart" % run)
+    assert slurm.asked("scancel") == ["scancel --state=PENDING 7"]
+    shown = run_verb("status", run).stdout
+    assert "7_3 ended without a task: on " in shown and "no licence" in shown and "7_2 ended" in shown
+    assert "3 in a row did" in shown
+
+
+def test_jobs_that_ended_before_they_were_workers_are_shown(server: Process, tmp_path: Path, submit: Any) -> None:
+    run = make_run(server, 9)
+    Batch(tmp_path, sbatch="echo 7", squeue="echo '7_2|R|tf-%s|None'" % run[:8])
+    submit(run, *SOME, "--", "./x")
+    for job, text in (("7_1", "module: gdal is not there\n"), ("7_2", "starts\n"), ("71_1", "of another array\n")):
+        path = tmp_path / ("tf-" + run[:8]) / ("tf-%s-%s.out" % (run[:8], job))
+        path.write_text(text)
+        os.utime(path, (0, 0))
+    assert json.loads(run_verb("status", run, "--json").stdout)["jobs"]["failed"] == [
+        {"job": "7_1", "why": "module: gdal is not there"}]
+
+
+def test_pbs_gets_and_says_what_a_real_one_does(
+        server: Process, tmp_path: Path, submit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "%s:/bin:/usr/bin" % (tmp_path / "bin"))
+    run = make_run(server, 1)
+    qstat = QSTAT_JSON.replace("tf-a", "tf-" + run[:8])
+    pbs = Batch(tmp_path, qsub="cat > /dev/null; echo '75[].head'", qstat="cat <<'EOF'\n%s\nEOF\nexit 35" % qstat,
+                qselect="echo '75[].head'; echo '76.head'", qdel="")
+    assert "75[].head: 4 jobs" in submit(run, *SOME, "--generations", "2", "--batch", "pbs", "--", "./x")[1]
+    assert "-J 1-4%2 -l select=1:ncpus=1 -l walltime=1:00:00 -j oe -o" in pbs.asked("qsub")[0]
+    jobs = json.loads(run_verb("status", run, "--json").stdout)["jobs"]
+    assert (jobs["running"], jobs["pending"]) == (2, {"Job Array Began": 3})
+    pbs.answer("qstat", "cat <<'EOF'\n%s\nEOF" % json.dumps({"Jobs": {
+        "75[].head": json.loads(qstat)["Jobs"]["75[].head"]}}))
+    done = run_verb("work", run, "--until", "+3600", "--", "true", PBS_JOBID="75[1].head",
+                    PBS_JOBNAME="tf-" + run[:8])
+    assert done.returncode == 0 and pbs.asked("qdel") == ["qdel 75[3-4].head 75[8].head"], "one argument a range"
+    assert submit(run, "--cancel", "--batch", "pbs")[0] == 0 and pbs.asked("qdel")[-1] == "qdel 75[].head 76.head"
+    run = make_run(server, 1)
+    for sentence, status in (("qsub: Unknown queue", 170), ("qsub: illegal -J value", 2),
+                             ("qsub: Job violates queue and/or server resource limits", 188)):
+        pbs.answer("qsub", "echo '%s' >&2; exit %d" % (sentence, status))
+        assert sentence in submit(run, *SOME, "--batch", "pbs", "--", "./x")[1]
+    before = len(pbs.asked("qsub"))
+    pbs.answer("qsub", "echo 'qsub: cannot connect to server head (errno=15010)' >&2; exit 162")
+    pbs.answer("qselect", "echo '80[].head'")
+    assert "80[].head: 2 jobs" in submit(run, *SOME, "--batch", "pbs", "--", "./x")[1]
+    assert len(pbs.asked("qsub")) == before + 1
+    pbs.answer("qsub", "echo '81[].head'")
+    assert "qsub takes it" in submit(run, *SOME, "--batch", "pbs", "--test", "--", "./x")[1]
+    assert pbs.asked("qsub")[-1].startswith("qsub -h ") and pbs.asked("qdel")[-1] == "qdel 81[].head"
+
+
 # ---------------------------------------------------------------- RUN
 
 def run_line(folder: Path, *words: str, status: int = 0, home: Optional[Path] = None) -> str:
@@ -12439,8 +12777,8 @@ def test_verbs_say_in_a_sentence_that_no_server_answers(monkeypatch: pytest.Monk
 def test_the_help_shows_every_verb_and_the_first_ones_first() -> None:
     shown = run_verb("--help").stdout
     listed = re.findall(r"^  ([a-z]+)  +\S", shown.partition("options:")[0], re.M)
-    assert [name for name in listed if name in ("run", "new", "work", "status")] == listed[:sum(
-        name in listed for name in ("run", "new", "work", "status"))]
+    assert [name for name in listed if name in ("run", "new", "submit", "work", "status")] == listed[:sum(
+        name in listed for name in ("run", "new", "submit", "work", "status"))]
     assert set(listed) == {words[0] for words in VERBS} and len(listed) == len(set(listed))
     assert max(map(len, shown.splitlines())) <= 120
 
