@@ -16136,7 +16136,7 @@ def plan_jobs(args: argparse.Namespace, system: str, run: Mapping[str, Any], too
 # have. Another thing that a person would type before or after 'work' every time belongs here.
 
 OWN_FILE = "taskfarm.sqlite"        # in the current folder
-PRESENT_S = 45.0                    # a worker that was heard within that time lives: it beats every 24 to 30 s
+OTHERS_HEARD_S = 45.0               # a worker that was heard within that time lives: it beats every 24 to 30 s
 KEEPER_PAUSE_S = 1.0                # between two tries to serve
 AGAIN = {EXIT_TASKS_FAILED: "; with --retry the failed tasks run again", EXIT_STOPPED: "", EXIT_BAD_NODE: "",
          EXIT_TOO_MANY_FAILED: "; with --retry the failed tasks run again"}
@@ -16340,7 +16340,7 @@ def wait_for_others(client: Client, say: Callable[[str], None]) -> None:
         while True:
             pages = list(every_page(client, "/api/workers", limit=ROWS_AT_ONCE))
             utc = time.time() + client.clock_ahead_s
-            if not any(worker["lease"] and (parse_time(worker["heard"]) or 0.0) > utc - PRESENT_S
+            if not any(worker["lease"] and (parse_time(worker["heard"]) or 0.0) > utc - OTHERS_HEARD_S
                        for page in pages for worker in page):
                 return
             if not noticed:

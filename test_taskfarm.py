@@ -1328,8 +1328,8 @@ machine_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)
 
 VERBS = [["serve"], ["audit"], ["check"], ["backup"], ["run"], ["work"], ["progress"], ["bench"],
          ["user", "add"], ["user", "list"], ["user", "passwd"], ["user", "remove"], ["new"], ["submit"],
-         ["list"], ["status"], ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"], ["workers"], ["pause"], ["resume"], ["cancel"],
-         ["extend"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"],
+         ["list"], ["status"], ["wait"], ["tasks"], ["failures"], ["hosts"], ["log"],
+         ["workers"], ["pause"], ["resume"], ["cancel"], ["extend"], ["restart"], ["delete"], ["login"], ["token", "new"], ["token", "list"], ["token", "revoke"],
          ["doctor"], ["completion"]]
 SOURCE = MODULE.read_text()
 TREE = ast.parse(SOURCE)
@@ -9093,12 +9093,12 @@ class Work:
     def shown(self) -> str:
         """Its own lines, and the error output of its commands."""
         self.error_file.seek(0)
-        return self.error_file.read()
+        return as_in_readme(self.error_file.read())
 
     def printed(self) -> str:
         """What its commands printed."""
         self.output_file.seek(0)
-        return self.output_file.read()
+        return as_in_readme(self.output_file.read())
 
     def end(self, status: int, number: int = 0) -> str:
         """Its lines, once it has ended, by a signal or of its own; with that status."""
@@ -11774,9 +11774,13 @@ def run_verb(*words: str, stdin: str = "", **environ: str) -> "subprocess.Comple
     """Run a verb. Commands in what it says are shown as in README, and not with the paths of this place."""
     done = subprocess.run([sys.executable, str(MODULE), *words], input=stdin, capture_output=True, text=True,
                           env=dict(os.environ, **environ), timeout=60)
-    done.stdout, done.stderr = (re.sub(r"[^\s']*python\S* %s" % re.escape(str(MODULE)), taskfarm.PROGRAM, text)
-                                for text in (done.stdout, done.stderr))
+    done.stdout, done.stderr = map(as_in_readme, (done.stdout, done.stderr))
     return done
+
+
+def as_in_readme(text: str) -> str:
+    """A text whose commands have not the paths of this place."""
+    return re.sub(r"[^\s']*python\S* %s" % re.escape(str(MODULE)), taskfarm.PROGRAM, text)
 
 
 class Terminal:
