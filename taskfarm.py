@@ -16259,6 +16259,21 @@ class OwnServer:
         return find_access_file(access_path(os.environ), farm=self.access.farm) or self.access
 
 
+@contextlib.contextmanager
+def served_for_call(db: str) -> Iterator[None]:
+    """Have a file served during a verb that asks a server, which finds it by the environment. Raises Refusal."""
+    if not os.path.exists(db):
+        raise Refusal("there is no file %s" % db)
+    own = OwnServer(db)
+    access = own.find()
+    os.environ.update(TASKFARM_URL=access.url, TASKFARM_TOKEN=access.token,
+                      TASKFARM_FINGERPRINT=fingerprint(access.certificate))
+    try:
+        yield
+    finally:
+        own.close()
+
+
 def name_of_line(args: argparse.Namespace, number: int, parameters: Optional[Parameters], folder: str) -> str:
     """A name for a run that the same line gets again, as long as its parameters are the same.
 
@@ -16408,6 +16423,9 @@ def cmd_run(args: argparse.Namespace) -> int:
         status = run_commands(args, client, run, template, display, took_s).status or EXIT_DONE
         if status in AGAIN:
             display.say("the same line again goes on where it was%s" % AGAIN[status])
+        if status in (EXIT_TASKS_FAILED, EXIT_TOO_MANY_FAILED):
+            display.say("what failed: python3 taskfarm.py failures %s%s" % (
+                shlex.quote(run["name"]), " --db " + shlex.quote(own.db) if own else ""))
         if own and own.serves and status in (EXIT_DONE, EXIT_TASKS_FAILED):
             wait_for_others(client, display.say)
     return status
@@ -16649,7 +16667,7 @@ def add_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace], int]
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=first, description=wrapped(first + "\n" + textwrap.dedent(others)),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.set_defaults(command=command, needs_db=needs_db)
+    parser.set_defaults(command=command, needs_db=needs_db, asks_server=False)
     if needs_db:
         add_env_option(parser, "--db FILE", None, "the farm's file")
     return parser
@@ -16685,6 +16703,10 @@ def add_client_verb(verbs: Any, name: str, command: Callable[[argparse.Namespace
         parser.add_argument("run", metavar="RUN", nargs=None if name != "status" else "?",
                             help=READ_RUN if reads else CHANGED_RUN)
     add_env_option(parser, "--url URL", "", "the server, where it is not the one of the access file")
+    if command is not cmd_doctor:       # whose --db is the file of a server
+        parser.set_defaults(asks_server=True)
+        parser.add_argument("--db", metavar="FILE", default="", help="the farm in this file, as 'run' leaves it: "
+                            "served for this call alone, where no server has it")
     if reads:
         parser.add_argument("--json", action="store_true", help="print JSON, as the server sends it")
     return parser
@@ -17122,7 +17144,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("which file? --db names it (or TASKFARM_DB), as in '%s %s --db runs.sqlite'" % (
             PROGRAM, " ".join(map(shlex.quote, words))))
     try:
-        status = int(args.command(args))
+        with contextlib.ExitStack() as undo:
+            if args.asks_server and args.db:
+                undo.enter_context(served_for_call(args.db))
+            status = int(args.command(args))
         sys.stdout.flush()
         return status
     except (Refusal, FarmError, Unreachable) as error:

@@ -11468,6 +11468,10 @@ FAILS_ONCE = ["sh", "-c", "echo {task} >> ran; [ {task} != 2 ] || [ -e mended ]"
 def test_one_line_serves_works_ends_and_goes_on(tmp_path: Path) -> None:
     said = run_line(tmp_path, "5", "-j", "2", "--", *FAILS_ONCE, status=3)
     assert "4 done, 1 failed" in said and "--retry" in said
+    typed = said.partition("what failed: ")[2].split()[1:]
+    shown = subprocess.run([sys.executable, *typed], cwd=tmp_path, env=own_home(tmp_path), text=True,
+                           capture_output=True)
+    assert "exit status 1" in shown.stdout or "1" in shown.stdout.splitlines()[-1].split(), shown
     assert "4 done, 1 failed" in run_line(tmp_path, "5", "-j", "2", "--", *FAILS_ONCE, status=3)
     (tmp_path / "mended").touch()
     assert "5 done, 0 failed" in run_line(tmp_path, "5", "-j", "2", "--retry", "--", *FAILS_ONCE)
@@ -11630,6 +11634,7 @@ def test_others_join_a_line_by_its_name_alone(server: Process, tmp_path: Path) -
 def test_a_wrong_line_makes_nothing(tmp_path: Path) -> None:
     assert "there is no program" in run_line(tmp_path, "3", "--", "./missing", "{task}", status=1)
     assert "which command" in run_line(tmp_path, "3", status=2)
+    assert "there is no file f" in run_verb("list", "--db", "f", HOME=str(tmp_path)).stderr
     assert "required" in run_line(tmp_path, "--", "x", status=2)
     run_line(tmp_path, "3", "--dry-run", "--", "true", "{task}")
     assert list(tmp_path.iterdir()) == []
