@@ -5798,6 +5798,20 @@ def test_a_token_that_is_revoked_while_its_body_comes_is_refused(farm: Live) -> 
     raw.close()
 
 
+@pytest.mark.parametrize("query", ["", "order=finished&", "status=failed&", "order=finished&status=failed&"])
+def test_a_page_of_long_messages_is_a_short_one(store: Direct, query: str) -> None:
+    run = a_run(store, 400)
+    for number in range(400):
+        assert report(store, run, number, status="failed", message="\x01" * 2000) == 204
+    after, found, pages = "", [], 0
+    while after is not None:
+        page = store.ask("GET", "/api/runs/%s/tasks?%slimit=1000%s" % (run, query, after and "&after=" + after))[1]
+        found += [task["task"] for task in page["data"]]
+        after, pages = page["next"], pages + 1
+        assert sum(len(task["message"]) for task in page["data"]) <= taskfarm.PAGE_CHARS
+    assert sorted(found) == list(range(400)) and pages >= 4
+
+
 def test_slashes_that_come_twice_are_one(farm: Live) -> None:
     for path in ("//api/runs", "/api//runs", "//api///runs", "http://localhost//api//runs"):
         assert exchange(farm, request_bytes("GET", path, Authorization="{auth}") + CLOSE) == [200, 200], path
