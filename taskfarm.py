@@ -14049,8 +14049,8 @@ def in_job(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
         except Refusal as refusal:
             find = functools.partial(find_access, os.environ)
             with contextlib.suppress(FarmError, Unreachable, Refusal), contextlib.closing(Client(find)) as client:
-                if job_text(os.environ):
-                    run = {"uuid": find_run_uuid(client, args.run, changes=True)}
+                for name in args.runs if job_text(os.environ) else []:
+                    run = {"uuid": find_run_uuid(client, name, changes=True)}
                     leave_array(client.find, run, secrets.token_hex(16), str(refusal), False, print_notice)
             raise
     return run_in_job
@@ -14158,6 +14158,9 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
             job: Optional[BatchJob] = None) -> Optional[TaskRunner]:
     """Be a worker of the run, with the command that was typed or else the run's own; None with --dry-run."""
     if args.task is not None:
+        if args.task >= run["numTasks"]:
+            raise Refusal("run %s has %d tasks (0 to %d), not %d" % (
+                run["uuid"], run["numTasks"], run["numTasks"] - 1, args.task))
         status = client.ask("GET", run_path(run["uuid"], "/tasks/%d" % args.task))["status"]
         if status != "waiting":
             raise Refusal("task %d is %s: 'python3 taskfarm.py restart %s %d%s' lets it wait again" % (
@@ -17090,8 +17093,9 @@ def parse_words(parser: Parser, words: List[str]) -> argparse.Namespace:
     if verb == "work" and bool(args.runs) == args.any:
         parser.error("work takes the name of a run, or of several, or --any for all of yours" if not args.any else
                      "--any means all of your runs: leave out %s" % " ".join(args.runs))
-    if verb == "work" and args.words and (args.any or len(args.runs) > 1):
-        parser.error("several runs have a command each: leave it out, or name one run")
+    if verb == "work" and (args.words or args.task is not None) and (args.any or len(args.runs) > 1):
+        parser.error("several runs have a command each, and tasks of the same numbers: leave %s out, or name one run"
+                     % ("it" if args.words else "--task"))
     return args
 
 
@@ -17104,7 +17108,9 @@ def find_command(words: Sequence[str]) -> int:
     for at in range(2, min(len(words), MOST_OPTION_WORDS)):
         if not words[at].startswith("-"):
             with contextlib.suppress(Refusal):
-                parser.parse_args(words[:at])
+                args = parser.parse_args(words[:at])
+                if words[0] == "work" and not (args.runs or args.any):
+                    continue
                 names = words[0] == "work" and all(re.fullmatch(r"[^\s/{]+", word) for word in words[at:])
                 return len(words) if names and not shutil.which(words[at]) else at
     return len(words)
