@@ -1848,7 +1848,8 @@ def list_tasks(sql: Transaction, now: Now, run_uuid: str, status: Optional[int],
             found, last = by_number(sql, run, status, limit - len(tasks), run.first_id + max(begin, first),
                                     run.first_id + end + 1)
             tasks += found
-            if last is not None or at < len(wanted) and (len(tasks) == limit or at == SPANS_AT_ONCE):
+            if last is not None or at < len(wanted) and (
+                    len(tasks) == limit or at == SPANS_AT_ONCE or status == DONE):     # each of them reads PAGE_ROWS
                 following = str(end if last is None else last - run.first_id)
                 break
     else:
@@ -2277,18 +2278,18 @@ def restart_some(sql: Transaction, now: Now, run_uuid: str, which: str, selectio
     size of the run; what they do to a task behind that number stays.
     """
     run = find_run(sql, run_uuid)
-    if run.state == CANCELLED:
+    if run.state == CANCELLED and not reached:      # later it was cancelled meanwhile, and stays so
         set_state(sql, run, OPEN_RUN)
     spans = spans_of(run, selection.spans)
     sql.takes_long(sum([last + 1 - first for first, last in spans]))
-    number = restarted_before
+    number, size = restarted_before, SLICE if selection.like is None else SLICE // 8    # comparing texts may take long
     select = "SELECT " + TASK_COLUMNS + " FROM task " + (
         "INDEXED BY task_open WHERE status = 3 AND status <> 2 AND" if selection.failed_only or which == RESTART_FAILED
         else "WHERE") + " id BETWEEN ? AND ? ORDER BY id LIMIT ?"
     for first, last in spans:
         reached = max(reached, first)
         while reached <= last:
-            tasks = sql.tasks(select, run.first_id + reached, run.first_id + last, SLICE)
+            tasks = sql.tasks(select, run.first_id + reached, run.first_id + last, size)
             changes = []
             for task in filter(selection.judges, tasks):
                 held = is_held(task)
@@ -2299,7 +2300,7 @@ def restart_some(sql: Transaction, now: Now, run_uuid: str, which: str, selectio
                         sql.leases.taken_from(task.worker)      # type: ignore[arg-type]
             change_many(sql, run, changes)
             number += len(changes)
-            reached = tasks[-1].id + 1 - run.first_id if len(tasks) == SLICE else last + 1
+            reached = tasks[-1].id + 1 - run.first_id if len(tasks) == size else last + 1
             if sql.over():
                 return Continue((run_uuid, which, selection, reached, number))
     audit(sql, now, which, "%s, %d of its tasks" % (titled(run_uuid, run.name), number))
@@ -8426,6 +8427,7 @@ class Access(NamedTuple):
     source: str         # where this was found, for messages
     url_given: bool = False     # the URL is of --url or TASKFARM_URL, and the certificate of an access file
     host: str = ""      # the machine that wrote the access file: there a loopback address is good
+    served: bool = False    # a server of this user has written the access file, and not 'login'
 
     def __repr__(self) -> str:
         return "Access(%r, %r)" % (self.url, self.source)       # a log or a traceback must not show the login
@@ -8492,7 +8494,8 @@ def parse_access(entries: Mapping[str, Any], source: str) -> Access:
     """Farm and login from the JSON of an access file or a lock file."""
     url, user, token, certificate, farm, host = (
         str(entries.get(name) or "") for name in ("url", "user", "token", "certificate", "farm", "host"))
-    return Access(base_url(url), user, token, "", certificate, farm, source, host=host)
+    return Access(base_url(url), user, token, "", certificate, farm, source, host=host,
+                  served=entries.get("served") is True)
 
 
 def access_files(path: str) -> List[Access]:
@@ -9045,6 +9048,9 @@ def match_run(client: Client, text: str, changes: bool) -> str:
                        "runs" % text)
     if len(matches) > 1:
         raise Refusal("%d runs match %r: type the uuid of one, %s" % (len(matches), text, last_runs(matches)))
+    if not re.fullmatch("[0-9a-f]{32}", str(matches[0]["uuid"])):       # it becomes a part of paths and command lines
+        raise Refusal("the farm at %s says that %s is the uuid of a run, and it is none" % (
+            client.access.url, ascii(matches[0]["uuid"])[:80]))
     return str(matches[0]["uuid"])
 
 
@@ -11050,8 +11056,8 @@ class TaskRunner:
             return False
         if self.first_ends.held:
             return False
-        if self.supply.leaves:
-            self.status = EXIT_DONE
+        if self.supply.leaves:      # a run that is held up waits on, and more than that is left to do
+            self.status = EXIT_STOPPED if self.held_up in ("paused", "waits") else EXIT_DONE
             return True
         if self.supply.idle_since is not None and not self.held_up:
             self.display.say_once("no task waits now, but other workers still compute: this one stays%s, since their "
@@ -11878,7 +11884,7 @@ def call_batch(words: Sequence[str], environ: Mapping[str, str], text: str = "",
     *keep_open*: descriptors for it. *fine*: exit statuses that are no failure. Raises BatchTrouble.
     """
     try:
-        done = subprocess.run(words, input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        done = subprocess.run(words, input=os.fsencode(text), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               env=batch_environ(environ), timeout=limit_s, pass_fds=keep_open)
     except subprocess.TimeoutExpired:
         raise BatchTrouble("%s does not answer" % words[0], unclear=True)
@@ -11912,8 +11918,8 @@ def job_name(run_uuid: str) -> str:
 def numbers_in(ranges: str) -> int:
     """How many numbers are in "5-200%50", "1,3-5" or "1-9:2"."""
     count = 0
-    for first, last, step in re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", ranges.partition("%")[0]):
-        count += (int(last or first) - int(first)) // int(step or 1) + 1
+    for first, last, step in re.findall(r"(\d{1,9})(?:-(\d{1,9}))?(?::(\d{1,9}))?", ranges.partition("%")[0]):
+        count += max((int(last or first) - int(first)) // max(int(step or 1), 1) + 1, 0)
     return count
 
 
@@ -12000,6 +12006,12 @@ def look_at_jobs(environ: Mapping[str, str], now: float) -> Optional[Tuple[float
     if known.get("jobs") is None:
         return None
     return known["utc"], {name: JobCounts(*counts) for name, counts in known["jobs"].items()}
+
+
+def forget_look(environ: Mapping[str, str]) -> None:
+    """Have the batch system asked anew: jobs are sent or cancelled."""
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(state_folder(environ), "jobs.json"))
 
 
 class RunJobs(NamedTuple):
@@ -13587,8 +13599,8 @@ class RunStatus(NamedTuple):
 
     @property
     def over(self) -> bool:
-        """Whether no task is left to be done."""
-        return is_over(self.run)
+        """Whether no task is left to be done, or none will be handed out by itself."""
+        return is_over(self.run) or self.held_up is not None and self.held_up.for_good
 
     @property
     def hosts(self) -> int:
@@ -14197,6 +14209,13 @@ def enter_work(client: Client, run: Mapping[str, Any]) -> Tuple[List[str], Optio
             printable(run.get("name") or run["uuid"]), run["uuid"][:8]))
     work = client.ask("GET", run_path(run["uuid"], "/work"))
     folder, kept = work["folder"], work["parameters"]
+    access = client.access
+    # The keeper of a farm decides what is whose there, so nobody gets into one of another keeper by a name alone.
+    chosen = access.served or access.url_given or access.source == access_path(os.environ)
+    if not chosen:
+        raise NotOwnRun("run %s is in the farm of %s and not in that of the access file, and its keeper could have made "
+                        "its command: TASKFARM_ACCESS=%s chooses that farm" % (
+                            printable(run.get("name") or run["uuid"]), access.source, shlex.quote(access.source)))
     if not work["own"]:
         options = [] if kept is None else [word for axis in kept["grid"] for word in ("--grid", axis)] if (
             kept["kind"] == "grid") else ["--" + kept["kind"], kept["path"]]
@@ -14247,7 +14266,8 @@ class RunsInTurn:
                 if worker and worker.finished:
                     idle_since = math.inf
                 if worker and worker.status != EXIT_RUN_DELETED and (
-                        worker.stop_reason or worker.signals or worker.status not in (EXIT_DONE, EXIT_TASKS_FAILED)):
+                        worker.stop_reason or worker.signals or worker.status not in (
+                            EXIT_DONE, EXIT_TASKS_FAILED, EXIT_STOPPED)):
                     return worker.status or EXIT_DONE
                 continue
             now = time.monotonic()
@@ -14691,7 +14711,8 @@ def cmd_wait(args: argparse.Namespace) -> int:
             run = client.ask("GET", run_path(run_uuid))
             if run["numDone"] == run["numTasks"] or args.percent is not None and run["percentDone"] >= args.percent:
                 return EXIT_DONE
-            if is_over(run):
+            held_up = ask_hold_up(client, run)
+            if is_over(run) or held_up and held_up.for_good:
                 return EXIT_TASKS_FAILED
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.2, most_s)
@@ -15353,7 +15374,8 @@ def access_entries(service: Service, user: User) -> Dict[str, Any]:
     """What the access file says of this server, with the login of a user. Raises FarmError when that cannot be made."""
     token = service.store.call(access_token(user))
     return {"url": service.url, "user": user.name, "token": service.farm.token_text(token.id),
-            "farm": service.store.identity, "certificate": service.certificate, "host": socket.gethostname()}
+            "farm": service.store.identity, "certificate": service.certificate, "host": socket.gethostname(),
+            "served": True}
 
 
 def publish_access(service: Service, user: User, db: str, beside: bool = False) -> None:
@@ -15955,8 +15977,6 @@ def refuse_submission(access: Access, run: Mapping[str, Any], took_s: Sequence[f
     if not run["numWaiting"]:
         raise Refusal("no task of run %s waits (%s)%s" % (name, state_counts(run), (
             ": 'python3 taskfarm.py restart %s --failed' lets what failed wait again" % name) * bool(run["numFailed"])))
-    if run.get("state") == "cancelled":
-        raise Refusal("run %s is cancelled: 'python3 taskfarm.py resume %s' lets its tasks wait again" % (name, name))
     likely_s = quantile(sorted(took_s), 0.95) + GRACE_S + STOP_EARLY_S if took_s else 0.0
     if likely_s > walltime_s:
         raise Refusal("5 in 100 tasks of run %s took %s or more, and a job would end before them: ask for more than "
@@ -16079,6 +16099,8 @@ def cmd_submit(args: argparse.Namespace) -> int:
         --with "-p low -A abc" --setup "module load gdal" -- ./tile.sh {task}
       python3 taskfarm.py submit ice --cancel
     """
+    if args.cancel and (args.dry_run or args.test or args.words):
+        raise Refusal("--cancel sends nothing: leave out --dry-run, --test and the command")
     if not args.cancel and not (args.width and args.walltime):
         raise Refusal("how many jobs at a time, and how long each? As in: python3 taskfarm.py submit %s -n 50 "
                       "-t 4:00:00 -j 16" % shlex.quote(args.run))
@@ -16087,8 +16109,12 @@ def cmd_submit(args: argparse.Namespace) -> int:
         run = client.ask("GET", run_path(find_run_uuid(client, args.run, changes=True)))
         access = client.access
         took_s = [] if args.cancel else times_of_ended(client, run)
+        held_up = None if args.cancel else ask_hold_up(client, run)
+    if held_up:
+        raise Refusal("jobs would find nothing to do: " + held_up.why)
     try:
         if args.cancel:
+            forget_look(os.environ)
             print(cancel_jobs(system, run["uuid"], os.environ))
             return 0
         extra = [word for words in args.extra for word in shlex.split(words)]
@@ -16104,6 +16130,7 @@ def cmd_submit(args: argparse.Namespace) -> int:
             print(judge_jobs(plan, os.environ))
         else:
             os.makedirs(plan.folder, exist_ok=True)     # Slurm makes no folder, and the job would fail
+            forget_look(os.environ)
             array, earlier = send_jobs(plan, os.environ, submissions_path(os.environ, run["uuid"]))
             if earlier:
                 print("%s was sent by a call before this one, which did not end: nothing more is sent" % array)
@@ -17039,7 +17066,7 @@ def cmd_completion(args: argparse.Namespace) -> int:
             runs = client.ask("GET", "/api/runs")["data"][-COMPLETED_RUNS:]
             # A name that a shell would take for more than a word is left out: anybody may give a run a name.
             print("\n".join(run["name"] if re.fullmatch(r"\w[\w.+-]*", run.get("name") or "") else run["uuid"][:8]
-                            for run in runs))
+                            for run in runs if re.fullmatch("[0-9a-f]{32}", str(run["uuid"]))))
         return 0
     found = list(completions(make_parser()))
     program = "%s %s" % (shlex.quote(sys.executable), shlex.quote(os.path.abspath(__file__)))

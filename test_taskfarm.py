@@ -12820,7 +12820,7 @@ def test_a_start_prints_one_line_and_writes_the_access_file(tmp_path: Path) -> N
     access = Path(server.home, ".config/taskfarm/access.json")
     content = json.loads(access.read_text())
     assert server.process.stdout.readline() == "for this machine alone: workers on other nodes need --host 0.0.0.0\n"
-    assert set(content) == {"url", "user", "token", "farm", "certificate", "host"}
+    assert set(content) == {"url", "user", "token", "farm", "certificate", "host", "served"}
     assert content["url"] == server.line.split()[-1]
     assert server.ask("GET", "/api/runs")[0] == 200
     for pin, answers in ((content["certificate"], True), (anothers()[0], False), ("", False), ("system", False)):
