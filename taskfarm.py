@@ -14213,8 +14213,8 @@ def enter_work(client: Client, run: Mapping[str, Any]) -> Tuple[List[str], Optio
     # The keeper of a farm decides what is whose there, so nobody gets into one of another keeper by a name alone.
     chosen = access.served or access.url_given or access.source == access_path(os.environ)
     if not chosen:
-        raise NotOwnRun("run %s is in the farm of %s and not in that of the access file, and its keeper could have made "
-                        "its command: TASKFARM_ACCESS=%s chooses that farm" % (
+        raise NotOwnRun("run %s is in the farm of %s and not in that of the access file, and its keeper could have "
+                        "made its command: TASKFARM_ACCESS=%s chooses that farm" % (
                             printable(run.get("name") or run["uuid"]), access.source, shlex.quote(access.source)))
     if not work["own"]:
         options = [] if kept is None else [word for axis in kept["grid"] for word in ("--grid", axis)] if (
