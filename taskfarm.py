@@ -2278,11 +2278,11 @@ def restart_some(sql: Transaction, now: Now, run_uuid: str, which: str, selectio
     size of the run; what they do to a task behind that number stays.
     """
     run = find_run(sql, run_uuid)
+    spans = spans_of(run, selection.spans)
     if run.state == CANCELLED and not reached:      # later it was cancelled meanwhile, and stays so
         set_state(sql, run, OPEN_RUN)
-    spans = spans_of(run, selection.spans)
     sql.takes_long(sum([last + 1 - first for first, last in spans]))
-    number, size = restarted_before, SLICE if selection.like is None else SLICE // 8    # comparing texts may take long
+    number, size = restarted_before, SLICE if selection.like is None else -(-SLICE // 8)    # texts may take long
     select = "SELECT " + TASK_COLUMNS + " FROM task " + (
         "INDEXED BY task_open WHERE status = 3 AND status <> 2 AND" if selection.failed_only or which == RESTART_FAILED
         else "WHERE") + " id BETWEEN ? AND ? ORDER BY id LIMIT ?"
