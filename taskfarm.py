@@ -2241,6 +2241,8 @@ def extend_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int) -> Non
     Conflict when the ids that this one may still use are too few.
     """
     run = find_run(sql, run_uuid)
+    if run.has_work and json.loads(sql.value("SELECT work FROM work WHERE run = ?", run.id)).get("parameters"):
+        raise Conflict("run %s knows its parameters, one for each task: make another run of the new ones" % run_uuid)
     if run.num_tasks + num_tasks > MAX_TASKS:
         raise BadRequest("run %s has %d tasks, and no run more than %d: make another one for the rest" % (
             run_uuid, run.num_tasks, MAX_TASKS))
@@ -8986,6 +8988,10 @@ class HoldUp(NamedTuple):
     for_good: bool                  # none will be by itself
 
 
+# One for which another waits, and that is not for us.
+UNKNOWN_RUN: Mapping[str, Any] = {"name": None, "state": "open", "numWaiting": 1, "numComputing": 0}
+
+
 def hold_up(run: Mapping[str, Any], find: Callable[[str], Optional[Mapping[str, Any]]]) -> Optional[HoldUp]:
     """Why no task of a run is handed out, None when some may be. *find* gives the run of a uuid, None for a deleted."""
     verb = "'python3 taskfarm.py %%s %s' lets it go on" % run["uuid"][:8]
@@ -9001,8 +9007,8 @@ def hold_up(run: Mapping[str, Any], find: Callable[[str], Optional[Mapping[str, 
             "never begins", "the run never begins: %s, for which it waits, was deleted" % title, True)
     title = printable(first["name"] or title)
     if first["state"] != "cancelled" and first["numWaiting"] + first["numComputing"]:
-        return HoldUp("waits", "the run begins when %s is over (%d of %s are done)" % (
-            title, first["numDone"], count_text(first["numTasks"], "task")), False)
+        return HoldUp("waits", "the run begins when %s is over%s" % (title, "" if first is UNKNOWN_RUN else (
+            " (%d of %s are done)" % (first["numDone"], count_text(first["numTasks"], "task")))), False)
     if run["afterAny"] or first["numDone"] == first["numTasks"]:
         return None
     what, verb = ("was cancelled", "resume %s") if first["state"] == "cancelled" else (
@@ -9020,7 +9026,7 @@ def ask_hold_up(client: Client, run: Mapping[str, Any]) -> Optional[HoldUp]:
         except NotFound:
             return None
         except Forbidden:           # a token for one run alone: we know that it waits, and not for how long
-            return dict(run, uuid=run_uuid, name=None, state="open")
+            return UNKNOWN_RUN
     return hold_up(run, find)
 
 
@@ -11638,7 +11644,7 @@ class TaskRunner:
             self.display.say(held_up.why)
         if self.stop_reason:
             self.status = self.stop_status
-        elif self.failed if self.options.only_task is not None else (
+        elif self.finished == self.failed if self.options.only_task is not None else (
                 run["numFailed"] or held_up and held_up.for_good):
             self.status = EXIT_TASKS_FAILED
 
@@ -13836,7 +13842,7 @@ def status_json(status: RunStatus) -> Dict[str, Any]:
 def status_line(status: RunStatus) -> str:
     """A status in one line, for a log."""
     run = status.run
-    forecast = "over" if status.over else status.why if status.held_up else forecast_text(
+    forecast = status.why if status.held_up else "over" if status.over else forecast_text(
         status.rate, status.least_s, status.most_s, status.why)
     return "%s, %s, %s" % (percent_text(run["percentDone"], 100), state_counts(run), forecast)
 
@@ -13966,7 +13972,7 @@ class Watch:
     def _log(self, sentence: str) -> None:
         if not self.redraws:
             self.screen.keep()
-            print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), sentence), flush=True, file=(
+            print("%s  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), pasteable(sentence)), flush=True, file=(
                 sys.stderr if self.as_json else sys.stdout))
 
     def _server_away(self, error: Exception) -> None:
@@ -14183,9 +14189,7 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
             raise Refusal("the run knows its own parameters: type a command after -- too, or leave out %s" % (
                 parameters.options[0]))
         words, parameters = enter_work(client, run)
-    if parameters is not None and len(parameters) != run["numTasks"]:
-        raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
-            parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
+    refuse_other_size(parameters, run)
     template = make_template(args, words, run["uuid"], parameters)
     for sentence in template.warnings(run["numTasks"] if args.task is None else 1):
         (print_notice if args.dry_run else display.say)(sentence)
@@ -14193,6 +14197,13 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
         print_first_commands(template, run["numTasks"], args.jobs, args.task or 0)
         return None
     return run_commands(args, client, run, template, display, times_of_ended(client, run), job)
+
+
+def refuse_other_size(parameters: Optional[Parameters], run: Mapping[str, Any]) -> None:
+    """Raise Refusal when the parameters are not as many as the run has tasks."""
+    if parameters is not None and len(parameters) != run["numTasks"]:
+        raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
+            parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
 
 
 class NotOwnRun(Refusal):
@@ -14259,7 +14270,8 @@ class RunsInTurn:
         self._end_on_signals()
         while True:
             runs = self._runs()
-            ready = [(client, run) for client, run in runs if run["numWaiting"]
+            held_up = {run["uuid"]: ask_hold_up(client, run) for client, run in runs if run["numWaiting"]}
+            ready = [(client, run) for client, run in runs if run["numWaiting"] and not held_up[run["uuid"]]
                      and self.nothing_at.get(run["uuid"]) != self._figures(run)]
             if ready:
                 worker = self._work_on(*ready[0])
@@ -14272,11 +14284,14 @@ class RunsInTurn:
                 continue
             now = time.monotonic()
             idle_since = min(idle_since, now)
-            if now >= idle_since + self.idle_s or not any(run["numWaiting"] + run["numComputing"] for _, run in runs):
-                failed = any(run["numFailed"] for _, run in runs if run["uuid"] in self.worked_on)
+            lasting = {uuid_ for uuid_, held in held_up.items() if held and held.for_good}
+            if now >= idle_since + self.idle_s or not any(
+                    run["numWaiting"] + run["numComputing"] for _, run in runs if run["uuid"] not in lasting):
+                failed = any(run["numFailed"] or run["uuid"] in lasting for _, run in runs
+                             if run["uuid"] in self.worked_on)
                 return max(self.status, EXIT_TASKS_FAILED if failed else EXIT_DONE)
-            self.display.say_once("no task waits now in any of the runs, but others still compute: this worker stays "
-                                  "for a while, since their tasks may come back (with --idle 0 it would leave)")
+            self.display.say_once("no run has a task for this worker now, and one may still have some: it stays for a "
+                                  "while (with --idle 0 it would leave)")
             time.sleep(min(self.LOOK_AGAIN_S, self.idle_s))
 
     @staticmethod
@@ -14296,8 +14311,7 @@ class RunsInTurn:
                 self._leave_out(uuid_, "run %s was deleted" % uuid_, EXIT_RUN_DELETED)
         if not self.given:
             found = [(self.client, run) for run in self.client.ask("GET", "/api/runs")["data"] if run.get("hasWork")]
-        return [(client, run) for client, run in found
-                if run["uuid"] not in self.left_out and run.get("state", "open") == "open"]
+        return [(client, run) for client, run in found if run["uuid"] not in self.left_out]
 
     def _figures(self, run: Mapping[str, Any]) -> Tuple[Any, ...]:
         return run["numWaiting"], run["numComputing"], run["lastReport"]
@@ -14559,7 +14573,7 @@ class RunList(NamedTuple):
         """The runs as a table."""
         by_uuid = {run["uuid"]: run for run in self.runs}
         # One that is not in the list was deleted, or is not for us: that is not asked for each of many.
-        held_up = [hold_up(run, lambda uuid_: by_uuid.get(uuid_, dict(run, name=None)))     # noqa: B023
+        held_up = [hold_up(run, lambda uuid_: by_uuid.get(uuid_, UNKNOWN_RUN))
                    if run["numWaiting"] else None for run in self.runs]
         states = [Column("state")] if any(held_up) else []
         table = screen_table(
@@ -14749,15 +14763,16 @@ def cmd_tasks(args: argparse.Namespace) -> int:
         if form == "json":
             print_json_rows(rows)
             return 0
+        parameters = None if form == "joblog" else known_parameters(client, client.ask("GET", run_path(run_uuid)))
         if form:
             head, cells = (CSV_COLUMNS, csv_cells) if args.csv else (JOBLOG_COLUMNS, joblog_cells)
             writer = csv.writer(sys.stdout, "excel" if args.csv else "excel-tab", lineterminator="\n")
             writer.writerow(head)
             for tasks, _ in rows:
+                add_parameters(tasks, parameters)
                 writer.writerows(cells(task) for task in tasks if args.csv or task["status"] in ("done", "failed"))
             return 0
         columns: List[str] = []
-        parameters = known_parameters(client, client.ask("GET", run_path(run_uuid)))
         for tasks, more in rows:
             add_parameters(tasks, parameters)
             if not columns:
@@ -14787,7 +14802,7 @@ def chosen_pages(client: Client, path: str, spans: Sequence[Tuple[int, int]],
 
 # Of `tasks --csv`; and of GNU parallel's --joblog.
 CSV_COLUMNS = ("task", "status", "percent", "started", "finished", "seconds", "host", "worker", "attempt", "failures",
-               "losses", "exit", "message", "memory", "cpu", "log")
+               "losses", "exit", "message", "memory", "cpu", "log", "parameters")
 JOBLOG_COLUMNS = ("Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command")
 
 
@@ -15098,7 +15113,7 @@ def print_counts(client: Client, run_uuid: str) -> None:
     """Print how many tasks of a run are in each state, and what holds it up."""
     run = client.ask("GET", run_path(run_uuid))
     held_up = ask_hold_up(client, run)
-    print("run %s: %s" % (run_uuid, state_counts(run) + ("; " + held_up.why if held_up else "")))
+    print("run %s: %s" % (run_uuid, state_counts(run) + ("; " + pasteable(held_up.why) if held_up else "")))
 
 
 def cmd_restart(args: argparse.Namespace) -> int:
@@ -15128,11 +15143,13 @@ def cmd_restart(args: argparse.Namespace) -> int:
             ("tasks", args.numbers or None), ("exitCode", args.exit), ("like", args.like)) if value is not None}
         if args.all and not args.yes and not body:
             confirm_change(client, "restart", run_uuid, "No task will count as done any more.")
-        answer = client.ask("POST", run_path(run_uuid, "/restart" + query), body or None)
-        if answer:
-            print("%s again" % ("1 task waits" if answer["restarted"] == 1 else "%d tasks wait" % answer["restarted"]))
+        parts = [dict(body, tasks=part) for part in split_ranges(args.numbers)] or [body]
+        answers = [client.ask("POST", run_path(run_uuid, "/restart" + query), part or None) for part in parts]
+        if body:
+            restarted = sum(answer["restarted"] for answer in answers)
+            print("%s again" % ("1 task waits" if restarted == 1 else "%d tasks wait" % restarted))
             named = sum(last + 1 - first for first, last in args.numbers)
-            if answer["restarted"] < named and not args.all:
+            if restarted < named and not args.all:
                 print_notice("what is done, waits already or is being computed stays as it is; --all takes it too")
         print_counts(client, run_uuid)
     return 0
@@ -15968,7 +15985,7 @@ def cores_asked(system: str, jobs: Optional[int], extra: Sequence[str]) -> int:
 
 
 def refuse_submission(access: Access, run: Mapping[str, Any], took_s: Sequence[float], walltime_s: float,
-                      needs_access_file: bool) -> None:
+                      needs_access_file: bool, held_up: Optional[HoldUp] = None) -> None:
     """Refuse jobs that could do nothing. Raises Refusal with what to do."""
     if is_loopback(access.url):
         raise Refusal("the farm at %s can be reached from its own machine alone, and jobs run elsewhere: stop its "
@@ -15977,6 +15994,8 @@ def refuse_submission(access: Access, run: Mapping[str, Any], took_s: Sequence[f
     if not run["numWaiting"]:
         raise Refusal("no task of run %s waits (%s)%s" % (name, state_counts(run), (
             ": 'python3 taskfarm.py restart %s --failed' lets what failed wait again" % name) * bool(run["numFailed"])))
+    if held_up:
+        raise Refusal("jobs would find nothing to do: " + held_up.why)
     likely_s = quantile(sorted(took_s), 0.95) + GRACE_S + STOP_EARLY_S if took_s else 0.0
     if likely_s > walltime_s:
         raise Refusal("5 in 100 tasks of run %s took %s or more, and a job would end before them: ask for more than "
@@ -16107,11 +16126,8 @@ def cmd_submit(args: argparse.Namespace) -> int:
     system = batch_system_here(args.batch, os.environ)
     with open_client(args) as client:
         run = client.ask("GET", run_path(find_run_uuid(client, args.run, changes=True)))
-        access = client.access
+        access, held_up = client.access, ask_hold_up(client, run)
         took_s = [] if args.cancel else times_of_ended(client, run)
-        held_up = None if args.cancel else ask_hold_up(client, run)
-    if held_up:
-        raise Refusal("jobs would find nothing to do: " + held_up.why)
     try:
         if args.cancel:
             forget_look(os.environ)
@@ -16122,7 +16138,14 @@ def cmd_submit(args: argparse.Namespace) -> int:
             raise Refusal("which command? This run knows none: it goes at the end, after --")
         passes_all = system == "Slurm" and not any("--export" in word for word in extra) and \
             "SBATCH_EXPORT" not in os.environ
-        refuse_submission(access, run, took_s, args.walltime, not passes_all)
+        refuse_submission(access, run, took_s, args.walltime, not passes_all, held_up)
+        parameters = open_parameters(args)
+        if parameters is not None:
+            parameters.kept()       # or jobs could not read them
+            if not args.words:
+                raise Refusal("the run knows its own parameters: type a command after -- too, or leave out %s" % (
+                    parameters.options[0]))
+            refuse_other_size(parameters, run)
         plan, sentence = plan_jobs(args, system, run, took_s, extra)
         if args.dry_run:
             print("%s <<'EOF'\n%sEOF" % (" ".join(map(shlex.quote, submit_words(plan))), job_script(plan)))
@@ -16461,7 +16484,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         took_s = times_of_ended(client, run)
         template = make_template(args, args.words, run["uuid"], parameters)
         status = run_commands(args, client, run, template, display, took_s).status or EXIT_DONE
-        if status in AGAIN:
+        if status in AGAIN and display.run.get("state") != "cancelled":
             display.say("the same line again goes on where it was%s" % AGAIN[status])
         if status in (EXIT_TASKS_FAILED, EXIT_TOO_MANY_FAILED):
             display.say("what failed: python3 taskfarm.py failures %s%s" % (
@@ -16505,14 +16528,6 @@ some_seconds = number_type(float, 1e-6, 1e12, "a number of seconds above 0")
 positive_number = number_type(int, 1, 1e18, "a whole number from 1 on")
 whole_number = number_type(int, 0, 1e18, "a whole number from 0 on")        # the server refuses what is too large
 port_number = number_type(int, 0, 65535, "a port from 0 to 65535")
-
-
-def range_of_tasks(text: str) -> Tuple[int, int]:
-    """The first and the last number of 17-20, or of 13."""
-    match = re.fullmatch("([0-9]{1,10})(?:-([0-9]{1,10}))?", text, re.ASCII)
-    if not match or int(match.group(1)) > int(match.group(2) or match.group(1)):
-        raise argparse.ArgumentTypeError("must be a number of a task or a range of them as 17-20, not %r" % text)
-    return int(match.group(1)), int(match.group(2) or match.group(1))
 
 
 def numbers_of_clients(text: str) -> List[int]:
@@ -16791,7 +16806,7 @@ def add_client_verbs(verbs: Any) -> None:
     add_client_verb(verbs, "pause", cmd_pause, run=True)
     add_client_verb(verbs, "resume", cmd_resume, run=True)
     cancel = add_client_verb(verbs, "cancel", cmd_cancel, run=True)
-    cancel.add_argument("tasks", metavar="TASKS", nargs="*", type=range_of_tasks, help="some of them, as 13 17-20")
+    cancel.add_argument("tasks", metavar="TASKS", nargs="*", type=task_numbers, help="some of them, as 13 17-20")
     cancel.add_argument("--yes", action="store_true", help="do not ask")
     add_client_verb(verbs, "extend", cmd_extend, run=True).add_argument(
         "tasks", metavar="N", type=positive_number, help="how many more")
@@ -17190,6 +17205,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         with contextlib.ExitStack() as undo:
             if args.asks_server and args.db:
                 undo.enter_context(served_for_call(args.db))
+                args.url = ""       # its default is the TASKFARM_URL of before
             status = int(args.command(args))
         sys.stdout.flush()
         return status

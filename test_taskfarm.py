@@ -765,6 +765,8 @@ class Model:
         """Give a run more tasks: the status of the answer."""
         if run not in self.runs:
             return 404
+        if (self.runs[run]["work"] or {}).get("parameters"):
+            return 409
         if self.runs[run]["n"] + more > 2 ** 31 - 1:
             return 400
         self.runs[run]["n"] += more
@@ -11678,6 +11680,11 @@ def test_a_wrong_line_makes_nothing(tmp_path: Path) -> None:
     assert "there is no program" in run_line(tmp_path, "3", "--", "./missing", "{task}", status=1)
     assert "which command" in run_line(tmp_path, "3", status=2)
     assert "there is no file f" in run_verb("list", "--db", "f", HOME=str(tmp_path)).stderr
+    assert list(tmp_path.iterdir()) == []
+    run_line(tmp_path, "1", "--name", "x", "--", "true")
+    elsewhere = run_verb("list", "--db", str(tmp_path / "taskfarm.sqlite"), HOME=str(tmp_path),
+                         TASKFARM_URL="https://127.0.0.1:1")
+    assert elsewhere.stdout.splitlines()[-1].split()[-1] == "x", elsewhere.stderr
     assert "required" in run_line(tmp_path, "--", "x", status=2)
     run_line(tmp_path, "3", "--dry-run", "--", "true", "{task}")
     assert list(tmp_path.iterdir()) == []
@@ -12018,6 +12025,30 @@ def test_a_worker_goes_from_run_to_run_and_looks_at_earlier_ones_again(server: P
     Work(server, "--any").end(0)        # it has worked on none of them
 
 
+def test_several_runs_wait_for_one_another_and_none_is_waited_for_that_was_cancelled(server: Process,
+                                                                                    tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_known_run(server, tmp_path, "1", "--name", name, "--", "true", "{task}")
+    later = make_known_run(server, tmp_path, "1", "--name", "later", "--after", "one", "--", "touch", "later-{task}")
+    Work(server, "later", "one").end(0)
+    assert counts(server, later) == (0, 0, 1, 0) and (tmp_path / "later-0").exists()
+    for name in ("three", "four"):
+        run = make_known_run(server, tmp_path, "1", "--name", name, "--", "true", "{task}")
+        assert server.ask("POST", "/api/runs/%s/cancel" % run)[0] == 204
+    Work(server, "three", "four").end(3)
+    assert server.ask("POST", "/api/runs/%s/pause" % later)[0] == 204
+    assert server.ask("POST", "/api/runs/%s/restart?all=True" % later)[0] == 204
+    Work(server, "later", "--task", "0", "--idle", "0").end(3)
+
+
+def test_a_run_that_knows_a_parameter_for_each_task_has_no_more_tasks(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("a\nb\n")
+    knows = make_known_run(server, tmp_path, "--lines", "lines", "--", "echo", "{line}")
+    assert server.ask("POST", "/api/runs/%s/extend" % knows, {"numTasks": 1})[0] == 409
+    counts_ = make_known_run(server, tmp_path, "2", "--", "echo", "{task}")
+    assert server.ask("POST", "/api/runs/%s/extend" % counts_, {"numTasks": 1})[0] == 204
+
+
 def test_a_signal_ends_the_work_on_several_runs(server: Process, tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_known_run(server, tmp_path, "1", "--name", name, "--", "sh", "-c", "touch %s; sleep 100" % name)
@@ -12033,11 +12064,11 @@ def test_a_worker_of_several_runs_waits_for_tasks_that_others_compute(server: Pr
     two = make_known_run(server, tmp_path, "1", "--name", "two", "--", "true", "{task}")
     server.ask("POST", "/api/worker", {"uuid": "other", "hostname": "n", "pid": 1})
     assert server.ask("POST", "/api/runs/%s/task" % run, {"worker_uuid": "other"})[0] == 201
-    assert "no task waits now in any" not in Work(server, "one", "two", "--idle", "0").end(0)
+    assert "no run has a task for this worker" not in Work(server, "one", "two", "--idle", "0").end(0)
     def wait_with_nothing_to_do() -> Work:
         server.ask("POST", "/api/runs/%s/restart?all=True" % two)
         work = Work(server, "one", "two", tweak="taskfarm.RunsInTurn.LOOK_AGAIN_S = 0.1")
-        wait_until(lambda: "no task waits now in any of the runs" in work.shown())
+        wait_until(lambda: "no run has a task for this worker now" in work.shown())
         return work
     wait_with_nothing_to_do().end(7, signal.SIGTERM)
     work = wait_with_nothing_to_do()
