@@ -11680,14 +11680,13 @@ def test_a_wrong_line_makes_nothing(tmp_path: Path) -> None:
     assert "there is no program" in run_line(tmp_path, "3", "--", "./missing", "{task}", status=1)
     assert "which command" in run_line(tmp_path, "3", status=2)
     assert "there is no file f" in run_verb("list", "--db", "f", HOME=str(tmp_path)).stderr
+    assert "required" in run_line(tmp_path, "--", "x", status=2)
+    run_line(tmp_path, "3", "--dry-run", "--", "true", "{task}")
     assert list(tmp_path.iterdir()) == []
     run_line(tmp_path, "1", "--name", "x", "--", "true")
     elsewhere = run_verb("list", "--db", str(tmp_path / "taskfarm.sqlite"), HOME=str(tmp_path),
                          TASKFARM_URL="https://127.0.0.1:1")
     assert elsewhere.stdout.splitlines()[-1].split()[-1] == "x", elsewhere.stderr
-    assert "required" in run_line(tmp_path, "--", "x", status=2)
-    run_line(tmp_path, "3", "--dry-run", "--", "true", "{task}")
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- COMMAND LINE
