@@ -122,8 +122,8 @@ Promises
     4. percentDone is the exact mean of percentCompleted over all tasks.
     5. A refused request has changed nothing; reading never writes (but for the audit, that somebody has logged in).
     6. A run costs the same to create whatever its size, and ids are never used again.
-    7. A restart or a deletion happens wholly or not at all, as clients see it. A restart with a body takes the tasks
-       one after another; said again, it does the rest.
+    7. A restart, a deletion or a cancel of a run happens wholly or not at all, as clients see it. A restart with a
+       body and a cancel of tasks take these one after another; said again, it does the rest.
     8. The attempt of a task never falls, and no report of a former holder changes anything once somebody else has
        claimed the task. A report that names worker or attempt counts once, however often it comes.
     9. A task of a worker whose lease has run out, or who has signed off, waits again.
@@ -765,11 +765,11 @@ CREATE TABLE run (
     max_losses INTEGER NOT NULL,                -- 0: never too many
     user INTEGER,                               -- the id of who made it; NULL: administration
     user_name TEXT,                             -- kept, since the user may be gone
-    state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'paused', 'cancelled')),
+    state TEXT NOT NULL CHECK (state IN ('open', 'paused', 'cancelled')),
     after TEXT,                                 -- the uuid of the run that it waits for; NULL once it has begun
-    after_any INTEGER NOT NULL DEFAULT 0 CHECK (after_any IN (0, 1)),   -- it waits for its end, whatever failed
-    ids_end INTEGER NOT NULL DEFAULT 0,
-    has_work INTEGER NOT NULL DEFAULT 0,        -- 1: there is a row in table work
+    after_any INTEGER NOT NULL CHECK (after_any IN (0, 1)),     -- 1: it waits for the end of that, whatever failed
+    ids_end INTEGER NOT NULL CHECK (ids_end >= first_id + num_tasks),
+    has_work INTEGER NOT NULL CHECK (has_work IN (0, 1)),       -- 1: there is a row in table work
     CHECK (num_waiting + num_computing + num_done + num_failed = num_tasks)
 );
 CREATE INDEX run_sweep ON run (sweep) WHERE sweep IS NOT NULL;
@@ -1977,10 +1977,10 @@ def check(sql: Transaction, now: Now) -> List[str]:
     next_id = sql.value("SELECT next_task_id FROM farm")
     for row in sql.all("SELECT " + Run.COLUMNS + " FROM run ORDER BY first_id"):
         run = Run(row)
-        if run.first_id < taken or max(run.ids_end, run.end_id) > next_id:
+        if run.first_id < taken or run.ids_end > next_id:
             wrong.append("run %s: its task ids are another run's" % run.uuid)
         lost += sql.value(TASKS_BETWEEN, taken, run.first_id) + sql.value(TASKS_BETWEEN, run.end_id, run.ids_end)
-        taken = max(run.ids_end, run.end_id)
+        taken = run.ids_end
         if not run.sweep:
             wrong += ["run %s: %s" % (run.uuid, sentence) for sentence in recount(sql, run)]
     lost += sql.value(TASKS_BETWEEN, taken, 2 ** 62)
@@ -2238,7 +2238,7 @@ def spans_text(spans: Spans) -> str:
 @operation
 def extend_run(sql: Transaction, now: Now, run_uuid: str, num_tasks: int) -> None:
     """The run has so many more tasks, which wait. Raises NotFound; BadRequest when they are too many for any run, and
-    Conflict when the ids that this one may still use are too few.
+    Conflict when this one knows a parameter for each task, or the ids that it may still use are too few.
     """
     run = find_run(sql, run_uuid)
     if run.has_work and json.loads(sql.value("SELECT work FROM work WHERE run = ?", run.id)).get("parameters"):
@@ -2337,11 +2337,11 @@ def claim(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, key: "Opt
                 number, STATUS[task.status]))
     if not run.counts[WAITING]:
         return nothing_waiting(sql, now, run)
-    nothing = withheld(sql, run) if run.state != OPEN_RUN or run.after else None
+    if worker.lease is not None:
+        room_for(sql, worker)       # before it is written that the run has begun: what is refused changes nothing
+    nothing = withheld(sql, run)
     if nothing is not None:
         return nothing
-    if worker.lease is not None:
-        room_for(sql, worker)
     if task is not None:
         remember_ends(sql, [task])
     elif run.counts[WAITING] > run.num_untouched:       # some task that waits has a row
@@ -2380,10 +2380,10 @@ def claim_many(sql: Transaction, now: Now, run_uuid: str, worker_uuid: str, coun
         return [(task.id - run.first_id, task.attempt, task.millionths) for task in before]
     if not run.counts[WAITING]:
         return nothing_waiting(sql, now, run)
-    nothing = withheld(sql, run) if run.state != OPEN_RUN or run.after else None
+    count = min(count, room_for(sql, worker), run.counts[WAITING])
+    nothing = withheld(sql, run)
     if nothing is not None:
         return nothing
-    count = min(count, room_for(sql, worker), run.counts[WAITING])
     taken: List[Tuple[int, int, int]] = []
     while len(taken) < count and not (len(taken) >= SLICE and sql.over()):
         part = take_touched(sql, run, worker, min(count - len(taken), SLICE))
@@ -2447,6 +2447,8 @@ def withheld(sql: Transaction, run: Run) -> Optional[NothingWaiting]:
 
     What it waits for is looked at with each claim: to tell all who wait for a run of its end would take long.
     """
+    if run.state == OPEN_RUN and not run.after:
+        return None
     if run.state == PAUSED:
         return NothingWaiting(WITHHELD_S)
     if run.state == CANCELLED:
@@ -5004,6 +5006,17 @@ class Choice(Field):
         return self.choices[value]
 
 
+class Flag(Field):
+    """true or false."""
+    expected = "true or false"
+
+    def check(self, name: str, value: Any) -> bool:
+        """Which of them."""
+        if not isinstance(value, bool):
+            raise self.wrong(name, value)
+        return value
+
+
 def parse_span(text: str) -> Tuple[int, int]:
     """The first and the last number of 13 or 17-20. Raises ValueError for another text."""
     match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text, re.ASCII)
@@ -5074,17 +5087,6 @@ class Entries(Field):
         except FarmError as error:
             return str(error)
         return "it is malformed"
-
-
-class Flag(Field):
-    """true or false."""
-    expected = "true or false"
-
-    def check(self, name: str, value: Any) -> bool:
-        """Which of them."""
-        if not isinstance(value, bool):
-            raise self.wrong(name, value)
-        return value
 
 
 class EntriesRead:
@@ -7266,8 +7268,8 @@ def extend(req: Request, run: str) -> Operation:
     """Give a run so many more tasks; their numbers follow those that it has.
 
     204: it has them
-    errors: 404 no such run, 400 more than a run may have, 409 more than about ten times those that it began with, where
-    others were made after it
+    errors: 404 no such run, 400 more than a run may have, 409 it knows a parameter for each task, or they are more than
+    about ten times those that it began with, and others were made after it
     """
     return once(req, extend_run(run, req.fields["numTasks"]).shown_as(show_nothing))
 
@@ -7278,7 +7280,7 @@ def claim_task(req: Request, run: str) -> Operation:
     """Hand out the lowest waiting task, or the one that is named.
 
     201: the task, now computing
-    204: nothing is waiting; with Retry-After when leased tasks may come back
+    204: nothing is handed out; with Retry-After when leased tasks may come back, or the run is paused or waits
     errors: 400 worker_uuid missing, 404 no such worker, run or number, 409 the worker has signed off, or holds all it
     may, or the task that is named does not wait
     """
@@ -8532,8 +8534,6 @@ def find_access(environ: Mapping[str, str], url: str = "", user: str = "", passw
         farm = farm or environ.get("TASKFARM_FARM", "")
     if farm and in_file.farm != farm:
         in_file = find_access_file(path, farm=farm) or parse_access({}, path)
-    elif not (in_file.url or given_url):
-        in_file = next(iter(access_files(path)), in_file)       # of a farm that `run` serves
     token, source = ("", "the arguments") if user else (environ.get("TASKFARM_TOKEN", ""), "the environment")
     if not user and not token:
         user, password = environ.get("TASKFARM_USER", ""), environ.get("TASKFARM_PASSWORD", "")
@@ -8943,7 +8943,15 @@ def find_run_uuid(client: Client, text: str, changes: bool = False) -> str:
     are asked too when that one has no such run. From then on the client stays with the farm that has it.
     Raises NotFound when no run matches, Refusal when several do.
     """
-    first, found = client.access, {}
+    try:
+        first = client.access
+    except Refusal:
+        served = access_files(access_path(os.environ))
+        if not served:
+            raise
+        client.stay_with(served[0].farm)        # no farm that stays is known: one that `run` serves may have it
+        first = client.access
+    found: Dict[str, str] = {}
     others = {access.farm: access for access in access_files(first.source) if access.farm not in ("", first.farm)} \
         if os.path.isfile(first.source) and not first.url_given else {}
 
@@ -9995,7 +10003,7 @@ def signal_commands(pids: Collection[int], number: int) -> Set[int]:
         return set()
     groups: Dict[int, int] = {}         # process group: command
     in_proc = os.path.isdir("/proc/self")
-    if not in_proc:
+    if not in_proc:         # as on macOS: other groups of its session are not found
         groups = {pid: pid for pid in pids if signal_group(pid, 0)}
     for name in os.listdir("/proc") if in_proc else ():
         with contextlib.suppress(ValueError, OSError):      # it is no process, or has ended meanwhile
@@ -10036,17 +10044,17 @@ class Watchdog:
 
     def start(self) -> None:
         """Start the process, or another when it was killed. Raises OSError."""
-        self.writer = -1        # of the one that was killed
-        reader, self.writer = os.pipe()
+        self.writer = -1        # that of the one before is closed
+        reader, writer = os.pipe()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)     # a later one is forked beside the reporter
                 self.pid = os.fork()
         except OSError:
             os.close(reader)
-            os.close(self.writer)
-            self.writer = -1
+            os.close(writer)
             raise
+        self.writer = writer
         if self.pid == 0:
             try:
                 self._watch(reader)
@@ -10933,7 +10941,7 @@ class TaskRunner:
         self.unconfirmed: List[Tuple[float, int, Command]] = []     # heap of ends, by the tick when they are confirmed
         self.first_ends = FirstEnds(run["numDone"], options.max_fails)
         self.ask_figures_at = 0.0           # tick: to judge the first ends
-        self.held_up = ""                   # why the farm hands out no task though some wait
+        self.held_up: Optional[HoldUp] = None       # why the farm hands out no task though some wait
         self.finished = 0                   # tasks whose end was reported
         self.failed = 0                     # those of them that failed
         # Time and signals
@@ -11063,7 +11071,7 @@ class TaskRunner:
         if self.first_ends.held:
             return False
         if self.supply.leaves:      # a run that is held up waits on, and more than that is left to do
-            self.status = EXIT_STOPPED if self.held_up in ("paused", "waits") else EXIT_DONE
+            self.status = EXIT_STOPPED if self.held_up and not self.held_up.for_good else EXIT_DONE
             return True
         if self.supply.idle_since is not None and not self.held_up:
             self.display.say_once("no task waits now, but other workers still compute: this one stays%s, since their "
@@ -11138,9 +11146,9 @@ class TaskRunner:
 
     def _on_no_task_claimed(self, event: NoTaskClaimed) -> None:
         self.supply.none_left(time.monotonic(), event.retry_s, event.computing)
-        if event.held_up and event.held_up.word != self.held_up:
+        if event.held_up and (self.held_up is None or event.held_up.word != self.held_up.word):
             self.display.say("%s; this worker stays for a while (with --idle 0 it would leave)" % event.held_up.why)
-        self.held_up = event.held_up.word if event.held_up else ""
+        self.held_up = event.held_up
 
     def _on_tasks_held(self, event: TasksHeld) -> None:
         self.supply.keep(event.tasks)
@@ -13725,15 +13733,16 @@ def workers_text(status: RunStatus) -> str:
         grouped(len(status.workers)), count_text(status.hosts, "host"), count_text(status.held, "task"))
 
 
-def job_facts(jobs: RunJobs, screen: Screen) -> Iterator[Tuple[str, str]]:
+def job_facts(jobs: RunJobs, run_uuid: str, screen: Screen) -> Iterator[Tuple[str, str]]:
     """What a status says about the jobs that were submitted."""
     pending = sorted(jobs.reasons.items())
     yield "jobs", "%d running, %d pending%s" % (jobs.running, sum(jobs.reasons.values()), "".join(
         " (%s)" % printable(reason) for reason, _ in pending if reason not in ("None", "")))
     for reason, count in pending:
         if PERMANENT.search(reason):
-            yield "", screen.paint("%s will never begin: %s. 'submit RUN --cancel', then ask for something else" % (
-                count_text(count, "job"), printable(reason)), "red")
+            yield "", screen.paint("%s will never begin: %s. Ask for something else, after 'python3 taskfarm.py "
+                                   "submit %s --cancel'" % (
+                                       count_text(count, "job"), printable(reason), run_uuid[:8]), "red")
     for job, why in jobs.failed:
         yield "", screen.paint("%s ended without a task: %s" % (job, printable(why)), "red")
     if jobs.stopped:
@@ -13764,7 +13773,7 @@ def status_lines(status: RunStatus, screen: Screen) -> List[str]:
             ("time left", time_left_text(status.least_s, status.most_s, status.why))]
         facts.append(("workers", workers_text(status)))
     if status.jobs and (not status.over or status.jobs.running or status.jobs.reasons):
-        facts += job_facts(status.jobs, screen)
+        facts += job_facts(status.jobs, run["uuid"], screen)
     facts += [(title, "median %s, largest %s" % (text(quantile(used, 0.5)), text(used[-1]))) for title, used, text in (
         ("memory", status.memory, size_text), ("CPU", status.cpu_shares, share_text)) if used]
     for line in ("%-11s%s" % fact for fact in facts):       # half a command cannot be pasted
@@ -14115,13 +14124,14 @@ def cmd_work(args: argparse.Namespace) -> int:
 
     exit status: 0 no task is left, 1 refused, 2 wrong usage, 3 no task is left and some have failed,
     4 there is no such run (any more), 5 the server cannot be reached, 6 the login is refused, 7 stopped
-    before the end (0 with --leave-ok, if since the job ends), 8 its first commands all failed and other
+    before the end (0 with --leave-ok, if since the job ends), or left while the run is paused or waits for
+    another, 8 its first commands all failed and other
     workers get on: what does this node lack? 9 too many commands failed: the first five, and nobody gets
     on, or as many as --max-fails says, 10 the job is too short: no task has ended in it, or none is
     likely to
 
     --task N runs that task alone, once, if it waits: to see by hand what fails. Then the exit status is 3
-    when it has failed. 'restart RUN N' lets it wait again.
+    when it is not done. 'restart RUN N' lets it wait again.
 
     When no task waits but others compute, the worker stays for --idle seconds at most, since their
     tasks may come back. It does not stay longer than it would need for these tasks itself.
@@ -14176,20 +14186,16 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
             job: Optional[BatchJob] = None) -> Optional[TaskRunner]:
     """Be a worker of the run, with the command that was typed or else the run's own; None with --dry-run."""
     if args.task is not None:
-        if args.task >= run["numTasks"]:
-            raise Refusal("run %s has %d tasks (0 to %d), not %d" % (
-                run["uuid"], run["numTasks"], run["numTasks"] - 1, args.task))
-        status = client.ask("GET", run_path(run["uuid"], "/tasks/%d" % args.task))["status"]
+        try:
+            status = client.ask("GET", run_path(run["uuid"], "/tasks/%d" % args.task))["status"]
+        except NotFound as error:       # the number: the run was there
+            raise Refusal(str(error))
         if status != "waiting":
             raise Refusal("task %d is %s: 'python3 taskfarm.py restart %s %d%s' lets it wait again" % (
                 args.task, status, run["uuid"][:8], args.task, "" if status == "failed" else " --all"))
-    words, parameters = args.words, open_parameters(args)
+    words, parameters = args.words, typed_parameters(args, run)
     if not words:
-        if parameters is not None:
-            raise Refusal("the run knows its own parameters: type a command after -- too, or leave out %s" % (
-                parameters.options[0]))
         words, parameters = enter_work(client, run)
-    refuse_other_size(parameters, run)
     template = make_template(args, words, run["uuid"], parameters)
     for sentence in template.warnings(run["numTasks"] if args.task is None else 1):
         (print_notice if args.dry_run else display.say)(sentence)
@@ -14199,11 +14205,17 @@ def work_on(args: argparse.Namespace, client: Client, run: Dict[str, Any], displ
     return run_commands(args, client, run, template, display, times_of_ended(client, run), job)
 
 
-def refuse_other_size(parameters: Optional[Parameters], run: Mapping[str, Any]) -> None:
-    """Raise Refusal when the parameters are not as many as the run has tasks."""
+def typed_parameters(args: argparse.Namespace, run: Mapping[str, Any]) -> Optional[Parameters]:
+    """The parameters of the command that was typed for a run, None without any. Raises Refusal when there is no
+    command, or when they are not as many as the run has tasks."""
+    parameters = open_parameters(args)
+    if parameters is not None and not args.words:
+        raise Refusal("the run knows its own parameters: type a command after -- too, or leave out %s" % (
+            parameters.options[0]))
     if parameters is not None and len(parameters) != run["numTasks"]:
         raise Refusal("%s, and the run %d tasks. A run of it is made by: python3 taskfarm.py new %s" % (
             parameters.size_text, run["numTasks"], " ".join(map(shlex.quote, parameters.options))))
+    return parameters
 
 
 class NotOwnRun(Refusal):
@@ -14222,8 +14234,7 @@ def enter_work(client: Client, run: Mapping[str, Any]) -> Tuple[List[str], Optio
     folder, kept = work["folder"], work["parameters"]
     access = client.access
     # The keeper of a farm decides what is whose there, so nobody gets into one of another keeper by a name alone.
-    chosen = access.served or access.url_given or access.source == access_path(os.environ)
-    if not chosen:
+    if not access.served and access.farm != find_access(os.environ).farm:
         raise NotOwnRun("run %s is in the farm of %s and not in that of the access file, and its keeper could have "
                         "made its command: TASKFARM_ACCESS=%s chooses that farm" % (
                             printable(run.get("name") or run["uuid"]), access.source, shlex.quote(access.source)))
@@ -14270,11 +14281,10 @@ class RunsInTurn:
         self._end_on_signals()
         while True:
             runs = self._runs()
-            held_up = {run["uuid"]: ask_hold_up(client, run) for client, run in runs if run["numWaiting"]}
-            ready = [(client, run) for client, run in runs if run["numWaiting"] and not held_up[run["uuid"]]
-                     and self.nothing_at.get(run["uuid"]) != self._figures(run)]
+            ready = next(((client, run) for client, run in runs if run["numWaiting"] and self.nothing_at.get(
+                run["uuid"]) != self._figures(run) and not ask_hold_up(client, run)), None)
             if ready:
-                worker = self._work_on(*ready[0])
+                worker = self._work_on(*ready)
                 if worker and worker.finished:
                     idle_since = math.inf
                 if worker and worker.status != EXIT_RUN_DELETED and (
@@ -14284,6 +14294,7 @@ class RunsInTurn:
                 continue
             now = time.monotonic()
             idle_since = min(idle_since, now)
+            held_up = {run["uuid"]: ask_hold_up(client, run) for client, run in runs if run["numWaiting"]}
             lasting = {uuid_ for uuid_, held in held_up.items() if held and held.for_good}
             if now >= idle_since + self.idle_s or not any(
                     run["numWaiting"] + run["numComputing"] for _, run in runs if run["uuid"] not in lasting):
@@ -15090,8 +15101,9 @@ def split_ranges(ranges: Sequence[Tuple[int, int]]) -> List[List[Tuple[int, int]
 def cmd_extend(args: argparse.Namespace) -> int:
     """give a run N more tasks; their numbers follow those that it has
 
-    Workers of the run take them as the others. Those with --lines, --table or --grid have a number of
-    parameters: start them again with more. Those of the published client are to be started again as well.
+    Workers of the run take them as the others. A run that knows its parameters has one for each task, and
+    is not extended. Workers that were given --lines, --table or --grid are started again with more of
+    them, and those of the published client are started again as well.
     RUN is the whole name of a run, its uuid, or 8 or more digits that its uuid begins with.
 
     example:
@@ -16139,13 +16151,9 @@ def cmd_submit(args: argparse.Namespace) -> int:
         passes_all = system == "Slurm" and not any("--export" in word for word in extra) and \
             "SBATCH_EXPORT" not in os.environ
         refuse_submission(access, run, took_s, args.walltime, not passes_all, held_up)
-        parameters = open_parameters(args)
+        parameters = typed_parameters(args, run)
         if parameters is not None:
             parameters.kept()       # or jobs could not read them
-            if not args.words:
-                raise Refusal("the run knows its own parameters: type a command after -- too, or leave out %s" % (
-                    parameters.options[0]))
-            refuse_other_size(parameters, run)
         plan, sentence = plan_jobs(args, system, run, took_s, extra)
         if args.dry_run:
             print("%s <<'EOF'\n%sEOF" % (" ".join(map(shlex.quote, submit_words(plan))), job_script(plan)))
@@ -16260,23 +16268,24 @@ class OwnServer:
         os.setsid()
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.WARNING)
+        sys.stdout = open(os.devnull, "w")      # noqa: SIM115
         parent_ended = False
         while not parent_ended:
             server = os.fork()
             if server == 0:
-                status = 1
                 try:
                     self._serve()
-                    status = 0
+                except BaseException:
+                    log.critical("the server of %s ended", self.db, exc_info=True)
+                    self._answer({"refused": "the server of %s could not start" % self.db})     # if it had not
                 finally:
-                    os._exit(status)
+                    os._exit(0)
             os.waitpid(server, 0)
             struct.pack_into("i", self.server_pid, 0, 0)
             parent_ended = bool(select.select([self.parent_in], [], [], KEEPER_PAUSE_S)[0])
 
     def _serve(self) -> None:
-        logging.basicConfig(format="%(asctime)s taskfarm: %(message)s", level=logging.WARNING)
-        sys.stdout = open(os.devnull, "w")      # noqa: SIM115
         raise_descriptor_limit()
         try:
             service = Service(self.db, self.host, 0, self.advertise, take_lock=take_lock)
@@ -16295,11 +16304,7 @@ class OwnServer:
             os.read(self.parent_in, 1)
             service.stop()
         threading.Thread(target=wait_for_parent, name="parent", daemon=True).start()
-        try:
-            service.serve()
-        except BaseException:
-            log.critical("the server of %s ended", self.db, exc_info=True)
-            raise
+        service.serve()
         path = farm_access_path(dict(os.environ), service.store.identity, service.url, self.db, beside=True)
         with contextlib.suppress(OSError):      # what leads nowhere would be tried by every verb
             if read_access(path).get("url") == service.url:
@@ -16374,15 +16379,16 @@ def open_farm(args: argparse.Namespace,
 
 
 def find_or_make_run(client: Client, name: str, number: int, args: argparse.Namespace,
-                     work: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+                     work: Optional[Dict[str, Any]], where: str) -> Dict[str, Any]:
     """The run of that name, made if there is none. Raises Refusal when it has another number of tasks.
 
-    *work*: what it keeps, so that others join by `work NAME` alone; None where it cannot be kept.
+    *work*: what it keeps, so that others join by `work NAME` alone; None where it cannot be kept. *where*: the option
+    by which other verbs find the farm, after a blank.
     """
     runs = [run for run in client.ask("GET", "/api/runs")["data"] if run.get("name") == name]
     if len(runs) > 1:
         raise Refusal("%d runs are called %s: choose another by --name, or delete one of them: 'python3 "
-                      "taskfarm.py delete %s'" % (len(runs), name, runs[-1]["uuid"]))
+                      "taskfarm.py delete %s%s'" % (len(runs), name, runs[-1]["uuid"], where))
     if not runs:
         more = {"maxFailures": args.max_failures, "maxLosses": args.max_losses, "work": work}
         body = {"numTasks": number, "name": name, **{key: value for key, value in more.items() if value is not None}}
@@ -16396,7 +16402,8 @@ def find_or_make_run(client: Client, name: str, number: int, args: argparse.Name
     run: Dict[str, Any] = client.ask("GET", run_path(runs[0]["uuid"]))
     if run["numTasks"] != number:
         raise Refusal("run %s has %s, and this would be %d: choose another name by --name, or delete it: 'python3 "
-                      "taskfarm.py delete %s'" % (name, count_text(run["numTasks"], "task"), number, run["uuid"]))
+                      "taskfarm.py delete %s%s'" % (name, count_text(run["numTasks"], "task"), number, run["uuid"],
+                                                    where))
     if work and run.get("hasWork"):
         known = client.ask("GET", run_path(run["uuid"], "/work"))
         if any(known[part] != work[part] for part in work):
@@ -16475,7 +16482,9 @@ def cmd_run(args: argparse.Namespace) -> int:
         except Refusal as error:
             display.say("%s. Until then others who join must type the command too" % error)
         folder = "" if own and not args.db else current_folder()
-        run = find_or_make_run(client, args.name or name_of_line(args, number, parameters, folder), number, args, work)
+        where = " --db " + shlex.quote(own.db) if own else ""
+        name = args.name or name_of_line(args, number, parameters, folder)
+        run = find_or_make_run(client, name, number, args, work, where)
         client.stay_with(client.access.farm)
         for sentence in send_all_unsent(client):
             display.say(sentence)
@@ -16487,8 +16496,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         if status in AGAIN and display.run.get("state") != "cancelled":
             display.say("the same line again goes on where it was%s" % AGAIN[status])
         if status in (EXIT_TASKS_FAILED, EXIT_TOO_MANY_FAILED):
-            display.say("what failed: python3 taskfarm.py failures %s%s" % (
-                shlex.quote(run["name"]), " --db " + shlex.quote(own.db) if own else ""))
+            display.say("what failed: python3 taskfarm.py failures %s%s" % (shlex.quote(run["name"]), where))
         if own and own.serves and status in (EXIT_DONE, EXIT_TASKS_FAILED):
             wait_for_others(client, display.say)
     return status

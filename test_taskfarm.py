@@ -1897,8 +1897,10 @@ def test_lists_of_a_private_farm_walk_over_nothing_of_others(store: Direct) -> N
         SELECT 'w' || n, 'h', 1, 0, n % 3, 1.7e9, CASE n % 2500 WHEN 0 THEN 1 ELSE n % 9 + 2 END FROM n;
         WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
         INSERT INTO run (uuid, first_id, num_tasks, created, num_waiting, num_computing, num_done, num_failed,
-            num_untouched, num_complete, millionths, head, head_end, max_failures, max_losses, user)
-        SELECT 'r' || n, n, 1, 0, 1, 0, 0, 0, 1, 0, 0, n, n + 1, 1, 5, CASE n % 2500 WHEN 0 THEN 1 ELSE n % 9 + 2 END
+            num_untouched, num_complete, millionths, head, head_end, max_failures, max_losses, state, after_any,
+            ids_end, has_work, user)
+        SELECT 'r' || n, n, 1, 0, 1, 0, 0, 0, 1, 0, 0, n, n + 1, 1, 5, 'open', 0, n + 1, 0,
+            CASE n % 2500 WHEN 0 THEN 1 ELSE n % 9 + 2 END
         FROM n;
         UPDATE farm SET next_task_id = 5001;""")
     store.farm.private = True
@@ -2457,6 +2459,19 @@ def test_tasks_that_a_run_is_extended_by_are_as_those_of_a_new_one(
         else:
             trial.do(taskfarm.cancel_tasks("r", ((0, trial.run.num_tasks - 1),)))
         trial.promises_hold()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_claim_that_is_refused_begins_no_run(store: Direct, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    monkeypatch.setattr(taskfarm, "MAX_BATCH", 2)
+    first, second = a_run(store, 2), a_run(store, 1)
+    enlist(store, "w", lease=60)
+    assert store.ask("POST", "/api/runs/%s/tasks" % first, {"worker_uuid": "w", "count": 2})[0] == 201
+    waits = store.ask("POST", "/api/run", {"numTasks": 1, "after": second})[1]["uuid"]
+    assert store.ask("PUT", "/api/runs/%s/tasks/0" % second, {"status": "done"})[0] == 204
+    body = {"worker_uuid": "w", "count": 1} if many else {"worker_uuid": "w"}
+    assert store.ask("POST", "/api/runs/%s/task%s" % (waits, "s" * many), body)[0] == 409
+    assert store.ask("GET", "/api/runs/" + waits)[1]["after"] == second
 
 
 def test_a_run_is_extended_ten_times_and_the_newest_without_end(store: Direct) -> None:
@@ -11623,6 +11638,26 @@ def test_a_line_leaves_the_access_file_to_farms_that_stay(tmp_path: Path) -> Non
     assert access.read_text() == before and list(access.parent.iterdir()) == [access]
 
 
+def test_lines_in_two_folders_have_a_farm_each(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    line = Line(tmp_path, "1")
+    wait_until(lambda: len(line.started()) == 1)
+    assert "1 done" in run_line(tmp_path / "other", "1", "--", "true", home=tmp_path)
+    assert (tmp_path / "other" / "taskfarm.sqlite").exists(), "not in the farm of the other line, which ends before"
+    assert "no farm is known here" in run_verb("new", "3", HOME=str(tmp_path)).stderr
+    (tmp_path / "go").touch()
+    line.end()
+
+
+def test_a_line_says_so_when_its_server_cannot_start(tmp_path: Path) -> None:
+    script = ("import sys; sys.path.insert(0, %r); import taskfarm\n"
+              "def fails(*_, **__): raise ZeroDivisionError('as a fault would')\n"
+              "taskfarm.Service = fails\nsys.exit(taskfarm.main())" % str(HERE))
+    done = subprocess.run([sys.executable, "-c", script, "run", "1", "--", "true"], cwd=tmp_path, text=True, timeout=60,
+                          capture_output=True, env=own_home(tmp_path))
+    assert done.returncode == 1 and "as a fault would" in done.stderr and "could not start" in done.stderr
+
+
 def test_a_line_serves_on_while_others_work_on_its_run(tmp_path: Path) -> None:
     line = Line(tmp_path, "2", "--name", "x")
     wait_until(lambda: len(line.started()) == 1)
@@ -12038,6 +12073,26 @@ def test_several_runs_wait_for_one_another_and_none_is_waited_for_that_was_cance
     assert server.ask("POST", "/api/runs/%s/pause" % later)[0] == 204
     assert server.ask("POST", "/api/runs/%s/restart?all=True" % later)[0] == 204
     Work(server, "later", "--task", "0", "--idle", "0").end(3)
+
+
+def test_a_token_from_the_environment_takes_the_command_of_a_run(server: Process, tmp_path: Path) -> None:
+    run = make_known_run(server, tmp_path, "1", "--", "touch", "ran-{task}")
+    Work(server, run, TASKFARM_TOKEN=server.token).end(0)
+    assert (tmp_path / "ran-0").exists()
+
+
+def test_no_command_comes_from_the_farm_of_another_keeper_by_a_name_alone(server: Process, tmp_path: Path) -> None:
+    """A farm to which one has once logged in stays beside the access file."""
+    theirs = Process(str(tmp_path / "theirs"))
+    make_known_run(theirs, tmp_path, "1", "--name", "tiles", "--", "touch", "ran-{task}")
+    access = json.loads(Path(theirs.home, ".config/taskfarm/access.json").read_text())
+    del access["served"]                # as `login` writes it
+    taskfarm.write_access(str(Path(server.home, ".config/taskfarm/access-theirs.json")), access)
+    assert "its keeper could have made its command" in Work(server, "tiles").end(1)
+    assert not (tmp_path / "ran-0").exists()
+    Work(server, "tiles", "--", "touch", str(tmp_path / "ran-{task}")).end(0)
+    assert (tmp_path / "ran-0").exists()
+    theirs.end(signal.SIGTERM)
 
 
 def test_a_run_that_knows_a_parameter_for_each_task_has_no_more_tasks(server: Process, tmp_path: Path) -> None:
