@@ -11575,23 +11575,25 @@ class Line:
     """A `run` that goes on beside the test; its commands wait until a file `go` is there."""
     def __init__(self, folder: Path, *words: str) -> None:
         self.folder = folder
+        self.error_file = tempfile.TemporaryFile("w+")      # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, str(MODULE), "run", *words, "--", "sh", "-c",
              "echo {task} >> ran; until [ -e go ]; do sleep 0.02; done"],
-            cwd=folder, env=own_home(folder), stderr=subprocess.PIPE, text=True)
+            cwd=folder, env=own_home(folder), stderr=self.error_file, text=True)
         RUNNING.append(self.process)
-        assert self.process.stderr
-        self.first_line = self.process.stderr.readline()
 
     def started(self) -> List[str]:
         ran = self.folder / "ran"
         return ran.read_text().split() if ran.exists() else []
 
-    def end(self) -> str:
-        """What it says until it has ended well."""
-        said = self.process.communicate(timeout=60)[1]
-        assert self.process.returncode == 0, said
-        return str(said)
+    def shown(self) -> str:
+        self.error_file.seek(0)
+        return self.error_file.read()
+
+    def end(self, status: int = 0) -> str:
+        """What it has said, once it has ended with that status."""
+        assert self.process.wait(60) == status, self.shown()
+        return self.shown()
 
 
 def pid_of_server(folder: Path) -> int:
@@ -11611,16 +11613,14 @@ def test_of_two_lines_the_second_serves_when_the_first_has_ended(tmp_path: Path,
     first = Line(tmp_path, "3", "--name", "x", "--grace", "0.1")
     wait_until(lambda: len(first.started()) == 1)
     second = Line(tmp_path, "3", "--name", "x")
-    assert "is served at https://127.0.0.1:" in second.first_line and "this line joins" in second.first_line
     wait_until(lambda: len(first.started()) == 2)
+    assert re.match(r"taskfarm.sqlite is served at https://127.0.0.1:\d+ already: this line joins", second.shown())
     first.process.send_signal(number)
     first.process.wait(30)
+    assert ("the same line again goes on where it was" in first.shown()) == (number == signal.SIGTERM)
     (tmp_path / "go").touch()
     assert "3 done, 0 failed" in second.end()
     assert sorted(first.started()) == ["0", "0", "1", "2"], "that of the first line again, and no other"
-    assert first.process.stderr
-    assert number == signal.SIGKILL or "the same line again goes on where it was" in first.process.stderr.read()
-    first.process.stderr.close()
 
 
 def test_a_line_leaves_the_access_file_to_farms_that_stay(tmp_path: Path) -> None:
@@ -11629,10 +11629,11 @@ def test_a_line_leaves_the_access_file_to_farms_that_stay(tmp_path: Path) -> Non
                                         "certificate": "system"})
     before = access.read_text()
     line = Line(tmp_path, "1")
-    assert "does not answer: if it has a run of this line" in line.first_line
     wait_until(lambda: len(line.started()) == 1)
+    first, second = line.shown().splitlines()[:2]
+    assert "does not answer: if it has a run of this line" in first
     beside, = (path for path in access.parent.iterdir() if path != access)
-    assert json.loads(beside.read_text())["url"] in line.process.stderr.readline()      # type: ignore[union-attr]
+    assert json.loads(beside.read_text())["url"] in second
     (tmp_path / "go").touch()
     line.end()
     assert access.read_text() == before and list(access.parent.iterdir()) == [access]
@@ -11658,21 +11659,46 @@ def test_a_line_says_so_when_its_server_cannot_start(tmp_path: Path) -> None:
     assert done.returncode == 1 and "as a fault would" in done.stderr and "could not start" in done.stderr
 
 
-def test_a_line_serves_on_while_others_work_on_its_run(tmp_path: Path) -> None:
+def helper_of(folder: Path, run: str) -> "subprocess.Popen[str]":
+    """A `work` in the farm of a line. Its command makes a file `helps`, and waits for `go2`."""
+    helper = subprocess.Popen(
+        [sys.executable, str(MODULE), "work", run, "--", "sh", "-c",
+         "touch helps; until [ -e go2 ]; do sleep 0.02; done"],
+        cwd=folder, env=own_home(folder), stderr=subprocess.DEVNULL, text=True)
+    RUNNING.append(helper)
+    wait_until(lambda: (folder / "helps").exists())
+    return helper
+
+
+def test_a_line_ends_when_its_run_is_over_also_what_others_compute(tmp_path: Path) -> None:
     line = Line(tmp_path, "2", "--name", "x")
     wait_until(lambda: len(line.started()) == 1)
-    helper = subprocess.Popen(
-        [sys.executable, str(MODULE), "work", "x", "--", "sh", "-c",
-         "touch helps; until [ -e go2 ]; do sleep 0.02; done"],
-        cwd=tmp_path, env=own_home(tmp_path), stderr=subprocess.DEVNULL, text=True)
-    RUNNING.append(helper)
-    wait_until(lambda: (tmp_path / "helps").exists())
+    helper = helper_of(tmp_path, "x")
     (tmp_path / "go").touch()
-    assert line.process.stderr
-    while "this one stays, since" not in line.process.stderr.readline():
-        assert line.process.poll() is None
+    wait_until(lambda: "other workers still compute: this one stays, since" in line.shown())
     (tmp_path / "go2").touch()
     assert "2 done, 0 failed" in line.end() and helper.wait(30) == 0
+
+
+def test_a_line_serves_on_while_others_use_its_farm(tmp_path: Path) -> None:
+    line = Line(tmp_path, "1", "--name", "x")
+    wait_until(lambda: len(line.started()) == 1)
+    made = subprocess.run([sys.executable, str(MODULE), "new", "1", "--name", "y", "--db", "taskfarm.sqlite"],
+                          cwd=tmp_path, env=own_home(tmp_path), capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    helper = helper_of(tmp_path, "y")
+    (tmp_path / "go").touch()
+    wait_until(lambda: "other workers still use this farm" in line.shown())
+    (tmp_path / "go2").touch()
+    assert "1 done, 0 failed" in line.end() and helper.wait(30) == 0
+
+
+def test_another_command_is_another_run(tmp_path: Path) -> None:
+    for words in (["1", "--", "touch", "one"], ["1", "--", "touch", "two"],
+                  ["--grid", "a=1", "--", "touch", "three"], ["--grid", "a=2", "--", "touch", "three"]):
+        run_line(tmp_path, *words)
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "taskfarm.sqlite"))) as connection:
+        assert connection.execute("SELECT count(*), count(DISTINCT name) FROM run").fetchone() == (4, 4)
 
 
 def test_a_line_in_a_moved_folder_goes_on_and_parameters_may_come_through_a_pipe(tmp_path: Path) -> None:
