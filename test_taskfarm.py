@@ -12157,6 +12157,15 @@ def test_a_worker_of_several_runs_waits_for_tasks_that_others_compute(server: Pr
     assert counts(server, run) == (0, 0, 1, 0)
 
 
+def test_nobody_waits_for_a_run_that_never_begins(farm: Live) -> None:
+    first = make_run(farm, 1)
+    waits = farm.ask("POST", "/api/run", {"numTasks": 1, "after": first})[1]["uuid"]
+    assert farm.ask("PUT", "/api/runs/%s/tasks/0" % first, {"status": "failed"})[0] == 204
+    assert run_verb("wait", waits, **as_ada(farm)).returncode == 3
+    watched = run_verb("status", waits, "--watch", "--every", "0.01", **as_ada(farm)).stdout.splitlines()
+    assert len(watched) == 1 and "the run never begins" in watched[0]
+
+
 def test_a_second_run_of_one_name_is_refused_but_by_the_api(farm: Live) -> None:
     first = verb(farm, "new", "7", "--name", "sweep").strip()
     refused = verb(farm, "new", "3", "--name", "sweep", status=1)
